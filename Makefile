@@ -1,0 +1,36 @@
+# A fresh machine needs only Python 3.11 (with venv) and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread a process: small tensors run several times slower when processes share cores.
+export OMP_NUM_THREADS := 1
+export MPLBACKEND := Agg
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	$(BIN)/python -m pplvi.demo --out out
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf out .pytest_cache .mypy_cache .ruff_cache
+
+# torch goes first and alone, so that no later requirement can pull another (CUDA) build of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,bench]'
+	touch $(STAMP)

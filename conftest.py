@@ -1,0 +1,27 @@
+"""Test set-up shared by the tests and the doctests: one thread, an empty parameter store and fixed seeds."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Start every test and doctest from the same state, and check that it left torch's defaults alone."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    defaults = torch.get_default_dtype(), torch.distributions.Distribution._validate_args
+    yield
+    changed = torch.get_default_dtype(), torch.distributions.Distribution._validate_args
+    torch.set_default_dtype(defaults[0])
+    torch.distributions.Distribution.set_default_validate_args(defaults[1])
+    assert changed == defaults, f"(default dtype, validation flag) went from {defaults} to {changed}"
