@@ -31,6 +31,6 @@ clean:
 # torch goes first and alone, so that no later requirement can pull another (CUDA) build of it.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install -c constraints.txt $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,bench]'
 	touch $(STAMP)

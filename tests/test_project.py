@@ -51,7 +51,7 @@ def state():
         "numpy rng": repr(numpy.random.get_state()),
         "python rng": repr(random.getstate()),
         "torch validation": torch.distributions.Distribution._validate_args,
-        "pyro validation": pyro.infer.util.validation_enabled(),
+        "pyro validation": pyro.infer.util.is_validation_enabled(),
         "parameters": sorted(pyro.get_param_store().keys()),
     }
 
