@@ -1,0 +1,39 @@
+"""pplvi: variational inference for Pyro. Objectives, guides and samplers that combine freely; posteriors in ArviZ.
+
+Names are imported when they are first used, so that ``import pplvi`` is light and changes nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ELBO": "elbo",
+    "ChiELBO": "elbo",
+    "ForwardKL": "elbo",
+    "ImportanceWeightedELBO": "elbo",
+    "RenyiELBO": "elbo",
+    "ThermodynamicELBO": "elbo",
+    "WeightedELBO": "elbo",
+    "AutoFlow": "guides",
+    "Fit": "fit",
+    "fit": "fit",
+    "Posterior": "posterior",
+    "compare": "compare",
+    "to_arviz": "export",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pplvi' has no attribute {name!r}")
+    return getattr(import_module(f"pplvi.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,178 @@
+"""Does a model fit its guide? Asked once for each pair, before the first step, never inside one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplvi.runs import (
+    Run,
+    Site,
+    common_plates,
+    is_delta,
+    is_deterministic,
+    is_factor,
+    latent_sites,
+    sample_sites,
+    site_plates,
+)
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """Turn Pyro's error for an empty plate into a ``ValueError`` that says so."""
+    try:
+        yield
+    except ZeroDivisionError as error:
+        raise ValueError(
+            "a pyro.plate of size 0 was met: expected at least one element. Drop empty batches before the step."
+        ) from error
+
+
+def enumerates(run: Run) -> bool:
+    """Whether any latent site asks for parallel enumeration."""
+    return any(s["infer"].get("enumerate") == "parallel" for t in (run.model, run.guide) for s in latent_sites(t).values())
+
+
+def check_pair(run: Run) -> None:
+    """Check sites, shapes, supports, plates and data of one plain run.
+
+    :raises ValueError: with the site, what came, what was expected and what to do.
+    """
+    _check_names(run)
+    for name, site in latent_sites(run.model).items():
+        if name in run.guide.nodes:
+            _check_shapes(name, site, run.guide.nodes[name])
+            _check_support(name, site, run.guide.nodes[name])
+    for trace in (run.guide, run.model):
+        for name, site in sample_sites(trace):
+            _check_enumeration(name, site)
+            _check_data(name, site)
+            _check_declared(name, site)
+    _warn_of_joint_factors(run)
+
+
+def _is_auxiliary(site: Site) -> bool:
+    return bool(site["infer"].get("is_auxiliary"))
+
+
+def _check_names(run: Run) -> None:
+    model, guide = latent_sites(run.model), latent_sites(run.guide)
+    enumerated = {n for n, s in model.items() if s["infer"].get("enumerate") == "parallel"}
+    if missing := set(model) - set(guide) - enumerated:
+        raise ValueError(
+            f"latent sites of the model are missing in the guide: {sorted(missing)}; the guide has {sorted(guide)}. "
+            "Sample them in the guide, condition on them, or enumerate them with pyro.infer.config_enumerate(model)."
+        )
+    if extra := {n for n, s in guide.items() if not _is_auxiliary(s)} - set(model):
+        raise ValueError(
+            f"sites of the guide are not latent sites of the model: {sorted(extra)}; the model has {sorted(model)}. "
+            "Rename them, or mark helper draws with infer={'is_auxiliary': True}."
+        )
+
+
+def _check_shapes(name: str, model: Site, guide: Site) -> None:
+    ours, theirs = (_shape(site) for site in (model, guide))
+    if ours != theirs:
+        raise ValueError(
+            f"site {name!r} has shape {theirs} (batch | event) in the guide, expected the model's {ours}. "
+            "Check plates, .expand() and .to_event() on both sides."
+        )
+
+
+def _shape(site: Site) -> str:
+    batch = torch.broadcast_shapes(site["fn"].batch_shape, site["value"].shape[: site["value"].dim() - site["fn"].event_dim])
+    return f"{tuple(batch)} | {tuple(site['fn'].event_shape)}"
+
+
+def _check_support(name: str, model: Site, guide: Site) -> None:
+    draws = guide["value"] if is_delta(guide) else guide["fn"].sample(torch.Size([64]))
+    try:
+        inside = bool(model["fn"].support.check(draws).all())
+    except NotImplementedError:
+        return
+    if not inside:
+        raise ValueError(
+            f"site {name!r}: the guide's {type(guide['fn']).__name__} draws values outside the model's support "
+            f"{model['fn'].support}. Use a guide distribution with the same support."
+        )
+
+
+def _check_enumeration(name: str, site: Site) -> None:
+    if not site["is_observed"] and site["infer"].get("enumerate") == "sequential":
+        raise ValueError(
+            f"site {name!r} asks for sequential enumeration: expected infer={{'enumerate': 'parallel'}} "
+            "(config_enumerate(fn, default='parallel'))."
+        )
+    if not site["is_observed"] and site["infer"].get("num_samples") is not None:
+        raise ValueError(
+            f"site {name!r} asks for local multiple sampling (num_samples=...), which has no weights per particle: "
+            "drop num_samples and use num_particles of the objective."
+        )
+
+
+def _check_data(name: str, site: Site) -> None:
+    value = site["value"]
+    if not site["is_observed"] or is_factor(site) or is_deterministic(site) or not isinstance(value, Tensor):
+        return
+    if value.is_floating_point() and bool((value.isnan() & _seen(site, value)).any()):
+        raise ValueError(
+            f"the data at site {name!r} contain NaN: expected finite values. Mask missing entries with obs_mask= or "
+            "poutine.mask, or drop them."
+        )
+
+
+def _seen(site: Site, value: Tensor) -> Tensor:
+    mask = site["mask"] if isinstance(site["mask"], Tensor) else torch.tensor(site["mask"] is not False)
+    inner = getattr(site["fn"], "_mask", None)
+    if inner is not None:
+        mask = mask & torch.as_tensor(inner)
+    return mask.reshape(tuple(mask.shape) + (1,) * site["fn"].event_dim).expand(value.shape)
+
+
+def _check_declared(name: str, site: Site) -> None:
+    """Every batch dimension of a distribution has to be a plate, or particles would be mixed up with data."""
+    sizes = {p.dim: p.size for p in site_plates(site)}
+    for dim, size in zip(range(-1, -1 - len(site["fn"].batch_shape), -1), reversed(site["fn"].batch_shape), strict=True):
+        if size != 1 and sizes.get(dim) != size:
+            raise ValueError(
+                f"site {name!r} has batch shape {tuple(site['fn'].batch_shape)}, but plates "
+                f"{ {p.name: (p.dim, p.size) for p in site_plates(site)} }: expected a plate of size {size} at dimension {dim}. "
+                "Enclose it in pyro.plate, or declare the dimension as part of one event with .to_event()."
+            )
+
+
+def _warn_of_joint_factors(run: Run) -> None:
+    sites = {n: s for t in (run.model, run.guide) for n, s in sample_sites(t) if not is_deterministic(s)}
+    rest = [s for s in sites.values() if not is_factor(s)]
+    outside = [n for n, s in sites.items() if is_factor(s) and not site_plates(s)]
+    if outside and not run.batch and (lost := common_plates(rest)):
+        warnings.warn(
+            f"the factors {outside} stand outside the plates {[p.name for p in lost]}, so importance weights are joint "
+            "over all data instead of one per datum. Move them into the plate if they belong to single data.",
+            stacklevel=2,
+        )
+
+
+def first_bad_site(run: Run) -> str | None:
+    """Name of the first site, guide before model, whose value or log density is not finite; ``None`` if there is none."""
+    for trace in (run.guide, run.model):
+        for name, site in sample_sites(trace):
+            if not is_deterministic(site) and _is_bad(run, name, site):
+                return name
+    return None
+
+
+def _is_bad(run: Run, name: str, site: Site) -> bool:
+    value: Any = site["value"]
+    if isinstance(value, Tensor) and value.is_floating_point() and bool((~value.isfinite() & _seen(site, value)).any()):
+        return True
+    try:
+        return not bool(run.site_log_prob(name, site).isfinite().all())
+    except ValueError:
+        return True

@@ -1,0 +1,259 @@
+"""Draws of a program as plain tensors: values, densities and plates, ready for a posterior or ArviZ.
+
+The draw dimension is leftmost, then a site's plates from left to right, then its event dimensions; no padding is left.
+Nothing here carries a gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplvi import enumeration
+from pplvi.programs import execute, isolated, plain_run, run_model
+from pplvi.runs import (
+    Plate,
+    Run,
+    Site,
+    is_delta,
+    is_deterministic,
+    is_enumerated,
+    is_factor,
+    latent_sites,
+    sample_sites,
+    site_plates,
+)
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """``S`` draws of a program.
+
+    :ivar latents: latent sites of the model, constrained, ``(S, *plates, *event)``.
+    :ivar deterministics: ``pyro.deterministic`` sites, ``(S, *shape)``.
+    :ivar observed: observed values ``(*plates, *event)``; in predictions sampled ones, ``(S, *plates, *event)``.
+    :ivar log_likelihood: log density of each observed site, ``(S, *plates)``, nats: event dimensions summed, scales left
+        out, masked entries 0, enumerated variables summed out.
+    :ivar log_p: log joint density of the model, ``(S, *batch)``, nats.
+    :ivar log_q: log density of the guide, ``(S, *batch)``, nats; ``None`` without a guide.
+    :ivar batch: the plates of ``batch``: common to all sites.
+    :ivar plates: each site's plates, left to right.
+    :ivar factors: names of ``pyro.factor`` sites of the model.
+    :ivar random: whether the guide has a random latent site at all (a point estimate has none).
+    """
+
+    latents: dict[str, Tensor]
+    deterministics: dict[str, Tensor]
+    observed: dict[str, Tensor]
+    log_likelihood: dict[str, Tensor]
+    log_p: Tensor | None
+    log_q: Tensor | None
+    batch: tuple[Plate, ...]
+    plates: dict[str, tuple[Plate, ...]]
+    factors: frozenset[str]
+    random: bool = True
+
+    @property
+    def num_draws(self) -> int:
+        """Number of draws ``S``."""
+        return len(next(iter({**self.latents, **self.deterministics, **self.observed}.values())))
+
+
+@torch.no_grad()
+def draw(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_draws: int,
+    vectorize: bool = True,
+) -> Draws:
+    """Draws of a guide, scored by the model: ``log_p - log_q`` is the log importance weight.
+
+    :raises ValueError: if model and guide do not fit together.
+    """
+    kwargs = kwargs or {}
+
+    def run(size: int) -> Run:
+        return execute(model, guide, args, kwargs, num_particles=size)
+
+    shapes = _Shapes(model, args, kwargs)
+    parts = [_read(run(size), shapes) for size in _sizes(num_draws, vectorize)]
+    return _concatenate(parts)
+
+
+@torch.no_grad()
+def predict(
+    model: Program,
+    latents: Mapping[str, Tensor] | None,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_draws: int,
+    vectorize: bool = True,
+) -> Draws:
+    """Draws of the model given latent draws (or prior ones, ``latents=None``); observed sites are sampled too.
+
+    :param latents: ``(num_draws, *plates, *event)`` each; sites left out are drawn from the model.
+    :returns: :class:`Draws` whose ``observed`` are the predictions and that have no densities.
+    """
+    return _model_draws(model, latents, args, kwargs or {}, num_draws, vectorize, sample_observed=True)
+
+
+@torch.no_grad()
+def score(
+    model: Program,
+    latents: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_draws: int,
+    vectorize: bool = True,
+) -> Draws:
+    """Score given latent draws, such as those of MCMC, under the model: densities and deterministic sites."""
+    return _model_draws(model, latents, args, kwargs or {}, num_draws, vectorize, sample_observed=False)
+
+
+def _model_draws(
+    model: Program,
+    latents: Mapping[str, Tensor] | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    num_draws: int,
+    vectorize: bool,
+    *,
+    sample_observed: bool,
+) -> Draws:
+    shapes, parts, start = _Shapes(model, args, kwargs), [], 0
+    for size in _sizes(num_draws, vectorize):
+        given = {name: value[start : start + size] for name, value in (latents or {}).items()}
+        run = run_model(model, args, kwargs, num_particles=size, latents=given, sample_observed=sample_observed)
+        parts.append(_read(run, shapes, predicted=sample_observed))
+        start += size
+    return _concatenate(parts)
+
+
+def _sizes(num_draws: int, vectorize: bool) -> list[int]:
+    if num_draws < 1:
+        raise ValueError(f"num_draws={num_draws}: expected at least one draw.")
+    return [num_draws] if vectorize else [1] * num_draws
+
+
+class _Shapes:
+    """Shapes of the deterministic sites in a run without particles: they declare no event dimensions."""
+
+    def __init__(self, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        with isolated():
+            run = plain_run(model, args, kwargs)
+        self.by_name = {n: s["value"].shape for n, s in sample_sites(run.model) if is_deterministic(s)}
+
+    def compact(self, name: str, value: Tensor, num_draws: int) -> Tensor:
+        shape = tuple(self.by_name.get(name, value.shape))
+        if value.dim() > len(shape) and value.shape[0] == num_draws:
+            return value.reshape(num_draws, *shape)
+        return value.expand(num_draws, *shape)
+
+
+def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
+    sites = dict(sample_sites(run.model))
+    kinds: dict[str, dict[str, Site]] = {"latent": {}, "deterministic": {}, "observed": {}, "factor": {}}
+    for name, site in sites.items():
+        kinds[_kind(site)][name] = site
+    observed = {n: _compact(s, run, with_draws=predicted) for n, s in kinds["observed"].items()}
+    return Draws(
+        latents={n: _compact(s, run, with_draws=True) for n, s in kinds["latent"].items()},
+        deterministics={n: shapes.compact(n, s["value"], run.num_particles) for n, s in kinds["deterministic"].items()},
+        observed=observed,
+        log_likelihood={} if predicted else _log_likelihoods(run, kinds["observed"]),
+        log_p=None if predicted else run.log_target(),
+        log_q=run.log_forward() if run.guide.nodes else None,
+        batch=run.batch,
+        plates={n: site_plates(s) for n, s in sites.items()},
+        factors=frozenset(kinds["factor"]),
+        random=any(not is_delta(s) for s in latent_sites(run.guide).values()),
+    )
+
+
+def _kind(site: Site) -> str:
+    if is_deterministic(site):
+        return "deterministic"
+    if is_factor(site):
+        return "factor"
+    if is_enumerated(site):
+        return "factor"  # summed out: it has no draws
+    return "observed" if site["is_observed"] or site["infer"].get("was_observed") else "latent"
+
+
+def _compact(site: Site, run: Run, *, with_draws: bool) -> Tensor:
+    """A site's value without padding: ``(S, *plates, *event)``, or without ``S`` for data."""
+    event = site["value"].dim() if not hasattr(site["fn"], "event_dim") else site["fn"].event_dim
+    value = _pad(site["value"], run.nesting + 1 + event)
+    return _select(value, site, run, tuple(value.shape[value.dim() - event :]), with_draws)
+
+
+def _pad(value: Tensor, dims: int) -> Tensor:
+    return value.reshape((1,) * (dims - value.dim()) + tuple(value.shape))
+
+
+def _select(value: Tensor, site: Site, run: Run, event: tuple[int, ...], with_draws: bool) -> Tensor:
+    sizes = {p.dim: p.size for p in site_plates(site)}
+    full = (run.num_particles if with_draws else 1, *(sizes.get(dim, 1) for dim in range(-run.nesting, 0)), *event)
+    compact = (*full[:1], *(sizes[dim] for dim in sorted(sizes)), *event)
+    value = value[:1] if not with_draws else value
+    return value.expand(full).reshape(compact)[0 if not with_draws else slice(None)]
+
+
+def _log_likelihoods(run: Run, observed: dict[str, Site]) -> dict[str, Tensor]:
+    found = {}
+    for name, site in observed.items():
+        density = _log_likelihood(run, name, site)
+        if density is not None:
+            found[name] = _select(_pad(density, run.nesting + 1), site, run, (), with_draws=True)
+    return found
+
+
+def _log_likelihood(run: Run, name: str, site: Site) -> Tensor | None:
+    if not run.enumerated:
+        return replace_scale(run, name, site)
+    density = enumeration.log_likelihood(run.model, run.guide, name)
+    if density is None:
+        warnings.warn(
+            f"observed site {name!r} has no log likelihood per element: its elements share an enumerated variable. "
+            "It is left out of log_likelihood.",
+            stacklevel=2,
+        )
+    return density
+
+
+def replace_scale(run: Run, name: str, site: Site) -> Tensor:
+    """Masked log density of a site without any scale."""
+    return run.site_log_prob(name, {**site, "scale": run.scale})
+
+
+def _concatenate(parts: list[Draws]) -> Draws:
+    if len(parts) == 1:
+        return parts[0]
+    joined = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Draws) if f.name in _DRAWN}
+    return replace(parts[0], **joined)
+
+
+_DRAWN = ("latents", "deterministics", "log_likelihood", "log_p", "log_q")
+
+
+def _join(values: list[Any]) -> Any:
+    if isinstance(values[0], dict):
+        return {name: torch.cat([v[name] for v in values]) for name in values[0]}
+    return None if values[0] is None else torch.cat(values)
+
+
+def stack(parts: Iterable[Draws]) -> Draws:
+    """Put several sets of draws of one program behind each other."""
+    return _concatenate(list(parts))

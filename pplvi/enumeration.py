@@ -1,0 +1,167 @@
+"""Discrete sites summed out: model-side by tensor contraction, guide-side as an exact expectation.
+
+Works on packed traces (``pyro.ops.packed``), where every tensor dimension has a symbol, and hands back ordinary
+tensors aligned right on plate dimensions. The contraction is Pyro's plated variable elimination (Obermeyer et al.
+2019, "Tensor variable elimination for plated factor graphs").
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
+from torch import Tensor
+
+Site = dict[str, Any]
+Trace = Any  # pyro.poutine.Trace; poutine itself stays in programs.py
+Tree = OrderedDict[frozenset[str], list[Tensor]]
+
+
+def log_densities(model: Trace, guide: Trace, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Terms of the log joint density of an enumerated model and of the log density of its guide.
+
+    Sites enumerated in the model only are summed out: ``log sum_z p(x, z)``. Over sites enumerated in the guide every
+    term is averaged: ``sum_z q(z) [...]``, gradients included.
+
+    :param scale: subsample scale to leave out of every density.
+    :returns: two lists of tensors, aligned right on plate dimensions, to be summed.
+    :raises ValueError: if sites that share an enumerated variable have different scales.
+    """
+    symbols = _pack(model, guide)
+    average = _GuideAverage(guide, symbols)
+    target = [average(ordinal, term) for ordinal, term in _model_terms(model, guide, scale)]
+    forward = [average(_ordinal(guide, s), _rescaled(s["packed"]["log_prob"], 1 / scale)) for s in _sites(guide)]
+    return target, forward
+
+
+def _sites(trace: Trace) -> Iterator[Site]:
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample":
+            yield site
+
+
+def _pack(model: Trace, guide: Trace) -> dict[str, int]:
+    for trace, known in ((guide, None), (model, guide)):
+        trace.compute_log_prob(lambda name, site: type(site["fn"]).__name__ != "_Subsample")
+        trace.pack_tensors(known.plate_to_symbol if known is not None else None)
+    return {**guide.symbol_to_dim, **model.symbol_to_dim}
+
+
+def _ordinal(trace: Trace, site: Site) -> frozenset[str]:
+    return frozenset(trace.plate_to_symbol[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+
+
+def _enumerated_symbols(trace: Trace) -> set[str]:
+    return {s["infer"]["_enumerate_symbol"] for s in _sites(trace) if s["infer"].get("_enumerate_dim") is not None}
+
+
+def _rescaled(term: Tensor, factor: Any) -> Tensor:
+    if factor == 1.0:
+        return term
+    dims = term._pyro_dims  # type: ignore[attr-defined]
+    term = term * factor
+    term._pyro_dims = dims  # type: ignore[attr-defined]
+    return term
+
+
+def _model_terms(model: Trace, guide: Trace, scale: float) -> Iterator[tuple[frozenset[str], Tensor]]:
+    """Model densities by plate context; those that touch a model-enumerated variable arrive contracted."""
+    sum_dims = _enumerated_symbols(model) - _enumerated_symbols(guide)
+    tree: Tree = OrderedDict()
+    scales = []
+    for site in _sites(model):
+        if sum_dims.isdisjoint(site["packed"]["log_prob"]._pyro_dims):
+            yield _ordinal(model, site), _rescaled(site["packed"]["log_prob"], 1 / scale)
+        else:
+            tree.setdefault(_ordinal(model, site), []).append(_inside_the_sum(site))
+            scales.append(site["scale"])
+    if tree:
+        outside = _common_scale(scales) / scale
+        for ordinal, terms in contract_tensor_tree(tree, sum_dims).items():
+            yield from ((ordinal, _rescaled(term, outside)) for term in terms)
+
+
+def _inside_the_sum(site: Site) -> Tensor:
+    unscaled = site["packed"]["unscaled_log_prob"]
+    if site["infer"].get("_enumerate_dim") is not None:
+        return unscaled  # a masked prior still has to sum to one
+    masked = packed.scale_and_mask(unscaled, mask=site["packed"]["mask"])
+    # A fresh view: the contraction tells terms apart by identity.
+    dims, masked = masked._pyro_dims, masked[...]
+    masked._pyro_dims = dims
+    return masked
+
+
+def _common_scale(scales: list[Any]) -> Any:
+    if any(isinstance(s, Tensor) and s.dim() for s in scales) or len({float(s) for s in scales}) != 1:
+        raise ValueError(
+            f"sites that share an enumerated variable have the scales {scales}: expected one common scalar scale, since "
+            "it is applied outside the sum. Put them into the same subsampled plate or drop poutine.scale."
+        )
+    return scales[0]
+
+
+class _GuideAverage:
+    """Expectation of a packed term over the guide's enumerated sites, as an unpacked tensor."""
+
+    def __init__(self, guide: Trace, symbols: dict[str, int]) -> None:
+        self.symbols = symbols
+        self.dims = _enumerated_symbols(guide)
+        self.factors: Tree = OrderedDict()
+        for site in _sites(guide):
+            if site["infer"].get("_enumerate_dim") is not None:
+                self.factors.setdefault(_ordinal(guide, site), []).append(site["packed"]["unscaled_log_prob"])
+
+    def __call__(self, ordinal: frozenset[str], term: Tensor) -> Tensor:
+        dims = self.dims.intersection(term._pyro_dims)  # type: ignore[attr-defined]
+        if dims:
+            term = self._average(ordinal, term, dims)
+        return packed.unpack(term, self.symbols)
+
+    def _average(self, ordinal: frozenset[str], term: Tensor, dims: set[str]) -> Tensor:
+        log_q = contract_to_tensor(self.factors, self.dims, target_ordinal=ordinal & self._plates(), target_dims=dims)
+        term, log_q = packed.broadcast_all(term, log_q)
+        kept = "".join(d for d in term._pyro_dims if d not in dims)
+        positions = [i for i, d in enumerate(term._pyro_dims) if d in dims]
+        average: Tensor = (log_q.exp() * term).sum(positions)
+        average._pyro_dims = kept  # type: ignore[attr-defined]
+        return average
+
+    def _plates(self) -> frozenset[str]:
+        """Plate symbols that the factors really carry: a plate of size one has none."""
+        return frozenset(d for terms in self.factors.values() for t in terms for d in t._pyro_dims) - self.dims
+
+
+def log_likelihood(model: Trace, guide: Trace, name: str) -> Tensor | None:
+    """Log density of an observed site given the rest of the data, with enumerated variables summed out.
+
+    ``log p(x_i | x_-i, z) = log sum p(x, ...) - log sum p(x_-i, ...)``, which is the plain log density of a site that
+    depends on no enumerated variable, and the marginal one of a mixture component's only observation.
+
+    :returns: a tensor aligned right on plate dimensions; ``None`` where the site's plate elements share an enumerated
+        variable, so that single elements have no term of their own.
+    """
+    symbols = _pack(model, guide)
+    site, sum_dims = model.nodes[name], _enumerated_symbols(model)
+    ordinal = _ordinal(model, site)
+    others: Tree = OrderedDict()
+    for other in _sites(model):
+        if other is not site and not sum_dims.isdisjoint(other["packed"]["log_prob"]._pyro_dims):
+            others.setdefault(_ordinal(model, other), []).append(_inside_the_sum(other))
+            if other["infer"].get("_enumerate_dim") is not None and not ordinal <= _ordinal(model, other):
+                return None
+    plates = frozenset(d for d in site["packed"]["log_prob"]._pyro_dims if d in ordinal)
+    without = contract_to_tensor(_copy(others), sum_dims, target_ordinal=plates)
+    others.setdefault(ordinal, []).append(_inside_the_sum(site))
+    joint = contract_to_tensor(others, sum_dims, target_ordinal=plates)
+    joint, without = packed.broadcast_all(joint, without)
+    difference: Tensor = joint - without
+    difference._pyro_dims = joint._pyro_dims  # type: ignore[attr-defined]
+    return packed.unpack(difference, symbols)
+
+
+def _copy(tree: Tree) -> Tree:
+    return OrderedDict((ordinal, list(terms)) for ordinal, terms in tree.items())

@@ -1,0 +1,278 @@
+"""Running probabilistic programs: the one module of the inference core that touches ``pyro.poutine``.
+
+A model and a guide are run together, with all particles at once, and leave a :class:`pplvi.runs.Run`: two traces whose
+log densities can be read per particle and per independent element of the data. Draws are detached at the sample site,
+before a later site can use them. No state of a program is kept but a hint of how deep its plates nest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pplvi import checks
+from pplvi.runs import PARTICLES, Run, is_delta, is_subsample, sample_sites, site_plates
+
+Program = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one plain run of a model and guide shows: how deep plates nest and which dimensions are enumerated."""
+
+    nesting: int
+    enumerated: bool
+    own_subsamples: frozenset[str]
+
+
+class _Detach(Messenger):
+    """Detach every draw where it is made, so that later sites already see the detached value."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            if is_delta(msg) and msg["value"].requires_grad:
+                raise ValueError(
+                    f"site {msg['name']!r} is a deterministic function of parameters, so it has no density at fixed "
+                    "draws: expected a stochastic guide for this objective or estimator. Use an objective with "
+                    "reparameterised draws (estimator=None) or another guide."
+                )
+            msg["value"] = msg["value"].detach()
+
+
+class _Supply(Messenger):
+    """Give the named sample sites these values instead of drawing them."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def execute(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    num_particles: int = 1,
+    detach: bool = False,
+    values: Mapping[str, Tensor] | None = None,
+) -> Run:
+    """Run the guide, then the model on the guide's draws, all particles in one call.
+
+    :param detach: detach every draw at its site.
+    :param values: values for guide sites to use instead of drawing (subsample indices too).
+    :raises ValueError: if model and guide do not fit together (checked on the first run of the pair).
+    """
+    layout = _layout(model, guide, args, kwargs)
+    how = _How(num_particles, layout.nesting, layout.enumerated, detach, _supplied(model, args, kwargs, layout, values))
+    run = _execute(model, guide, args, kwargs, how)
+    while run.deepest > how.nesting:  # deeper than at the first run: remember, and run again with room for it
+        how = replace(how, nesting=run.deepest)
+        _remember(model, guide, replace(layout, nesting=how.nesting))
+        run = _execute(model, guide, args, kwargs, how)
+    return run
+
+
+@dataclass(frozen=True)
+class _How:
+    """How to run a pair of programs."""
+
+    num_particles: int = 1
+    nesting: int = 0
+    enumerated: bool = False
+    detach: bool = False
+    values: Mapping[str, Tensor] | None = None
+
+    def particles(self) -> AbstractContextManager[Any]:
+        # One particle runs the programs as they are: models that cannot be vectorised work too.
+        if self.num_particles == 1:
+            return nullcontext()
+        return pyro.plate(PARTICLES, self.num_particles, dim=-self.nesting - 1)
+
+    def enumerating(self, *, first: bool) -> AbstractContextManager[Any]:
+        if not self.enumerated:
+            return nullcontext()
+        return poutine.enum(first_available_dim=-self.nesting - (1 if self.num_particles == 1 else 2) if first else None)
+
+    def drawing(self) -> AbstractContextManager[Any]:
+        return _Detach() if self.detach else nullcontext()
+
+
+def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> Run:
+    with how.drawing(), _Supply(how.values or {}):
+        guide_trace = _trace(guide, args, kwargs, how.particles(), how.enumerating(first=True))
+    unwrapped = poutine.unwrap(guide)
+    if isinstance(unwrapped, GuideMessenger):
+        model_trace, guide_trace = unwrapped.get_traces()
+    else:
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = _trace(replayed, args, kwargs, how.particles(), how.enumerating(first=False))
+    return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated)
+
+
+def _trace(program: Program, args: Any, kwargs: Any, *contexts: AbstractContextManager[Any]) -> Trace:
+    def run() -> None:
+        with contexts[0], contexts[1]:
+            program(*args, **kwargs)
+
+    return poutine.trace(run).get_trace()
+
+
+class _SubsampleRecorder(Messenger):
+    """Note the indices that a program passes to its plates by itself (``pyro.plate(..., subsample=...)``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg) and msg["value"] is not None:
+            self.given[msg["name"]] = msg["value"]
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Run a program for inspection: sites hidden from outer handlers, random state untouched and not reused."""
+    state = pyro.util.get_rng_state()
+    try:
+        pyro.set_rng_seed(int(torch.randint(2**31, ())))
+        with torch.no_grad(), poutine.block(hide_fn=lambda msg: msg["type"] != "param"):
+            yield
+    finally:
+        pyro.util.set_rng_state(state)
+
+
+def _given_subsamples(model: Program, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    with isolated(), _SubsampleRecorder() as recorder:
+        model(*args, **kwargs)
+    return recorder.given
+
+
+def _supplied(
+    model: Program, args: Any, kwargs: Any, layout: Layout, values: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor]:
+    """Values for the guide. Indices that the model gives to a plate itself are the guide's too: its local latents
+    would otherwise belong to other data."""
+    if values or not layout.own_subsamples:
+        return values or {}
+    given = _given_subsamples(model, args, kwargs)
+    return {name: given[name] for name in layout.own_subsamples}
+
+
+_LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, Layout]] = WeakKeyDictionary()
+
+
+def _layout(model: Program, guide: Program, args: Any, kwargs: Any) -> Layout:
+    """The layout of a pair, inspected and checked on its first run only. It is a hint: a deeper run corrects it."""
+    try:
+        return _LAYOUTS[model][guide]
+    except (KeyError, TypeError):
+        layout = inspect(model, guide, args, kwargs)
+        _remember(model, guide, layout)
+        return layout
+
+
+def _remember(model: Program, guide: Program, layout: Layout) -> None:
+    try:
+        _LAYOUTS.setdefault(model, WeakKeyDictionary())[guide] = layout
+    except TypeError:
+        pass  # not hashable or not weakly referable: inspected anew at every call
+
+
+def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout:
+    """Run a pair once without particles, check that it fits together, and read off its layout.
+
+    :raises ValueError: for sites that are in only one of the two, disagreeing shapes or supports, undeclared batch
+        dimensions, NaN in the data, empty plates.
+    """
+    run = _plain_run(model, guide, args, kwargs)
+    checks.check_pair(run)
+    drawn = frozenset(run.subsample_indices())
+    given = frozenset(_given_subsamples(model, args, kwargs)) if drawn else frozenset()
+    return Layout(run.nesting, checks.enumerates(run), given & drawn)
+
+
+def _plain_run(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
+    with isolated(), checks.named_errors():
+        run = _execute(model, guide, args, kwargs, _How())
+    return replace(run, nesting=run.deepest)
+
+
+def plain_run(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+    """One run of a model alone, without particles, that leaves the random state as it was."""
+    return _plain_run(model, _no_guide, args, kwargs)
+
+
+def _no_guide(*args: Any, **kwargs: Any) -> None:
+    """A guide without sites."""
+
+
+def run_model(
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    num_particles: int = 1,
+    latents: Mapping[str, Tensor] | None = None,
+    sample_observed: bool = False,
+) -> Run:
+    """Run a model without a guide: latents are the given ones, ``(num_particles, *plates, *event)``, or drawn.
+
+    :param sample_observed: draw the observed sites too, instead of keeping their data.
+    :raises ValueError: if a given latent does not have the shape that the model has for these arguments.
+    """
+    plain = plain_run(model, args, kwargs)
+    enumerated = checks.enumerates(plain) and not sample_observed
+    how = _How(num_particles, plain.nesting, enumerated, values=_spread(latents or {}, plain))
+    observing = poutine.uncondition() if sample_observed else nullcontext()
+    with observing, _Supply(how.values or {}):
+        trace = _trace(model, args, kwargs, how.particles(), how.enumerating(first=True))
+    return Run(poutine.Trace(), trace, num_particles, plain.nesting, enumerated)
+
+
+def _spread(latents: Mapping[str, Tensor], plain: Run) -> dict[str, Tensor]:
+    """Give compact draws the dimensions that the sites have under a particle plate."""
+    spread = {}
+    for name, value in latents.items():
+        if name in plain.model.nodes:
+            site = plain.model.nodes[name]
+            shape = _shape_under_particles(name, value, site, plain.nesting)
+            spread[name] = value.reshape(shape) if len(value) > 1 else value[0]
+    return spread
+
+
+def _shape_under_particles(name: str, value: Tensor, site: Any, nesting: int) -> list[int]:
+    sizes = {p.dim: p.size for p in site_plates(site)}
+    event = tuple(site["fn"].event_shape)
+    expected = (*sizes.values(), *event)
+    if tuple(value.shape[1:]) != expected:
+        raise ValueError(
+            f"the draws of latent site {name!r} have shape {tuple(value.shape[1:])}, expected {expected} for these "
+            "arguments. Latents inside a plate belong to the data they were fitted to: predict for new data of the "
+            "same size, or drop them from the draws so that they are sampled from the prior."
+        )
+    return [len(value), *(sizes.get(dim, 1) for dim in range(-nesting, 0)), *event]
+
+
+def first_bad_site(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Name of the first site, guide before model, whose value or log density is not finite in a plain run.
+
+    Validation is off meanwhile, so that a NaN parameter is found at the site that uses it instead of raising there.
+    """
+    with pyro.validation_enabled(False):
+        return checks.first_bad_site(_plain_run(model, guide, args, kwargs))

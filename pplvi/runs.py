@@ -1,0 +1,249 @@
+"""What one joint run of a model and a guide leaves behind: log densities per particle and per independent datum.
+
+A :class:`Run` holds the two traces. Its densities have shape ``(num_particles, *batch)``, where ``batch`` are the
+plates common to every sample site, latent and observed, of model and guide, and are in nats. A batch plate's subsample
+scale never enters a density: it is reported as :attr:`Run.scale`, to multiply the objective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pplvi import enumeration
+
+Site = dict[str, Any]
+PARTICLES = "_pplvi_particles"
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A ``pyro.plate`` as a sample site sees it; ``scale`` is ``full_size / size``."""
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
+
+    @property
+    def scale(self) -> float:
+        return self.full_size / self.size
+
+
+def _base_distribution(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
+        fn = fn.base_dist
+    return fn
+
+
+def is_delta(site: Any) -> bool:
+    """Whether the site is a deterministic value (``Delta``), such as the second half of every autoguide's draw."""
+    return type(_base_distribution(site["fn"])).__name__ == "Delta"
+
+
+def is_subsample(site: Any) -> bool:
+    """Whether the site is the index draw of a subsampled plate."""
+    return site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample"
+
+
+def sample_sites(trace: Any) -> Iterator[tuple[str, Site]]:
+    """The sample sites of a trace, without the index draws of subsampled plates."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not is_subsample(site):
+            yield name, site
+
+
+def latent_sites(trace: Any) -> dict[str, Site]:
+    """The unobserved sample sites of a trace."""
+    return {name: site for name, site in sample_sites(trace) if not site["is_observed"]}
+
+
+def is_deterministic(site: Site) -> bool:
+    """Whether the site came from ``pyro.deterministic``."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+def is_factor(site: Site) -> bool:
+    """Whether the site came from ``pyro.factor``."""
+    return type(site["fn"]).__name__ == "Unit"
+
+
+def is_enumerated(site: Site) -> bool:
+    """Whether the site's values are enumerated in parallel instead of drawn."""
+    return site["infer"].get("_enumerate_dim") is not None
+
+
+def site_plates(site: Site) -> tuple[Plate, ...]:
+    """The vectorised plates around a site, left to right, without the particle plate."""
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
+    return tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in sorted(frames, key=lambda f: f.dim))
+
+
+def _subsampled_plates(site: Site) -> set[str]:
+    frames = site["cond_indep_stack"]
+    return {f.name for f in frames if f.full_size is not None and f.full_size != f.size}
+
+
+def common_plates(sites: list[Site]) -> tuple[Plate, ...]:
+    if not sites:
+        return ()
+    names = set.intersection(*({p.name for p in site_plates(s)} for s in sites))
+    return tuple(p for p in site_plates(sites[0]) if p.name in names)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One joint run of guide and model with ``num_particles`` particles.
+
+    All densities have shape ``(num_particles, *batch)``, are in nats, and leave the subsample scale of the batch
+    plates out; that scale is :attr:`scale`.
+    """
+
+    guide: Any
+    model: Any
+    num_particles: int
+    nesting: int
+    enumerated: bool = False
+
+    @cached_property
+    def batch(self) -> tuple[Plate, ...]:
+        """Plates common to every sample site of model and guide, left to right."""
+        sites = [s for trace in (self.model, self.guide) for _, s in sample_sites(trace) if not is_deterministic(s)]
+        return common_plates(sites)
+
+    @property
+    def deepest(self) -> int:
+        """How deep the plates of the two traces nest."""
+        traces = (self.guide, self.model)
+        return -min((p.dim for t in traces for _, site in sample_sites(t) for p in site_plates(site)), default=0)
+
+    def subsample_indices(self) -> dict[str, Tensor]:
+        """The guide's index draws of its plates, to be passed on as ``values`` of another run."""
+        return {n: s["value"] for n, s in self.guide.nodes.items() if is_subsample(s) and s["value"] is not None}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(num_particles, *batch)``."""
+        return (self.num_particles, *(p.size for p in self.batch))
+
+    @property
+    def scale(self) -> float:
+        """Product of the batch plates' subsample scales: the factor of the objective."""
+        return math.prod(p.scale for p in self.batch)
+
+    @property
+    def subsampled(self) -> tuple[str, ...]:
+        """Names of subsampled plates that are not batch plates: their scale sits inside the densities."""
+        found = {n for trace in (self.model, self.guide) for _, s in sample_sites(trace) for n in _subsampled_plates(s)}
+        return tuple(sorted(found - {p.name for p in self.batch}))
+
+    @property
+    def guide_enumerated(self) -> bool:
+        """Whether the guide enumerates a site: densities are then expectations, not particles."""
+        return any(is_enumerated(site) for site in latent_sites(self.guide).values())
+
+    def to_batch(self, density: Tensor, name: str = "") -> Tensor:
+        """Sum a site's log density, aligned right on plate dimensions, to ``(num_particles, *batch)``."""
+        width = self.nesting + 1
+        if density.dim() > width:
+            raise ValueError(
+                f"site {name!r} has a log density of shape {tuple(density.shape)}: expected at most {width} dimensions, "
+                "the particles and the plates. Declare the others with pyro.plate or .to_event()."
+            )
+        density = density.reshape((1,) * (width - density.dim()) + tuple(density.shape))
+        kept = {p.dim for p in self.batch}
+        summed = [dim for dim in range(-self.nesting, 0) if dim not in kept]
+        return (density.sum(summed) if summed else density).expand(self.shape)
+
+    def site_log_prob(self, name: str, site: Site) -> Tensor:
+        """Log density of one site, scaled and masked as Pyro defines it, without the batch plates' scale."""
+        return scale_and_mask(_unscaled_log_prob(name, site), self._scale_of(site), site["mask"])
+
+    def _scale_of(self, site: Site) -> Any:
+        return site["scale"] / self.scale if self.scale != 1.0 else site["scale"]
+
+    def log_probs(self, trace: Any) -> dict[str, Tensor]:
+        """Log density of every site of a trace that is not enumerated, each ``(num_particles, *batch)``."""
+        sites = ((n, s) for n, s in sample_sites(trace) if not is_deterministic(s))
+        return {name: self.to_batch(self.site_log_prob(name, site), name) for name, site in sites}
+
+    def _total(self, densities: Mapping[str, Tensor]) -> Tensor:
+        return sum(densities.values(), torch.zeros(self.shape, device=_device_of(self.model, self.guide)))
+
+    @cached_property
+    def _enumerated_densities(self) -> tuple[list[Tensor], list[Tensor]]:
+        target, forward = enumeration.log_densities(self.model, self.guide, self.scale)
+        return [self.to_batch(t) for t in target], [self.to_batch(t) for t in forward]
+
+    def log_target(self) -> Tensor:
+        """Log joint density of the model at the guide's draws, enumerated model sites summed out."""
+        if self.enumerated:
+            return sum(self._enumerated_densities[0], torch.zeros(self.shape))
+        return self._total(self.log_probs(self.model))
+
+    def log_forward(self) -> Tensor:
+        """Log density of the guide at its draws, auxiliary sites included."""
+        if self.enumerated:
+            return sum(self._enumerated_densities[1], torch.zeros(self.shape))
+        return self._total(self.log_probs(self.guide))
+
+    def log_score(self, *, detached: bool) -> Tensor | None:
+        """Log density of the draws that carry no path gradient, unscaled; ``None`` if there are none.
+
+        With detached draws these are all sites, otherwise the ones that cannot be reparameterised.
+        """
+        parts = {}
+        for name, site in sample_sites(self.guide):
+            if not is_enumerated(site) and (detached or not getattr(site["fn"], "has_rsample", False)):
+                unscaled = scale_and_mask(_unscaled_log_prob(name, site), mask=site["mask"])
+                parts[name] = self.to_batch(unscaled, name)
+        return self._total(parts) if parts else None
+
+    def entropies(self) -> dict[str, Tensor]:
+        """Entropy of each guide site given the draws above it: exact where the distribution has one, for a ``Delta``
+        minus its log density. Scaled and masked as the site is."""
+        found = {}
+        for name, site in sample_sites(self.guide):
+            if is_delta(site) or site["is_observed"]:
+                found[name] = -self.to_batch(self.site_log_prob(name, site), name)
+            else:
+                entropy = scale_and_mask(_entropy(name, site), self._scale_of(site), site["mask"])
+                found[name] = self.to_batch(entropy, name)
+        return found
+
+
+def _device_of(*traces: Any) -> torch.device | None:
+    for trace in traces:
+        for _, site in sample_sites(trace):
+            if isinstance(site["value"], Tensor):
+                return site["value"].device
+    return None
+
+
+def _unscaled_log_prob(name: str, site: Site) -> Tensor:
+    try:
+        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    except ValueError as error:
+        raise ValueError(
+            f"the log density at site {name!r} cannot be computed: {error}\nExpected a value inside the support and of "
+            "the shape of the distribution; check the data for NaN or out-of-range entries."
+        ) from error
+
+
+def _entropy(name: str, site: Site) -> Tensor:
+    try:
+        entropy: Tensor = site["fn"].entropy()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"site {name!r} of the guide has no exact entropy ({type(site['fn']).__name__}): use entropy='sampled'."
+        ) from error
+    return entropy
+
+
