@@ -1,0 +1,26 @@
+"""Three small real data sets with their models, for the demo, the tutorials and the tests.
+
+`load(name)` gives an `Example` with `model`, `args` and `coords`.
+"""
+
+from pplvi.examples import diabetes, eight_schools, grunfeld
+from pplvi.examples.example import Example
+
+LOADERS = {"eight_schools": eight_schools.load, "diabetes": diabetes.load, "grunfeld": grunfeld.load}
+
+__all__ = ["LOADERS", "Example", "diabetes", "eight_schools", "grunfeld", "load"]
+
+
+def load(name: str) -> Example:
+    """The example of that name: one of `LOADERS`.
+
+    Raises:
+        ValueError: for a name that is not there.
+
+    Example:
+        >>> load("grunfeld").name
+        'grunfeld'
+    """
+    if name not in LOADERS:
+        raise ValueError(f"no example is called {name!r}: expected one of {sorted(LOADERS)}")
+    return LOADERS[name]()

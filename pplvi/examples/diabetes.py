@@ -1,0 +1,53 @@
+"""Diabetes: a robust linear regression whose Student-t errors have an unknown number of degrees of freedom.
+
+    intercept ~ Normal(0, 1),  coef_k ~ Normal(0, 1),  scale ~ HalfNormal(1),  df ~ Gamma(2, 0.1)
+    y_i ~ StudentT(df, intercept + x_i . coef, scale)
+
+The prior of df is the one of M. A. Juarez and M. F. J. Steel, "Model-based clustering of non-Gaussian panel data
+based on skew-t distributions", Journal of Business & Economic Statistics 28, 2010. Data: 442 patients, ten measurements
+and the progression of the disease a year later, of B. Efron et al., "Least angle regression", Annals of Statistics 32,
+2004; scikit-learn carries them.
+"""
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pplvi.examples.example import Example, standardize
+
+
+def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Standardised progression `y` of shape (n,) given measurements `x` of shape (n, k); returns the progression.
+
+    Example:
+        >>> x, y = load().args
+        >>> model(x).shape == y.shape
+        True
+    """
+    intercept = pyro.sample("intercept", dist.Normal(0.0, 1.0))
+    with pyro.plate("feature", x.shape[-1], dim=-1):
+        coef = pyro.sample("coef", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    df = pyro.sample("df", dist.Gamma(2.0, 0.1))
+    mean = intercept + (coef.unsqueeze(-2) * x).sum(-1) if coef.dim() > 1 else intercept + x @ coef
+    with pyro.plate("patient", x.shape[-2], dim=-1):
+        return pyro.sample("y", dist.StudentT(df, mean, scale), obs=y)
+
+
+def load() -> Example:
+    """The diabetes regression with standardised columns, in the default dtype.
+
+    Raises:
+        ImportError: without scikit-learn, which carries the data.
+
+    Example:
+        >>> x, y = load().args
+        >>> tuple(x.shape), tuple(y.shape)
+        ((442, 10), (442,))
+    """
+    from sklearn.datasets import load_diabetes
+
+    data = load_diabetes()
+    x, y = (standardize(torch.tensor(column, dtype=torch.get_default_dtype())) for column in (data.data, data.target))
+    return Example("diabetes", model, (x, y), {"feature": list(data.feature_names)})

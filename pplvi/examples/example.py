@@ -1,0 +1,41 @@
+"""What an example is: a Pyro model, the arguments that carry its data, and names for the elements of its plates."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model with its data.
+
+    Attributes:
+        name: what tables and files call it.
+        model: an ordinary Pyro program; its last argument is the observed data, None to sample it.
+        args: the arguments of the model, data last.
+        coords: plate name -> names of its elements, for ArviZ.
+
+    Example:
+        >>> from pplvi.examples import eight_schools
+        >>> example = eight_schools.load()
+        >>> example.name, len(example.args)
+        ('eight_schools', 2)
+    """
+
+    name: str
+    model: Callable[..., Any]
+    args: tuple[Tensor, ...]
+    coords: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def standardize(x: Tensor) -> Tensor:
+    """Columns with mean 0 and standard deviation 1 over dim 0: (x - mean) / sd, same shape.
+
+    Example:
+        >>> import torch
+        >>> standardize(torch.tensor([1.0, 2.0, 3.0])).tolist()
+        [-1.0, 0.0, 1.0]
+    """
+    return (x - x.mean(0)) / x.std(0)

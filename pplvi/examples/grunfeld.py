@@ -1,0 +1,66 @@
+"""Grunfeld: a regression of the investment of eleven firms over twenty years, with an intercept for each firm.
+
+    mu ~ Normal(0, 1),  tau ~ HalfNormal(1),  intercept_f ~ Normal(mu, tau),  b_value, b_capital ~ Normal(0, 1)
+    sigma ~ HalfNormal(1),  y_tf ~ Normal(intercept_f + b_value value_tf + b_capital capital_tf, sigma)
+
+All three variables are logarithms, standardised. The data, in the public domain, are `grunfeld.csv` beside this file,
+which states their source and licence.
+"""
+
+import csv
+from importlib import resources
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pplvi.examples.example import Example, standardize
+
+
+def model(value: Tensor, capital: Tensor, investment: Tensor | None = None) -> Tensor:
+    """Investment of shape (years, firms) given market value and capital of the same shape; returns the investment.
+
+    Example:
+        >>> value, capital, investment = load().args
+        >>> model(value, capital).shape == investment.shape
+        True
+    """
+    years, firms = value.shape
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    b_value = pyro.sample("b_value", dist.Normal(0.0, 1.0))
+    b_capital = pyro.sample("b_capital", dist.Normal(0.0, 1.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+    with pyro.plate("firm", firms, dim=-1):
+        intercept = pyro.sample("intercept", dist.Normal(mu, tau))
+        with pyro.plate("year", years, dim=-2):
+            mean = intercept + b_value * value + b_capital * capital
+            return pyro.sample("investment", dist.Normal(mean, sigma), obs=investment)
+
+
+def load() -> Example:
+    """The panel of eleven firms with standardised logarithms, in the default dtype.
+
+    Example:
+        >>> example = load()
+        >>> [tuple(arg.shape) for arg in example.args]
+        [(20, 11), (20, 11), (20, 11)]
+        >>> example.coords["firm"][:2]
+        ['General Motors', 'US Steel']
+    """
+    rows = _rows()
+    firms, years = list(dict.fromkeys(row["firm"] for row in rows)), sorted({int(row["year"]) for row in rows})
+    cells = {(int(row["year"]), row["firm"]): row for row in rows}
+
+    def column(name: str) -> Tensor:
+        table = torch.tensor([[float(cells[year, firm][name]) for firm in firms] for year in years])
+        return standardize(table.log().flatten()).reshape(table.shape)
+
+    args = column("value"), column("capital"), column("invest")
+    return Example("grunfeld", model, args, {"firm": firms, "year": years})
+
+
+def _rows() -> list[dict[str, str]]:
+    text = resources.files("pplvi.examples").joinpath("grunfeld.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
