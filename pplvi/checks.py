@@ -36,7 +36,9 @@ def named_errors() -> Iterator[None]:
 
 def enumerates(run: Run) -> bool:
     """Whether any latent site asks for parallel enumeration."""
-    return any(s["infer"].get("enumerate") == "parallel" for t in (run.model, run.guide) for s in latent_sites(t).values())
+    return any(
+        s["infer"].get("enumerate") == "parallel" for t in (run.model, run.guide) for s in latent_sites(t).values()
+    )
 
 
 def check_pair(run: Run) -> None:
@@ -86,7 +88,9 @@ def _check_shapes(name: str, model: Site, guide: Site) -> None:
 
 
 def _shape(site: Site) -> str:
-    batch = torch.broadcast_shapes(site["fn"].batch_shape, site["value"].shape[: site["value"].dim() - site["fn"].event_dim])
+    batch = torch.broadcast_shapes(
+        site["fn"].batch_shape, site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
+    )
     return f"{tuple(batch)} | {tuple(site['fn'].event_shape)}"
 
 
@@ -138,7 +142,9 @@ def _seen(site: Site, value: Tensor) -> Tensor:
 def _check_declared(name: str, site: Site) -> None:
     """Every batch dimension of a distribution has to be a plate, or particles would be mixed up with data."""
     sizes = {p.dim: p.size for p in site_plates(site)}
-    for dim, size in zip(range(-1, -1 - len(site["fn"].batch_shape), -1), reversed(site["fn"].batch_shape), strict=True):
+    for dim, size in zip(
+        range(-1, -1 - len(site["fn"].batch_shape), -1), reversed(site["fn"].batch_shape), strict=True
+    ):
         if size != 1 and sizes.get(dim) != size:
             raise ValueError(
                 f"site {name!r} has batch shape {tuple(site['fn'].batch_shape)}, but plates "

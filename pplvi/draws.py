@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -222,7 +222,7 @@ def _log_likelihoods(run: Run, observed: dict[str, Site]) -> dict[str, Tensor]:
 
 def _log_likelihood(run: Run, name: str, site: Site) -> Tensor | None:
     if not run.enumerated:
-        return replace_scale(run, name, site)
+        return _unscaled(run, name, site)
     density = enumeration.log_likelihood(run.model, run.guide, name)
     if density is None:
         warnings.warn(
@@ -233,7 +233,7 @@ def _log_likelihood(run: Run, name: str, site: Site) -> Tensor | None:
     return density
 
 
-def replace_scale(run: Run, name: str, site: Site) -> Tensor:
+def _unscaled(run: Run, name: str, site: Site) -> Tensor:
     """Masked log density of a site without any scale."""
     return run.site_log_prob(name, {**site, "scale": run.scale})
 
@@ -241,11 +241,10 @@ def replace_scale(run: Run, name: str, site: Site) -> Tensor:
 def _concatenate(parts: list[Draws]) -> Draws:
     if len(parts) == 1:
         return parts[0]
-    joined = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Draws) if f.name in _DRAWN}
-    return replace(parts[0], **joined)
-
-
-_DRAWN = ("latents", "deterministics", "log_likelihood", "log_p", "log_q")
+    drawn = ["latents", "deterministics", "log_likelihood", "log_p", "log_q"]
+    if parts[0].log_p is None:
+        drawn.append("observed")  # predictions
+    return replace(parts[0], **{name: _join([getattr(part, name) for part in parts]) for name in drawn})
 
 
 def _join(values: list[Any]) -> Any:

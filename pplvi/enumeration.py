@@ -98,8 +98,8 @@ def _inside_the_sum(site: Site) -> Tensor:
 def _common_scale(scales: list[Any]) -> Any:
     if any(isinstance(s, Tensor) and s.dim() for s in scales) or len({float(s) for s in scales}) != 1:
         raise ValueError(
-            f"sites that share an enumerated variable have the scales {scales}: expected one common scalar scale, since "
-            "it is applied outside the sum. Put them into the same subsampled plate or drop poutine.scale."
+            f"sites that share an enumerated variable have the scales {scales}: expected one common scalar scale, "
+            "since it is applied outside the sum. Put them into the same subsampled plate or drop poutine.scale."
         )
     return scales[0]
 

@@ -8,7 +8,7 @@ before a later site can use them. No state of a program is kept but a hint of ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,8 +21,18 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pplvi import checks
-from pplvi.runs import PARTICLES, Run, is_delta, is_subsample, sample_sites, site_plates
+from pplvi import autoguides, checks
+from pplvi.runs import (
+    PARTICLES,
+    Run,
+    is_delta,
+    is_deterministic,
+    is_factor,
+    is_subsample,
+    latent_sites,
+    sample_sites,
+    site_plates,
+)
 
 Program = Callable[..., Any]
 
@@ -53,11 +63,13 @@ class _Detach(Messenger):
 class _Supply(Messenger):
     """Give the named sample sites these values instead of drawing them."""
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], *, but_delta: bool = False) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.but_delta = values, but_delta
 
     def _pyro_sample(self, msg: Any) -> None:
+        if self.but_delta and is_delta(msg):
+            return
         if not msg["is_observed"] and msg["name"] in self.values:
             msg["value"], msg["done"] = self.values[msg["name"]], True
 
@@ -88,6 +100,15 @@ def execute(
     return run
 
 
+def guide_run(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, num_particles: int = 1
+) -> Run:
+    """Run the guide alone; the model's trace is empty."""
+    layout = _layout(model, guide, args, kwargs)
+    how = _How(num_particles, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, None))
+    return Run(_run_guide(guide, args, kwargs, how), poutine.Trace(), num_particles, layout.nesting, layout.enumerated)
+
+
 @dataclass(frozen=True)
 class _How:
     """How to run a pair of programs."""
@@ -107,22 +128,29 @@ class _How:
     def enumerating(self, *, first: bool) -> AbstractContextManager[Any]:
         if not self.enumerated:
             return nullcontext()
-        return poutine.enum(first_available_dim=-self.nesting - (1 if self.num_particles == 1 else 2) if first else None)
+        return poutine.enum(
+            first_available_dim=-self.nesting - (1 if self.num_particles == 1 else 2) if first else None
+        )
 
     def drawing(self) -> AbstractContextManager[Any]:
         return _Detach() if self.detach else nullcontext()
 
 
 def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> Run:
-    with how.drawing(), _Supply(how.values or {}):
-        guide_trace = _trace(guide, args, kwargs, how.particles(), how.enumerating(first=True))
-    unwrapped = poutine.unwrap(guide)
-    if isinstance(unwrapped, GuideMessenger):
-        model_trace, guide_trace = unwrapped.get_traces()
+    guide_trace = _run_guide(guide, args, kwargs, how)
+    if isinstance(messenger := poutine.unwrap(guide), GuideMessenger):  # it ran the model already
+        model_trace, _ = messenger.get_traces()
     else:
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = _trace(replayed, args, kwargs, how.particles(), how.enumerating(first=False))
     return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated)
+
+
+def _run_guide(guide: Program, args: Any, kwargs: Any, how: _How) -> Trace:
+    with how.drawing(), _Supply(how.values or {}):
+        trace = _trace(guide, args, kwargs, how.particles(), how.enumerating(first=True))
+    messenger = poutine.unwrap(guide)
+    return messenger.get_traces()[1] if isinstance(messenger, GuideMessenger) else trace
 
 
 def _trace(program: Program, args: Any, kwargs: Any, *contexts: AbstractContextManager[Any]) -> Trace:
@@ -188,10 +216,8 @@ def _layout(model: Program, guide: Program, args: Any, kwargs: Any) -> Layout:
 
 
 def _remember(model: Program, guide: Program, layout: Layout) -> None:
-    try:
+    with suppress(TypeError):  # not hashable or not weakly referable: inspected anew at every call
         _LAYOUTS.setdefault(model, WeakKeyDictionary())[guide] = layout
-    except TypeError:
-        pass  # not hashable or not weakly referable: inspected anew at every call
 
 
 def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout:
@@ -267,6 +293,44 @@ def _shape_under_particles(name: str, value: Tensor, site: Any, nesting: int) ->
             "same size, or drop them from the draws so that they are sampled from the prior."
         )
     return [len(value), *(sizes.get(dim, 1) for dim in range(-nesting, 0)), *event]
+
+
+def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+    """Draw latents and data from the model, without gradient, and run the guide on these draws.
+
+    :raises ValueError: if the dreamed data have no way to reach the guide, or the guide cannot be scored at them.
+    """
+    layout = _layout(model, guide, args, kwargs)
+    with torch.no_grad(), poutine.uncondition():
+        model_trace = _trace(model, args, kwargs, nullcontext(), nullcontext())
+    dreamt = {n: s for n, s in sample_sites(model_trace) if s["infer"].pop("was_observed", False)}
+    for site in dreamt.values():
+        site["is_observed"] = True
+    dreams = {n: s["value"] for n, s in dreamt.items() if not (is_deterministic(s) or is_factor(s))}
+    args, kwargs = _with_dreams(model, args, kwargs, dreams)
+    values = {name: site["value"] for name, site in latent_sites(model_trace).items()}
+    with _Supply({**values, **autoguides.auxiliary_values(guide, values)}, but_delta=True):
+        guide_trace = _trace(guide, args, kwargs, nullcontext(), nullcontext())
+    return Run(guide_trace, model_trace, 1, layout.nesting)
+
+
+def _with_dreams(
+    model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], dreams: Mapping[str, Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the guide with every observed value replaced by its dream."""
+    if "observations" in kwargs:
+        return args, {**kwargs, "observations": dict(dreams)}
+    observed = {n: s["value"] for n, s in sample_sites(plain_run(model, args, kwargs).model) if n in dreams}
+    dream_of = {id(value): dreams[name] for name, value in observed.items()}
+    given = {id(value) for value in (*args, *kwargs.values())}
+    if lost := sorted(name for name, value in observed.items() if id(value) not in given):
+        raise ValueError(
+            f"the dreams of {lost} cannot reach the guide: expected the data of these sites to be arguments of the "
+            "model themselves (not copies, slices or attributes), or to come in its keyword argument `observations`, "
+            "a dict from site name to value."
+        )
+    replaced = {name: dream_of.get(id(value), value) for name, value in kwargs.items()}
+    return tuple(dream_of.get(id(value), value) for value in args), replaced
 
 
 def first_bad_site(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:

@@ -34,11 +34,16 @@ class Plate:
 
     @property
     def scale(self) -> float:
+        """``full_size / size``."""
         return self.full_size / self.size
 
 
 def _base_distribution(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
+    while hasattr(fn, "base_dist") and type(fn).__name__ in (
+        "Independent",
+        "MaskedDistribution",
+        "ExpandedDistribution",
+    ):
         fn = fn.base_dist
     return fn
 
@@ -83,7 +88,9 @@ def is_enumerated(site: Site) -> bool:
 def site_plates(site: Site) -> tuple[Plate, ...]:
     """The vectorised plates around a site, left to right, without the particle plate."""
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
-    return tuple(Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in sorted(frames, key=lambda f: f.dim))
+    return tuple(
+        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in sorted(frames, key=lambda f: f.dim)
+    )
 
 
 def _subsampled_plates(site: Site) -> set[str]:
@@ -92,6 +99,7 @@ def _subsampled_plates(site: Site) -> set[str]:
 
 
 def common_plates(sites: list[Site]) -> tuple[Plate, ...]:
+    """The plates around every one of the sites, left to right."""
     if not sites:
         return ()
     names = set.intersection(*({p.name for p in site_plates(s)} for s in sites))
@@ -154,8 +162,8 @@ class Run:
         width = self.nesting + 1
         if density.dim() > width:
             raise ValueError(
-                f"site {name!r} has a log density of shape {tuple(density.shape)}: expected at most {width} dimensions, "
-                "the particles and the plates. Declare the others with pyro.plate or .to_event()."
+                f"site {name!r} has a log density of shape {tuple(density.shape)}: expected at most {width} "
+                "dimensions, the particles and the plates. Declare the others with pyro.plate or .to_event()."
             )
         density = density.reshape((1,) * (width - density.dim()) + tuple(density.shape))
         kept = {p.dim for p in self.batch}
@@ -174,8 +182,12 @@ class Run:
         sites = ((n, s) for n, s in sample_sites(trace) if not is_deterministic(s))
         return {name: self.to_batch(self.site_log_prob(name, site), name) for name, site in sites}
 
+    def zeros(self) -> Tensor:
+        """Zeros of shape ``(num_particles, *batch)`` on the programs' device."""
+        return torch.zeros(self.shape, device=_device_of(self.model, self.guide))
+
     def _total(self, densities: Mapping[str, Tensor]) -> Tensor:
-        return sum(densities.values(), torch.zeros(self.shape, device=_device_of(self.model, self.guide)))
+        return sum(densities.values(), self.zeros())
 
     @cached_property
     def _enumerated_densities(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -185,13 +197,13 @@ class Run:
     def log_target(self) -> Tensor:
         """Log joint density of the model at the guide's draws, enumerated model sites summed out."""
         if self.enumerated:
-            return sum(self._enumerated_densities[0], torch.zeros(self.shape))
+            return sum(self._enumerated_densities[0], self.zeros())
         return self._total(self.log_probs(self.model))
 
     def log_forward(self) -> Tensor:
         """Log density of the guide at its draws, auxiliary sites included."""
         if self.enumerated:
-            return sum(self._enumerated_densities[1], torch.zeros(self.shape))
+            return sum(self._enumerated_densities[1], self.zeros())
         return self._total(self.log_probs(self.guide))
 
     def log_score(self, *, detached: bool) -> Tensor | None:
@@ -245,5 +257,3 @@ def _entropy(name: str, site: Site) -> Tensor:
             f"site {name!r} of the guide has no exact entropy ({type(site['fn']).__name__}): use entropy='sampled'."
         ) from error
     return entropy
-
-

@@ -1,0 +1,46 @@
+"""The one place that knows how Pyro's automatic guides store their draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoGuideList, AutoNormal
+from torch import Tensor
+from torch.distributions import biject_to
+
+
+def auxiliary_values(guide: Any, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of an automatic guide's auxiliary sites that give these latents (constrained, without particles).
+
+    An automatic guide draws unconstrained auxiliary sites and maps them to the latents by ``Delta`` sites, so that its
+    density at given latents is that of the auxiliary values behind them.
+
+    :returns: values by site name; nothing for a guide that is not automatic.
+    :raises ValueError: for automatic guides that cannot be inverted.
+    """
+    if isinstance(guide, AutoGuideList):
+        return {n: v for part in guide for n, v in auxiliary_values(part, latents).items()}
+    if isinstance(guide, AutoContinuous):
+        return {f"_{guide._pyro_name}_latent": _packed(guide, latents)}
+    if isinstance(guide, AutoNormal):
+        return {f"{name}_unconstrained": _unconstrained(site, latents) for name, site in _latents_of(guide)}
+    if isinstance(guide, AutoGuide):
+        raise ValueError(
+            f"{type(guide).__name__} cannot be scored at draws of the model: expected AutoNormal, a guide derived from "
+            "AutoContinuous, or a guide of your own with a density at its latent sites."
+        )
+    return {}
+
+
+def _latents_of(guide: AutoGuide) -> list[tuple[str, Any]]:
+    return list(guide.prototype_trace.iter_stochastic_nodes())
+
+
+def _unconstrained(site: Any, latents: Mapping[str, Tensor]) -> Tensor:
+    return biject_to(site["fn"].support).inv(latents[site["name"]])
+
+
+def _packed(guide: AutoContinuous, latents: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([_unconstrained(site, latents).reshape(-1) for _, site in _latents_of(guide)])
