@@ -148,8 +148,8 @@ def _check_declared(name: str, site: Site) -> None:
         if size != 1 and sizes.get(dim) != size:
             raise ValueError(
                 f"site {name!r} has batch shape {tuple(site['fn'].batch_shape)}, but plates "
-                f"{ {p.name: (p.dim, p.size) for p in site_plates(site)} }: expected a plate of size {size} at dimension {dim}. "
-                "Enclose it in pyro.plate, or declare the dimension as part of one event with .to_event()."
+                f"{ {p.name: (p.dim, p.size) for p in site_plates(site)} }: expected a plate of size {size} at "
+                f"dimension {dim}. Enclose it in pyro.plate, or declare the dimension as part of one event with .to_event()."
             )
 
 
@@ -166,7 +166,7 @@ def _warn_of_joint_factors(run: Run) -> None:
 
 
 def first_bad_site(run: Run) -> str | None:
-    """Name of the first site, guide before model, whose value or log density is not finite; ``None`` if there is none."""
+    """Name of the first site, guide before model, whose value or log density is not finite, or ``None``."""
     for trace in (run.guide, run.model):
         for name, site in sample_sites(trace):
             if not is_deterministic(site) and _is_bad(run, name, site):

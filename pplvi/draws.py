@@ -39,8 +39,8 @@ class Draws:
     :ivar latents: latent sites of the model, constrained, ``(S, *plates, *event)``.
     :ivar deterministics: ``pyro.deterministic`` sites, ``(S, *shape)``.
     :ivar observed: observed values ``(*plates, *event)``; in predictions sampled ones, ``(S, *plates, *event)``.
-    :ivar log_likelihood: log density of each observed site, ``(S, *plates)``, nats: event dimensions summed, scales left
-        out, masked entries 0, enumerated variables summed out.
+    :ivar log_likelihood: log density of each observed site, ``(S, *plates)``, nats: event dimensions summed, scales
+        left out, masked entries 0, enumerated variables summed out.
     :ivar log_p: log joint density of the model, ``(S, *batch)``, nats.
     :ivar log_q: log density of the guide, ``(S, *batch)``, nats; ``None`` without a guide.
     :ivar batch: the plates of ``batch``: common to all sites.
