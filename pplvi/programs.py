@@ -175,11 +175,11 @@ class _SubsampleRecorder(Messenger):
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Run a program for inspection: sites hidden from outer handlers, random state untouched and not reused."""
+    """Run a program for inspection: no gradient, and a random state that is neither advanced nor used twice."""
     state = pyro.util.get_rng_state()
     try:
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
-        with torch.no_grad(), poutine.block(hide_fn=lambda msg: msg["type"] != "param"):
+        with torch.no_grad():
             yield
     finally:
         pyro.util.set_rng_state(state)
