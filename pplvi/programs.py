@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pplvi import autoguides, checks
@@ -107,6 +108,14 @@ def guide_run(
     layout = _layout(model, guide, args, kwargs)
     how = _How(num_particles, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, None))
     return Run(_run_guide(guide, args, kwargs, how), poutine.Trace(), num_particles, layout.nesting, layout.enumerated)
+
+
+class _Uncondition(UnconditionMessenger):
+    """Draw observed sites; deterministic ones and factors, which Pyro marks as observed too, stay as they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (is_deterministic(msg) or is_factor(msg)):
+            super()._pyro_sample(msg)
 
 
 @dataclass(frozen=True)
@@ -265,7 +274,7 @@ def run_model(
     plain = plain_run(model, args, kwargs)
     enumerated = checks.enumerates(plain) and not sample_observed
     how = _How(num_particles, plain.nesting, enumerated, values=_spread(latents or {}, plain))
-    observing = poutine.uncondition() if sample_observed else nullcontext()
+    observing = _Uncondition() if sample_observed else nullcontext()
     with observing, _Supply(how.values or {}):
         trace = _trace(model, args, kwargs, how.particles(), how.enumerating(first=True))
     return Run(poutine.Trace(), trace, num_particles, plain.nesting, enumerated)
@@ -301,7 +310,7 @@ def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping
     :raises ValueError: if the dreamed data have no way to reach the guide, or the guide cannot be scored at them.
     """
     layout = _layout(model, guide, args, kwargs)
-    with torch.no_grad(), poutine.uncondition():
+    with torch.no_grad(), _Uncondition():
         model_trace = _trace(model, args, kwargs, nullcontext(), nullcontext())
     dreamt = {n: s for n, s in sample_sites(model_trace) if s["infer"].pop("was_observed", False)}
     for site in dreamt.values():
