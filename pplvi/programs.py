@@ -32,7 +32,7 @@ from pplvi.runs import (
     is_subsample,
     latent_sites,
     sample_sites,
-    site_plates,
+    spread,
 )
 
 Program = Callable[..., Any]
@@ -92,13 +92,46 @@ def execute(
     :raises ValueError: if model and guide do not fit together (checked on the first run of the pair).
     """
     layout = _layout(model, guide, args, kwargs)
-    how = _How(num_particles, layout.nesting, layout.enumerated, detach, _supplied(model, args, kwargs, layout, values))
-    run = _execute(model, guide, args, kwargs, how)
-    while run.deepest > how.nesting:  # deeper than at the first run: remember, and run again with room for it
-        how = replace(how, nesting=run.deepest)
-        _remember(model, guide, replace(layout, nesting=how.nesting))
-        run = _execute(model, guide, args, kwargs, how)
+
+    def attempt(layout: Layout) -> Run:
+        supplied = _supplied(model, args, kwargs, layout, values)
+        how = _How(num_particles, layout.nesting, layout.enumerated, detach, supplied)
+        return _execute(model, guide, args, kwargs, how)
+
+    try:
+        run = attempt(layout)
+    except Exception as error:
+        run = attempt(layout := _renewed(model, guide, args, kwargs, layout, num_particles, error))
+    while (needed := _needed(run, layout)) != layout:
+        _remember(model, guide, layout := needed)
+        run = attempt(layout)
     return run
+
+
+def _needed(run: Run, layout: Layout) -> Layout:
+    """The layout with room for what a run has shown, such as plates that nest deeper than at the first run."""
+    own = layout.own_subsamples | (run.given_subsamples & frozenset(run.subsample_indices()))
+    return Layout(max(layout.nesting, run.deepest), layout.enumerated or checks.enumerates(run), own)
+
+
+def _renewed(
+    model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, num_particles: int, error: Exception
+) -> Layout:
+    """After an error in a run: the layout for these arguments, if they are what has changed.
+
+    :raises ValueError: what is wrong with them, or with running all particles in one call.
+    """
+    fresh = inspect(model, guide, args, kwargs)
+    if fresh != layout:
+        _remember(model, guide, fresh)
+        return fresh
+    if num_particles > 1 and isinstance(error, RuntimeError | IndexError):
+        raise ValueError(
+            f"the programs run alone, but not with {num_particles} particles in one call: {error}\nExpected tensors "
+            "that broadcast over one more dimension on the left (index dimensions from the right). Rewrite the program "
+            "that way, or run particles one after another: vectorize_particles=False (objectives), vectorize=False."
+        ) from error
+    raise error
 
 
 def guide_run(
@@ -148,18 +181,22 @@ class _How:
 def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> Run:
     guide_trace = _run_guide(guide, args, kwargs, how)
     if isinstance(messenger := poutine.unwrap(guide), GuideMessenger):  # it ran the model already
-        model_trace, _ = messenger.get_traces()
-    else:
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = _trace(replayed, args, kwargs, how.particles(), how.enumerating(first=False))
-    return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated)
+        return Run(guide_trace, messenger.get_traces()[0], how.num_particles, how.nesting, how.enumerated)
+    recorder = _SubsampleRecorder()
+    replayed = poutine.replay(recorder(model), trace=guide_trace)
+    model_trace = _trace(replayed, args, kwargs, how.particles(), how.enumerating(first=False))
+    given = frozenset(recorder.given)
+    return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated, given)
 
 
 def _run_guide(guide: Program, args: Any, kwargs: Any, how: _How) -> Trace:
     with how.drawing(), _Supply(how.values or {}):
         trace = _trace(guide, args, kwargs, how.particles(), how.enumerating(first=True))
-    messenger = poutine.unwrap(guide)
-    return messenger.get_traces()[1] if isinstance(messenger, GuideMessenger) else trace
+    if not isinstance(messenger := poutine.unwrap(guide), GuideMessenger):
+        return trace
+    guide_trace = messenger.get_traces()[1]
+    guide_trace.nodes.update({name: site for name, site in trace.nodes.items() if is_subsample(site)})
+    return guide_trace
 
 
 def _trace(program: Program, args: Any, kwargs: Any, *contexts: AbstractContextManager[Any]) -> Trace:
@@ -208,7 +245,7 @@ def _supplied(
     if values or not layout.own_subsamples:
         return values or {}
     given = _given_subsamples(model, args, kwargs)
-    return {name: given[name] for name in layout.own_subsamples}
+    return {name: given[name] for name in layout.own_subsamples if name in given}
 
 
 _LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, Layout]] = WeakKeyDictionary()
@@ -237,9 +274,10 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
     """
     run = _plain_run(model, guide, args, kwargs)
     checks.check_pair(run)
-    drawn = frozenset(run.subsample_indices())
-    given = frozenset(_given_subsamples(model, args, kwargs)) if drawn else frozenset()
-    return Layout(run.nesting, checks.enumerates(run), given & drawn)
+    own = run.given_subsamples & frozenset(run.subsample_indices())
+    if own:
+        checks.check_subsamples(*(_given_subsamples(model, args, kwargs) for _ in range(2)))
+    return Layout(run.nesting, checks.enumerates(run), own)
 
 
 def _plain_run(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
@@ -273,35 +311,11 @@ def run_model(
     """
     plain = plain_run(model, args, kwargs)
     enumerated = checks.enumerates(plain) and not sample_observed
-    how = _How(num_particles, plain.nesting, enumerated, values=_spread(latents or {}, plain))
+    how = _How(num_particles, plain.nesting, enumerated, values=spread(latents or {}, plain))
     observing = _Uncondition() if sample_observed else nullcontext()
     with observing, _Supply(how.values or {}):
         trace = _trace(model, args, kwargs, how.particles(), how.enumerating(first=True))
     return Run(poutine.Trace(), trace, num_particles, plain.nesting, enumerated)
-
-
-def _spread(latents: Mapping[str, Tensor], plain: Run) -> dict[str, Tensor]:
-    """Give compact draws the dimensions that the sites have under a particle plate."""
-    spread = {}
-    for name, value in latents.items():
-        if name in plain.model.nodes:
-            site = plain.model.nodes[name]
-            shape = _shape_under_particles(name, value, site, plain.nesting)
-            spread[name] = value.reshape(shape) if len(value) > 1 else value[0]
-    return spread
-
-
-def _shape_under_particles(name: str, value: Tensor, site: Any, nesting: int) -> list[int]:
-    sizes = {p.dim: p.size for p in site_plates(site)}
-    event = tuple(site["fn"].event_shape)
-    expected = (*sizes.values(), *event)
-    if tuple(value.shape[1:]) != expected:
-        raise ValueError(
-            f"the draws of latent site {name!r} have shape {tuple(value.shape[1:])}, expected {expected} for these "
-            "arguments. Latents inside a plate belong to the data they were fitted to: predict for new data of the "
-            "same size, or drop them from the draws so that they are sampled from the prior."
-        )
-    return [len(value), *(sizes.get(dim, 1) for dim in range(-nesting, 0)), *event]
 
 
 def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
@@ -349,3 +363,31 @@ def first_bad_site(model: Program, guide: Program, args: tuple[Any, ...], kwargs
     """
     with pyro.validation_enabled(False):
         return checks.first_bad_site(_plain_run(model, guide, args, kwargs))
+
+
+class _Noting(Messenger):
+    """Note the names of the sites that are met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.names.append(msg["name"])
+
+
+@contextmanager
+def last_site() -> Iterator[list[str]]:
+    """A list that grows by the name of each sample site that is met: its last entry says where a failure was."""
+    with _Noting() as noting:
+        yield noting.names
+
+
+def parameters_of(run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Unconstrained leaf tensors, by name, of every parameter that a computation asks for; random state untouched."""
+    state = pyro.util.get_rng_state()
+    with poutine.trace(param_only=True) as recorder:
+        run()
+    pyro.util.set_rng_state(state)
+    sites = ((n, s["value"].unconstrained()) for n, s in recorder.trace.nodes.items())
+    return {name: leaf for name, leaf in sites if leaf.requires_grad}
