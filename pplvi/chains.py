@@ -1,0 +1,78 @@
+"""MCMC chains one after another in this process, each from a seed of its own, as one ``pyro.infer.MCMC``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+
+from pplvi.environment import preserved_rng
+from pplvi.programs import Program
+
+KernelFactory = Callable[[Program], MCMCKernel]
+
+
+def kernel_factory(guide: Any) -> KernelFactory | None:
+    """What makes an MCMC kernel from a model: ``"nuts"``, a kernel class, or a ``functools.partial`` of one.
+
+    :returns: ``None`` for anything else.
+
+    Example:
+        >>> kernel_factory("nuts") is NUTS, kernel_factory(partial(NUTS, max_tree_depth=5)) is None
+        (True, False)
+    """
+    if isinstance(guide, str):
+        return NUTS if guide == "nuts" else None
+    made = guide.func if isinstance(guide, partial) else guide
+    return guide if isinstance(made, type) and issubclass(made, MCMCKernel) else None
+
+
+def run_chains(
+    make_kernel: KernelFactory,
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    num_samples: int,
+    num_warmup: int,
+    num_chains: int,
+    seed: int | None,
+    progress: bool = True,
+) -> MCMC:
+    """Draw chain after chain; chain ``c`` has the seed ``seed + c``. With a seed, the global random state stays.
+
+    :param num_samples: draws of each chain after warm-up.
+    :param num_warmup: steps of each chain that adapt the kernel and are dropped.
+    :returns: one ``MCMC`` that holds the chains, fewer than asked for if the user interrupted them.
+    """
+    chains: list[MCMC] = []
+    with preserved_rng(active=seed is not None):
+        for index in range(num_chains):
+            if seed is not None:
+                pyro.set_rng_seed(seed + index)
+            chain = MCMC(
+                make_kernel(model), num_samples=num_samples, warmup_steps=num_warmup, disable_progbar=not progress
+            )
+            try:
+                chain.run(*args, **kwargs)
+            except KeyboardInterrupt:
+                if not chains:
+                    raise
+                break
+            chains.append(chain)
+    return joined(chains)
+
+
+def joined(chains: list[MCMC]) -> MCMC:
+    """The first of several one-chain runs, with the draws and diagnostics of all of them."""
+    first = chains[0]
+    samples = [chain.get_samples(group_by_chain=True) for chain in chains]
+    first._samples = {name: torch.cat([s[name] for s in samples]) for name in samples[0]}
+    first._diagnostics = [chain._diagnostics[0] for chain in chains]
+    first.num_chains = len(chains)
+    return first

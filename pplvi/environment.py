@@ -1,0 +1,134 @@
+"""Global state that a run borrows and gives back: random numbers, the default dtype and the default device."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+
+def rng_state() -> dict[str, Any]:
+    """State of torch's (all devices), NumPy's and Python's global random generators."""
+    state = dict(pyro.util.get_rng_state())
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned."""
+    pyro.util.set_rng_state(dict(state))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def preserved_rng(active: bool = True) -> Iterator[None]:
+    """Leave the global random state as it was, unless ``active`` is false."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        if active:
+            set_rng_state(state)
+
+
+def map_tree(function: Any, tree: Any) -> Any:
+    """Apply ``function`` to every tensor in nested tuples, lists and dictionaries; other leaves stay as they are."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tree(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tree(function, value) for value in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tree(function, value) for value in tree)
+    return tree
+
+
+def clone(tree: Any) -> Any:
+    """A copy of nested containers whose tensors are detached clones."""
+    return map_tree(lambda x: x.detach().clone(), tree)
+
+
+def _feed(digest: Any, tree: Any) -> None:
+    if isinstance(tree, (Tensor, np.ndarray)):
+        array = np.asarray(tree.detach().cpu() if isinstance(tree, Tensor) else tree)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.tobytes())
+    elif isinstance(tree, Mapping):
+        for key in sorted(tree, key=str):
+            digest.update(str(key).encode())
+            _feed(digest, tree[key])
+    elif isinstance(tree, (tuple, list)):
+        digest.update(f"[{len(tree)}]".encode())
+        for value in tree:
+            _feed(digest, value)
+    else:  # the address in the repr of an object is no part of the data
+        digest.update(repr(tree).encode() if isinstance(tree, (int, float, str, bool, type(None))) else b"object")
+
+
+def fingerprint(tree: Any) -> str:
+    """A hash of the tensors, arrays, numbers and strings in nested containers, equal in every process.
+
+    Example:
+        >>> fingerprint((torch.zeros(2), {"n": 3})) == fingerprint((torch.zeros(2), {"n": 3}))
+        True
+    """
+    digest = hashlib.sha256()
+    _feed(digest, tree)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Default dtype and device of a run; ``None`` leaves them alone.
+
+    :raises ValueError: if ``dtype`` is not a floating point dtype.
+    """
+
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(f"dtype={self.dtype!r}: expected a floating point dtype such as torch.float64, or None.")
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Set the defaults inside the block and put the old ones back."""
+        old = torch.get_default_dtype()
+        try:
+            with ExitStack() as stack:
+                if self.device is not None:
+                    stack.enter_context(torch.device(self.device))
+                if self.dtype is not None:
+                    torch.set_default_dtype(self.dtype)
+                yield
+        finally:
+            torch.set_default_dtype(old)
+
+    def move(self, tree: Any) -> Any:
+        """Tensors on the device; floating point ones in the dtype."""
+        return tree if self.dtype is None and self.device is None else map_tree(self._move, tree)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
+
+    def move_module(self, program: Any) -> None:
+        """Move the parameters and buffers of a program that is, or is a method of, a module (in place)."""
+        if (module := module_of(program)) is not None and (self.dtype, self.device) != (None, None):
+            module.to(device=self.device, dtype=self.dtype)
+
+
+def module_of(program: Any) -> torch.nn.Module | None:
+    """The module that a program is, or is a bound method of."""
+    owner = getattr(program, "__self__", program)
+    return owner if isinstance(owner, torch.nn.Module) else None

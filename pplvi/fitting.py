@@ -1,0 +1,337 @@
+"""One call from a Pyro program to a trained guide, or to MCMC draws: :func:`fit`."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pyro.infer
+import torch
+from pyro.infer.elbo import ELBO as PyroELBO
+from pyro.optim import PyroOptim
+
+from pplvi.batches import Batches, Call, FullData, make_batches, to_call
+from pplvi.chains import kernel_factory, run_chains
+from pplvi.checkpoint import PathLike
+from pplvi.elbo import ELBO
+from pplvi.environment import Environment, fingerprint
+from pplvi.optimizers import OptimLike, Update
+from pplvi.rates import Schedule
+from pplvi.restarts import Plan, Recipe, best_of, publish, scratch, train_restarts
+from pplvi.result import Fit
+from pplvi.stopping import Plateau
+from pplvi.training import Monitor, Program, Run, Watch
+
+__all__ = ["Fit", "fit"]
+
+NUM_STEPS = 5000
+NUM_DRAWS = 1000
+_PYRO_BOUNDS = (
+    pyro.infer.Trace_ELBO,
+    pyro.infer.TraceGraph_ELBO,
+    pyro.infer.TraceEnum_ELBO,
+    pyro.infer.TraceTMC_ELBO,
+    pyro.infer.RenyiELBO,
+)
+
+
+def fit(
+    model: Program,
+    guide: Any,
+    *,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    data: Iterable[Any] | None = None,
+    objective: Any = None,
+    optim: OptimLike = None,
+    num_steps: int | None = None,
+    restarts: int = 1,
+    seed: int | None = None,
+    schedule: str | Schedule | None = "cosine",
+    clip: str | float | None = "adaptive",
+    stop: Plateau | None = Plateau(),  # noqa: B008
+    monitor: Any = None,
+    held_back: Any = None,
+    callbacks: Sequence[Callable[[Run], Any]] = (),
+    progress: bool = True,
+    checkpoint: PathLike | None = None,
+    checkpoint_every: int = 500,
+    resume: PathLike | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    num_warmup: int | None = None,
+) -> Fit:
+    r"""Train a guide on a model, from one or several seeds, and keep every restart.
+
+    It minimises the objective :math:`\ell(\theta, \phi)` (nats), for the default :math:`-\text{ELBO}`, over the
+    parameters of model and guide:
+
+    .. math:: \text{ELBO} = E_{q_\phi(z)}[\log p_\theta(x, z) - \log q_\phi(z)] \le \log p_\theta(x)
+
+    With ``schedule=None, clip=None, stop=None`` and the same seed and optimiser it is, to the bit, the loop ::
+
+        pyro.set_rng_seed(seed); pyro.clear_param_store()
+        guide = make_guide(model); svi = SVI(model, guide, optim, objective)
+        losses = [svi.step(*args, **kwargs) for _ in range(num_steps)]
+
+    :param model: a Pyro program: a function, a module, or a method of a module.
+    :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
+        returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"nuts"``, or
+        another MCMC kernel class or ``functools.partial`` of one, for MCMC instead of training.
+    :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
+    :param kwargs: their keyword arguments.
+    :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
+        arguments, a dictionary of keyword arguments, or one tensor. It starts anew when it is used up; an iterator,
+        which cannot, ends the training.
+    :param objective: a loss of :mod:`pplvi.elbo` or of Pyro; ``ELBO()`` unless given.
+    :param optim: a ``pyro.optim`` optimiser, a torch optimiser class, or a callable from the list of parameters to a
+        torch optimiser; Adam with learning rate 0.01 unless given.
+    :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given.
+    :param restarts: how many seeds to train from, one after another; restart ``r`` has the seed ``seed + r``. Modules
+        are copied, so that restarts have no parameter in common. For MCMC, the number of chains.
+    :param seed: makes the result reproducible to the bit; the global random state stays as it was.
+    :param schedule: ``"cosine"``, ``None``, or a function from the step to a factor of the learning rate.
+    :param clip: ``"adaptive"`` cuts gradients of ten times the median norm, a number those of a greater norm.
+    :param stop: the rule for stopping before ``num_steps``; with the cosine schedule the learning rate first falls to
+        zero within another quarter of the steps so far. Objectives that are no bound (``monitor`` is ``None``) never
+        stop early unless a monitor is named.
+    :param monitor: a loss to judge by in place of the objective, evaluated every tenth step, on ``held_back`` if given.
+    :param held_back: data for the monitor (what one item of ``data`` is); the monitor is ``ELBO()`` unless given.
+    :param callbacks: functions of the :class:`pplvi.training.Run`, called after each step; returning true ends it.
+    :param progress: show a bar with the smoothed loss and the time left.
+    :param checkpoint: a file to write every ``checkpoint_every`` steps and at the end of every restart.
+    :param checkpoint_every: steps between two checkpoints.
+    :param resume: a checkpoint to continue; the result is, to the bit, that of a run that was never interrupted.
+    :param device: where to move the data and modules to, and the default device meanwhile.
+    :param dtype: floating point type of data and modules, and the default meanwhile.
+    :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
+    :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
+        there is.
+    :raises ValueError: for arguments of a wrong kind, programs that do not fit together, restarts that would share
+        parameters, a checkpoint that is damaged, of another run, or would be overwritten, and a loss that stays
+        non-finite after ten returns to a good state with half the learning rate each.
+
+    Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference"; the parts name their own sources:
+    :class:`pplvi.stopping.Plateau`, :class:`pplvi.rates.Cosine`, :class:`pplvi.rates.AdaptiveClip`.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     with pyro.plate("data", len(y)):
+        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> y = torch.tensor([1.0, -2.0, 3.0, -1.0])
+        >>> result = fit(model, AutoNormal, args=(y,), num_steps=400, restarts=2, seed=0, progress=False)
+        >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
+        ((2, 400), 1.9)
+    """
+    args, kwargs = _check_call(args, kwargs)
+    _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
+    _check_seed(seed, restarts)
+    environment = Environment(dtype, device)
+    if (make_kernel := kernel_factory(guide)) is not None:
+        unused = {"data": data, "objective": objective, "optim": optim, "monitor": monitor, "held_back": held_back}
+        _refuse({**unused, "callbacks": callbacks or None, "checkpoint": checkpoint, "resume": resume})
+        recipe = Recipe(model, make_kernel, True, False, environment)
+        return _fit_chains(recipe, (args, kwargs), num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress)
+    if num_warmup is not None:
+        raise ValueError(f"num_warmup={num_warmup} is for MCMC: expected guide='nuts', got {guide!r}.")
+    objective = _check_loss(ELBO() if objective is None else objective, "objective")
+    named = _named_monitor(monitor, held_back, environment)
+    steps = num_steps or NUM_STEPS
+    batches = make_batches(data, args, kwargs, seeded=seed is not None)
+    recipe = _recipe(model, guide, batches, restarts, environment)
+    bound = named is not None or monitor_of(objective) is not None
+    rule = stop if bound else None
+    plan = Plan(
+        recipe,
+        objective,
+        make_update=lambda: Update(optim, steps, schedule, clip),
+        batches=batches,
+        watch=Watch(steps, rule, named, tuple(callbacks), save_every=checkpoint_every),
+        restarts=restarts,
+        seed=seed,
+        progress=progress,
+        checkpoint=checkpoint,
+        resume=resume,
+        settings={
+            "guide": describe(guide),
+            "objective": describe(objective),
+            "optim": describe(optim),
+            "schedule": f"{describe(schedule)} over {steps} steps" if schedule is not None else "None",
+            "clip": describe(clip),
+            "seed": describe(seed),
+            "data": fingerprint((args, kwargs)),
+        },
+    )
+    plan.make_update()  # a wrong optimiser, schedule or clip is told before anything runs
+    runs = train_restarts(plan)
+    best = best_of(runs, bound)
+    recipe.adopt(runs[best])
+    publish(runs[best])
+    full = args if data is None or args or kwargs else None
+    return Fit(
+        runs,
+        best,
+        guide_name=describe(guide),
+        args=full,
+        kwargs=kwargs,
+        seed=seed,
+        objective=objective,
+        stop=rule,
+    )
+
+
+def _fit_chains(
+    recipe: Recipe, call: Call, num_samples: int, num_warmup: int | None, chains: int, seed: int | None, progress: bool
+) -> Fit:
+    run = Run(0, recipe.model, recipe.guide, recipe.environment, seed)
+    recipe.environment.move_module(recipe.model)
+    start = time.perf_counter()
+    with run.scope():
+        mcmc = run_chains(
+            recipe.guide,
+            recipe.model,
+            *recipe.environment.move(call),
+            num_samples=num_samples,
+            num_warmup=num_samples if num_warmup is None else num_warmup,
+            num_chains=chains,
+            seed=seed,
+            progress=progress,
+        )
+    run.seconds = time.perf_counter() - start
+    name = type(mcmc.kernel).__name__
+    return Fit([run], 0, guide_name=name, args=call[0], kwargs=call[1], seed=seed, mcmc=mcmc)
+
+
+def monitor_of(objective: Any) -> str | None:
+    """``"lower"`` or ``"upper"`` for a loss that bounds the log evidence, ``None`` for one that does not.
+
+    Example:
+        >>> monitor_of(pyro.infer.Trace_ELBO()), monitor_of(pyro.infer.ReweightedWakeSleep())
+        ('lower', None)
+    """
+    if hasattr(objective, "monitor"):
+        found: str | None = objective.monitor
+        return found
+    return "lower" if isinstance(objective, _PYRO_BOUNDS) else None
+
+
+def _named_monitor(monitor: Any, held_back: Any, environment: Environment) -> Monitor | None:
+    if monitor is None and held_back is None:
+        return None
+    loss = _check_loss(ELBO() if monitor is None else monitor, "monitor")
+    return Monitor(loss, None if held_back is None else environment.move(to_call(held_back)))
+
+
+def _recipe(model: Program, guide: Any, batches: Batches, restarts: int, environment: Environment) -> Recipe:
+    if not callable(model):
+        raise ValueError(f"model={model!r}: expected a Pyro program, that is a callable with pyro.sample statements.")
+    if isinstance(guide, str) or not callable(guide):
+        raise ValueError(
+            f"guide={guide!r}: expected a guide class such as pyro.infer.autoguide.AutoNormal or pplvi.AutoFlow, a "
+            "function from the model to a guide, a guide, or 'nuts'."
+        )
+    if isinstance(guide, torch.nn.Module) and restarts > 1:
+        raise ValueError(
+            f"restarts={restarts} need a guide each, got one {type(guide).__name__}: expected its class, or a function "
+            f"from the model to a guide, such as lambda model: {type(guide).__name__}(model)."
+        )
+    makes_guide = not isinstance(guide, torch.nn.Module) and makes_guides(guide, model, batches)
+    return Recipe(model, guide, makes_guide, restarts > 1, environment)
+
+
+def makes_guides(guide: Callable[..., Any], model: Program, batches: Batches) -> bool:
+    """Whether a callable makes guides (a class, a function of the model) or is one.
+
+    What takes exactly one argument, named ``model``, makes guides, and so does what cannot take the arguments of the
+    model. What can take either is tried on the model: guides return no callable.
+    """
+    if isinstance(guide, type):
+        return True
+    if not _takes(guide, (model,), {}):
+        return False
+    if next(iter(inspect.signature(guide).parameters), "") == "model":
+        return True
+    call = batches.call if isinstance(batches, FullData) else batches.peek()
+    if not _takes(guide, *call):
+        return True
+    with scratch():
+        try:
+            return callable(guide(model))
+        except Exception:  # a guide that was given a model in place of its data may fail in any way
+            return False
+
+
+def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def describe(thing: Any) -> str:
+    """A readable name that is the same in every process.
+
+    Example:
+        >>> describe(partial(torch.optim.Adam, lr=0.1)), describe(None), describe(ELBO())
+        ('Adam(lr=0.1)', 'None', 'ELBO(num_particles=1)')
+    """
+    if isinstance(thing, partial):
+        options = [*map(describe, thing.args), *(f"{k}={describe(v)}" for k, v in thing.keywords.items())]
+        return f"{describe(thing.func)}({', '.join(options)})"
+    if isinstance(thing, PyroOptim):
+        return _describe_optim(thing)
+    if hasattr(thing, "__name__"):
+        return str(thing.__name__)
+    plain = isinstance(thing, torch.nn.Module) or " object at 0x" in repr(thing)
+    return type(thing).__name__ if plain else repr(thing)
+
+
+def _describe_optim(optim: Any) -> str:
+    options = optim.pt_optim_args
+    inner = f"{describe(optim.pt_optim_constructor)}({options if isinstance(options, dict) else describe(options)})"
+    outer = getattr(optim, "pt_scheduler_constructor", None)
+    return inner if outer is None else f"{describe(outer)}({inner}, {optim.kwargs})"
+
+
+def _check_loss(loss: Any, name: str) -> Any:
+    if isinstance(loss, type) or not (isinstance(loss, PyroELBO) or callable(loss)):
+        raise ValueError(f"{name}={loss!r}: expected a loss such as pplvi.ELBO(), or pyro.infer.Trace_ELBO().")
+    return loss
+
+
+def _check_call(args: Any, kwargs: Any) -> Call:
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, args=(x,).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments."
+        )
+    return tuple(args), dict(kwargs or {})
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
+
+
+def _check_seed(seed: Any, restarts: int) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= 2**32 - restarts:
+        raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 2**32 - restarts, or None.")
+
+
+def _refuse(given: Mapping[str, Any]) -> None:
+    found = sorted(name for name, value in given.items() if value is not None)
+    if found:
+        raise ValueError(
+            f"MCMC has no use for {found}: expected args, kwargs, num_steps, num_warmup, restarts and seed."
+        )

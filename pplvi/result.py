@@ -1,0 +1,248 @@
+"""What ``fit`` returns: the runs, the best of them, and the ways on from there."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pyro.infer import MCMC
+from pyro.poutine.guide import GuideMessenger
+from torch import Tensor
+
+from pplvi.draws import Draws
+from pplvi.export import to_arviz
+from pplvi.posterior import Posterior
+from pplvi.programs import Program
+from pplvi.report import report
+from pplvi.stopping import Plateau
+from pplvi.training import Run, ScopedProgram
+
+if TYPE_CHECKING:
+    import arviz
+
+_REASONS = {
+    "converged": "stopped at step {steps}: the objective no longer improved by more than its Monte Carlo error",
+    "num_steps": "took all {steps} steps",
+    "callback": "stopped by a callback at step {steps}",
+    "data": "stopped at step {steps}: the data were used up",
+    "interrupted": "interrupted at step {steps}",
+}
+
+
+class Fit:
+    r"""The result of :func:`pplvi.fit`: every restart with its parameters, and the best one.
+
+    A restart is a chain in ArviZ. The best restart has the least score,
+
+    .. math:: r^* = \arg\min_r \bar\ell_r,
+
+    the mean of the last tenth of the trace of its objective or, if there is one, of the monitor that the user named
+    (nats). An objective that is no bound, and no monitor: the best is restart 0. Its parameters are in Pyro's global
+    store when ``fit`` returns; the others are kept and used under scopes of their own.
+
+    :ivar runs: the restarts (:class:`pplvi.training.Run`); one for all MCMC chains.
+    :ivar best: index of the best restart.
+    :ivar objective: the objective; ``None`` for MCMC.
+    :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
+    :ivar seed: the seed of restart 0.
+
+    Source: Kucukelbir et al. (2017), "Automatic differentiation variational inference", for the work flow; restarts
+    as chains after Gelman & Rubin (1992), "Inference from iterative simulation using multiple sequences".
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pplvi import fit
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> result = fit(
+        ...     model, pyro.infer.autoguide.AutoNormal, args=(torch.tensor(1.0),), num_steps=300, seed=0, progress=False
+        ... )
+        >>> result.losses.shape, result.reasons, round(result.posterior().draws.latents["z"].mean().item(), 1)
+        ((1, 300), ['num_steps'], 0.5)
+    """
+
+    def __init__(
+        self,
+        runs: list[Run],
+        best: int,
+        *,
+        guide_name: str,
+        args: tuple[Any, ...] | None,
+        kwargs: Mapping[str, Any],
+        seed: int | None,
+        objective: Any = None,
+        stop: Plateau | None = None,
+        mcmc: MCMC | None = None,
+    ) -> None:
+        self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
+        self.guide_name, self.args, self.kwargs, self.stop = guide_name, args, dict(kwargs), stop
+
+    def __repr__(self) -> str:
+        ended = "MCMC" if self.mcmc is not None else ", ".join(self.reasons)
+        return f"Fit({self.guide_name}, {self.objective}, restarts={len(self.runs)}, best={self.best}, {ended})"
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """The objective at every step, in nats: shape ``(restarts, steps)``, NaN after a restart that ended early."""
+        longest = max(run.step for run in self.runs)
+        rows = [[*map(float, run.losses), *[np.nan] * (longest - run.step)] for run in self.runs]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), longest)
+
+    @property
+    def guides(self) -> list[Program]:
+        """The guide of every restart; call it inside ``runs[r].scope()``."""
+        return [run.guide for run in self.runs]
+
+    @property
+    def guide(self) -> Program:
+        """The guide of the best restart, whose parameters ``fit`` left in the global store."""
+        return self.runs[self.best].guide
+
+    @property
+    def model(self) -> Program:
+        """The model of the best restart."""
+        return self.runs[self.best].model
+
+    @property
+    def params(self) -> list[dict[str, Tensor]]:
+        """The parameters of every restart by name, constrained and detached."""
+        return [run.params for run in self.runs]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each restart ended: see :class:`pplvi.training.Run`."""
+        return [run.reason for run in self.runs]
+
+    @property
+    def seconds(self) -> float:
+        """Time that training took, all restarts together."""
+        return sum(run.seconds for run in self.runs)
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the best restart's objective had levelled off; ``None`` if that cannot be judged by it."""
+        run = self.runs[self.best]
+        if run.reason == "converged":
+            return True
+        trace = run.monitored or run.losses
+        if self.stop is None or len(trace) < 32:
+            return None
+        return self.stop.is_flat([float(loss) for loss in trace])
+
+    def posterior(
+        self,
+        num_draws: int = 1000,
+        *,
+        restart: int | None = None,
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        vectorize: bool = True,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> Posterior:
+        """Weighted draws from the guide of a restart; of MCMC, all its draws, whatever ``num_draws``.
+
+        :param num_draws: how many.
+        :param restart: its index; the best unless given.
+        :param args: the full data, where the fit saw minibatches.
+        :param kwargs: keyword arguments that go with ``args``.
+        :param vectorize: draw all at once.
+        :param chunk_size: draw at most so many at once.
+        :param seed: for the draws; by default the seed of the restart.
+        :raises ValueError: if the fit had no ``args`` and none are given, or there is no such restart.
+        """
+        run = self._run(self.best if restart is None else restart)
+        call = self._call(args, kwargs)
+        model = ScopedProgram(run.model, run)
+        options: dict[str, Any] = {"vectorize": vectorize, "chunk_size": chunk_size}
+        if self.mcmc is not None:
+            return Posterior.from_mcmc(self.mcmc, model, *call, **options)
+        # An effect-based guide has to be seen as what it is; with the others the scope goes along.
+        guide = run.guide if isinstance(run.guide, GuideMessenger) else ScopedProgram(run.guide, run)
+        options["seed"] = run.seed if seed is None else seed
+        with run.scope():
+            return Posterior(model, guide, *call, num_draws=num_draws, **options)
+
+    def _run(self, restart: int) -> Run:
+        if not 0 <= restart < len(self.runs):
+            raise ValueError(f"restart={restart}: expected an index from 0 to {len(self.runs) - 1}.")
+        return self.runs[restart]
+
+    def _call(self, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], Any]:
+        if args is None and kwargs is None and self.args is None:
+            raise ValueError(
+                "the fit saw minibatches (data=) and no full data: expected args= (or kwargs=) with the full data, "
+                "here or in the call of fit."
+            )
+        own = args is None and kwargs is None
+        call = (self.args or (), self.kwargs) if own else (args or (), kwargs or {})
+        moved: tuple[tuple[Any, ...], Any] = self.runs[0].environment.move(call)
+        return moved
+
+    @cached_property
+    def posteriors(self) -> list[Posterior]:
+        """A posterior of 1,000 draws for every restart, drawn once; one with all chains for MCMC."""
+        return [self.posterior(restart=index) for index in range(len(self.runs))]
+
+    def predict(self, *args: Any, num_samples: int | None = None, seed: int | None = None, **kwargs: Any) -> Draws:
+        """Posterior predictive draws of the best restart: see :meth:`pplvi.Posterior.predict`."""
+        environment = self.runs[self.best].environment
+        moved_args, moved_kwargs = environment.move((args, kwargs))
+        posterior = self.posteriors[self.best]
+        seed = self.seed if seed is None else seed
+        return posterior.predict(*moved_args, num_samples=num_samples, seed=seed, **moved_kwargs)
+
+    def loo(self, var_name: str | None = None) -> arviz.ELPDData:
+        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.loo.loo`."""
+        return self.posteriors[self.best].loo(var_name)
+
+    def to_arviz(
+        self,
+        draws: Literal["psis", "guide"] = "psis",
+        restarts: Literal["all", "best"] = "all",
+        coords: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> arviz.InferenceData:
+        """All groups of ArviZ's schema, a restart as a chain: see :func:`pplvi.to_arviz`.
+
+        :param draws: ``"psis"`` resamples by smoothed importance weights, ``"guide"`` exports the draws as they are.
+        :param restarts: ``"all"`` or ``"best"``.
+        :param coords: labels of the dimensions that plates are named after.
+        :param options: other arguments of :func:`pplvi.to_arviz`.
+        :raises ValueError: where that does.
+        """
+        steps = self.runs[self.best].step
+        attrs = {"guide": self.guide_name, "objective": str(self.objective), "steps": steps, "runtime": self.seconds}
+        options["attrs"] = {**attrs, "seed": "none" if self.seed is None else self.seed, **options.get("attrs", {})}
+        options.setdefault("seed", self.seed)
+        if self.mcmc is None:
+            options.setdefault("losses", self.losses)
+        return to_arviz(self.posteriors, draws=draws, restarts=restarts, best=self.best, coords=coords, **options)
+
+    def summary(self) -> str:
+        """The text of :meth:`report`."""
+        facts: dict[str, Any] = {"guide": self.guide_name}
+        if self.mcmc is None:
+            facts["objective"] = self.objective
+            facts |= {"restarts": self._describe_restarts()} if len(self.runs) > 1 else {}
+        facts["seconds"] = f"{self.seconds:.1f}"
+        ended = None if self.mcmc is not None else self._describe_end()
+        return report(self.posteriors[self.best], facts=facts, convergence=ended, converged=self.converged)
+
+    def _describe_restarts(self) -> str:
+        scores = [run.score for run in self.runs]
+        return f"{len(scores)}, final loss {min(scores):.4g} to {max(scores):.4g}, best is restart {self.best}"
+
+    def _describe_end(self) -> str:
+        run = self.runs[self.best]
+        backs = f", after {run.rollbacks} returns from a loss that was not finite" if run.rollbacks else ""
+        return _REASONS[run.reason].format(steps=run.step) + backs
+
+    def report(self, file: Any = None) -> None:
+        """Print what was fitted, how well, what that means and what to try next; to ``file`` or standard output."""
+        (file or sys.stdout).write(self.summary() + "\n")

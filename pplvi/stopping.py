@@ -1,0 +1,91 @@
+"""When to stop: the objective no longer improves by more than its own Monte Carlo error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float]:
+    r"""Mean of a correlated series and its standard error, by non-overlapping batch means.
+
+    The series is cut into batches of :math:`\lfloor\sqrt n\rfloor` values; the standard deviation of the batch means
+    over the square root of their number is the error, which counts autocorrelation within a batch.
+
+    Source: Flegal & Jones (2010), "Batch means and spectral variance estimators in Markov chain Monte Carlo".
+
+    :param values: shape ``(n,)`` with ``n >= 4``, in any unit.
+    :returns: mean and standard error in the same unit.
+
+    Example:
+        >>> mean, error = mean_with_error(np.random.default_rng(0).normal(size=10_000))
+        >>> round(error, 3)
+        0.01
+    """
+    size = math.isqrt(len(values))
+    batches = values[-(len(values) // size) * size :].reshape(-1, size).mean(1)
+    return float(values.mean()), float(batches.std(ddof=1) / math.sqrt(len(batches)))
+
+
+@dataclass(frozen=True)
+class Plateau:
+    r"""Stop when the mean objective of the last quarter of all steps is no longer below that of the quarter before.
+
+    Every ``every`` steps the last half of the trace is split into an early and a late window (so both grow with the
+    run, and the start of training drops out of them). With :math:`\bar\ell` a window's mean and :math:`s` its
+    batch-means standard error, the objective has levelled off if
+
+    .. math:: \bar\ell_\text{early} - \bar\ell_\text{late} < c \sqrt{s_\text{early}^2 + s_\text{late}^2},
+
+    and training stops if that holds at ``patience`` checks in a row. The rule is a pure function of the trace.
+
+    Source: Geweke (1992), "Evaluating the accuracy of sampling-based approaches to the calculation of posterior
+    moments", whose statistic compares two windows of a chain, one-sided, with the errors of
+    :func:`mean_with_error`; Dhaka et al. (2020), "Robust, accurate stochastic optimization for variational inference",
+    on stopping by Monte Carlo error instead of a fixed tolerance.
+
+    :param min_steps: steps before the first check.
+    :param every: steps between checks.
+    :param patience: checks in a row that have to agree.
+    :param threshold: :math:`c`, in standard errors.
+    :raises ValueError: if a number is not positive, or ``min_steps`` is below 32.
+
+    Example:
+        >>> noise = np.random.default_rng(1).normal(size=2000)
+        >>> Plateau().reached(noise), Plateau().reached(noise - 0.01 * np.arange(2000))
+        (True, False)
+    """
+
+    min_steps: int = 1000
+    every: int = 100
+    patience: int = 3
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.min_steps < 32 or self.every < 1 or self.patience < 1 or self.threshold <= 0:
+            raise ValueError(f"{self}: expected min_steps >= 32 and positive every, patience and threshold.")
+
+    def thinned(self, by: int) -> Plateau:
+        """The same rule for a trace that has one value for every ``by`` steps."""
+        counts = {"min_steps": max(32, self.min_steps // by), "every": max(1, self.every // by)}
+        return replace(self, **counts)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the trace is to be looked at after this many steps."""
+        return step >= self.min_steps and step % self.every == 0
+
+    def is_flat(self, losses: Sequence[float] | NDArray[np.float64]) -> bool:
+        """Whether the improvement over the last half of this trace is within its error (nats)."""
+        quarter = len(losses) // 4
+        early = mean_with_error(np.asarray(losses[-2 * quarter : -quarter], float))
+        late = mean_with_error(np.asarray(losses[-quarter:], float))
+        return early[0] - late[0] < self.threshold * math.hypot(early[1], late[1])
+
+    def reached(self, losses: Sequence[float] | NDArray[np.float64]) -> bool:
+        """Whether training on this trace (nats, to be minimised; shape ``(steps,)``) should stop now."""
+        checks = [len(losses) - i * self.every for i in range(self.patience)]
+        return checks[-1] >= self.min_steps and all(self.is_flat(losses[:n]) for n in checks)
