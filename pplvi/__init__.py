@@ -22,7 +22,7 @@ _HOMES = {
     "Fit": "fitting",
     "fit": "fitting",
     "Posterior": "posterior",
-    "compare": "compare",
+    "compare": "comparison",
     "to_arviz": "export",
 }
 
