@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,6 +131,19 @@ def _check_data(name: str, site: Site) -> None:
         )
 
 
+def check_subsamples(once: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
+    """Check that a model gives its plates the same indices at two calls with the same arguments.
+
+    :raises ValueError: if not: the guide could not know which data its local draws belong to.
+    """
+    for name in once:
+        if not torch.equal(torch.as_tensor(once[name]), torch.as_tensor(again[name])):
+            raise ValueError(
+                f"the model draws new indices for plate {name!r} by itself (subsample=...) at every call: expected "
+                "indices that follow from its arguments. Pass them as an argument, or use subsample_size=."
+            )
+
+
 def _seen(site: Site, value: Tensor) -> Tensor:
     mask = site["mask"] if isinstance(site["mask"], Tensor) else torch.tensor(site["mask"] is not False)
     inner = getattr(site["fn"], "_mask", None)
@@ -149,7 +162,7 @@ def _check_declared(name: str, site: Site) -> None:
             raise ValueError(
                 f"site {name!r} has batch shape {tuple(site['fn'].batch_shape)}, but plates "
                 f"{ {p.name: (p.dim, p.size) for p in site_plates(site)} }: expected a plate of size {size} at "
-                f"dimension {dim}. Enclose it in pyro.plate, or declare the dimension as part of one event with .to_event()."
+                f"dimension {dim}. Enclose it in pyro.plate, or make the dimension part of one event with .to_event()."
             )
 
 

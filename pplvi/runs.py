@@ -119,6 +119,7 @@ class Run:
     num_particles: int
     nesting: int
     enumerated: bool = False
+    given_subsamples: frozenset[str] = frozenset()
 
     @cached_property
     def batch(self) -> tuple[Plate, ...]:
@@ -180,7 +181,19 @@ class Run:
     def log_probs(self, trace: Any) -> dict[str, Tensor]:
         """Log density of every site of a trace that is not enumerated, each ``(num_particles, *batch)``."""
         sites = ((n, s) for n, s in sample_sites(trace) if not is_deterministic(s))
-        return {name: self.to_batch(self.site_log_prob(name, site), name) for name, site in sites}
+        return {name: self._site_to_batch(name, site, self.site_log_prob(name, site)) for name, site in sites}
+
+    def _site_to_batch(self, name: str, site: Site, density: Tensor) -> Tensor:
+        """As :meth:`to_batch`, once sure that every dimension is one of the site's plates or the particles."""
+        sizes = {p.dim: p.size for p in site_plates(site)} | {-self.nesting - 1: self.num_particles}
+        for dim, size in zip(range(-1, -1 - density.dim(), -1), reversed(density.shape), strict=True):
+            if size != 1 and sizes.get(dim) != size:
+                raise ValueError(
+                    f"site {name!r} has a log density of shape {tuple(density.shape)}, but only the dimensions {sizes} "
+                    "(of its plates and the particles) may differ from 1. Declare the others with pyro.plate or "
+                    ".to_event(), and keep dimensions when reducing over a plate (keepdim=True)."
+                )
+        return self.to_batch(density, name)
 
     def zeros(self) -> Tensor:
         """Zeros of shape ``(num_particles, *batch)`` on the programs' device."""
@@ -215,7 +228,7 @@ class Run:
         for name, site in sample_sites(self.guide):
             if not is_enumerated(site) and (detached or not getattr(site["fn"], "has_rsample", False)):
                 unscaled = scale_and_mask(_unscaled_log_prob(name, site), mask=site["mask"])
-                parts[name] = self.to_batch(unscaled, name)
+                parts[name] = self._site_to_batch(name, site, unscaled)
         return self._total(parts) if parts else None
 
     def entropies(self) -> dict[str, Tensor]:
@@ -224,10 +237,10 @@ class Run:
         found = {}
         for name, site in sample_sites(self.guide):
             if is_delta(site) or site["is_observed"]:
-                found[name] = -self.to_batch(self.site_log_prob(name, site), name)
+                found[name] = -self._site_to_batch(name, site, self.site_log_prob(name, site))
             else:
                 entropy = scale_and_mask(_entropy(name, site), self._scale_of(site), site["mask"])
-                found[name] = self.to_batch(entropy, name)
+                found[name] = self._site_to_batch(name, site, entropy)
         return found
 
 
@@ -257,3 +270,30 @@ def _entropy(name: str, site: Site) -> Tensor:
             f"site {name!r} of the guide has no exact entropy ({type(site['fn']).__name__}): use entropy='sampled'."
         ) from error
     return entropy
+
+
+def spread(latents: Mapping[str, Tensor], plain: Run) -> dict[str, Tensor]:
+    """Give compact draws, ``(num_particles, *plates, *event)``, the dimensions that sites have under a particle plate.
+
+    :raises ValueError: if a draw does not have the shape of its site in the plain run.
+    """
+    spread = {}
+    for name, value in latents.items():
+        if name in plain.model.nodes:
+            site = plain.model.nodes[name]
+            shape = _shape_under_particles(name, value, site, plain.nesting)
+            spread[name] = value.reshape(shape) if len(value) > 1 else value[0]
+    return spread
+
+
+def _shape_under_particles(name: str, value: Tensor, site: Any, nesting: int) -> list[int]:
+    sizes = {p.dim: p.size for p in site_plates(site)}
+    event = tuple(site["fn"].event_shape)
+    expected = (*sizes.values(), *event)
+    if tuple(value.shape[1:]) != expected:
+        raise ValueError(
+            f"the draws of latent site {name!r} have shape {tuple(value.shape[1:])}, expected {expected} for these "
+            "arguments. Latents inside a plate belong to the data they were fitted to: predict for new data of the "
+            "same size, or drop them from the draws so that they are sampled from the prior."
+        )
+    return [len(value), *(sizes.get(dim, 1) for dim in range(-nesting, 0)), *event]
