@@ -182,9 +182,10 @@ def _checked_count(num_particles: int) -> int:
     return num_particles
 
 
-def _checked_estimator(estimator: str | None, name: str, allowed: Sequence[str]) -> None:
+def _check_estimator(estimator: str | None, name: str, allowed: Sequence[str]) -> None:
     if estimator is not None and estimator not in allowed:
-        raise ValueError(f"{name} has no estimator={estimator!r}: expected None or one of {', '.join(allowed)}.")
+        choices = ", ".join(["None", *map(repr, allowed)])
+        raise ValueError(f"{name} has no estimator={estimator!r}: expected one of {choices}.")
 
 
 class ELBO(_Named):
@@ -215,7 +216,7 @@ class ELBO(_Named):
         estimator: Estimator | None = None,
         **options: Any,
     ) -> None:
-        _checked_estimator(estimator, "ELBO", ("reparam", "score", "vimco", "stl"))
+        _check_estimator(estimator, "ELBO", ("reparam", "score", "vimco", "stl"))
         if entropy not in ("sampled", "exact"):
             raise ValueError(f"entropy={entropy!r}: expected 'sampled' or 'exact'.")
         if entropy == "exact" and estimator == "stl":
@@ -274,7 +275,7 @@ class ImportanceWeightedELBO(_Named):
     """
 
     def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
-        _checked_estimator(estimator, "ImportanceWeightedELBO", _MULTI_SAMPLE)
+        _check_estimator(estimator, "ImportanceWeightedELBO", _MULTI_SAMPLE)
         self._set_up(RenyiBound(0.0, estimator), num_particles, options, estimator=estimator)
 
 
@@ -293,7 +294,7 @@ class RenyiELBO(_Named):
     def __init__(
         self, alpha: float = 0.5, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any
     ) -> None:
-        _checked_estimator(estimator, "RenyiELBO", _MULTI_SAMPLE)
+        _check_estimator(estimator, "RenyiELBO", _MULTI_SAMPLE)
         if alpha < 0:
             raise ValueError(
                 f"alpha={alpha}: a negative order bounds the evidence from above and must not be maximised. Use "
@@ -317,7 +318,7 @@ class ChiELBO(_Named):
     """
 
     def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
-        _checked_estimator(estimator, "ChiELBO", _MULTI_SAMPLE)
+        _check_estimator(estimator, "ChiELBO", _MULTI_SAMPLE)
         self._set_up(RenyiBound(-1.0, estimator), num_particles, options, estimator=estimator)
 
 
@@ -329,13 +330,22 @@ class ThermodynamicELBO(_Named):
 
     :param num_particles: number of draws, at least 2.
     :param betas: left ends of the intervals, ``0 = betas[0] < betas[1] < ... < 1``.
-    :raises ValueError: if the betas do not start at 0, increase, and stay below 1.
+    :param estimator: only ``None``: the covariance gradient is the estimator.
+    :raises ValueError: if the betas do not start at 0, increase, and stay below 1, or for another estimator.
 
     >>> ThermodynamicELBO(num_particles=16, betas=(0.0, 0.1, 0.3))
     ThermodynamicELBO(num_particles=16, betas=(0.0, 0.1, 0.3))
     """
 
-    def __init__(self, num_particles: int = 10, betas: Sequence[float] = (0.0, 0.1, 0.3), **options: Any) -> None:
+    def __init__(
+        self,
+        num_particles: int = 10,
+        betas: Sequence[float] = (0.0, 0.1, 0.3),
+        *,
+        estimator: Estimator | None = None,
+        **options: Any,
+    ) -> None:
+        _check_estimator(estimator, "ThermodynamicELBO", ())
         betas = tuple(float(beta) for beta in betas)
         if not betas or betas[0] != 0.0 or betas[-1] >= 1.0 or any(a >= b for a, b in pairwise(betas)):
             raise ValueError(f"betas={betas}: expected increasing values that start at 0 and stay below 1.")
@@ -350,13 +360,15 @@ class ForwardKL(_Named):
     (``monitor`` is ``None``), and without gradient for the model.
 
     :param num_particles: number of draws ``K``, at least 2.
-    :raises ValueError: for fewer than 2 particles, whose weights say nothing.
+    :param estimator: only ``None``: the weights are the estimator.
+    :raises ValueError: for fewer than 2 particles, whose weights say nothing, or for another estimator.
 
     >>> ForwardKL(num_particles=32).monitor is None
     True
     """
 
-    def __init__(self, num_particles: int = 10, **options: Any) -> None:
+    def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
+        _check_estimator(estimator, "ForwardKL", ())
         if _checked_count(num_particles) < 2:
             raise ValueError(f"num_particles={num_particles}: self-normalised weights need at least 2 particles.")
         self._set_up(ForwardKLDivergence(), num_particles, options)
