@@ -155,8 +155,8 @@ class WeightedELBO(Loss):
         if step.subsampled and not self.allow_biased_subsampling:
             raise ValueError(
                 f"{self} is biased here: the subsampled plates {list(step.subsampled)} do not contain every latent "
-                "site, so their scale would go inside a nonlinear bound. Use ELBO, use full data, put all latents into the "
-                "plate, or accept the bias with allow_biased_subsampling=True."
+                "site, so their scale would go inside a nonlinear bound. Use ELBO, use full data, put all latents "
+                "into the plate, or accept the bias with allow_biased_subsampling=True."
             )
 
     def __repr__(self) -> str:
