@@ -10,6 +10,7 @@ weights of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyro.infer.mcmc.api import MCMC
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from pplvi.draws import Draws, draw, predict, score, stack
 from pplvi.loo import loo
-from pplvi.programs import Program, execute, isolated
-from pplvi.runs import is_delta, latent_sites
+from pplvi.programs import Program, execute, isolated, plain_run
+from pplvi.runs import is_delta, latent_sites, site_plates
 from pplvi.seeding import random_state
 from pplvi.weighted import WeightedDraws
 
@@ -133,7 +134,7 @@ class Posterior(WeightedDraws):
         self = cls.__new__(cls)
         self._remember(model, None, args, kwargs, vectorize)
         num_chains, length = next(iter(chains.values())).shape[:2]
-        latents = {name: value.flatten(0, 1) for name, value in chains.items()}
+        latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
         bounds = _chunks(num_chains * length, chunk_size)
         super(Posterior, self).__init__(stack(self._score(latents, *b) for b in bounds), num_chains=num_chains)
         return self
@@ -143,6 +144,12 @@ class Posterior(WeightedDraws):
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, tuple(args), dict(kwargs or {})
         self.vectorize = vectorize
+
+    def _without_padding(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the dimensions of size 1 that stand for plates a site is not in: ``(S, *plates, *event)`` is left."""
+        sites = latent_sites(plain_run(self.model, self.args, self.kwargs).model)
+        shapes = {name: (*(p.size for p in site_plates(s)), *s["fn"].event_shape) for name, s in sites.items()}
+        return {name: value.reshape(-1, *shapes.get(name, value.shape[1:])) for name, value in latents.items()}
 
     def _score(self, latents: Mapping[str, Tensor], start: int, stop: int) -> Draws:
         part = {name: value[start:stop] for name, value in latents.items()}
@@ -183,7 +190,8 @@ class Posterior(WeightedDraws):
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples
-            return predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
+            found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
+        return _observed_as_before(found, self.draws)
 
     def loo(self, var_name: str | None = None) -> ELPDData:
         """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.loo.loo`.
@@ -201,6 +209,14 @@ class Posterior(WeightedDraws):
             Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
         """
         return loo(self, var_name)
+
+
+def _observed_as_before(found: Draws, fitted: Draws) -> Draws:
+    """Data left out of the new arguments make latent sites of the observed ones: put those back."""
+    names = set(found.latents) & set(fitted.observed)
+    moved = {name: value for name, value in found.latents.items() if name in names}
+    rest = {name: value for name, value in found.latents.items() if name not in names}
+    return replace(found, latents=rest, observed={**found.observed, **moved})
 
 
 def _check_latents(draws: Draws) -> None:
