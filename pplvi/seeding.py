@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyro
-import torch
+
+from pplvi.environment import preserved_rng
 
 
 @contextmanager
 def random_state(seed: int | None) -> Iterator[None]:
-    """Seed torch (on all devices), NumPy and Python within, and put their states back afterwards.
+    """Seed torch (all devices), NumPy and Python within, and put their states back afterwards.
 
     Args:
         seed: the seed; ``None`` draws from the global state as usual.
@@ -20,6 +21,7 @@ def random_state(seed: int | None) -> Iterator[None]:
         ValueError: if the seed is negative or does not fit in 32 bits.
 
     Example:
+        >>> import torch
         >>> before = torch.get_rng_state()
         >>> with random_state(0):
         ...     first = torch.rand(3)
@@ -28,15 +30,9 @@ def random_state(seed: int | None) -> Iterator[None]:
         >>> torch.equal(first, second), torch.equal(before, torch.get_rng_state())
         (True, True)
     """
-    if seed is None:
-        yield
-        return
-    if not 0 <= seed < 2**32:
+    if seed is not None and not 0 <= seed < 2**32:
         raise ValueError(f"got seed={seed}; expected an integer from 0 to 2**32 - 1, which NumPy takes.")
-    state = pyro.util.get_rng_state()
-    with torch.random.fork_rng():
-        try:
+    with preserved_rng(active=seed is not None):
+        if seed is not None:
             pyro.set_rng_seed(seed)
-            yield
-        finally:
-            pyro.util.set_rng_state(state)
+        yield

@@ -26,10 +26,7 @@ from pplvi.posterior import Posterior
 from pplvi.runs import Plate
 from pplvi.weighted import WeightedDraws
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:\\nArviZ is undergoing a major refactor:FutureWarning"),
-]
+pytestmark = pytest.mark.usefixtures("float64")
 
 NUTS = -30.66
 Y = torch.tensor([0.5, 1.2, -0.3, 2.0, 0.1], dtype=torch.float64)
@@ -106,7 +103,6 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(loo(posterior).pareto_k.values, whole.pareto_k.values, rtol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:The inplace keyword")  # ArviZ 0.23 under pandas 3
 def test_arviz_compares_the_results() -> None:
     import arviz as az
 

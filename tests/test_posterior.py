@@ -277,6 +277,12 @@ def test_state_comes_back_after_an_error() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_out_of_range_are_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"got seed={seed}; expected an integer"):
+        Posterior(mean_model, wide_guide, (Y,), seed=seed)
+
+
 def test_without_a_seed_draws_follow_the_global_state() -> None:
     torch.manual_seed(5)
     first = Posterior(mean_model, wide_guide, (Y,), num_draws=20)
