@@ -154,13 +154,23 @@ def log_likelihood(model: Trace, guide: Trace, name: str) -> Tensor | None:
             if other["infer"].get("_enumerate_dim") is not None and not ordinal <= _ordinal(model, other):
                 return None
     plates = frozenset(d for d in site["packed"]["log_prob"]._pyro_dims if d in ordinal)
+    others.setdefault(ordinal, []).append(_zeros(site, plates))
     without = contract_to_tensor(_copy(others), sum_dims, target_ordinal=plates)
-    others.setdefault(ordinal, []).append(_inside_the_sum(site))
+    others[ordinal].append(_inside_the_sum(site))
     joint = contract_to_tensor(others, sum_dims, target_ordinal=plates)
     joint, without = packed.broadcast_all(joint, without)
     difference: Tensor = joint - without
     difference._pyro_dims = joint._pyro_dims  # type: ignore[attr-defined]
     return packed.unpack(difference, symbols)
+
+
+def _zeros(site: Site, plates: frozenset[str]) -> Tensor:
+    """A term of no effect that tells the contraction how large the site's plates are."""
+    term = site["packed"]["log_prob"]
+    kept = [(dim, size) for dim, size in zip(term._pyro_dims, term.shape, strict=True) if dim in plates]
+    zeros: Tensor = term.new_zeros([size for _, size in kept])
+    zeros._pyro_dims = "".join(dim for dim, _ in kept)  # type: ignore[attr-defined]
+    return zeros
 
 
 def _copy(tree: Tree) -> Tree:

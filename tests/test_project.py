@@ -28,7 +28,7 @@ FLOORS = {
     3: {"samplers", "guides", "energies"},
     4: {"elbo", "compile"},
     5: {"training", "checkpoint", "optimizers", "stopping", "posterior", "loo"},
-    6: {"export", "report", "compare", "plots", "schema"},
+    6: {"export", "groups", "schema", "report", "compare", "plots"},
     7: {"fit"},
     8: {"examples", "demo", "models"},
     9: {"__init__"},
