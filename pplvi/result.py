@@ -83,7 +83,9 @@ class Fit:
         self.guide_name, self.args, self.kwargs, self.stop = guide_name, args, dict(kwargs), stop
 
     def __repr__(self) -> str:
-        ended = "MCMC" if self.mcmc is not None else ", ".join(self.reasons)
+        if self.mcmc is not None:
+            return f"Fit({self.guide_name}, chains={self.mcmc.num_chains})"
+        ended = ", ".join(self.reasons)
         return f"Fit({self.guide_name}, {self.objective}, restarts={len(self.runs)}, best={self.best}, {ended})"
 
     @property
