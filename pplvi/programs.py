@@ -273,7 +273,8 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
         dimensions, NaN in the data, empty plates.
     """
     run = _plain_run(model, guide, args, kwargs)
-    checks.check_pair(run)
+    with isolated():
+        checks.check_pair(run)
     own = run.given_subsamples & frozenset(run.subsample_indices())
     if own:
         checks.check_subsamples(*(_given_subsamples(model, args, kwargs) for _ in range(2)))

@@ -1,6 +1,7 @@
 """Running programs: the densities of a run against Pyro's own traces, one particle at a time, for a zoo of programs."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -23,12 +25,13 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.autoguide.effect import AutoRegressiveMessenger
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.optim import Adam
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import nn
 
 import pplvi
-from pplvi.programs import execute
+from pplvi.programs import execute, first_bad_site, run_model
 from pplvi.runs import sample_sites
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -457,3 +460,343 @@ def test_looped_and_vectorised_losses_agree_in_expectation(pair):
         means.append(values.mean())
         errors.append(values.std() / 8**0.5)
     assert abs(means[0] - means[1]) < 4 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5 + 1e-9
+
+
+def test_densities_are_per_datum_and_leave_the_subsample_scale_out():
+    pair = local(2)
+    run = execute(pair.model, pair.guide, pair.args, {}, num_particles=3)
+    z, index = run.guide.nodes["z"]["value"], run.guide.nodes["data"]["value"]
+    expected = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(DATA[index])
+    assert torch.allclose(run.log_target(), expected)
+    assert run.scale == 2.0
+    assert run.subsampled == ()
+
+
+def test_the_scale_of_other_plates_stays_in_the_density():
+    pair = nested(outer=2, inner=3)
+    run = execute(pair.model, pair.guide, pair.args, {}, num_particles=3)
+    assert (run.scale, run.subsampled) == (1.0, ("groups", "units"))
+    assert float(run.model.nodes["y"]["scale"]) == pytest.approx(3 / 2 * 4 / 3)
+
+
+@pytest.mark.parametrize("name", ["local, subsampled", "nested", "AutoNormalMessenger", "constrained", "obs_mask"])
+def test_one_particle_is_trace_elbo_with_the_same_seed(name):
+    pair = ZOO[name]()
+    Trace_ELBO().loss(pair.model, pair.guide, *pair.args)  # parameters start here
+    values = []
+    for loss in (Trace_ELBO(), pplvi.ELBO(), pplvi.ELBO()):  # the first run of ours inspects, the second does not
+        torch.manual_seed(6)
+        values.append(loss.loss(pair.model, pair.guide, *pair.args))
+    assert values == pytest.approx([values[0]] * 3, rel=1e-12)
+
+
+def test_the_inspection_leaves_the_random_state_alone():
+    pair = local()
+    execute(pair.model, pair.guide, pair.args, {}, num_particles=2)  # parameters exist
+    draws = []
+    for guide in (pair.guide, lambda y: pair.guide(y)):  # known pair, then a pair that is inspected first
+        torch.manual_seed(1)
+        draws.append(execute(pair.model, guide, pair.args, {}, num_particles=2).guide.nodes["z"]["value"])
+    assert torch.equal(*draws)
+
+
+def gaussian_loc(y):
+    loc = pyro.param("loc", torch.tensor(0.5))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sign"),
+    [
+        (pplvi.ELBO(), 1.0),
+        (pplvi.ELBO(3, vectorize_particles=False), 1.0),
+        (pplvi.ELBO(3, entropy="exact"), 1.0),
+        (pplvi.ELBO(2, estimator="stl"), 1.0),
+        (pplvi.ImportanceWeightedELBO(4), 1.0),
+        (pplvi.ImportanceWeightedELBO(4, estimator="dreg"), 1.0),
+        (pplvi.RenyiELBO(0.5, 4), 1.0),
+        (pplvi.ThermodynamicELBO(4), 1.0),
+        (pplvi.ChiELBO(4), -1.0),
+    ],
+    ids=str,
+)
+def test_maximum_likelihood_without_latent_sites(loss, sign):
+    value = loss.loss_and_grads(gaussian_loc, lambda y: None, DATA)
+    assert value == pytest.approx(-sign * float(dist.Normal(0.5, 1.0).log_prob(DATA).sum()))
+    gradient = pyro.get_param_store()._params["loc"].grad
+    assert float(gradient) == pytest.approx(-sign * float((DATA - 0.5).sum()))
+
+
+def test_the_forward_kl_has_nothing_to_say_about_a_model_without_latents():
+    assert pplvi.ForwardKL(4).loss_and_grads(gaussian_loc, lambda y: None, DATA) == 0.0
+    assert pyro.get_param_store()._params["loc"].grad is None
+
+
+def moved(model, guide, *args, loss=None):
+    """Names of the parameters that one step of SVI moves, and of all."""
+    svi = SVI(model, guide, Adam({"lr": 0.1}), loss=loss or pplvi.ELBO(num_particles=2))
+    svi.loss(model, guide, *args)
+    before = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    svi.step(*args)
+    after = dict(pyro.get_param_store().items())
+    return {name for name in before if not torch.equal(before[name], after[name])}, set(after)
+
+
+class Decoder(PyroModule):
+    """PyroModule[nn.Linear] with ordinary weights, used on local latents."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = PyroModule[nn.Linear](2, 3)
+        self.log_scale = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("y", dist.Normal(self.layer(z), self.log_scale.exp()).to_event(1), obs=y)
+
+
+def test_parameters_of_modules_move_under_svi():
+    y = torch.randn(4, 3)
+    encoder = nn.Linear(3, 2)
+
+    def guide(y):
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal(encoder(y), 0.5).to_event(1))
+
+    changed, known = moved(Decoder(), guide, y)
+    assert changed == known
+    assert {"layer.weight", "layer.bias", "log_scale", "encoder$$$weight", "encoder$$$bias"} <= known
+
+
+def test_parameters_of_an_effect_based_guide_move_under_svi():
+    pair = automatic(AutoNormalMessenger)
+    changed, known = moved(pair.model, pair.guide, *pair.args)
+    assert changed == known
+    assert len(known) == 6
+
+
+@pytest.mark.parametrize("loss", [pplvi.ELBO(), pplvi.ImportanceWeightedELBO(3, vectorize_particles=False)], ids=str)
+def test_models_that_cannot_be_vectorised_run_their_particles_one_by_one(loss):
+    pair = module()
+    changed, known = moved(pair.model, pair.guide, *pair.args, loss=loss)
+    assert changed == known
+    run = execute(pair.model, pair.guide, pair.args, {})
+    log_p, log_q = expected_sums(pair, run)
+    assert torch.allclose(torch.stack([run.log_target()[0], run.log_forward()[0]]), torch.cat([log_p, log_q]))
+
+
+def test_looped_particles_have_weights_of_their_own():
+    pair = local()
+    loss = pplvi.ImportanceWeightedELBO(num_particles=3, vectorize_particles=False)
+    torch.manual_seed(3)
+    (step,) = loss.steps(pair.model, pair.guide, *pair.args)
+    torch.manual_seed(3)
+    runs = [execute(pair.model, pair.guide, pair.args, {}) for _ in range(3)]
+    assert torch.allclose(step.log_target, torch.cat([run.log_target() for run in runs]))
+    assert step.log_weight.shape == (3, 4)
+
+
+def deep(y):
+    """Nests one plate for each dimension of y."""
+    z = normal("z")
+    with ExitStack() as plates:
+        for d, size in enumerate(reversed(y.shape)):
+            plates.enter_context(pyro.plate(f"p{d}", size, dim=-d - 1))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def test_one_objective_serves_deeper_models():
+    loss = pplvi.ImportanceWeightedELBO(num_particles=3)
+    for pair in (local(), nested(), twice_local()):
+        assert loss.loss(pair.model, pair.guide, *pair.args) > 0.0
+
+
+@pytest.mark.parametrize("shapes", [[(2,), (2, 3), (2, 3, 4), (2,)], [(), (4,), (2, 2), (4,)]], ids=str)
+def test_one_model_may_nest_deeper_with_other_arguments(shapes):
+    def guide(y):
+        normal("z", 0.1, 0.5)
+
+    for shape in shapes:
+        y = torch.randn(shape)
+        run = execute(deep, guide, (y,), {}, num_particles=3)
+        z = run.guide.nodes["z"]["value"].reshape(3)
+        data = dist.Normal(z, 1.0).log_prob(y.reshape(-1, 1)).sum(0)
+        assert torch.allclose(run.log_target(), dist.Normal(0.0, 1.0).log_prob(z) + data)
+
+
+def test_one_model_may_start_to_enumerate():
+    def model(y, enumerate_):
+        z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"} if enumerate_ else {})
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    def guide(y, enumerate_):
+        if not enumerate_:
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    loss = pplvi.ELBO(num_particles=2)
+    loss.loss(model, guide, torch.tensor(0.4), False)
+    densities = dist.Normal(torch.tensor([0.0, 1.0]), 1.0).log_prob(torch.tensor(0.4))
+    exact = torch.logsumexp(densities + torch.tensor([0.7, 0.3]).log(), 0)
+    assert -loss.loss(model, guide, torch.tensor(0.4), True) == pytest.approx(float(exact))
+
+
+def by_index(y, index):
+    with pyro.plate("data", 4, subsample=index) as i:
+        z = normal("z")
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y if index is None else y[index])
+        assert len(i) == len(z.reshape(-1, z.shape[-1])[0])
+
+
+def by_index_guide(y, index):
+    loc = pyro.param("loc", torch.linspace(-3.0, 3.0, 4))
+    with pyro.plate("data", 4, subsample_size=None if index is None else len(index)) as i:
+        normal("z", loc[i], 1e-3)
+
+
+@pytest.mark.parametrize("guide", [by_index_guide, None], ids=["own", "AutoNormal"])
+def test_indices_given_by_the_model_are_the_guides_too(guide):
+    index = torch.tensor([3, 1])
+    guide = guide or AutoNormal(by_index)
+    loss = pplvi.ELBO(num_particles=2)
+    loss.loss_and_grads(by_index, guide, DATA, index)
+    (leaf,) = [leaf for name, leaf in pyro.get_param_store()._params.items() if "loc" in name]
+    assert set(leaf.grad.nonzero().flatten().tolist()) == {1, 3}
+
+
+def test_indices_may_be_given_later_and_dropped_again():
+    for index in (None, torch.tensor([3, 1]), None, torch.tensor([0]), torch.tensor([2, 3, 1])):
+        run = execute(by_index, by_index_guide, (DATA, index), {}, num_particles=2)
+        chosen = torch.arange(4) if index is None else index
+        z = run.guide.nodes["z"]["value"]
+        assert torch.allclose(z, torch.linspace(-3.0, 3.0, 4)[chosen].expand(z.shape), atol=0.01)
+        expected = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(DATA[chosen])
+        assert torch.allclose(run.log_target(), expected)
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoNormalMessenger])
+def test_frozen_densities_are_taken_on_the_subsample_of_the_draws(kind):
+    """The second run of `stl` meets the same data: gradients stay with the two rows that were drawn."""
+
+    def model(y):
+        with pyro.plate("data", 4, subsample_size=2) as i:
+            pyro.sample("y", dist.Normal(normal("z"), 0.5), obs=y[i])
+
+    guide = kind(model)
+    for seed in range(8):
+        pyro.set_rng_seed(seed)
+        pplvi.ELBO(estimator="stl").loss_and_grads(model, guide, DATA)
+        leaves = [p for n, p in guide.named_parameters() if "loc" in n]
+        leaves = leaves or [p for n, p in pyro.get_param_store()._params.items() if "loc" in n]
+        assert len(leaves[0].grad.nonzero()) == 2
+        leaves[0].grad = None
+
+
+def test_a_factor_outside_the_plates_makes_weights_joint_and_says_so_once():
+    def model(y):
+        pyro.factor("penalty", -(pyro.param("theta", torch.tensor(1.0)) ** 2))
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(normal("z"), 0.5), obs=y)
+
+    guide = factors().guide
+    loss = pplvi.ImportanceWeightedELBO(num_particles=3)
+    with pytest.warns(UserWarning, match=r"factors \['penalty'\] stand outside the plates \['data'\]") as record:
+        loss.loss(model, guide, DATA)
+    assert len(record) == 1
+    (step,) = loss.steps(model, guide, DATA)  # warnings are errors here: no second one
+    assert step.log_weight.shape == (3,)
+
+
+def test_a_factor_costs_nothing_where_weights_are_joint_anyway():
+    def model(y):
+        z = normal("z")
+        pyro.factor("penalty", -(z**2))
+        with pyro.plate("data", 4):
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    run = execute(model, lambda y: normal("z", 0.1, 0.5), (DATA,), {}, num_particles=3)
+    z = run.guide.nodes["z"]["value"].reshape(3)
+    data = dist.Normal(z, 0.5).log_prob(DATA.reshape(-1, 1)).sum(0)
+    assert torch.allclose(run.log_target(), dist.Normal(0.0, 1.0).log_prob(z) - z**2 + data)
+
+
+def test_a_factor_in_the_guide_counts_as_part_of_its_density():
+    def guide(y):
+        with pyro.plate("data", 4):
+            z = normal("z", 0.1, 0.9)
+            pyro.factor("correction", 0.25 * torch.ones_like(z), has_rsample=True)
+
+    run = execute(local().model, guide, (DATA,), {}, num_particles=3)
+    z = run.guide.nodes["z"]["value"]
+    assert torch.allclose(run.log_forward(), dist.Normal(0.1, 0.9).log_prob(z) + 0.25)
+
+
+def test_an_observation_outside_the_plate_ties_the_data_together():
+    def model(y):
+        with pyro.plate("data", 4):
+            z = normal("z")
+        pyro.sample("total", dist.Normal(z.sum(-1, keepdim=True), 1.0).to_event(1), obs=y.sum().reshape(1))
+
+    guide = factors().guide
+    assert execute(model, guide, (DATA,), {}, num_particles=3).batch == ()
+
+
+def test_masked_data_have_weight_zero_evidence():
+    pair = masked()
+    run = execute(pair.model, pair.guide, pair.args, {}, num_particles=3)
+    assert torch.equal(run.log_target()[:, 1], torch.zeros(3))
+    pair = masked_distribution()
+    run = execute(pair.model, pair.guide, pair.args, {}, num_particles=3)
+    z = run.guide.nodes["z"]["value"]
+    assert torch.allclose(run.log_target()[:, 1:3], dist.Normal(0.0, 1.0).log_prob(z)[:, 1:3])
+
+
+def test_entropies_of_a_guide_are_exact_where_they_exist():
+    pair = local(2)
+    run = execute(pair.model, pair.guide, pair.args, {}, num_particles=3)
+    assert torch.allclose(run.entropies()["z"], dist.Normal(0.0, 0.6).entropy().expand(3, 2))
+
+
+def test_draws_are_detached_before_a_later_site_sees_them():
+    def guide(y):
+        a = normal("mu", pyro.param("a", torch.tensor(0.2)), 0.5)
+        with pyro.plate("groups", 3, dim=-2):
+            theta = normal("theta", 2.0 * a, 0.5)
+            with pyro.plate("units", 4, dim=-1):
+                normal("eps", theta, 0.5)
+
+    run = execute(nested().model, guide, (GROUPED,), {}, num_particles=3, detach=True)
+    assert all(not s["value"].requires_grad for _, s in sample_sites(run.guide))
+    assert not run.log_target().requires_grad
+    (gradient,) = torch.autograd.grad(run.log_forward().sum(), pyro.get_param_store()._params["a"])
+    draw = run.guide.nodes["mu"]["value"]
+    assert float(gradient) == pytest.approx(float(((draw - 0.2) / 0.25).sum()))
+
+
+def test_the_first_bad_site_is_named():
+    def model(y):
+        z = normal("z")
+        with pyro.plate("data", 4):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=y)
+            pyro.sample("y", dist.Normal(z * pyro.param("b", torch.tensor(1.0)), 1.0), obs=y)
+
+    guide = AutoNormal(model)
+    assert first_bad_site(model, guide, (DATA,), {}) is None
+    pyro.get_param_store()["b"] = torch.tensor(float("nan"))
+    assert first_bad_site(model, guide, (DATA,), {}) == "y"
+    pyro.get_param_store()["b"] = torch.tensor(1.0)
+    pyro.get_param_store()._params["AutoNormal.locs.z"].data.fill_(float("inf"))
+    assert first_bad_site(model, guide, (DATA,), {}) in {"z", "z_unconstrained"}
+
+
+def test_a_model_runs_on_given_latents():
+    pair = nested()
+    latents = {"mu": torch.randn(5), "theta": torch.randn(5, 3), "eps": torch.randn(5, 3, 4)}
+    run = run_model(pair.model, pair.args, {}, num_particles=5, latents=latents)
+    prior = dist.Normal(0.0, 1.0).log_prob(latents["mu"])
+    middle = dist.Normal(latents["mu"][:, None], 1.0).log_prob(latents["theta"]).sum(-1)
+    leaves = dist.Normal(latents["theta"][..., None], 0.5).log_prob(latents["eps"]).sum((-1, -2))
+    data = dist.Normal(latents["eps"], 0.7).log_prob(GROUPED).sum((-1, -2))
+    assert torch.allclose(run.log_target(), prior + middle + leaves + data)
