@@ -23,13 +23,15 @@ MAX_MEDIAN_FUNCTION = 8
 
 # Lower floors know nothing of higher ones; modules on one floor may know each other, without circles.
 FLOORS = {
-    1: {"weights", "programs", "enumeration", "runs", "checks", "draws"},
+    1: {"weights", "environment", "seeding", "enumeration", "runs", "checks", "autoguides", "programs", "draws"}
+    | {"reweighting"},
     2: {"objectives", "kernels", "paths"},
     3: {"samplers", "guides", "energies"},
-    4: {"elbo", "compile"},
-    5: {"training", "checkpoint", "optimizers", "stopping", "posterior", "loo"},
-    6: {"export", "groups", "schema", "report", "compare", "plots"},
-    7: {"fit"},
+    4: {"elbo", "compile", "updates"},
+    5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "training", "restarts"}
+    | {"chains", "weighted", "loo", "posterior"},
+    6: {"schema", "groups", "export", "report", "comparison", "plots"},
+    7: {"result", "fitting"},
     8: {"examples", "demo", "models"},
     9: {"__init__"},
 }
