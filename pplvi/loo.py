@@ -80,7 +80,9 @@ def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
     if posterior.is_mcmc:
         return _loo_of_mcmc(posterior, likelihood[:, counted], coords)
     weight = align(posterior.log_weight, posterior.draws.batch, plates)
-    columns = torch.arange(weight[0].numel()).reshape(weight.shape[1:]).expand(counted.shape)[counted.cpu()]
+    columns = (
+        torch.arange(weight[0].numel(), device="cpu").reshape(weight.shape[1:]).expand(counted.shape)[counted.cpu()]
+    )
     elpd, lpd, pareto_k = _pointwise(likelihood[:, counted], weight.reshape(len(weight), -1), columns)
     return _elpd_data(elpd, (lpd - elpd).sum().item(), pareto_k, coords, posterior.num_draws)
 
@@ -113,7 +115,7 @@ def _pointwise(likelihood: Tensor, log_weight: Tensor, columns: Tensor) -> tuple
     likelihood, log_weight = likelihood.reshape(len(likelihood), -1), log_weight.double().cpu()
     posterior = torch.log_softmax(pareto_smooth(log_weight)[0], 0)
     parts = []
-    for chunk in torch.arange(len(columns)).split(max(1, _CHUNK // len(likelihood))):
+    for chunk in torch.arange(len(columns), device="cpu").split(max(1, _CHUNK // len(likelihood))):
         density = likelihood[:, chunk].double().cpu()
         parts.append(_leave_out(density, log_weight[:, columns[chunk]], posterior[:, columns[chunk]]))
     elpd, lpd, pareto_k = (torch.cat(part) for part in zip(*parts, strict=True))

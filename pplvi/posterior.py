@@ -46,8 +46,8 @@ class Posterior(WeightedDraws):
             unless given.
 
     Raises:
-        ValueError: if the model has no latent sites, if model and guide do not fit together, or if ``num_draws``,
-            ``chunk_size`` is below 1.
+        ValueError: if the model has no latent sites, if model and guide do not fit together, or if ``num_draws``
+            or ``chunk_size`` is below 1, or if several runs would draw different minibatches.
 
     References:
         Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
@@ -77,12 +77,15 @@ class Posterior(WeightedDraws):
         seed: int | None = None,
     ) -> None:
         self._remember(model, guide, args, kwargs, vectorize)
+        chunks = _chunks(num_draws, chunk_size)
         with random_state(seed):
             draws = stack(
                 draw(model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=vectorize)
-                for start, stop in _chunks(num_draws, chunk_size)
+                for start, stop in chunks
             )
         _check_latents(draws)
+        if len(chunks) > 1 or not vectorize:
+            _check_same_data(draws)
         super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
 
     @classmethod
@@ -132,7 +135,7 @@ class Posterior(WeightedDraws):
         if not chains:
             raise ValueError("the MCMC run has no draws: expected a finished run. Call mcmc.run(...) first.")
         self = cls.__new__(cls)
-        self._remember(model, None, args, kwargs, vectorize)
+        self._remember(model, None, args, kwargs, vectorize, mcmc)
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
         bounds = _chunks(num_chains * length, chunk_size)
@@ -140,10 +143,16 @@ class Posterior(WeightedDraws):
         return self
 
     def _remember(
-        self, model: Program, guide: Program | None, args: tuple[Any, ...], kwargs: Any, vectorize: bool
+        self,
+        model: Program,
+        guide: Program | None,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        vectorize: bool,
+        mcmc: MCMC | None = None,
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, tuple(args), dict(kwargs or {})
-        self.vectorize = vectorize
+        self.vectorize, self.mcmc = vectorize, mcmc
 
     def _without_padding(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Drop the dimensions of size 1 that stand for plates a site is not in: ``(S, *plates, *event)`` is left."""
@@ -178,14 +187,20 @@ class Posterior(WeightedDraws):
             ``.latents`` go with it.
 
         Raises:
-            ValueError: if a latent site has another shape under the new arguments than it had in the fit, or a name
-                in ``new_sites`` is not a latent site.
+            ValueError: if a latent site has another shape under the new arguments than it had in the fit, or belongs
+                to a minibatch, or if a name in ``new_sites`` is not a latent site.
 
         References:
             Gelman et al. 2013, Bayesian data analysis, section 6.3.
         """
-        if unknown := set(new_sites) - set(self.draws.latents):
+        new_sites = frozenset(new_sites)
+        if unknown := new_sites - set(self.draws.latents):
             raise ValueError(f"new_sites names {sorted(unknown)}; the latent sites are {sorted(self.draws.latents)}.")
+        if names := _subsampled(self.draws, set(self.draws.latents) - new_sites):
+            raise ValueError(
+                f"latent sites in the subsampled plates {names} belong to one minibatch, and the model would draw "
+                "another: expected a posterior on the full data. Or let the model draw these sites: new_sites=."
+            )
         args, kwargs = (args, kwargs) if args or kwargs else (self.args, self.kwargs)
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
@@ -225,6 +240,18 @@ def _check_latents(draws: Draws) -> None:
             "the model has no latent sites to draw (all its sites are observed, deterministic or enumerated), so "
             "there is no posterior: expected at least one pyro.sample without obs=."
         )
+
+
+def _check_same_data(draws: Draws) -> None:
+    if names := _subsampled(draws, draws.plates):
+        raise ValueError(
+            f"the plates {names} are subsampled anew in every run of the program, so that draws of several runs would "
+            "belong to different data: expected the full data, or one run (vectorize=True and no chunk_size)."
+        )
+
+
+def _subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
+    return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})
 
 
 def _point_sites(draws: Draws, model: Program, guide: Program, args: Any, kwargs: Any) -> frozenset[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pplvi.runs import Plate
 from pplvi.weighted import WeightedDraws
 from pplvi.weights import pareto_k_threshold
 
@@ -210,10 +211,15 @@ def _numbers(posterior: WeightedDraws, verdict: Verdict) -> Iterator[tuple[str, 
 def _describe_draws(posterior: WeightedDraws) -> str:
     sites = list(posterior.draws.latents)
     chains = f" in {posterior.num_chains} chains" if posterior.num_chains > 1 else ""
-    batch = " and ".join(f"{plate.size} of plate {plate.name!r}" for plate in posterior.draws.batch)
+    batch = " and ".join(_describe_plate(plate) for plate in posterior.draws.batch)
     weights = f"; weights for each of {batch}" if batch and posterior.has_weights else ""
     names = textwrap.shorten(", ".join(sites), 50, placeholder=" ...")
     return f"{posterior.num_draws:,}{chains} of {len(sites)} latent site{'s' * (len(sites) > 1)}: {names}{weights}"
+
+
+def _describe_plate(plate: Plate) -> str:
+    minibatch = f" (a minibatch of {plate.full_size}, to which totals are scaled up)" if plate.scale != 1 else ""
+    return f"{plate.size} of plate {plate.name!r}{minibatch}"
 
 
 def _describe_ess(posterior: WeightedDraws) -> str:

@@ -244,16 +244,18 @@ def pareto_smooth(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
         (torch.Size([100000]), True)
     """
     dim = _particle_dim(log_weight, dim)
-    columns = log_weight.detach().movedim(dim, -1)
+    columns = log_weight.detach().movedim(dim, -1).cpu()  # a loop over columns: faster there, whatever the device
     if bool((columns.isnan() | columns.isposinf()).any()):
         raise ValueError(
             "log_weight holds NaN or +inf, so its tail cannot be fitted; expected finite numbers or -inf. "
             "Look for NaN in the data or in the densities of the model and the guide."
         )
-    fitted = [_smooth_column(column) for column in columns.reshape(-1, columns.shape[-1])]
+    with torch.device("cpu"):
+        fitted = [_smooth_column(column) for column in columns.reshape(-1, columns.shape[-1])]
     smoothed = torch.stack([column for column, _ in fitted]) if fitted else columns
     pareto_k = columns.new_tensor([k for _, k in fitted])
-    return smoothed.reshape(columns.shape).movedim(-1, dim), pareto_k.reshape(columns.shape[:-1])
+    smoothed, pareto_k = smoothed.reshape(columns.shape).movedim(-1, dim), pareto_k.reshape(columns.shape[:-1])
+    return smoothed.to(log_weight.device), pareto_k.to(log_weight.device)
 
 
 def resample(
@@ -348,10 +350,10 @@ def _smooth_tail(tail: Tensor, cutoff: float) -> tuple[float, Tensor]:
     if tail.shape[0] < _MIN_TAIL:
         return math.inf, tail
     excess = tail.exp() - math.exp(cutoff)
-    k, sigma = fit_generalized_pareto(excess.cpu())
+    k, sigma = fit_generalized_pareto(excess)
     if not math.isfinite(k):
         return math.inf, tail
-    probabilities = (torch.arange(tail.shape[0], dtype=tail.dtype, device=tail.device) + 0.5) / tail.shape[0]
+    probabilities = (torch.arange(tail.shape[0], dtype=tail.dtype) + 0.5) / tail.shape[0]
     survival = -torch.log1p(-probabilities)
     quantiles = sigma * (survival if abs(k) < 1e-15 else torch.expm1(k * survival) / k)
     smoothed = torch.empty_like(tail)

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
@@ -254,6 +254,54 @@ def test_global_latents_over_a_subsampled_plate_have_no_weights() -> None:
     assert math.isfinite(posterior.elbo.value)
     with pytest.raises(ValueError, match=r"plates \['data'\] are subsampled"):
         _ = posterior.pareto_k
+
+
+def local_minibatch_model(y: Tensor) -> None:
+    with pyro.plate("data", len(y), subsample_size=2) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
+def local_minibatch_guide(y: Tensor) -> None:
+    with pyro.plate("data", len(y), subsample_size=2) as index:
+        pyro.sample("z", dist.Normal(y[index] / 2, 0.5**0.5))
+
+
+def test_minibatch_of_local_latents_has_scaled_estimates_and_no_predictions() -> None:
+    posterior = Posterior(local_minibatch_model, local_minibatch_guide, (Y,), num_draws=30, seed=0)
+    assert posterior.pareto_k.shape == (2,)
+    value, _ = posterior.log_evidence
+    assert posterior.total_log_evidence.value == pytest.approx(2.5 * value.sum().item())
+    with pytest.raises(ValueError, match=r"subsampled plates \['data'\] belong to one minibatch"):
+        posterior.predict()
+    assert posterior.predict(new_sites=["z"]).observed["y"].shape == (30, 2)
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 10}, {"vectorize": False}])
+def test_draws_of_several_minibatches_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"plates \['data'\] are subsampled anew in every run"):
+        Posterior(local_minibatch_model, local_minibatch_guide, (Y,), num_draws=30, seed=0, **options)
+
+
+def test_enumerated_sites_are_summed_out_of_the_weights() -> None:
+    y = torch.tensor([-2.0, 1.9, 2.2, -1.5])
+
+    @config_enumerate
+    def model() -> None:
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(p))
+            pyro.sample("y", dist.Normal(4 * k - 2, 1.0), obs=y)
+
+    posterior = Posterior(model, lambda: pyro.sample("p", dist.Beta(3.0, 3.0)), num_draws=20_000, seed=0)
+    p = (torch.arange(10_000) + 0.5)[:, None] / 10_000
+    likelihood = p * dist.Normal(2.0, 1.0).log_prob(y).exp() + (1 - p) * dist.Normal(-2.0, 1.0).log_prob(y).exp()
+    prior = dist.Beta(2.0, 2.0).log_prob(p[:, 0])
+    value, error = posterior.total_log_evidence
+    assert abs(value - (prior.exp() * likelihood.prod(1)).mean().log().item()) < 3 * error < 0.02
+    without = prior.exp()[:, None] * likelihood.prod(1, keepdim=True) / likelihood
+    exact = (without * likelihood).mean(0).log() - without.mean(0).log()
+    torch.testing.assert_close(torch.as_tensor(posterior.loo().loo_i.values), exact, atol=0.015, rtol=0)
 
 
 # --- seeds ----------------------------------------------------------------------------------------------------------

@@ -174,6 +174,16 @@ def test_subsampled_plates_leave_the_elbo_only() -> None:
     assert "A plate is subsampled" in text
 
 
+def test_minibatches_say_that_totals_are_scaled() -> None:
+    plates = (Plate("data", -1, 2, 10),)
+    draws = Draws(
+        {"z": torch.zeros(40, 2)}, {}, {}, {}, torch.ones(40, 2), torch.zeros(40, 2), plates, {"z": plates}, frozenset()
+    )
+    text = report(WeightedDraws(draws))
+    assert numbers(text, "ELBO")[0] == numbers(text, "log evidence")[0] == (10, 0)
+    assert "2 of plate 'data' (a minibatch of 10, to which totals are scaled up)" in " ".join(text.split())
+
+
 @pytest.mark.parametrize("num_draws", [1, 10])
 def test_too_few_draws_for_a_k_hat_say_so(num_draws: int) -> None:
     text = report(conjugate(num_draws=num_draws))

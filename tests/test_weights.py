@@ -205,6 +205,13 @@ def test_pareto_smoothing_refuses_nan_and_plus_infinity(bad: float) -> None:
         pareto_smooth(torch.tensor([0.0, bad]))
 
 
+def test_pareto_smoothing_does_not_depend_on_the_default_device() -> None:
+    log_weight = torch.randn(100, device="cpu")
+    expected = pareto_smooth(log_weight)[1]
+    with torch.device("meta"):
+        assert pareto_smooth(log_weight)[1] == expected
+
+
 def test_pareto_smoothing_of_an_empty_batch() -> None:
     smoothed, pareto_k = pareto_smooth(torch.zeros(30, 0))
     assert smoothed.shape == (30, 0)
