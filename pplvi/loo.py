@@ -76,6 +76,8 @@ def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
     plates = posterior.draws.plates[name]
     likelihood = posterior.draws.log_likelihood[name]
     counted = (likelihood != 0).any(0)
+    if not counted.any():
+        raise ValueError(f"every observation of site {name!r} is masked out: expected at least one that counts.")
     coords = _coordinates(counted.cpu().numpy(), [plate.name for plate in plates])
     if posterior.is_mcmc:
         return _loo_of_mcmc(posterior, likelihood[:, counted], coords)

@@ -193,6 +193,12 @@ def test_masked_observations_do_not_count() -> None:
         assert result[name] == pytest.approx(expected[name]), name
 
 
+def test_leaving_out_needs_an_observation_that_counts() -> None:
+    posterior = mean_model(0.3, 0.6, 200)
+    with pytest.raises(ValueError, match="every observation of site 'y' is masked out"):
+        loo(replace(posterior.draws, log_likelihood={"y": torch.zeros(200, 5)}))
+
+
 def test_single_observation_without_a_plate() -> None:
     posterior = mean_model(0.3, 0.6, 2000)
     likelihood = {"y": posterior.draws.log_likelihood["y"][:, 0]}
