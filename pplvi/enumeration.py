@@ -113,7 +113,9 @@ class _GuideAverage:
         self.factors: Tree = OrderedDict()
         for site in _sites(guide):
             if site["infer"].get("_enumerate_dim") is not None:
-                self.factors.setdefault(_ordinal(guide, site), []).append(site["packed"]["unscaled_log_prob"])
+                term = site["packed"]["unscaled_log_prob"]
+                # A plate of size one leaves no dimension in its terms: it is no plate to the contraction.
+                self.factors.setdefault(_ordinal(guide, site).intersection(term._pyro_dims), []).append(term)
 
     def __call__(self, ordinal: frozenset[str], term: Tensor) -> Tensor:
         dims = self.dims.intersection(term._pyro_dims)  # type: ignore[attr-defined]
@@ -145,8 +147,8 @@ def log_likelihood(model: Trace, guide: Trace, name: str) -> Tensor | None:
         variable, so that single elements have no term of their own.
     """
     symbols = _pack(model, guide)
-    site, sum_dims = model.nodes[name], _enumerated_symbols(model)
-    ordinal = _ordinal(model, site)
+    site = model.nodes[name]
+    sum_dims, ordinal = _connected(site, model), _ordinal(model, site)
     others: Tree = OrderedDict()
     for other in _sites(model):
         if other is not site and not sum_dims.isdisjoint(other["packed"]["log_prob"]._pyro_dims):
@@ -162,6 +164,16 @@ def log_likelihood(model: Trace, guide: Trace, name: str) -> Tensor | None:
     difference: Tensor = joint - without
     difference._pyro_dims = joint._pyro_dims  # type: ignore[attr-defined]
     return packed.unpack(difference, symbols)
+
+
+def _connected(site: Site, model: Trace) -> set[str]:
+    """Enumerated variables that a site depends on, directly or through other sites."""
+    enumerated = _enumerated_symbols(model)
+    groups = [enumerated.intersection(other["packed"]["log_prob"]._pyro_dims) for other in _sites(model)]
+    reached = enumerated.intersection(site["packed"]["log_prob"]._pyro_dims)
+    while linked := set().union(*(group for group in groups if group & reached)) - reached:
+        reached |= linked
+    return reached
 
 
 def _zeros(site: Site, plates: frozenset[str]) -> Tensor:

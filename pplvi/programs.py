@@ -8,7 +8,7 @@ before a later site can use them. No state of a program is kept but a hint of ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -182,16 +182,17 @@ def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) 
     guide_trace = _run_guide(guide, args, kwargs, how)
     if isinstance(messenger := poutine.unwrap(guide), GuideMessenger):  # it ran the model already
         return Run(guide_trace, messenger.get_traces()[0], how.num_particles, how.nesting, how.enumerated)
+    # Replay goes outside enumeration, which has to see every site before it is replaced.
+    around = poutine.replay(trace=guide_trace), how.enumerating(first=False), how.particles()
     recorder = _SubsampleRecorder()
-    replayed = poutine.replay(recorder(model), trace=guide_trace)
-    model_trace = _trace(replayed, args, kwargs, how.particles(), how.enumerating(first=False))
+    model_trace = _trace(recorder(model), args, kwargs, *around)
     given = frozenset(recorder.given)
     return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated, given)
 
 
 def _run_guide(guide: Program, args: Any, kwargs: Any, how: _How) -> Trace:
     with how.drawing(), _Supply(how.values or {}):
-        trace = _trace(guide, args, kwargs, how.particles(), how.enumerating(first=True))
+        trace = _trace(guide, args, kwargs, how.enumerating(first=True), how.particles())
     if not isinstance(messenger := poutine.unwrap(guide), GuideMessenger):
         return trace
     guide_trace = messenger.get_traces()[1]
@@ -200,8 +201,12 @@ def _run_guide(guide: Program, args: Any, kwargs: Any, how: _How) -> Trace:
 
 
 def _trace(program: Program, args: Any, kwargs: Any, *contexts: AbstractContextManager[Any]) -> Trace:
+    """Trace a program inside contexts, the first outermost."""
+
     def run() -> None:
-        with contexts[0], contexts[1]:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
             program(*args, **kwargs)
 
     return poutine.trace(run).get_trace()
@@ -253,12 +258,11 @@ _LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, Layout]] = WeakKeyDictio
 
 def _layout(model: Program, guide: Program, args: Any, kwargs: Any) -> Layout:
     """The layout of a pair, inspected and checked on its first run only. It is a hint: a deeper run corrects it."""
-    try:
+    with suppress(KeyError, TypeError):
         return _LAYOUTS[model][guide]
-    except (KeyError, TypeError):
-        layout = inspect(model, guide, args, kwargs)
-        _remember(model, guide, layout)
-        return layout
+    layout = inspect(model, guide, args, kwargs)
+    _remember(model, guide, layout)
+    return layout
 
 
 def _remember(model: Program, guide: Program, layout: Layout) -> None:
@@ -315,7 +319,7 @@ def run_model(
     how = _How(num_particles, plain.nesting, enumerated, values=spread(latents or {}, plain))
     observing = _Uncondition() if sample_observed else nullcontext()
     with observing, _Supply(how.values or {}):
-        trace = _trace(model, args, kwargs, how.particles(), how.enumerating(first=True))
+        trace = _trace(model, args, kwargs, how.enumerating(first=True), how.particles())
     return Run(poutine.Trace(), trace, num_particles, plain.nesting, enumerated)
 
 
@@ -326,7 +330,7 @@ def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping
     """
     layout = _layout(model, guide, args, kwargs)
     with torch.no_grad(), _Uncondition():
-        model_trace = _trace(model, args, kwargs, nullcontext(), nullcontext())
+        model_trace = _trace(model, args, kwargs)
     dreamt = {n: s for n, s in sample_sites(model_trace) if s["infer"].pop("was_observed", False)}
     for site in dreamt.values():
         site["is_observed"] = True
@@ -334,7 +338,7 @@ def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping
     args, kwargs = _with_dreams(model, args, kwargs, dreams)
     values = {name: site["value"] for name, site in latent_sites(model_trace).items()}
     with _Supply({**values, **autoguides.auxiliary_values(guide, values)}, but_delta=True):
-        guide_trace = _trace(guide, args, kwargs, nullcontext(), nullcontext())
+        guide_trace = _trace(guide, args, kwargs)
     return Run(guide_trace, model_trace, 1, layout.nesting)
 
 
