@@ -138,7 +138,7 @@ def to_arviz(
             groups |= predictive_groups(chains, dims)
         if num_prior:
             groups |= prior_groups(posteriors[chosen], num_prior, dims)
-    groups["sample_stats"] |= diagnostics(posteriors) | divergences(source)
+    groups["sample_stats"] |= diagnostics(posteriors) | divergences(posteriors)
     groups["optimization"] = {"loss": (("chain", "step"), traces)} if traces.size else {}
     _check_dims(groups, dims)
     kind = "mcmc" if posteriors[0].is_mcmc else draws

@@ -183,15 +183,18 @@ def diagnostics(posteriors: Sequence[Posterior]) -> Group:
     return {name: (dims, np.stack([to_numpy(getattr(p, name)) for p in posteriors])) for name in ("pareto_k", "ess")}
 
 
-def divergences(source: Any) -> Group:
-    """Which draws of an MCMC run diverged, where its kernel says so."""
-    found = source.diagnostics().get("divergences", {}) if isinstance(source, MCMC) else {}
-    if not found:
-        return {}
-    diverging = np.zeros((source.num_chains, source.num_samples), dtype=bool)
-    for row, steps in zip(diverging, found.values(), strict=True):
-        row[steps] = True
-    return {"diverging": (SAMPLE, diverging)}
+def divergences(posteriors: Sequence[Posterior]) -> Group:
+    """Which draws of MCMC runs diverged, where their kernels say so."""
+    found = [row for posterior in posteriors for row in _diverging(posterior.mcmc)]
+    return {"diverging": (SAMPLE, np.stack(found))} if found else {}
+
+
+def _diverging(mcmc: MCMC | None) -> Iterator[np.ndarray]:
+    """One row for each chain; Pyro counts divergent draws from the first one after the warm-up."""
+    if mcmc is None:
+        return
+    for draws in mcmc.diagnostics().get("divergences", {}).values():
+        yield np.isin(np.arange(mcmc.num_samples), draws)
 
 
 def summary(posteriors: Sequence[Posterior]) -> dict[str, Any]:
@@ -200,17 +203,20 @@ def summary(posteriors: Sequence[Posterior]) -> dict[str, Any]:
     names: dict[str, Any] = {} if guide is None else {"guide": name_of(guide)}
     if not all(posterior.has_weights for posterior in posteriors):
         return names
-    numbers = [
-        {
-            "pareto_k": p.pareto_k.max().item(),
-            "ess": p.ess.min().item(),
-            "elbo": p.elbo.value,
-            "log_evidence": p.total_log_evidence.value,
-            "log_evidence_error": p.total_log_evidence.error,
-        }
-        for p in posteriors
-    ]
+    numbers = [quality(posterior) for posterior in posteriors]
     return names | {key: np.array([row[key] for row in numbers]) for key in numbers[0]}
+
+
+def quality(posterior: Posterior) -> dict[str, float]:
+    """How good the weights are: the worst k-hat and ESS of the batch, ELBO and log evidence of all data, in nats."""
+    evidence = posterior.total_log_evidence
+    return {
+        "pareto_k": posterior.pareto_k.max().item(),
+        "ess": posterior.ess.min().item(),
+        "elbo": posterior.elbo.value,
+        "log_evidence": evidence.value,
+        "log_evidence_error": evidence.error,
+    }
 
 
 def name_of(program: Any) -> str:
