@@ -183,7 +183,7 @@ def _loo_of_mcmc(posterior: WeightedDraws, likelihood: Tensor, coords: DataArray
         return value.reshape(posterior.num_chains, -1, *value.shape[1:]).cpu().numpy()
 
     likelihood = likelihood.reshape(posterior.num_draws, *coords.shape)
-    groups = {
+    groups: dict[str, Any] = {
         "posterior": {name: chains(value) for name, value in posterior.draws.latents.items()},
         "log_likelihood": {"observed": chains(likelihood)},
     }

@@ -42,6 +42,9 @@ class WeightedDraws:
         point_sites: latent sites that the guide holds at a point, where it has no density.
         num_chains: number of MCMC chains that lie one after another in the draws; 1 for a guide.
 
+    Raises:
+        ValueError: if the draws are predictions, without densities.
+
     Example:
         >>> z = torch.tensor([0.0, 1.0, 3.0])
         >>> draws = Draws({"z": z}, {}, {}, {}, -z, -z, (), {"z": ()}, frozenset())
@@ -50,17 +53,19 @@ class WeightedDraws:
     """
 
     def __init__(self, draws: Draws, point_sites: frozenset[str] = frozenset(), num_chains: int = 1) -> None:
-        self.draws, self.point_sites, self.num_chains = draws, point_sites, num_chains
+        if draws.log_p is None:
+            raise ValueError("these draws are predictions, without densities: expected draws of a guide or of MCMC.")
+        self.draws, self.point_sites, self.num_chains, self._log_p = draws, point_sites, num_chains, draws.log_p
 
     @property
     def num_draws(self) -> int:
         """Number of draws, all chains together."""
-        return self.draws.log_p.shape[0]
+        return self._log_p.shape[0]
 
     @property
     def log_p(self) -> Tensor:
         """Log joint density of each draw under the model, shape ``(num_draws, *batch)``, in nats."""
-        return self.draws.log_p
+        return self._log_p
 
     @property
     def log_q(self) -> Tensor:

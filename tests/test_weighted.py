@@ -200,5 +200,10 @@ def test_weights_align_with_plates_by_name() -> None:
         align(weight, [a, c], [a, b])
 
 
+def test_predictions_are_no_weighted_draws() -> None:
+    with pytest.raises(ValueError, match="predictions, without densities"):
+        WeightedDraws(Draws({}, {}, {}, {}, None, None, (), {}, frozenset()))
+
+
 def test_estimates_print_with_their_error() -> None:
     assert str(Estimate(-1.23456, 0.0123)) == "-1.235 +- 0.012"
