@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pplvi.objectives import Estimator, ForwardKLDivergence, Monitor, Objective, RenyiBound, Step, ThermodynamicBound
 from pplvi.programs import execute
-from pplvi.samplers import Importance, Request, Sampler
+from pplvi.runs import Run
+from pplvi.samplers import Importance, Request, Sampler, exact_entropies
 
 Program = Callable[..., Any]
 
@@ -234,22 +235,31 @@ class ELBO(_Named):
         :returns: ``{"elbo", "expected_log_prob", "entropy"}``, subsample scales included.
         :raises ValueError: with ``per_site`` for models with enumerated sites, whose densities do not separate.
         """
+        counts = [self.num_particles] if self.vectorize_particles else [1] * self.num_particles
         with torch.no_grad():
-            run = execute(model, guide, args, kwargs, num_particles=self.num_particles)
-            entropies = run.entropies() if self.objective.routing.exact_entropy else None
-            entropy = sum(entropies.values(), run.zeros()) if entropies is not None else -run.log_forward()
-            halves = {"expected_log_prob": _mean(run, run.log_target()), "entropy": _mean(run, entropy)}
-            found: dict[str, Any] = {"elbo": sum(halves.values()), **halves}
-            if per_site:
-                found["sites"] = _sites(run, entropies)
-        return found
+            runs = (execute(model, guide, args, kwargs, num_particles=count) for count in counts)
+            return _averaged([self._terms(run, per_site) for run in runs])
+
+    def _terms(self, run: Run, per_site: bool) -> dict[str, Any]:
+        entropies = exact_entropies(run) if self.objective.routing.exact_entropy else None
+        entropy = -run.log_forward() if entropies is None else sum(entropies.values(), run.zeros())
+        halves = {"expected_log_prob": _mean(run, run.log_target()), "entropy": _mean(run, entropy)}
+        found: dict[str, Any] = {"elbo": sum(halves.values()), **halves}
+        return {**found, "sites": _sites(run, entropies)} if per_site else found
 
 
-def _mean(run: Any, density: Tensor) -> float:
+def _averaged(parts: list[Any]) -> Any:
+    """Mean of nested dicts of numbers."""
+    if isinstance(parts[0], dict):
+        return {key: _averaged([part[key] for part in parts]) for key in parts[0]}
+    return sum(parts) / len(parts)
+
+
+def _mean(run: Run, density: Tensor) -> float:
     return float(run.scale * density.mean(0).sum())
 
 
-def _sites(run: Any, entropies: dict[str, Tensor] | None) -> dict[str, dict[str, float]]:
+def _sites(run: Run, entropies: dict[str, Tensor] | None) -> dict[str, dict[str, float]]:
     if run.enumerated:
         raise ValueError(
             "per_site=True with enumerated sites: they are summed out jointly and have no terms of their own."

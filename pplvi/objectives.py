@@ -218,7 +218,7 @@ class RenyiBound(Objective):
     def _doubly_reparameterised(self, log_weight: Tensor, step: Step) -> Tensor:
         u = torch.softmax((1.0 - self.alpha) * log_weight.detach(), 0)
         c = self.alpha * u + (1.0 - self.alpha) * u**2
-        return (c * log_weight).sum(0) + ((u - c) * step.log_target_fixed).sum(0)
+        return _weighted_sum(c, log_weight) + _weighted_sum(u - c, step.log_target_fixed)
 
     def _score_term(self, log_weight: Tensor, log_score: Tensor) -> Tensor:
         if self.estimator == "reparam":
@@ -244,14 +244,19 @@ class RenyiBound(Objective):
         return self.bound(log_weight) - self.bound(_leave_one_out(log_weight), dim=1)
 
 
+def _weighted_sum(weight: Tensor, values: Tensor) -> Tensor:
+    """``sum weight * values`` over particles, where a weight of zero also silences an infinite value."""
+    return (weight * values.masked_fill(weight == 0, 0.0)).sum(0)
+
+
 def _leave_one_out(log_weight: Tensor) -> Tensor:
     """``(K, K, *batch)``: row k has particle k's log weight replaced by the mean of the others."""
     count = len(log_weight)
-    others = (log_weight.sum(0) - log_weight) / (count - 1)
-    own = torch.eye(count, dtype=torch.bool, device=log_weight.device).reshape(
-        count, count, *[1] * (log_weight.dim() - 1)
-    )
-    return torch.where(own, others.unsqueeze(1), log_weight.unsqueeze(0))
+    rows = log_weight.unsqueeze(0).expand(count, *log_weight.shape)
+    own = torch.eye(count, dtype=torch.bool, device=log_weight.device)
+    own = own.reshape(count, count, *[1] * (log_weight.dim() - 1))
+    others = torch.where(own, 0.0, rows).sum(1) / (count - 1)
+    return torch.where(own, others.unsqueeze(1), rows)
 
 
 @dataclass(frozen=True)
@@ -272,7 +277,7 @@ class ForwardKLDivergence(Objective):
 
     def __call__(self, step: Step) -> Terms:
         """Value and surrogate, each of shape ``(*batch)``."""
-        loss = -(torch.softmax(step.log_weight, 0) * step.log_forward).sum(0)
+        loss = -_weighted_sum(torch.softmax(step.log_weight, 0), step.log_forward)
         return Terms(loss.detach(), loss)
 
 
@@ -284,6 +289,7 @@ class ThermodynamicBound(Objective):
     the self-normalised weights ``softmax(beta log w)`` (Masrani, Le & Wood 2019). Its gradient is
     ``E[grad log w] + Cov[grad log pi_beta, log w]`` with ``pi_beta = gamma^beta q^(1-beta)``, at detached draws: no
     reparameterisation is needed, and discrete latents are as good as continuous ones. Betas ``(0,)`` are the ELBO.
+    Self-normalised: value and gradient are biased by O(1/K), at ``beta=0`` only the gradient, by ``(K-1)/K``.
     """
 
     monitor: ClassVar[Monitor] = "lower"

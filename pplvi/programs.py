@@ -135,11 +135,11 @@ def _renewed(
 
 
 def guide_run(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, num_particles: int = 1
+    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, values: Mapping[str, Tensor] | None
 ) -> Run:
     """Run the guide alone; the model's trace is empty."""
     layout = _layout(model, guide, args, kwargs)
-    how = _How(num_particles, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, None))
+    how = _How(num_particles, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, values))
     return Run(_run_guide(guide, args, kwargs, how), poutine.Trace(), num_particles, layout.nesting, layout.enumerated)
 
 
@@ -394,5 +394,6 @@ def parameters_of(run: Callable[[], Any]) -> dict[str, Tensor]:
     with poutine.trace(param_only=True) as recorder:
         run()
     pyro.util.set_rng_state(state)
-    sites = ((n, s["value"].unconstrained()) for n, s in recorder.trace.nodes.items())
-    return {name: leaf for name, leaf in sites if leaf.requires_grad}
+    sites: dict[str, Any] = {name: site["value"] for name, site in recorder.trace.nodes.items()}
+    leaves = {name: value.unconstrained() for name, value in sites.items()}
+    return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}

@@ -54,8 +54,10 @@ class Importance:
         if request.vectorize:
             yield step(model, guide, args, kwargs, request.num_particles, request.routing)
         else:
-            parts = [step(model, guide, args, kwargs, 1, request.routing) for _ in range(request.num_particles)]
-            yield Step.concatenate(parts)
+            # One minibatch for all particles: a bound compares weights of the same data.
+            shared = guide_run(model, guide, args, kwargs, 1, None).subsample_indices()
+            counts = [1] * request.num_particles
+            yield Step.concatenate([step(model, guide, args, kwargs, k, request.routing, shared) for k in counts])
 
 
 class Ancestral:
@@ -90,9 +92,27 @@ def _as_step(run: Run, log_target: Tensor, log_forward: Tensor, **more: Tensor |
     )
 
 
-def _live_step(model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing) -> Step:
-    run = execute(model, guide, args, kwargs, num_particles=num_particles, detach=routing.detach)
-    log_forward = -sum(run.entropies().values(), run.zeros()) if routing.exact_entropy else run.log_forward()
+def exact_entropies(run: Run) -> dict[str, Tensor]:
+    """Exact entropy of each guide site given the draws above it, each ``(num_particles, *batch)``.
+
+    :raises ValueError: if the guide enumerates sites, whose expected ``log q`` is exact already.
+    """
+    if run.guide_enumerated:
+        raise ValueError(
+            "entropy='exact' with guide sites that are enumerated: expected drawn sites. Drop entropy='exact'; the "
+            "entropy of enumerated sites is always exact."
+        )
+    return run.entropies()
+
+
+_Values = Mapping[str, Tensor] | None
+
+
+def _live_step(
+    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values = None
+) -> Step:
+    run = execute(model, guide, args, kwargs, num_particles=num_particles, detach=routing.detach, values=shared)
+    log_forward = -sum(exact_entropies(run).values(), run.zeros()) if routing.exact_entropy else run.log_forward()
     log_score = run.log_score(detached=routing.detach)
     if run.guide_enumerated and log_score is not None:
         raise ValueError(
@@ -102,13 +122,15 @@ def _live_step(model: Program, guide: Program, args: Any, kwargs: Any, num_parti
     return _as_step(run, run.log_target(), log_forward, log_score=log_score)
 
 
-def _frozen_step(model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing) -> Step:
+def _frozen_step(
+    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values = None
+) -> Step:
     """A step whose guide densities carry the path of the draws but none of their own parameters.
 
     The pair is run again with the draws as leaves; the path enters to first order, ``<grad_z log q, z - sg(z)>``, which
     has the value and the gradient of the density under frozen parameters, whatever kind of parameters they are.
     """
-    drawn = guide_run(model, guide, args, kwargs, num_particles=num_particles)
+    drawn = guide_run(model, guide, args, kwargs, num_particles, shared)
     leaves = _leaves(drawn)
     values = {**drawn.subsample_indices(), **leaves}
     run = execute(model, guide, args, kwargs, num_particles=num_particles, values=values)
