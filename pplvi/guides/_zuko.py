@@ -1,0 +1,209 @@
+"""Between zuko's lazy flows and a guide: build one, make it the identity, and run it on given parameters.
+
+zuko writes a flow as a transform from data to base; its inverse draws. Here the direction is a flag, and a call returns
+the value and the log-determinant together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal, Transform, constraints
+
+__all__ = ["FAMILIES", "AffineFlowTransform", "build", "import_zuko", "make_identity", "with_tensors"]
+
+# name -> (class in zuko.flows, whether drawing is the fast direction by default)
+FAMILIES: dict[str, tuple[str, bool]] = {
+    "nsf": ("NSF", True),
+    "maf": ("MAF", False),
+    "iaf": ("MAF", True),
+    "nice": ("NICE", False),
+    "coupling": ("NICE", False),
+}
+
+
+def import_zuko() -> ModuleType:
+    """zuko, with torch's validation flag as it was: zuko's own import switches it off for the whole process."""
+    validate = Distribution._validate_args
+    try:
+        import zuko
+    finally:
+        Distribution.set_default_validate_args(validate)
+    return zuko
+
+
+def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
+    """The lazy transform of a flow over ``features`` coordinates, a copy of its own.
+
+    Args:
+        flow: a name in :data:`FAMILIES`, a factory ``features -> zuko.lazy.Flow``, or a ``zuko.lazy.Flow``.
+        features: number of unconstrained coordinates.
+        options: keywords for the factory.
+
+    Raises:
+        ValueError: not a flow, a base other than the standard normal, or a flow over another number of features.
+    """
+    zuko = import_zuko()
+    factory = getattr(zuko.flows, FAMILIES[flow][0]) if isinstance(flow, str) else flow
+    made = copy.deepcopy(flow) if isinstance(flow, nn.Module) else factory(features, **options)
+    if not isinstance(made, zuko.lazy.Flow):
+        raise ValueError(
+            f"flow gave {type(made).__name__}; expected a zuko.lazy.Flow (a transform and a base), for example "
+            "zuko.flows.NSF or lambda features: zuko.flows.NSF(features, transforms=5)"
+        )
+    _check_base(made.base)
+    _check_features(made.transform, features)
+    return made.transform
+
+
+def _check_base(base: nn.Module) -> None:
+    if any(True for _ in base.parameters()) or not _is_standard_normal(base()):
+        raise ValueError(
+            f"the flow's base is {base}; expected the fixed standard normal that zuko's real-line flows come with. "
+            "Flows over a bounded or circular space and mixtures do not cover the unconstrained latents."
+        )
+
+
+def _is_standard_normal(base: Distribution) -> bool:
+    normal = base.base_dist if isinstance(base, Independent) else base
+    return isinstance(normal, Normal) and bool((normal.loc == 0).all() and (normal.scale == 1).all())
+
+
+@torch.no_grad()
+def _check_features(transform: nn.Module, features: int) -> None:
+    dtype = next((p.dtype for p in transform.parameters()), torch.get_default_dtype())
+    try:
+        shapes = [tuple(t.shape) for t in transform().call_and_ladj(torch.zeros(2, features, dtype=dtype))]
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(_wrong_features(features)) from error
+    if shapes != [(2, features), (2,)]:
+        raise ValueError(_wrong_features(features))
+
+
+def _wrong_features(features: int) -> str:
+    return (
+        f"the flow does not map {features} coordinates, which is what the model's latents have in unconstrained space; "
+        "pass a factory, which is told the number (zuko.flows.NSF), or a flow without context of that size"
+    )
+
+
+@torch.no_grad()
+def make_identity(transform: nn.Module, features: int) -> None:
+    """Set what shapes the transforms to zero: last layers of hyper networks, parameters without a network.
+
+    A monotone affine map, a rational-quadratic spline, a Bernstein polynomial and an ODE with zero parameters are the
+    identity, so the flow is; the hidden layers keep their random weights and learn from the second step on.
+
+    Raises:
+        ValueError: the flow is not the identity at zero (neural monotone networks, soft clipping between transforms),
+            or its parts would stay equal for ever (Gaussianization).
+    """
+    zuko = import_zuko()
+    networks = [m for m in transform.modules() if isinstance(m, (zuko.nn.MLP, zuko.nn.MaskedMLP))]
+    inside = {id(p) for net in networks for p in net.parameters()}
+    outputs = [p for net in networks for p in net[-1].parameters()]
+    for parameter in outputs + [p for p in transform.parameters() if id(p) not in inside]:
+        parameter.zero_()
+    if _has_equal_parts(transform, zuko) or not _is_identity(transform, features):
+        raise ValueError(
+            "this flow cannot start at the identity: zero parameters do not give it. Pass identity_init=False to start "
+            "from its own random weights, or use 'nsf', 'maf', 'iaf' or 'nice'."
+        )
+
+
+def _has_equal_parts(transform: nn.Module, zuko: ModuleType) -> bool:
+    mixture = zuko.transforms.GaussianizationTransform
+    return any(getattr(m, "univariate", None) is mixture for m in transform.modules())
+
+
+def _is_identity(transform: nn.Module, features: int) -> bool:
+    dtype = next((p.dtype for p in transform.parameters()), torch.get_default_dtype())
+    x = torch.linspace(-4.0, 4.0, 33, dtype=dtype).unsqueeze(-1) * torch.linspace(0.5, 1.0, features, dtype=dtype)
+    y, ladj = transform().call_and_ladj(x)
+    return torch.allclose(x, y, atol=1e-4) and torch.allclose(ladj, torch.zeros_like(ladj), atol=1e-4)
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> nn.Module:
+    """A copy of a module's structure whose parameters and buffers are the given tensors.
+
+    Unlike ``torch.func.functional_call`` it stays valid after the call: a flow evaluates its networks lazily, and an
+    ODE once more in the backward pass.
+    """
+    clone = object.__new__(type(module))
+    clone.__dict__.update(module.__dict__)
+    for slot in ("_parameters", "_buffers"):
+        held = {name: None if t is None else tensors[prefix + name] for name, t in module.__dict__[slot].items()}
+        clone.__dict__[slot] = held
+    children = module.__dict__["_modules"].items()
+    clone.__dict__["_modules"] = {name: with_tensors(child, tensors, f"{prefix}{name}.") for name, child in children}
+    return clone
+
+
+class AffineFlowTransform(Transform):
+    r"""``z = loc + scale * f(x)`` for a flow ``f``, which never computes one point twice.
+
+    :math:`\log |dz/dx| = \log |df/dx| + \sum_d \log \mathrm{scale}_d` comes with the value, and the last point is
+    remembered **by this object only**: the density of a draw under the transform that made it costs nothing, while a
+    transform built from other (frozen, substituted, updated) parameters computes its own. What was remembered without
+    gradients is forgotten as soon as gradients are wanted.
+
+    Args:
+        draw: ``f``, a transform with zuko's ``call_and_ladj``.
+        score: its inverse.
+        loc: shape ``(D,)``.
+        scale: shape ``(D,)``, positive.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, draw: Any, score: Any, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(cache_size=1)
+        self._draw = draw
+        self._score = score
+        self.loc = loc
+        self.scale = scale
+        self._ladj: Tensor | None = None
+        self._with_grad = False
+
+    def _forget_gradless(self) -> None:
+        if torch.is_grad_enabled() and not self._with_grad:
+            self._cached_x_y = (None, None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The latent vector of a base vector, shapes ``(*batch, D)``."""
+        self._forget_gradless()
+        return super().__call__(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        self._forget_gradless()
+        return super()._inv_call(y)
+
+    def _remember(self, ladj: Tensor) -> None:
+        self._ladj = ladj + self.scale.log().sum(-1)
+        self._with_grad = torch.is_grad_enabled()
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, ladj = self._draw.call_and_ladj(x)
+        self._remember(ladj)
+        return self.loc + self.scale * y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, ladj = self._score.call_and_ladj((y - self.loc) / self.scale)
+        self._remember(-ladj)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``log |dz/dx|`` in nats, shape ``(*batch,)``."""
+        self._forget_gradless()
+        x_old, y_old = self._cached_x_y
+        if x is not x_old or y is not y_old:
+            self(x)
+        assert self._ladj is not None
+        return self._ladj
