@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pplvi import enumeration
-from pplvi.programs import execute, isolated, plain_run, run_model
+from pplvi.programs import execute, plain_run, run_model
 from pplvi.runs import (
     Plate,
     Run,
@@ -63,6 +63,8 @@ class Draws:
     @property
     def num_draws(self) -> int:
         """Number of draws ``S``."""
+        if self.log_p is not None:
+            return len(self.log_p)
         return len(next(iter({**self.latents, **self.deterministics, **self.observed}.values())))
 
 
@@ -78,12 +80,19 @@ def draw(
 ) -> Draws:
     """Draws of a guide, scored by the model: ``log_p - log_q`` is the log importance weight.
 
-    :raises ValueError: if model and guide do not fit together.
+    :raises ValueError: if model and guide do not fit together, or if the guide enumerates a site.
     """
     kwargs = kwargs or {}
 
     def run(size: int) -> Run:
-        return execute(model, guide, args, kwargs, num_particles=size)
+        found = execute(model, guide, args, kwargs, num_particles=size)
+        if found.guide_enumerated:
+            names = sorted(name for name, site in latent_sites(found.guide).items() if is_enumerated(site))
+            raise ValueError(
+                f"the guide enumerates {names}, which averages over their values instead of drawing them: expected a "
+                "guide to draw from. Pass the guide without config_enumerate (its parameters stay the same)."
+            )
+        return found
 
     shapes = _Shapes(model, args, kwargs)
     parts = [_read(run(size), shapes) for size in _sizes(num_draws, vectorize)]
@@ -148,18 +157,34 @@ def _sizes(num_draws: int, vectorize: bool) -> list[int]:
 
 
 class _Shapes:
-    """Shapes of the deterministic sites in a run without particles: they declare no event dimensions."""
+    """Shapes of the deterministic sites, which are plain to see only in a run without particles."""
 
     def __init__(self, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        with isolated():
-            run = plain_run(model, args, kwargs)
-        self.by_name = {n: s["value"].shape for n, s in sample_sites(run.model) if is_deterministic(s)}
+        run = plain_run(model, args, kwargs)
+        self.plain = {name: site for name, site in sample_sites(run.model) if is_deterministic(site)}
 
-    def compact(self, name: str, value: Tensor, num_draws: int) -> Tensor:
-        shape = tuple(self.by_name.get(name, value.shape))
-        if value.dim() > len(shape) and value.shape[0] == num_draws:
-            return value.reshape(num_draws, *shape)
-        return value.expand(num_draws, *shape)
+    def compact(self, name: str, site: Site, run: Run) -> Tensor:
+        plain = self.plain.get(name, site)
+        event = _event_dims(plain)
+        if event is not None:
+            return _without_padding(site, run, event, with_draws=True)
+        value, shape = site["value"].detach().clone(), tuple(plain["value"].shape)
+        padded = value.dim() > len(shape) and value.shape[0] == run.num_particles
+        return value.reshape(run.num_particles, *shape) if padded else value.expand(run.num_particles, *shape)
+
+
+def _event_dims(site: Site) -> int | None:
+    """Event dimensions of a deterministic site inside plates: the declared ones, or else the fewest that leave batch
+    dimensions which fit its plates. ``None`` outside of plates, where the whole shape is one event."""
+    shape, plates = tuple(site["value"].shape), site_plates(site)
+    sizes = {p.dim: p.size for p in plates}
+    declared = site["fn"].event_dim
+    fewest = 0 if declared == len(shape) else declared
+    for event in range(fewest, len(shape) + 1) if plates else ():
+        batch = zip(range(-1, -1 - len(shape), -1), reversed(shape[: len(shape) - event]), strict=False)
+        if all(size in (1, sizes.get(dim)) for dim, size in batch) and len(shape) - event <= -min(sizes):
+            return event
+    return None
 
 
 def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
@@ -170,7 +195,7 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
     observed = {n: _compact(s, run, with_draws=predicted) for n, s in kinds["observed"].items()}
     return Draws(
         latents={n: _compact(s, run, with_draws=True) for n, s in kinds["latent"].items()},
-        deterministics={n: shapes.compact(n, s["value"], run.num_particles) for n, s in kinds["deterministic"].items()},
+        deterministics={n: shapes.compact(n, s, run) for n, s in kinds["deterministic"].items()},
         observed=observed,
         log_likelihood={} if predicted else _log_likelihoods(run, kinds["observed"]),
         log_p=None if predicted else run.log_target(),
@@ -195,8 +220,13 @@ def _kind(site: Site) -> str:
 def _compact(site: Site, run: Run, *, with_draws: bool) -> Tensor:
     """A site's value without padding: ``(S, *plates, *event)``, or without ``S`` for data."""
     event = site["value"].dim() if not hasattr(site["fn"], "event_dim") else site["fn"].event_dim
+    return _without_padding(site, run, event, with_draws)
+
+
+def _without_padding(site: Site, run: Run, event: int, with_draws: bool) -> Tensor:
     value = _pad(site["value"], run.nesting + 1 + event)
-    return _select(value, site, run, tuple(value.shape[value.dim() - event :]), with_draws)
+    # A copy: a point estimate's value may be its live parameter.
+    return _select(value, site, run, tuple(value.shape[value.dim() - event :]), with_draws).detach().clone()
 
 
 def _pad(value: Tensor, dims: int) -> Tensor:
@@ -207,6 +237,12 @@ def _select(value: Tensor, site: Site, run: Run, event: tuple[int, ...], with_dr
     sizes = {p.dim: p.size for p in site_plates(site)}
     full = (run.num_particles if with_draws else 1, *(sizes.get(dim, 1) for dim in range(-run.nesting, 0)), *event)
     compact = (*full[:1], *(sizes[dim] for dim in sorted(sizes)), *event)
+    if value.dim() > len(full):
+        raise ValueError(
+            f"site {site['name']!r} has shape {tuple(value.shape)} with all {run.num_particles} draws in one call, "
+            f"expected at most {len(full)} dimensions (draws, plates, event). The program may count dimensions from the "
+            "left: count them from the right, or pass vectorize=False."
+        )
     value = value[:1] if not with_draws else value
     return value.expand(full).reshape(compact)[0 if not with_draws else slice(None)]
 

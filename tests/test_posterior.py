@@ -283,6 +283,41 @@ def test_draws_of_several_minibatches_are_refused(options: dict[str, Any]) -> No
         Posterior(local_minibatch_model, local_minibatch_guide, (Y,), num_draws=30, seed=0, **options)
 
 
+def test_guides_that_enumerate_have_no_draws() -> None:
+    """Their density is an average over the enumerated values: as a weight it gave -1.409 where -1.328 is right."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(z + k, 1.0), obs=torch.tensor(0.5))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(0.2, 0.8))
+        pyro.sample("k", dist.Bernoulli(0.4))
+
+    with pytest.raises(ValueError, match=r"the guide enumerates \['k'\]"):
+        Posterior(model, config_enumerate(guide), num_draws=20)
+    density = torch.tensor([0.7, 0.3]) @ dist.Normal(torch.tensor([0.0, 1.0]), 2**0.5).log_prob(torch.tensor(0.5)).exp()
+    value, error = Posterior(model, guide, num_draws=20_000, seed=0).total_log_evidence
+    assert abs(value - density.log().item()) < 3 * error < 0.05
+
+
+def left_counting_model(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), 1.0), obs=y)
+
+
+def test_programs_that_cannot_be_vectorised_are_told_what_to_do() -> None:
+    def guide(x: Tensor, y: Tensor) -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    args = (torch.randn(6, 3), torch.randn(6))
+    with pytest.raises(ValueError, match=r"site 'y' has shape .* or pass vectorize=False"):
+        Posterior(left_counting_model, guide, args, num_draws=10)
+    assert Posterior(left_counting_model, guide, args, num_draws=10, vectorize=False).ess > 1
+
+
 def test_enumerated_sites_are_summed_out_of_the_weights() -> None:
     y = torch.tensor([-2.0, 1.9, 2.2, -1.5])
 
