@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyro.infer
 import torch
@@ -52,7 +52,7 @@ def fit(
     seed: int | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
-    stop: Plateau | None = Plateau(),  # noqa: B008
+    stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
     held_back: Any = None,
     callbacks: Sequence[Callable[[Run], Any]] = (),
@@ -71,7 +71,7 @@ def fit(
 
     .. math:: \text{ELBO} = E_{q_\phi(z)}[\log p_\theta(x, z) - \log q_\phi(z)] \le \log p_\theta(x)
 
-    With ``schedule=None, clip=None, stop=None`` and the same seed and optimiser it is, to the bit, the loop ::
+    With ``schedule=None, clip=None`` and the same seed and optimiser it is, to the bit, the loop ::
 
         pyro.set_rng_seed(seed); pyro.clear_param_store()
         guide = make_guide(model); svi = SVI(model, guide, optim, objective)
@@ -95,9 +95,10 @@ def fit(
     :param seed: makes the result reproducible to the bit; the global random state stays as it was.
     :param schedule: ``"cosine"``, ``None``, or a function from the step to a factor of the learning rate.
     :param clip: ``"adaptive"`` cuts gradients of ten times the median norm, a number those of a greater norm.
-    :param stop: the rule for stopping before ``num_steps``; with the cosine schedule the learning rate first falls to
-        zero within another quarter of the steps so far. Objectives that are no bound (``monitor`` is ``None``) never
-        stop early unless a monitor is named.
+    :param stop: the rule for stopping before ``num_steps``; ``"auto"`` is ``Plateau()`` where there is a schedule, and
+        ``None`` (never) otherwise. With the cosine schedule the learning rate first falls to zero within another
+        quarter of the steps so far. Objectives that are no bound (``monitor`` is ``None``) never stop early unless a
+        monitor is named.
     :param monitor: a loss to judge by in place of the objective, evaluated every tenth step, on ``held_back`` if given.
     :param held_back: data for the monitor (what one item of ``data`` is); the monitor is ``ELBO()`` unless given.
     :param callbacks: functions of the :class:`pplvi.training.Run`, called after each step; returning true ends it.
@@ -146,7 +147,7 @@ def fit(
     batches = make_batches(data, args, kwargs, seeded=seed is not None)
     recipe = _recipe(model, guide, batches, restarts, environment)
     bound = named is not None or monitor_of(objective) is not None
-    rule = stop if bound else None
+    rule = _stopping_rule(stop, schedule) if bound else None
     plan = Plan(
         recipe,
         objective,
@@ -182,7 +183,7 @@ def fit(
         kwargs=kwargs,
         seed=seed,
         objective=objective,
-        stop=rule,
+        is_bound=bound,
     )
 
 
@@ -219,6 +220,14 @@ def monitor_of(objective: Any) -> str | None:
         found: str | None = objective.monitor
         return found
     return "lower" if isinstance(objective, _PYRO_BOUNDS) else None
+
+
+def _stopping_rule(stop: Any, schedule: Any) -> Plateau | None:
+    if stop == "auto":
+        return Plateau() if schedule is not None else None
+    if stop is None or isinstance(stop, Plateau):
+        return stop
+    raise ValueError(f"stop={stop!r}: expected 'auto', None, or a pplvi.stopping.Plateau.")
 
 
 def _named_monitor(monitor: Any, held_back: Any, environment: Environment) -> Monitor | None:

@@ -198,6 +198,15 @@ def _scaled(groups: Iterable[dict[str, Any]], factor: float) -> Iterator[None]:
         g["lr"] = old if g["lr"] is scaled or factor == 0.0 else g["lr"] / factor
 
 
+def _named(name: str | None) -> str:
+    if name is None:
+        raise ValueError(
+            "a parameter is not in Pyro's parameter store: expected every one to be there, by name. Switch off "
+            "pyro.settings' module_local_params."
+        )
+    return name
+
+
 class Update(PyroOptim):
     """Clip, scale the learning rate, step: an optimiser for ``SVI`` that also goes back in time.
 
@@ -234,7 +243,7 @@ class Update(PyroOptim):
         if self.count == 0:
             self.before_first()  # the one moment at which lazily made parameters exist and are untouched
         name_of = pyro.get_param_store().param_name
-        named = dict(sorted((str(name_of(p)), p) for p in params))
+        named = dict(sorted((_named(name_of(p)), p) for p in params))
         if not named:
             raise ValueError(
                 "neither the model nor the guide has parameters, so there is nothing to train: expected pyro.param, a "

@@ -21,7 +21,7 @@ from pplvi.optimizers import Update
 from pplvi.programs import Program, execute, isolated
 from pplvi.progress import Progress
 from pplvi.runs import is_deterministic, sample_sites, site_plates
-from pplvi.training import Run, Trainer, Watch, copy_into, evaluate, unobtrusive
+from pplvi.training import Run, Trainer, TrainingError, Watch, copy_into, evaluate, unobtrusive
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,8 @@ class Plan:
     settings: Mapping[str, Any] | None = None
 
     def programs(self) -> tuple[Program, Program, Any]:
-        """Model, guide and objective of one restart; an objective may remember the first programs that it saw."""
-        objective = copy.deepcopy(self.objective) if self.recipe.apart else self.objective
-        return *self.recipe.build(), objective
+        """Model, guide and objective of one restart; Pyro's objectives remember the first programs that they see."""
+        return *self.recipe.build(), copy.deepcopy(self.objective)
 
 
 def train_restarts(plan: Plan) -> list[Run]:
@@ -170,6 +169,9 @@ class _Session:
                 if not self.runs:
                     raise
                 return
+            except TrainingError as error:
+                error.runs = list(self.runs)
+                raise
             finally:
                 progress.close()
             if run.reason == "interrupted":

@@ -18,7 +18,7 @@ from pplvi.export import to_arviz
 from pplvi.posterior import Posterior
 from pplvi.programs import Program
 from pplvi.report import report
-from pplvi.stopping import Plateau
+from pplvi.stopping import has_settled
 from pplvi.training import Run, ScopedProgram
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ class Fit:
         kwargs: Mapping[str, Any],
         seed: int | None,
         objective: Any = None,
-        stop: Plateau | None = None,
+        is_bound: bool = False,
         mcmc: MCMC | None = None,
     ) -> None:
         self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
-        self.guide_name, self.args, self.kwargs, self.stop = guide_name, args, dict(kwargs), stop
+        self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
 
     def __repr__(self) -> str:
         if self.mcmc is not None:
@@ -127,14 +127,15 @@ class Fit:
 
     @property
     def converged(self) -> bool | None:
-        """Whether the best restart's objective had levelled off; ``None`` if that cannot be judged by it."""
+        """Whether the best restart's objective (or monitor) had levelled off; ``None`` if it cannot be judged by.
+
+        See :func:`pplvi.stopping.has_settled`.
+        """
         run = self.runs[self.best]
         if run.reason == "converged":
             return True
         trace = run.monitored or run.losses
-        if self.stop is None or len(trace) < 32:
-            return None
-        return self.stop.is_flat([float(loss) for loss in trace])
+        return has_settled([float(loss) for loss in trace]) if self.is_bound and len(trace) >= 32 else None
 
     def posterior(
         self,

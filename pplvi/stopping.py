@@ -31,6 +31,31 @@ def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(values.mean()), float(batches.std(ddof=1) / math.sqrt(len(batches)))
 
 
+def improvement(losses: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """By how much the mean loss of the last quarter is below that of the quarter before, and the standard error.
+
+    :param losses: at least 16 values in nats, shape ``(steps,)``.
+    :returns: gain and standard error, in nats.
+
+    Example:
+        >>> improvement([4.0] * 48 + [3.0] * 16)
+        (1.0, 0.0)
+    """
+    quarter = len(losses) // 4
+    early = mean_with_error(np.asarray(losses[-2 * quarter : -quarter], float))
+    late = mean_with_error(np.asarray(losses[-quarter:], float))
+    return early[0] - late[0], math.hypot(early[1], late[1])
+
+
+def has_settled(losses: Sequence[float] | NDArray[np.float64]) -> bool:
+    """A verdict on a finished trace: the last gain is below three standard errors, or below a tenth of a nat.
+
+    A falling learning rate improves the objective a little to the very end, at no gain in the posterior to speak of.
+    """
+    gain, error = improvement(losses)
+    return gain < max(0.1, 3.0 * error)
+
+
 @dataclass(frozen=True)
 class Plateau:
     r"""Stop when the mean objective of the last quarter of all steps is no longer below that of the quarter before.
@@ -79,11 +104,9 @@ class Plateau:
         return step >= self.min_steps and step % self.every == 0
 
     def is_flat(self, losses: Sequence[float] | NDArray[np.float64]) -> bool:
-        """Whether the improvement over the last half of this trace is within its error (nats)."""
-        quarter = len(losses) // 4
-        early = mean_with_error(np.asarray(losses[-2 * quarter : -quarter], float))
-        late = mean_with_error(np.asarray(losses[-quarter:], float))
-        return early[0] - late[0] < self.threshold * math.hypot(early[1], late[1])
+        """Whether the improvement over the last half of this trace is within its error."""
+        gain, error = improvement(losses)
+        return gain < self.threshold * error
 
     def reached(self, losses: Sequence[float] | NDArray[np.float64]) -> bool:
         """Whether training on this trace (nats, to be minimised; shape ``(steps,)``) should stop now."""

@@ -106,6 +106,15 @@ class ScopedProgram:
             return self.program(*args, **kwargs)
 
 
+class TrainingError(ValueError):
+    """A loss that stays non-finite.
+
+    :ivar runs: the restarts that were finished before.
+    """
+
+    runs: Sequence[Run] = ()
+
+
 def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> Step:
     """Pyro's own ``SVI.step`` as the core of the loop."""
     svi = SVI(model, guide, update, loss=objective)
@@ -197,7 +206,7 @@ class Trainer:
     def train(self) -> None:
         """Take steps until there is a reason to end.
 
-        :raises ValueError: if the loss stays non-finite after :data:`MAX_ROLLBACKS` returns to a good state with half
+        :raises TrainingError: if the loss stays non-finite after :data:`MAX_ROLLBACKS` returns to a good state with half
             the learning rate each; the message names the first site at fault.
         """
         before, start = self.run.seconds, time.perf_counter()
@@ -227,6 +236,8 @@ class Trainer:
         except (ValueError, LinAlgError) as error:
             if not self._is_numerical(error):
                 raise
+            if self.run.step == 0:  # half a learning rate does not change where training starts
+                raise self._failure(call, careful, 0, error) from error
             return self._roll_back(call, careful, error)
         if not isinstance(loss, Tensor) and not math.isfinite(loss):
             return self._roll_back(call, careful, f"the loss is {loss}")
@@ -317,7 +328,7 @@ class Trainer:
             "update": self.update.get_state(),
             "rng": rng_state(),
             "step": self.run.step,
-            "monitored": len(self.run.monitored),
+            "watched": len(self.run.monitored),
         }
 
     def restore(self, state: Mapping[str, Any], rng: bool = True) -> None:
@@ -331,7 +342,7 @@ class Trainer:
         for p in params.values():
             p.grad = None
         self.update.set_state(state["update"])
-        del self.run.losses[state["step"] :], self.run.monitored[state["monitored"] :]
+        del self.run.losses[state["step"] :], self.run.monitored[state["watched"] :]
         if rng:
             set_rng_state(state["rng"])
 
@@ -340,8 +351,6 @@ class Trainer:
 
     def _is_numerical(self, error: Exception) -> bool:
         """Whether an error came from numbers that ran away, and not from a mistake in a program or the data."""
-        if self.run.step == 0:
-            return False
         ran_away = isinstance(error, LinAlgError) or "Expected parameter" in str(error)
         return ran_away or self._bad_parameter() is not None
 
@@ -373,9 +382,11 @@ class Trainer:
         self.restore(careful)
         site = programs.first_bad_site(self.run.model, self.run.guide, *call)
         self.restore(self.good)
-        where = f"the first site at fault is {site!r}" if site else "every site is finite, so its gradient is not"
-        return ValueError(
-            f"training failed at step {failed} of restart {self.run.index} ({cause}), and again after {MAX_ROLLBACKS} "
-            f"returns to a good state with half the learning rate each: {where}. Expected finite log densities: check "
-            "the data and the scales of the priors, try a smaller learning rate, another init_loc_fn, or float64."
+        where = f"the first site at fault is {site!r}" if site else "every site is finite, but its gradient is not"
+        tries = self.run.rollbacks - 1
+        again = f", and after {tries} returns to a good state with half the learning rate each" if tries > 0 else ""
+        return TrainingError(
+            f"training failed at step {failed} of restart {self.run.index}{again}: {where}. "
+            f"Last cause: {cause}\nExpected finite log densities: check the data and the scales of the priors, try a "
+            "smaller learning rate, another init_loc_fn, or float64."
         )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pplvi.stopping import Plateau, mean_with_error
+from pplvi.stopping import Plateau, has_settled, mean_with_error
 
 
 def test_error_of_independent_values():
@@ -66,3 +66,10 @@ def test_thinned_rule_counts_in_entries():
 def test_wrong_numbers_are_refused(options):
     with pytest.raises(ValueError, match="expected min_steps >= 32"):
         Plateau(**options)
+
+
+def test_the_verdict_on_a_finished_trace():
+    settled = [has_settled(t) for t in traces(lambda t: 0.0 * t, 1000)]
+    assert all(settled)
+    assert all(has_settled(t) for t in traces(lambda t: -1e-4 * t, 1000))  # significant or not, 0.025 nats are nothing
+    assert not any(has_settled(t) for t in traces(lambda t: -0.005 * t, 1000))
