@@ -240,8 +240,8 @@ def _select(value: Tensor, site: Site, run: Run, event: tuple[int, ...], with_dr
     if value.dim() > len(full):
         raise ValueError(
             f"site {site['name']!r} has shape {tuple(value.shape)} with all {run.num_particles} draws in one call, "
-            f"expected at most {len(full)} dimensions (draws, plates, event). The program may count dimensions from the "
-            "left: count them from the right, or pass vectorize=False."
+            f"expected at most {len(full)} dimensions (draws, plates, event). The program may count them from the "
+            "left: count from the right, or pass vectorize=False."
         )
     value = value[:1] if not with_draws else value
     return value.expand(full).reshape(compact)[0 if not with_draws else slice(None)]
