@@ -35,7 +35,8 @@ def auxiliary_values(guide: Any, latents: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _latents_of(guide: AutoGuide) -> list[tuple[str, Any]]:
-    return list(guide.prototype_trace.iter_stochastic_nodes())
+    prototype: Any = guide.prototype_trace
+    return list(prototype.iter_stochastic_nodes())
 
 
 def _unconstrained(site: Any, latents: Mapping[str, Tensor]) -> Tensor:

@@ -123,18 +123,19 @@ class _GuideAverage:
             term = self._average(ordinal, term, dims)
         return packed.unpack(term, self.symbols)
 
-    def _average(self, ordinal: frozenset[str], term: Tensor, dims: set[str]) -> Tensor:
+    def _average(self, ordinal: frozenset[str], term: Any, dims: set[str]) -> Tensor:
         log_q = contract_to_tensor(self.factors, self.dims, target_ordinal=ordinal & self._plates(), target_dims=dims)
         term, log_q = packed.broadcast_all(term, log_q)
         kept = "".join(d for d in term._pyro_dims if d not in dims)
         positions = [i for i, d in enumerate(term._pyro_dims) if d in dims]
-        average: Tensor = (log_q.exp() * term).sum(positions)
-        average._pyro_dims = kept  # type: ignore[attr-defined]
+        average: Any = (log_q.exp() * term).sum(positions)
+        average._pyro_dims = kept
         return average
 
     def _plates(self) -> frozenset[str]:
         """Plate symbols that the factors really carry: a plate of size one has none."""
-        return frozenset(d for terms in self.factors.values() for t in terms for d in t._pyro_dims) - self.dims
+        terms: list[Any] = [term for group in self.factors.values() for term in group]
+        return frozenset(d for term in terms for d in term._pyro_dims) - self.dims
 
 
 def log_likelihood(model: Trace, guide: Trace, name: str) -> Tensor | None:

@@ -282,7 +282,7 @@ def spread(latents: Mapping[str, Tensor], plain: Run) -> dict[str, Tensor]:
         if name in plain.model.nodes:
             site = plain.model.nodes[name]
             shape = _shape_under_particles(name, value, site, plain.nesting)
-            spread[name] = value.reshape(shape) if len(value) > 1 else value[0]
+            spread[name] = value.reshape(shape if len(value) > 1 else site["value"].shape)
     return spread
 
 
