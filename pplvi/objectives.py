@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,9 +89,8 @@ class Step:
             return steps[0]
         first = steps[0]
         names = [f.name for f in fields(cls) if isinstance(getattr(first, f.name), Tensor)]
-        joined = {name: torch.cat([getattr(step, name) for step in steps]) for name in names}
-        rest = {f.name: getattr(first, f.name) for f in fields(cls) if f.name not in names}
-        return cls(**joined, **rest)
+        joined: dict[str, Any] = {name: torch.cat([getattr(step, name) for step in steps]) for name in names}
+        return replace(first, **joined)
 
     @property
     def num_particles(self) -> int:

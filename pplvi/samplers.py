@@ -7,7 +7,7 @@ it can use; a sampler says with ``proposal`` whether it draws from the guide or 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -76,14 +76,9 @@ class Ancestral:
         steps = []
         for _ in range(request.num_particles):
             run = dream(model, guide, args, kwargs)
-            equal = run.zeros()
             step = _as_step(run, run.log_target().detach(), run.log_forward())
-            steps.append(Step(equal, equal, *_densities(step), scale=step.scale, subsampled=step.subsampled))
+            steps.append(replace(step, log_weight=run.zeros()))  # exact draws: equal weights
         yield Step.concatenate(steps)
-
-
-def _densities(step: Step) -> tuple[Tensor, ...]:
-    return step.log_target, step.log_target_fixed, step.log_reverse, step.log_initial, step.log_forward
 
 
 def _as_step(run: Run, log_target: Tensor, log_forward: Tensor, **more: Tensor | None) -> Step:
