@@ -38,11 +38,12 @@ class AutoFlow(ContinuousGuide):
     ================= ============================================== ======= =========================== ==========
 
     ``inverse`` turns the order of the autoregressive families round. "Elsewhere" is what objectives pay that score
-    points under other parameters or from other draws: a frozen guide (``estimator="stl"`` or ``"dreg"``) and the
-    forward KL. So take ``"nsf"`` for the ELBO and the importance-weighted and Renyi bounds, above all for skewed, heavy
-    or multimodal posteriors of few dimensions; the same with ``inverse=False`` for the forward KL; ``"iaf"`` where
-    splines are too slow; ``"nice"`` for many dimensions or when both directions matter. Splines act on
-    ``[-5, 5]`` around ``loc`` in units of ``scale`` and are the identity beyond, so tails stay Gaussian.
+    draws apart from their making: a frozen guide (``estimator="stl"`` or ``"dreg"``), the forward KL and the
+    thermodynamic objective. So take ``"nsf"`` for the ELBO and the importance-weighted and Renyi bounds, above all for
+    skewed, heavy or multimodal posteriors of few dimensions; ``"iaf"`` where splines are too slow; ``"nice"`` for many
+    dimensions and for objectives that score elsewhere; ``inverse=False`` for the forward KL with an autoregressive
+    flow. Splines act on ``[-5, 5]`` around ``loc`` in units of ``scale`` and are the identity beyond, so tails stay
+    Gaussian.
 
     Args:
         model: a Pyro model; all its latent sites are continuous, none in a subsampled plate.
