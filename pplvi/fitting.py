@@ -77,6 +77,8 @@ def fit(
         guide = make_guide(model); svi = SVI(model, guide, optim, objective)
         losses = [svi.step(*args, **kwargs) for _ in range(num_steps)]
 
+    Every restart starts from an empty parameter store; what the global one holds is not looked at.
+
     :param model: a Pyro program: a function, a module, or a method of a module.
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
         returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"nuts"``, or

@@ -206,8 +206,8 @@ class Trainer:
     def train(self) -> None:
         """Take steps until there is a reason to end.
 
-        :raises TrainingError: if the loss stays non-finite after :data:`MAX_ROLLBACKS` returns to a good state with half
-            the learning rate each; the message names the first site at fault.
+        :raises TrainingError: if the loss stays non-finite after :data:`MAX_ROLLBACKS` returns to a good state with
+            half the learning rate each; the message names the first site at fault.
         """
         before, start = self.run.seconds, time.perf_counter()
         self.run.reason = "" if self.run.step < self.watch.num_steps else "num_steps"
@@ -286,6 +286,8 @@ class Trainer:
     def _end(self, reason: str) -> None:
         self.run.reason = reason
         self._read()
+        if self.watch.monitor is not None and self.run.losses and not self.run.monitored:
+            self.run.monitored.append(self.watch.monitor(self.run, self.call))
         self._settle()
         self._save()
 

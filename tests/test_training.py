@@ -176,6 +176,21 @@ def test_interrupt_before_the_first_step_is_passed_on():
         fit(broken, AutoNormal, args=(Y,))
 
 
+def test_interrupt_inside_a_step():
+    calls = []
+
+    def interrupted(y):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        model(y)
+
+    result = fit(interrupted, AutoNormal, args=(Y,), objective=Trace_ELBO(), num_steps=50)
+    assert result.reasons == ["interrupted"]
+    assert 5 < result.losses.shape[1] < 12
+    assert result.posterior(num_draws=10).draws.latents["loc"].shape == (10,)
+
+
 QUICK = Plateau(min_steps=100, every=20, patience=2)
 
 
@@ -246,6 +261,8 @@ def test_held_back_data_choose_the_best():
     )
     scores = [run.score for run in result.runs]
     assert result.best == 1
+    short = fit(model, AutoNormal, args=(Y,), held_back=(Y,), num_steps=3)
+    assert short.runs[0].score == short.runs[0].monitored[0]
     assert scores[0] > scores[1] + 10
 
 
