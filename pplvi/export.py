@@ -158,6 +158,11 @@ def _check_choices(**choices: str) -> None:
 def _posteriors(source: Any, model: Any, args: tuple[Any, ...], kwargs: Any) -> list[Posterior]:
     if isinstance(source, MCMC):
         return [Posterior.from_mcmc(source, model or source.kernel.model, args, kwargs)]
+    if model is not None or args or kwargs:
+        raise ValueError(
+            "model, args and kwargs describe an MCMC run, and a posterior has its own; expected none of them. Give the "
+            "full data to the posterior: Posterior(model, guide, args), or fit.posterior(args=args)."
+        )
     found = [source] if isinstance(source, Posterior) else source
     if not isinstance(found, Sequence) or not found or not all(isinstance(each, Posterior) for each in found):
         raise ValueError(

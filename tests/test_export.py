@@ -12,9 +12,10 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, Trace_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 
+import pplvi
 from pplvi.examples import load
 from pplvi.export import to_arviz
 from pplvi.posterior import Posterior
@@ -264,6 +265,11 @@ def test_sources_that_are_no_posterior_are_refused(source):
         to_arviz(source)
 
 
+def test_arguments_of_a_run_are_refused_with_a_posterior():
+    with pytest.raises(ValueError, match="model, args and kwargs describe an MCMC run"):
+        to_arviz(posterior_of_mean(), args=(torch.tensor(Y),))
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +401,30 @@ def test_restarts_are_chains_and_r_hat_measures_their_agreement():
     # Narrow guides in different places, which no weight can bring together:
     apart = [posterior_of_mean(loc, 0.01) for loc in (0.0, 1.0)]
     assert float(az.rhat(small(apart)).z) > 1.5
+
+
+def test_a_fit_with_restarts_is_exported_under_the_parameters_of_each():
+    def learned(y):
+        offset = pyro.param("offset", lambda: 5 * torch.rand(()))  # differs between restarts
+        z = pyro.sample("z", dist.Normal(offset, 1.0))
+        pyro.deterministic("offset_of_model", offset + 0 * z)
+        with pyro.plate("datum", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    fit = pplvi.fit(
+        learned, AutoNormal, args=(torch.tensor(Y),), num_steps=5, restarts=2, seed=0, progress=False, optim=None
+    )
+    data = fit.to_arviz(coords={"datum": list("abc")}, num_prior=400)
+    offsets = [params["offset"].item() for params in fit.params]
+    assert abs(offsets[0] - offsets[1]) > 0.1
+    np.testing.assert_allclose(data.posterior.offset_of_model[:, 0], offsets)
+    z = torch.from_numpy(data.posterior.z.values)
+    np.testing.assert_allclose(data.log_likelihood.y, dist.Normal(z[..., None], 1.0).log_prob(torch.tensor(Y)))
+    assert float(data.prior.z.mean()) == pytest.approx(offsets[fit.best], abs=0.25)
+    np.testing.assert_array_equal(data.optimization.loss, fit.losses)
+    assert data.attrs["steps"] == 5
+    az.plot_ppc(data, num_pp_samples=5)
+    assert list(az.summary(data, var_names=["z"]).index) == ["z"]
 
 
 def test_best_restart_alone():
