@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pyro.infer import MCMC
-from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from pplvi.draws import Draws
 from pplvi.export import to_arviz
 from pplvi.posterior import Posterior
-from pplvi.programs import Program
+from pplvi.programs import Program, is_effect_based
 from pplvi.report import report
 from pplvi.stopping import has_settled
 from pplvi.training import Run, ScopedProgram
@@ -166,7 +165,7 @@ class Fit:
         if self.mcmc is not None:
             return Posterior.from_mcmc(self.mcmc, model, *call, **options)
         # An effect-based guide has to be seen as what it is; with the others the scope goes along.
-        guide = run.guide if isinstance(run.guide, GuideMessenger) else ScopedProgram(run.guide, run)
+        guide = run.guide if is_effect_based(run.guide) else ScopedProgram(run.guide, run)
         options["seed"] = run.seed if seed is None else seed
         with run.scope():
             return Posterior(model, guide, *call, num_draws=num_draws, **options)
