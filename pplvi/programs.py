@@ -178,11 +178,6 @@ class _How:
         return _Detach() if self.detach else nullcontext()
 
 
-def is_effect_based(guide: Program) -> bool:
-    """Whether the guide runs the model by itself (``AutoNormalMessenger`` and kin), and so cannot be wrapped."""
-    return isinstance(poutine.unwrap(guide), GuideMessenger)
-
-
 def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> Run:
     guide_trace = _run_guide(guide, args, kwargs, how)
     if isinstance(messenger := poutine.unwrap(guide), GuideMessenger):  # it ran the model already

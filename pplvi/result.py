@@ -15,7 +15,7 @@ from torch import Tensor
 from pplvi.draws import Draws
 from pplvi.export import to_arviz
 from pplvi.posterior import Posterior
-from pplvi.programs import Program, is_effect_based
+from pplvi.programs import Program
 from pplvi.report import report
 from pplvi.stopping import has_settled
 from pplvi.training import Run, ScopedProgram
@@ -164,11 +164,9 @@ class Fit:
         options: dict[str, Any] = {"vectorize": vectorize, "chunk_size": chunk_size}
         if self.mcmc is not None:
             return Posterior.from_mcmc(self.mcmc, model, *call, **options)
-        # An effect-based guide has to be seen as what it is; with the others the scope goes along.
-        guide = run.guide if is_effect_based(run.guide) else ScopedProgram(run.guide, run)
         options["seed"] = run.seed if seed is None else seed
-        with run.scope():
-            return Posterior(model, guide, *call, num_draws=num_draws, **options)
+        with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
+            return Posterior(model, run.guide, *call, num_draws=num_draws, **options)
 
     def _run(self, restart: int) -> Run:
         if not 0 <= restart < len(self.runs):
