@@ -128,7 +128,7 @@ def datasets(
 
     Raises:
         ValueError: if ``coords`` names a dimension that no group has, or has the wrong number of labels for one; if
-            a dimension has two sizes; if a variable has the name of a dimension.
+            a dimension has two sizes in a group or stands twice in a variable; if a variable is named like a dimension.
     """
     import xarray
 
@@ -136,30 +136,37 @@ def datasets(
     found = {}
     for name, group in groups.items():
         if group:
-            own = {dim: labels[dim, size] for dim, size in sorted(_sizes({name: group}))}
+            own = {dim: labels[dim, size] for dim, size in _sizes_of(name, group).items()}
             found[name] = xarray.Dataset(group, coords=own, attrs=dict(attrs or {}))
     return found
 
 
 def _sizes(groups: Groups) -> set[tuple[str, int]]:
-    """Every ``(dimension, size)`` in the groups, checked for being one size a group and no variable's name."""
-    found = set()
-    for name, group in groups.items():
-        own = {pair for dims, values in group.values() for pair in zip(dims, values.shape, strict=True)}
-        sizes: dict[str, int] = {}
-        for dim, size in sorted(own):
+    """Every ``(dimension, size)`` in the groups."""
+    return {pair for name, group in groups.items() for pair in _sizes_of(name, group).items()}
+
+
+def _sizes_of(name: str, group: Group) -> dict[str, int]:
+    """Sizes of the dimensions of one group, checked for what xarray cannot hold."""
+    sizes: dict[str, int] = {}
+    for variable, (dims, values) in group.items():
+        if len(set(dims)) < len(dims):
+            raise ValueError(
+                f"{variable!r} of group {name!r} has the dimensions {list(dims)}; expected different names. "
+                "Rename the plate, or the names given in dims=."
+            )
+        for dim, size in zip(dims, values.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
                 raise ValueError(
                     f"dimension {dim!r} of group {name!r} has the sizes {sizes[dim]} and {size}; expected one size. "
                     "Give the two different names in dims=."
                 )
-        for variable in group.keys() & sizes:
-            raise ValueError(
-                f"{variable!r} is both a variable and a dimension of group {name!r}; expected different names. "
-                "Rename the site or argument, or the dimension with dims=."
-            )
-        found |= own
-    return found
+    for variable in sorted(group.keys() & sizes):
+        raise ValueError(
+            f"{variable!r} is both a variable and a dimension of group {name!r}; expected different names. "
+            "Rename the site or argument, or the dimension with dims=."
+        )
+    return sizes
 
 
 def _labels(groups: Groups, coords: Mapping[str, Labels]) -> dict[tuple[str, int], np.ndarray]:

@@ -250,6 +250,15 @@ def test_wrong_options_are_refused(nested_posterior, options, message):
         small(nested_posterior, **options)
 
 
+def test_a_plate_named_like_a_dimension_of_arviz_is_refused():
+    def model():
+        with pyro.plate("chain", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"'z' of group 'posterior' has the dimensions \['chain', 'draw', 'chain'\]"):
+        small(Posterior(model, model, num_draws=10))
+
+
 def test_a_site_named_like_a_dimension_is_refused():
     def model():
         pyro.sample("draw", dist.Normal(0.0, 1.0))
