@@ -112,6 +112,14 @@ def test_groups_are_aligned_draw_by_draw(draws):
     np.testing.assert_array_equal(data.sample_stats.psis_log_weight[0], posterior.psis_log_weight[source])
 
 
+def test_draws_are_taken_in_proportion_to_their_smoothed_weights():
+    posterior = posterior_of_mean(MEAN, 0.65 * SD)
+    source = small(posterior).sample_stats.source_draw.values[0]
+    counts = torch.bincount(torch.from_numpy(source), minlength=1000)
+    expected, raw = (1000 * torch.softmax(each, 0) for each in (posterior.psis_log_weight, posterior.log_weight))
+    assert (counts - expected).abs().max() < 1 < (counts - raw).abs().max()
+
+
 def test_predictions_belong_to_the_draws_beside_them():
     def model(y):
         z = pyro.sample("z", dist.Normal(0.0, 100.0))
