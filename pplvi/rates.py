@@ -113,6 +113,7 @@ class AdaptiveClip:
         norm = _norm(gradients)
         if self.norms is None:
             self.norms = torch.full((self.window,), math.nan, dtype=norm.dtype, device=norm.device)
+        self.norms = self.norms.to(norm)  # a checkpoint is read onto the CPU
         limit = self.factor * self.norms.nanmedian()
         _shrink(gradients, torch.where(limit > 0, limit, math.inf), norm)
         self.norms[self.count % self.window] = norm
