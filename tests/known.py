@@ -174,7 +174,7 @@ def log_evidence(problem: Problem, p: Values) -> Tensor:
 
 
 def error_bar(estimates: Tensor) -> float:
-    return 0.0 if len(estimates) == 1 else float(estimates.std() / len(estimates) ** 0.5)
+    return 0.0 if estimates.numel() == 1 else float(estimates.std() / estimates.numel() ** 0.5)
 
 
 def check(found: Estimates, expected: Estimates, sign: float = 1.0) -> None:
