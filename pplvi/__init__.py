@@ -23,6 +23,9 @@ _HOMES = {
     "fit": "fitting",
     "Posterior": "posterior",
     "compare": "comparison",
+    "plot_against_reference": "plots",
+    "plot_objective": "plots",
+    "plot_weights": "plots",
     "to_arviz": "export",
 }
 
