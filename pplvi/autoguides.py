@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoGuideList, AutoNormal
 from torch import Tensor
 from torch.distributions import biject_to
+
+from pplvi.runs import is_delta
 
 
 def auxiliary_values(guide: Any, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -32,6 +34,21 @@ def auxiliary_values(guide: Any, latents: Mapping[str, Tensor]) -> dict[str, Ten
             "AutoContinuous, or a guide of your own with a density at its latent sites."
         )
     return {}
+
+
+def check_scored(guide: Any, sites: Mapping[str, Any], latents: Collection[str]) -> None:
+    """Check that a guide of the user's own has a density at the model's draws, and nothing besides to draw.
+
+    :param sites: the guide's unobserved sites; the keys of ``latents`` are the sites whose values the model gave.
+    :raises ValueError: for deterministic and auxiliary sites, which would be scored at draws of the guide instead.
+    """
+    own = [name for name, site in sites.items() if is_delta(site) or name not in latents]
+    if own and not isinstance(guide, AutoGuide):
+        raise ValueError(
+            f"the guide cannot be scored at draws of the model: its sites {own} are deterministic or auxiliary, so the "
+            "draws cannot be put in. Expected one stochastic site for each latent site of the model; write "
+            "z = transform(noise) as a TransformedDistribution."
+        )
 
 
 def _latents_of(guide: AutoGuide) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from pplvi.autoguides import check_scored
 from pplvi.objectives import Routing, Step
 from pplvi.programs import dream, execute, guide_run
 from pplvi.runs import Run, is_delta, latent_sites
@@ -76,6 +77,7 @@ class Ancestral:
         steps = []
         for _ in range(request.num_particles):
             run = dream(model, guide, args, kwargs)
+            check_scored(guide, latent_sites(run.guide), latent_sites(run.model))
             step = _as_step(run, run.log_target().detach(), run.log_forward())
             steps.append(replace(step, log_weight=run.zeros()))  # exact draws: equal weights
         yield Step.concatenate(steps)

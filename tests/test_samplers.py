@@ -356,6 +356,19 @@ def test_guides_that_cannot_be_scored_at_dreams_are_refused() -> None:
         SLEEP.loss(positive_model, AutoStructured(positive_model), y)
 
 
+@pytest.mark.parametrize("own", [noise_guide, lambda p: pyro.sample("z", dist.Delta(p("loc")))])
+def test_guides_that_compute_their_latents_are_refused(own: Callable) -> None:
+    """They would be scored at draws of their own, and nothing would say so."""
+    (_, guide), y = replace(GAUSSIAN, guide=own).programs(3), torch.full((3,), 2.5)
+
+    def dreaming(y: Tensor) -> None:
+        with pyro.plate("replicas", 3):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"cannot be scored at draws of the model: its sites .*'z'"):
+        SLEEP.loss(dreaming, lambda y: guide(), y)
+
+
 def test_discrete_dreams() -> None:
     """An encoder of a discrete cause: the exact loss by enumeration of the joint."""
 
