@@ -70,9 +70,10 @@ def latent_sites(trace: Any) -> dict[str, Site]:
     return {name: site for name, site in sample_sites(trace) if not site["is_observed"]}
 
 
-def is_deterministic(site: Site) -> bool:
-    """Whether the site came from ``pyro.deterministic``."""
-    return bool(site["infer"].get("_deterministic"))
+def is_deterministic(site: Any) -> bool:
+    """Whether the site came from ``pyro.deterministic``, or is what ``poutine.reparam`` left of a latent site."""
+    left_over = site["is_observed"] and getattr(site["fn"], "_mask", None) is False and is_delta(site)
+    return bool(site["infer"].get("_deterministic")) or left_over
 
 
 def is_factor(site: Site) -> bool:
