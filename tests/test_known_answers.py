@@ -8,6 +8,7 @@ import pyro
 import pytest
 import torch
 from known import BERNOULLI, BETA, BIMODAL, CONTINUOUS, DISCRETE, GAUSSIAN, NESTED, Estimates, Problem
+from pyro import poutine
 from pyro.infer import SVI, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import Adam
@@ -289,6 +290,27 @@ def test_enumerated_guide_has_the_exact_gradient() -> None:
     exact = expected_bound("bernoulli_mixture", 1, 1.0)
     for name, gradient in exact.gradients.items():
         torch.testing.assert_close(pyro.param(name).grad, -gradient.expand(2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("problem", [known.MIXTURE, known.SWITCH], ids=name_of)
+@pytest.mark.parametrize("count", [1, 3])
+def test_guides_may_enumerate_some_sites_and_draw_the_others(problem: Problem, count: int) -> None:
+    expected, sign = reference(problem, ELBO(count))
+    model, guide = problem.programs(30_000)
+    found = known.estimate(ELBO(count), problem, 30_000, (model, config_enumerate(guide)))
+    known.check(found, expected, sign)
+
+
+SCALED = [ELBO(3), ELBO(3, "exact"), ELBO(3, estimator="vimco"), ELBO(3, estimator="score")]
+
+
+@pytest.mark.parametrize("loss", SCALED, ids=name_of)
+def test_scaled_programs_scale_value_and_gradient(loss: WeightedELBO) -> None:
+    """``poutine.scale`` around both is a part of the density; score functions are of the draws, so unscaled."""
+    problem = known.SWITCH
+    expected, _ = reference(problem, ELBO(3))
+    programs = tuple(poutine.scale(program, 0.3) for program in problem.programs(100_000))
+    known.check(known.estimate(loss, problem, 100_000, programs), expected, -0.3)
 
 
 def fitted(loss: WeightedELBO, start: float, steps: int) -> tuple[float, float]:

@@ -394,6 +394,25 @@ def test_discrete_dreams() -> None:
     known.check_one("logit", pyro.param("logit").grad, logit.grad)
 
 
+def test_dreams_of_a_minibatch_are_scored_on_the_same_elements() -> None:
+    """Prior and guide agree around a location of each element's own, far from the others'."""
+    places = torch.arange(6.0)
+
+    def program(observations: dict[str, Tensor], *, observe: bool) -> None:
+        with pyro.plate("data", 6, subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(places[index], 0.01))
+            if observe:
+                pyro.sample("y", dist.Normal(z, 1.0), obs=observations["y"][index])
+
+    losses = WeightedELBO(ForwardKLDivergence(), Ancestral(), 50)
+    found = losses.loss(
+        lambda observations: program(observations, observe=True),
+        lambda observations: program(observations, observe=False),
+        observations={"y": torch.zeros(6)},
+    )
+    assert found == pytest.approx(6 * dist.Normal(0.0, 0.01).entropy().item(), abs=6 * 0.3)
+
+
 def test_dreams_leave_the_data_alone() -> None:
     y = torch.full((4,), 7.0)
     SLEEP.loss(dreaming_model, encoder, y)
