@@ -337,7 +337,8 @@ def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping
     dreams = {n: s["value"] for n, s in dreamt.items() if not (is_deterministic(s) or is_factor(s))}
     args, kwargs = _with_dreams(model, args, kwargs, dreams)
     values = {name: site["value"] for name, site in latent_sites(model_trace).items()}
-    with _Supply({**values, **autoguides.auxiliary_values(guide, values)}, but_delta=True):
+    indices = {name: site["value"] for name, site in model_trace.nodes.items() if is_subsample(site)}
+    with _Supply({**indices, **values, **autoguides.auxiliary_values(guide, values)}, but_delta=True):
         guide_trace = _trace(guide, args, kwargs)
     return Run(guide_trace, model_trace, 1, layout.nesting)
 
