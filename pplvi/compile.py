@@ -1,126 +1,68 @@
 """Training steps traced once and compiled: an unchanged Pyro program without Pyro's handlers at run time.
 
 A step is a pure function of parameters, optimiser state and data: run guide and model, take the objective's gradient,
-update. ``make_fx`` records it once as a graph of tensor operations; the parameters, which the programs reach through
-the parameter store or as attributes of their modules, are found among the graph's constants by identity and become
-slices of one flat vector. The graph is then run as it is (``"trace"``), compiled by inductor (``True``), or compiled with a loop
-of many steps inside (``"max"``). Random numbers are drawn anew at every step.
+update. :mod:`pplvi.tracing` records it once as a graph of tensor operations, in which the parameters are slices of one
+flat vector; :mod:`pplvi.backends` runs the graph as it is (``"trace"``), compiled by inductor (``True``), or compiled
+with a loop of many steps inside (``"max"``). Random numbers are drawn anew at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import pyro
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-from pyro.optim import PyroOptim
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
+from pplvi import backends
+from pplvi.arguments import Arguments, as_call, in_runs, stacked
 from pplvi.elbo import ELBO, Loss
-from pplvi.programs import last_site, parameters_of
-from pplvi.updates import FlatUpdate, flat_update
+from pplvi.programs import first_bad_site, parameters_of
+from pplvi.tracing import Untraceable, record
+from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update
 
 Program = Callable[..., Any]
-Mode = Literal["trace", "max"] | bool
+Mode = Literal["trace", "max", "auto"] | bool
+LastBatch = Literal["compile", "drop", "pad"]
 
-_BRANCH = "a Python branch on a tensor's value (.item(), float(), bool() or an index)"
-_SHAPE = "a shape that depends on the data (boolean indexing, nonzero, unique)"
-_REFUSED = {
-    "aten::_local_scalar_dense": _BRANCH,
-    "aten::equal": _BRANCH,
-    "aten::nonzero": _SHAPE,
-    "aten::masked_select": _SHAPE,
-    "aten::_unique2": _SHAPE,
-    "aten::unique_dim": _SHAPE,
-}
-
-
-class _Watch(TorchDispatchMode):
-    """Stop a trace at an operation that would be baked into the graph with today's values."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reason = _REFUSED.get(func.name().split(".")[0])
-        if reason is None and func.name().startswith("aten::index.") and _by_mask(args):
-            reason = _SHAPE
-        if reason is not None:
-            raise _Untraceable(reason)
-        return func(*args, **(kwargs or {}))
-
-
-class _Untraceable(Exception):
-    """Why a step cannot be traced."""
-
-
-def _by_mask(args: Any) -> bool:
-    return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
-
-
-class FlatParameters:
-    """The parameters of a model and guide as one flat vector that shares their memory.
-
-    :ivar named: unconstrained leaf tensors by name, in the order of the vector.
-    :ivar flat: the vector: writing to it moves the parameters, in the parameter store and in their modules.
-    :raises ValueError: if there is nothing to train, or parameters differ in dtype or device.
-    """
-
-    def __init__(self, named: Mapping[str, Tensor]) -> None:
-        if not named:
-            raise ValueError(
-                "no parameter requires a gradient: expected a guide or model with pyro.param or a PyroModule."
-            )
-        kinds = {(p.dtype, p.device) for p in named.values()}
-        if len(kinds) != 1:
-            raise ValueError(f"parameters have different dtypes or devices, {sorted(map(str, kinds))}: expected one.")
-        self.named = dict(named)
-        self.flat = torch.cat([p.detach().reshape(-1) for p in self.named.values()])
-        for (start, size), p in zip(self.spans(), self.named.values(), strict=True):
-            p.data = self.flat[start : start + size].view(p.shape)
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Start and length of each parameter in the vector."""
-        start = 0
-        for p in self.named.values():
-            yield start, p.numel()
-            start += p.numel()
-
-    def lift(self, graph: fx.GraphModule) -> fx.GraphModule:
-        """Make the parameters, constants of a traced graph, slices of its first input."""
-        first = next(node for node in graph.graph.nodes if node.op == "placeholder")
-        spans = {id(p): (span, p.shape) for span, p in zip(self.spans(), self.named.values(), strict=True)}
-        for node in list(graph.graph.nodes):
-            if node.op == "get_attr" and id(getattr(graph, node.target, None)) in spans:
-                (start, size), shape = spans[id(getattr(graph, node.target))]
-                with graph.graph.inserting_before(node):
-                    part = graph.graph.call_function(torch.ops.aten.slice.Tensor, (first, 0, start, start + size))
-                    view = graph.graph.call_function(torch.ops.aten.view.default, (part, list(shape)))
-                node.replace_all_uses_with(view)
-                graph.graph.erase_node(node)
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-        return graph
+MODES = (False, "trace", True, "max", "auto")
+_MANY = 8
 
 
 class CompiledSVI:
-    """Pyro's ``SVI`` with a step that is traced once and compiled.
+    r"""Pyro's ``SVI`` with a step that is traced once and compiled.
+
+    One step takes the gradient estimate :math:`g` of the loss (nats), clips it, and updates all parameters as one
+    vector, with :math:`f` the schedule:
+
+    .. math:: (\theta, s) \leftarrow \text{update}(\theta, \text{clip}(g), s; \; \text{lr} \cdot f(t))
 
     :param model: a Pyro model.
     :param guide: a Pyro guide.
     :param optim: a Pyro optimiser, or a callable from the list of parameters to a torch optimiser, among Adam, AdamW,
         ClippedAdam, SGD, Adagrad and AdagradRMSProp.
     :param loss: any loss of this package; Pyro's ``Trace_ELBO`` and ``TraceEnum_ELBO`` stand for :class:`pplvi.ELBO`.
-    :param mode: ``"trace"`` (the graph run eagerly; needs no compiler), ``True`` (inductor), or ``"max"`` (inductor,
-        with a loop of steps inside for :meth:`run`).
-    :raises ValueError: for an optimiser or loss that cannot be compiled; at the first step, for a program that cannot
-        be traced, with the site and the reason; parameters are untouched then.
+    :param mode: ``True`` (inductor), ``"trace"`` (the graph run eagerly; needs no compiler), ``"max"`` (inductor, with
+        a loop of steps inside for :meth:`run` and :meth:`epoch`), ``False`` (Pyro's handlers at every step), or
+        ``"auto"``: ``True`` where the step can be traced and there is a compiler, and otherwise ``"trace"`` or
+        ``False``, with one warning.
+    :param schedule: a function from the step to a factor of the learning rate, such as :class:`pplvi.rates.Cosine`.
+    :param clip: ``"adaptive"``, the largest norm of the gradient of all parameters together, or ``None``.
+    :param last_batch: what to do with a batch that is shorter than the first: ``"compile"`` a second program for it,
+        ``"drop"`` it, or ``"pad"`` it with its own first elements, which count twice in that step.
+    :param chunk: steps in one call of a ``"max"`` program.
+    :raises ValueError: for an optimiser, loss or option that is not one of these; at the first step, for programs that
+        cannot be traced, with the site and the reason, and without a compiler. Parameters are as they were then.
 
-    A new graph is made for each new shape, dtype or non-tensor argument. Parameters share the memory of one vector, so
-    that the parameter store, ``guide.median`` and ``Predictive`` see every step.
+    A new graph is recorded for every new shape, dtype, or value of an argument that is no tensor. Python code runs only
+    while recording: counters and closures of a program keep the values that they had. Parameters share the memory of
+    one vector, so that the parameter store, ``guide.median`` and ``Predictive`` see every step.
+
+    Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference", for the step.
 
     >>> import pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -129,28 +71,37 @@ class CompiledSVI:
     >>> guide = AutoNormal(model)
     >>> svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.02}), ELBO(num_particles=8), mode="trace")
     >>> losses = svi.run(500, torch.tensor(2.0))
-    >>> round(guide.median()["z"].item(), 1)
-    1.0
+    >>> losses.shape, round(guide.median()["z"].item(), 1)
+    (torch.Size([500]), 1.0)
     """
 
     def __init__(
         self,
         model: Program,
         guide: Program,
-        optim: PyroOptim | Callable[[list[Tensor]], torch.optim.Optimizer],
+        optim: OptimLike,
         loss: Any,
         *,
         mode: Mode = True,
+        schedule: Callable[[int], float] | None = None,
+        clip: Clip = None,
+        last_batch: LastBatch = "compile",
+        chunk: int = 100,
     ) -> None:
-        if mode not in (True, "trace", "max"):
-            raise ValueError(f"mode={mode!r}: expected True (inductor), 'trace' or 'max'.")
+        _check_options(mode, schedule, last_batch, chunk)
         self.model, self.guide, self.optim, self.mode = model, guide, optim, mode
         self.loss = own_loss(loss)
+        self.schedule, self.clip, self.last_batch, self.chunk = schedule, clip, last_batch, chunk
         self.parameters: FlatParameters | None = None
-        self.state: tuple[Tensor, ...] = ()
-        self.rate = torch.ones(())
+        self.state: State = ()
+        self.count = 0
         self._update: FlatUpdate | None = None
-        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._waiting: Mapping[str, Any] | None = None
+        self._programs: dict[Any, backends.Program] = {}
+        self._fixed: list[Arguments] = []  # what the keys of programs refer to by identity stays alive
+        self._size: int | None = None
+
+    # ------------------------------------------------------------------ training
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One training step.
@@ -164,106 +115,212 @@ class CompiledSVI:
 
         :returns: the losses, ``(num_steps,)``, in nats; reading them is the first wait for the device.
         """
-        tensors, key = self._prepared(args, kwargs)
-        with torch.no_grad():
-            if self.mode == "max" and num_steps > 1:
-                return self._program((key, num_steps), args, kwargs)(*tensors)
-            one = self._program((key, None), args, kwargs)
-            return torch.stack([one(*tensors) for _ in range(num_steps)])
+        arguments = Arguments.of(args, kwargs)
+        flat = self._ready(arguments).flat
+        losses = [flat.new_zeros(0)]
+        while num_steps > 0:
+            taken = min(self.chunk, num_steps)
+            losses.append(self._same(arguments, taken))
+            num_steps -= taken
+        return torch.cat(losses)
+
+    def epoch(self, batches: Iterable[Any]) -> Tensor:
+        """One training step on each batch: a tuple of arguments, a dictionary of keyword arguments, or one tensor.
+
+        :returns: the losses, one for each batch that was used, in nats.
+        """
+        calls = (call for batch in batches if (call := self._fitted(batch)) is not None)
+        losses = [self._each(run) for run in in_runs(calls, self.chunk)]
+        return torch.cat(losses) if losses else torch.zeros(0)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss at the present parameters, through Pyro's handlers."""
         return float(self.loss.loss(self.model, self.guide, *args, **kwargs))
 
-    def _prepared(self, args: Any, kwargs: Any) -> tuple[list[Tensor], Any]:
-        """Materialise the parameters, and split the arguments into tensors and a key for the rest."""
+    def first_bad_site(self, *args: Any, **kwargs: Any) -> str | None:
+        """First site whose value or density is not finite, in an eager replay at the present parameters."""
+        return first_bad_site(self.model, self.guide, args, kwargs)
+
+    def _fitted(self, batch: Any) -> Arguments | None:
+        """The batch, dropped or padded if it is shorter than the first one."""
+        arguments = Arguments.of(*as_call(batch))
+        size = self._size = self._size or arguments.size
+        if size is None or arguments.size is None or arguments.size >= size or self.last_batch == "compile":
+            return arguments
+        return None if self.last_batch == "drop" else arguments.padded(size)
+
+    # ------------------------------------------------------------------ saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, but for the data: parameters, optimiser and random state.
+
+        :raises ValueError: before the first step.
+        """
         if self.parameters is None:
-            named = parameters_of(lambda: self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs))
-            self._update = flat_update(self.optim, named)
-            self.parameters = FlatParameters(named)
-            self.rate = self.parameters.flat.new_ones(())
-            self.state = self._update.init(self.parameters.flat)
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        rest = [(tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
-        return tensors, (str(structure), repr(rest))
+            raise ValueError("there are no parameters before the first step: expected a step, or run(0, *args).")
+        return {
+            "parameters": {name: p.detach().clone() for name, p in self.parameters.named.items()},
+            "optimizer": [s.clone() for s in self.state],
+            "count": self.count,
+            "rng": pyro.util.get_rng_state(),
+        }
 
-    def _program(self, key: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
-        if key not in self._graphs:
-            graph = self._trace(args, kwargs)
-            self._graphs[key] = self._in_place(graph) if key[1] is None else self._loop(graph, key[1])
-        return self._graphs[key]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was called; before the first step, the state waits for it.
 
-    def _trace(self, args: Any, kwargs: Any) -> fx.GraphModule:
-        assert self.parameters is not None
-        leaves, structure = pytree.tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        :raises ValueError: if the state is of other parameters or another optimiser.
+        """
+        self._waiting = state
+        if self.parameters is not None:
+            self._put_back(self.parameters, state)
 
-        def step(flat: Tensor, rate: Tensor, state: tuple[Tensor, ...], *tensors: Tensor) -> tuple[Any, ...]:
-            filled = list(leaves)
-            for i, tensor in zip(places, tensors, strict=True):
-                filled[i] = tensor
-            new_args, new_kwargs = pytree.tree_unflatten(filled, structure)
-            return self._pure_step(flat, rate, state, new_args, new_kwargs)
-
-        given = [leaves[i] for i in places]
-        with last_site() as site, traceable(), _named_failure(site):
-            graph = make_fx(step)(self.parameters.flat, self.rate, self.state, *given)
-        return self.parameters.lift(graph)
-
-    def _pure_step(
-        self, flat: Tensor, rate: Tensor, state: tuple[Tensor, ...], args: Any, kwargs: Any
-    ) -> tuple[Any, ...]:
-        assert self.parameters is not None
-        assert self._update is not None
-        leaves = list(self.parameters.named.values())
-        with torch.enable_grad(), _Watch():
-            loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        gradient = torch.cat([g.reshape(-1) for g in gradients])
-        return *self._update(flat, gradient, state, rate), loss.detach()
-
-    def _in_place(self, graph: fx.GraphModule) -> Callable[..., Tensor]:
-        def step(flat: Tensor, rate: Tensor, state: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
-            new, new_state, loss = graph(flat, rate, state, *tensors)
-            flat.copy_(new)
-            for old, value in zip(state, new_state, strict=True):
+    def _put_back(self, parameters: FlatParameters, state: Mapping[str, Any]) -> None:
+        mine = {n: tuple(p.shape) for n, p in parameters.named.items()}
+        theirs = {n: tuple(p.shape) for n, p in state["parameters"].items()}
+        if mine != theirs or [s.shape for s in self.state] != [s.shape for s in state["optimizer"]]:
+            raise ValueError(f"the state has the parameters {theirs}: expected {mine}, the same optimiser and clip.")
+        with torch.no_grad():
+            for name, p in parameters.named.items():
+                p.copy_(state["parameters"][name])
+            for old, value in zip(self.state, state["optimizer"], strict=True):
                 old.copy_(value)
-            return loss
+        self.count, self._waiting = state["count"], None
+        pyro.util.set_rng_state(state["rng"])
 
-        return self._bound(step)
+    # ------------------------------------------------------------------ the step
 
-    def _loop(self, graph: fx.GraphModule, num_steps: int) -> Callable[..., Tensor]:
-        from torch._higher_order_ops.while_loop import while_loop
+    def _ready(self, arguments: Arguments) -> FlatParameters:
+        """The parameters: materialised at the first call, which moves neither the random state nor buffers."""
+        if self.parameters is None:
+            args, kwargs = arguments.call(arguments.tensors)
+            with same_buffers(self.model, self.guide):
+                named = parameters_of(lambda: self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs))
+            parameters = FlatParameters(named)
+            self._update = flat_update(self.optim, parameters.named, self.clip)
+            self.state = self._update.init(parameters.flat)
+            if self._waiting is not None:
+                self._put_back(parameters, self._waiting)
+            self.parameters = parameters
+        self.parameters.refresh()
+        return self.parameters
 
-        def loop(flat: Tensor, rate: Tensor, state: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
-            def more(i: Tensor, *_: Tensor) -> Tensor:
-                return i < num_steps
+    def _step_on(self, arguments: Arguments) -> Callable[..., tuple[Tensor, ...]]:
+        """The step as a pure function ``(flat, *state, rate, *tensors) -> (flat, *state, loss)``."""
+        parameters, update, width = self.parameters, self._update, 1 + len(self.state)
+        assert parameters is not None
+        assert update is not None
 
-            def body(i: Tensor, losses: Tensor, flat: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-                new, new_state, loss = graph(flat, rate, state, *tensors)
-                return (i + 1, torch.where(torch.arange(num_steps) == i, loss, losses), new, *new_state)
+        def step(*inputs: Tensor) -> tuple[Tensor, ...]:
+            (flat, *state), (rate, *tensors) = inputs[:width], inputs[width:]
+            args, kwargs = arguments.call(tensors)
+            with torch.enable_grad():
+                loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                gradient = parameters.gradient(loss)
+            with torch.no_grad():
+                new, new_state = update(flat, gradient, tuple(state), rate)
+            return new, *new_state, loss.detach()
 
-            start = torch.zeros((), dtype=torch.int64)
-            _, losses, new, *new_state = while_loop(more, body, (start, flat.new_zeros(num_steps), flat, *state))
-            flat.copy_(new)
-            for old, value in zip(state, new_state, strict=True):
-                old.copy_(value)
-            return losses
+        return step
 
-        return self._bound(loop)
+    def _same(self, arguments: Arguments, num_steps: int) -> Tensor:
+        """At most a chunk of steps on the same arguments."""
+        if self.mode == "max" and num_steps > 1:
+            return self._loop(arguments, num_steps, arguments.tensors, stacks=0)
+        return self._one_by_one([arguments] * num_steps)
 
-    def _bound(self, program: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        compiled = program if self.mode == "trace" else torch.compile(program, fullgraph=True)
+    def _each(self, calls: Sequence[Arguments]) -> Tensor:
+        """At most a chunk of steps, each on its own arguments of the same shapes."""
+        self._ready(calls[0])
+        if self.mode == "max" and len(calls) > 1:
+            data = stacked(calls, self.chunk)
+            return self._loop(calls[0], len(calls), data, stacks=len(data))
+        return self._one_by_one(calls)
+
+    def _one_by_one(self, calls: Sequence[Arguments]) -> Tensor:
+        with torch.no_grad():
+            program = self._program(calls[0], None)
+            rates = self._rates(len(calls), len(calls)).unbind()
+            flat = self._ready(calls[0]).flat
+            losses = [program(flat, *self.state, r, *call.tensors) for r, call in zip(rates, calls, strict=True)]
+        self.count += len(calls)
+        return torch.stack(losses)
+
+    def _loop(self, arguments: Arguments, num_steps: int, data: Sequence[Tensor], stacks: int) -> Tensor:
+        with torch.no_grad():
+            program = self._program(arguments, (stacks, data))
+            steps = torch.tensor(num_steps, device=self._ready(arguments).flat.device)
+            rates = self._rates(num_steps, self.chunk)
+            losses: Tensor = program(self._ready(arguments).flat, *self.state, rates, steps, *data)
+        self.count += num_steps
+        return losses[:num_steps]
+
+    def _rates(self, num_steps: int, length: int) -> Tensor:
+        """Factors of the learning rate for the next steps, filled up to a length."""
+        steps = range(self.count, self.count + num_steps)
+        factors = [1.0 if self.schedule is None else float(self.schedule(t)) for t in steps]
+        device = self.state[0].device
+        return torch.tensor(factors + [0.0] * (length - num_steps), dtype=torch.float64, device=device)
+
+    # ------------------------------------------------------------------ programs
+
+    def _program(self, arguments: Arguments, loop: tuple[int, Sequence[Tensor]] | None) -> backends.Program:
+        key = (arguments.key, None if loop is None else loop[0])
+        if key not in self._programs:
+            self._programs[key] = self._built(arguments, loop)
+            self._fixed.append(arguments)
+            if len(self._programs) == _MANY:
+                warnings.warn(
+                    f"{_MANY} programs were made for different arguments. Pass what changes from step to step as a "
+                    "tensor of fixed shape, not as a Python number.",
+                    stacklevel=2,
+                )
+        return self._programs[key]
+
+    def _built(self, arguments: Arguments, loop: tuple[int, Sequence[Tensor]] | None) -> backends.Program:
+        try:
+            return self._make(arguments, loop)
+        except ValueError as error:
+            if self.mode != "auto":
+                raise
+            self.mode = False if isinstance(error, Untraceable) else "trace"
+            how = "Pyro's handlers" if self.mode is False else "the graph without a compiler"
+            warnings.warn(f"compile='auto' falls back to {how}: {error}", stacklevel=2)
+            return self._built(arguments, loop)
+
+    def _make(self, arguments: Arguments, loop: tuple[int, Sequence[Tensor]] | None) -> backends.Program:
         assert self.parameters is not None
-        flat = self.parameters.flat
-        return lambda *tensors: compiled(flat, self.rate, self.state, *tensors)
+        step, carried = self._step_on(arguments), (self.parameters.flat, *self.state)
+        if self.mode is False:
+            return backends.in_place(_without_new_parameters(step), len(carried))
+        inputs = (*carried, torch.ones_like(self.state[0]), *arguments.tensors)
+        traced = record(step, inputs, self.parameters.places)
+        if self.mode == "trace":
+            return backends.as_is(traced, len(carried))
+        if loop is None:
+            return backends.compiled(traced, len(carried), inputs)
+        stacks, data = loop
+        rates = self._rates(0, self.chunk)
+        return backends.looped(traced, len(carried), (*carried, rates, torch.tensor(1), *data), self.chunk, stacks)
+
+
+def _check_options(mode: Any, schedule: Any, last_batch: Any, chunk: Any) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: expected one of {MODES}.")
+    if last_batch not in ("compile", "drop", "pad"):
+        raise ValueError(f"last_batch={last_batch!r}: expected 'compile', 'drop' or 'pad'.")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk={chunk!r}: expected a whole number of steps, at least 1.")
+    if schedule is not None and not callable(schedule):
+        raise ValueError(f"schedule={schedule!r}: expected a function from the step to a factor, such as Cosine.")
 
 
 def own_loss(loss: Any) -> Loss:
     """A loss that traces: one of this package, or ours for exactly Pyro's ``Trace_ELBO`` and ``TraceEnum_ELBO``.
 
     :raises ValueError: for any other, subclasses included.
+
+    >>> own_loss(Trace_ELBO(num_particles=3))
+    ELBO(num_particles=3)
     """
     if isinstance(loss, Loss):
         return loss
@@ -276,22 +333,27 @@ def own_loss(loss: Any) -> Loss:
 
 
 @contextmanager
-def traceable() -> Iterator[None]:
-    """Switch off the checks of torch and Pyro that branch on values, and put them back after."""
-    with pyro.validation_enabled(False):
-        yield
-
-
-@contextmanager
-def _named_failure(site: list[str]) -> Iterator[None]:
+def same_buffers(*programs: Program) -> Iterator[None]:
+    """Put the buffers of the modules behind these programs back afterwards."""
+    owners = [getattr(program, "__self__", program) for program in programs]
+    buffers = [b for owner in owners if isinstance(owner, torch.nn.Module) for b in owner.buffers()]
+    before = [b.clone() for b in buffers]
     try:
         yield
-    except ValueError:
-        raise
-    except Exception as error:
-        reason = str(error) if isinstance(error, _Untraceable) else f"an unsupported operation: {error}"
-        where = f"near site {site[-1]!r}" if site else "before the first site"
-        raise ValueError(
-            f"the step cannot be traced: {where} it met {reason}. Expected tensor operations whose shapes do not "
-            "depend on values: use torch.where or masks instead of branches, or compile=False."
-        ) from error
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def _without_new_parameters(step: Program) -> Program:
+    """A step that refuses parameters that the optimiser does not know."""
+
+    def checked(*inputs: Tensor) -> tuple[Tensor, ...]:
+        before = set(pyro.get_param_store().keys())
+        result: tuple[Tensor, ...] = step(*inputs)
+        if new := sorted(set(pyro.get_param_store().keys()) - before):
+            raise ValueError(f"the parameters {new} appeared after the first step: expected all at once, or use SVI.")
+        return result
+
+    return checked

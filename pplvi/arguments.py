@@ -1,0 +1,124 @@
+"""The arguments of a step: tensors, which a compiled program takes anew at every call, and all else, which is fixed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_call(item: Any) -> Call:
+    """Arguments and keyword arguments of the model for one batch.
+
+    :raises ValueError: if the batch is no tensor, tuple, list or dictionary.
+
+    >>> as_call({"x": 1}), as_call([1, 2])
+    (((), {'x': 1}), ((1, 2), {}))
+    """
+    if isinstance(item, Tensor):
+        return (item,), {}
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if isinstance(item, (tuple, list)):
+        return tuple(item), {}
+    raise ValueError(
+        f"a batch is a {type(item).__name__}: expected a tuple or list of the model's arguments, a dictionary of its "
+        "keyword arguments, or one tensor."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """A call, taken apart.
+
+    :ivar leaves: what is in the nested containers of the call.
+    :ivar structure: the containers.
+
+    >>> arguments = Arguments.of((torch.zeros(3), 2), {"beta": torch.tensor(0.5)})
+    >>> len(arguments.tensors), arguments.size
+    (2, 3)
+    >>> arguments.call([torch.ones(1), torch.tensor(0.1)])
+    ((tensor([1.]), 2), {'beta': tensor(0.1000)})
+    """
+
+    leaves: Sequence[Any]
+    structure: Any
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+        """Take a call apart."""
+        return cls(*pytree.tree_flatten((args, dict(kwargs))))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the leaves."""
+        return [x for x in self.leaves if isinstance(x, Tensor)]
+
+    @cached_property
+    def key(self) -> Hashable:
+        """Equal for calls that can use the same program: shapes and dtypes of tensors, values of all else."""
+        return self.structure, tuple(map(_key, self.leaves))
+
+    @property
+    def size(self) -> int | None:
+        """Length of the first dimension of the first tensor that has one."""
+        return next((len(x) for x in self.tensors if x.dim()), None)
+
+    def call(self, tensors: Iterable[Tensor]) -> Call:
+        """The call with these tensors in place of its own."""
+        new = iter(tensors)
+        return pytree.tree_unflatten([next(new) if isinstance(x, Tensor) else x for x in self.leaves], self.structure)
+
+    def padded(self, size: int) -> Arguments:
+        """Tensors as long as the batch made ``size`` long by starting over from their first elements.
+
+        >>> Arguments.of((torch.tensor([1, 2]),), {}).padded(3).tensors
+        [tensor([1, 2, 1])]
+        """
+        short = self.size
+        index = torch.arange(size) % (short or 1)
+        return Arguments([x[index.to(x.device)] if _is_long(x, short) else x for x in self.leaves], self.structure)
+
+
+def _is_long(leaf: Any, length: int | None) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == length
+
+
+def _key(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    if isinstance(leaf, np.ndarray):
+        return leaf.shape, leaf.dtype, hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).digest()
+    return (type(leaf), leaf) if isinstance(leaf, (bool, int, float, str, bytes, type(None))) else id(leaf)
+
+
+def in_runs(calls: Iterable[Arguments], length: int) -> Iterator[list[Arguments]]:
+    """Neighbours that can use the same program, at most ``length`` at a time."""
+    run: list[Arguments] = []
+    for call in calls:
+        if run and (len(run) == length or call.key != run[0].key):
+            yield run
+            run = []
+        run.append(call)
+    if run:
+        yield run
+
+
+def stacked(calls: Sequence[Arguments], length: int) -> list[Tensor]:
+    """The tensors of several calls along a new first dimension, filled up with the last one.
+
+    >>> stacked([Arguments.of((torch.tensor([1.0]),), {})], 2)
+    [tensor([[1.],
+            [1.]])]
+    """
+    last = [calls[-1].tensors] * (length - len(calls))
+    return [torch.stack(column) for column in zip(*(call.tensors for call in calls), *last, strict=True)]

@@ -1,0 +1,161 @@
+"""Turning a recorded step into something fast: run it as it is, compile it, or compile a loop of many steps.
+
+A step is a graph from ``(*carried, rate, *data, *constants)`` to ``(*carried, loss)``: what is carried from step to
+step are the parameters and the optimiser's state. Programs write the new values into the carried tensors and return
+losses. Everything that a step needs is an input, so that one compiled program serves all runs with the same graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pplvi.tracing import Traced
+
+Program = Callable[..., Any]
+
+# Assertions about strides in the generated code cost as much as a small kernel.
+_OPTIONS = {"size_asserts": False, "alignment_asserts": False}
+_LOOP_OPTIONS = {**_OPTIONS, "cpp_wrapper": True}
+_MAX_PROGRAMS = 64
+_PROGRAMS: OrderedDict[Any, Program] = OrderedDict()
+
+
+def in_place(step: Program, num_carried: int) -> Program:
+    """A step that writes what is carried into its inputs and returns the loss."""
+
+    def program(*inputs: Tensor) -> Tensor:
+        *new, loss = step(*inputs)
+        for old, value in zip(inputs[:num_carried], new, strict=True):
+            old.copy_(value)
+        return loss
+
+    return program
+
+
+def as_is(traced: Traced, num_carried: int) -> Program:
+    """The recorded operations one after another, without a compiler."""
+    program = in_place(traced.graph, num_carried)
+    return lambda *inputs: program(*inputs, *traced.constants)
+
+
+def compiled(traced: Traced, num_carried: int, inputs: Sequence[Tensor]) -> Program:
+    """One step, compiled by inductor.
+
+    :raises ValueError: if there is no compiler, or the graph cannot be compiled.
+    """
+
+    step = in_place(traced.graph, num_carried)
+    program = _shared(traced, "step", lambda *x: (step(*x),), [*inputs, *traced.constants], _OPTIONS)
+    return lambda *inputs: program(*inputs, *traced.constants)[0]
+
+
+def looped(traced: Traced, num_carried: int, inputs: Sequence[Tensor], chunk: int, stacked: int = 0) -> Program:
+    """Up to ``chunk`` steps in one call, compiled by inductor with the loop inside.
+
+    The program takes ``(*carried, rates, count, *data)``: a rate for each step and how many steps to take.
+
+    :param stacked: how many of the data tensors hold one batch for each step, along their first dimension.
+    :raises ValueError: if there is no compiler, or the graph cannot be compiled.
+    """
+    if traced.changes_constants:
+        raise ValueError(
+            "the step changes a tensor of the model in place (a running mean of batch normalisation, say), which a "
+            "loop of compiled steps cannot do. Use compile=True, or put the module into its evaluation mode."
+        )
+    from torch._higher_order_ops.while_loop import while_loop_op
+
+    def loop(*inputs: Tensor) -> tuple[Tensor]:
+        carried, (rates, count, *data) = inputs[:num_carried], inputs[num_carried:]
+
+        def more(i: Tensor, losses: Tensor, *rest: Tensor) -> Tensor:
+            return i < rest[num_carried + 1]
+
+        def body(i: Tensor, losses: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            carried, (rates, _, *data) = rest[:num_carried], rest[num_carried:]
+            now = [_at(x, i) if j < stacked else x for j, x in enumerate(data)]
+            *new, loss = traced.graph(*carried, _at(rates, i), *now)
+            here = torch.arange(chunk, device=losses.device) == i
+            return (i + 1, torch.where(here, loss, losses), *new)
+
+        begin: Any = (torch.zeros_like(count), inputs[0].new_zeros(chunk), *carried)
+        _, losses, *new = while_loop_op(more, body, begin, (rates, count, *data))
+        for old, value in zip(carried, new, strict=True):
+            old.copy_(value)
+        return (losses,)
+
+    program = _shared(traced, f"{chunk} {stacked}", loop, [*inputs, *traced.constants], _LOOP_OPTIONS)
+    return lambda *inputs: program(*inputs, *traced.constants)[0]
+
+
+def _at(stack: Tensor, i: Tensor) -> Tensor:
+    return stack.index_select(0, i.reshape(1)).squeeze(0)
+
+
+def _shared(traced: Traced, kind: str, function: Program, inputs: Sequence[Tensor], options: dict[str, Any]) -> Program:
+    """Compile, or take the program that was compiled for the same graph: of another restart, say."""
+    config = repr(torch._inductor.config.fallback_random), torch.get_num_threads()
+    key = (kind, traced.graph.code, tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs), config)
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = _compile(function, inputs, options)
+    _PROGRAMS.move_to_end(key)
+    while len(_PROGRAMS) > _MAX_PROGRAMS:
+        _PROGRAMS.popitem(last=False)
+    return _PROGRAMS[key]
+
+
+def _compile(function: Program, inputs: Sequence[Tensor], options: dict[str, Any]) -> Program:
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    # Inductor keeps compiled programs on the disk only where there is an environment of symbolic shapes.
+    fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    copies: list[Any] = [x.detach().clone(memory_format=torch.preserve_format) for x in inputs]
+    with _named_failure(), torch.no_grad():
+        graph = _recorded(function, copies)
+        with tracing(TracingContext(fake)):
+            program: Program = torch._inductor.compile(graph, copies, options=options)
+    return program
+
+
+def _recorded(function: Program, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    with torch.random.fork_rng(devices=[]):
+        graph = make_fx(function)(*inputs)
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:  # notes about tensors of another fake mode
+                node.meta.pop("val", None)
+                node.meta.pop("tensor_meta", None)
+    return graph
+
+
+@contextmanager
+def _named_failure() -> Iterator[None]:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        yield
+    except Exception as error:  # inductor wraps what went wrong in several layers
+        chain = list(_causes(error))
+        if any(isinstance(e, InvalidCxxCompiler) or "InvalidCxxCompiler" in str(e) for e in chain):
+            raise ValueError(
+                "there is no working C++ compiler on this machine, which compile=True and 'max' need: install g++ or "
+                "clang (or set CXX), or use compile='trace', which needs none."
+            ) from error
+        raise ValueError(
+            f"inductor could not compile the step ({type(error).__name__}: {error}). Use compile='trace', which runs "
+            "the same graph without a compiler."
+        ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
