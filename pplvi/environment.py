@@ -40,6 +40,17 @@ def preserved_rng(active: bool = True) -> Iterator[None]:
             set_rng_state(state)
 
 
+@contextmanager
+def preserved_parameters() -> Iterator[None]:
+    """Leave Pyro's parameter store as it was: what is in it is seen, what is made inside the block is forgotten."""
+    store = pyro.get_param_store()
+    before = dict(store._params), dict(store._param_to_name), dict(store._constraints)
+    try:
+        yield
+    finally:
+        store._params, store._param_to_name, store._constraints = before
+
+
 def map_tree(function: Any, tree: Any) -> Any:
     """Apply ``function`` to every tensor in nested tuples, lists and dictionaries; other leaves stay as they are."""
     if isinstance(tree, Tensor):

@@ -23,6 +23,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pplvi import autoguides, checks
+from pplvi.environment import preserved_parameters, preserved_rng
 from pplvi.runs import (
     PARTICLES,
     Run,
@@ -226,14 +227,11 @@ class _SubsampleRecorder(Messenger):
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Run a program for inspection: no gradient, and a random state that is neither advanced nor used twice."""
-    state = pyro.util.get_rng_state()
-    try:
+    """Run a program for inspection: no gradient, no new parameter in the store (its initial value would depend on who
+    inspected first), and a random state that is neither advanced nor used twice."""
+    with preserved_rng(), preserved_parameters(), torch.no_grad():
         pyro.set_rng_seed(int(torch.randint(2**31, ())))
-        with torch.no_grad():
-            yield
-    finally:
-        pyro.util.set_rng_state(state)
+        yield
 
 
 def _given_subsamples(model: Program, args: Any, kwargs: Any) -> dict[str, Tensor]:

@@ -155,6 +155,18 @@ def test_a_seed_is_reproducible_and_leaves_the_random_state_alone():
         assert_same(first, second)
 
 
+def test_the_first_fit_of_a_pair_of_functions_equals_the_second():
+    def fresh_guide(y):
+        guide_function(y)
+
+    results = [exact(model, fresh_guide, args=(Y,), num_steps=5, seed=5).losses for _ in range(2)]
+    assert (results[0] == results[1]).all()
+    pyro.set_rng_seed(5)
+    pyro.clear_param_store()
+    svi = SVI(model, lambda y: guide_function(y), pyro.optim.Adam({"lr": 0.01}), pplvi.ELBO())
+    assert results[0][0].tolist() == [svi.step(Y) for _ in range(5)]
+
+
 def test_without_a_seed_the_global_random_state_is_used():
     results = []
     for _ in range(2):

@@ -591,6 +591,7 @@ def test_models_that_cannot_be_vectorised_run_their_particles_one_by_one(loss):
 def test_looped_particles_have_weights_of_their_own():
     pair = local()
     loss = pplvi.ImportanceWeightedELBO(num_particles=3, vectorize_particles=False)
+    pair.guide(*pair.args)  # its parameters start at random values
     torch.manual_seed(3)
     (step,) = loss.steps(pair.model, pair.guide, *pair.args)
     torch.manual_seed(3)
@@ -787,6 +788,7 @@ def test_the_first_bad_site_is_named():
     pyro.get_param_store()["b"] = torch.tensor(float("nan"))
     assert first_bad_site(model, guide, (DATA,), {}) == "y"
     pyro.get_param_store()["b"] = torch.tensor(1.0)
+    guide(DATA)  # an inspection leaves no parameter in the store
     pyro.get_param_store()._params["AutoNormal.locs.z"].data.fill_(float("inf"))
     assert first_bad_site(model, guide, (DATA,), {}) in {"z", "z_unconstrained"}
 
