@@ -41,6 +41,7 @@ class Problem:
     states: tuple[dict[str, float], ...] = ({},)
     points: Callable[[], tuple[Values, float]] | None = None  # a grid over the latent and the log volume of a cell
     depth: int = 0  # plates inside the plate of replicas
+    draws_noise: bool = True  # False: all latents are discrete, and an expectation over their states is exact
 
     def programs(self, replicas: int) -> tuple[Callable[[], None], Callable[[], None]]:
         shape = (replicas,) + (1,) * self.depth
@@ -57,11 +58,6 @@ class Problem:
                 self.guide(parameter)
 
         return model, guide
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether any latent is continuous: the expectation over discrete states alone is exact."""
-        return self.name != "bernoulli_mixture"
 
     def plain_params(self, size: int) -> Values:
         return {name: torch.full((size,), value, requires_grad=True) for name, value in self.params.items()}
@@ -101,7 +97,7 @@ def expectation(
         log_weight = torch.stack([branch[0][k] for k, branch in enumerate(picked)])
         log_probability = sum(branch[1][k] for k, branch in enumerate(picked))
         total = total + log_probability.exp() * functional(log_weight)
-    return _differentiated(total, p)
+    return differentiated(total, p)
 
 
 def _branch(problem: Problem, p: Values, num_particles: int, state: dict[str, float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,10 +119,10 @@ def wake_phi(problem: Problem, num_particles: int, size: int = REPLICAS) -> Esti
         )
         weight = torch.softmax(log_weight.detach(), 0)
         total = total - log_state.detach().sum(0).exp() * (weight * log_guide).sum(0)
-    return _differentiated(total, p)
+    return differentiated(total, p)
 
 
-def _differentiated(total: Tensor, p: Values) -> Estimates:
+def differentiated(total: Tensor, p: Values) -> Estimates:
     gradients = torch.autograd.grad(total.sum(), list(p.values()), allow_unused=True)
     return Estimates(total.detach(), {n: torch.zeros(1) if g is None else g for n, g in zip(p, gradients, strict=True)})
 
@@ -157,14 +153,14 @@ def thermodynamic(problem: Problem, betas: tuple[float, ...]) -> Estimates:
     for beta, upper in zip(betas, (*betas[1:], 1.0), strict=True):
         log_weight, _, density = tempered(problem, p, beta)
         total = total + (upper - beta) * (density * log_weight).sum()
-    return _differentiated(total, p)
+    return differentiated(total, p)
 
 
 def forward_kl(problem: Problem) -> Estimates:
     """The exact ``-E_p[log q]`` under the posterior and its exact gradient in the guide's parameters."""
     p = problem.plain_params(1)
     _, log_guide, density = tempered(problem, p, 1.0)
-    return _differentiated(-(density.detach() * log_guide).sum().reshape(1), p)
+    return differentiated(-(density.detach() * log_guide).sum().reshape(1), p)
 
 
 def log_evidence(problem: Problem, p: Values) -> Tensor:
@@ -215,15 +211,15 @@ def _gaussian_guide(p: Getter) -> None:
     pyro.sample("z", dist.Normal(p("loc"), p("log_scale").exp()))
 
 
-def _normal_guide(p: Values, z: Values) -> Tensor:
+def normal_log_guide(p: Values, z: Values) -> Tensor:
     return Normal(p["loc"], p["log_scale"].exp()).log_prob(z["z"])
 
 
-def _normal_draw(p: Values, shape: tuple[int, int], state: Values) -> Values:
+def normal_draw(p: Values, shape: tuple[int, int], state: Values) -> Values:
     return {"z": p["loc"] + p["log_scale"].exp() * torch.randn(shape)}
 
 
-def _grid(low: float, high: float) -> Callable[[], tuple[Values, float]]:
+def grid(low: float, high: float) -> Callable[[], tuple[Values, float]]:
     def points() -> tuple[Values, float]:
         edges = torch.linspace(low, high, 40_001)
         return {"z": (edges[1:] + edges[:-1]) / 2}, log((high - low) / 40_000)
@@ -237,9 +233,9 @@ GAUSSIAN = Problem(
     _gaussian_model,
     _gaussian_guide,
     lambda p, z: Normal(p["prior"], 1.0).log_prob(z["z"]) + _log_density(z["z"], OBSERVED, GAUSSIAN_CONSTANT),
-    _normal_guide,
-    _normal_draw,
-    points=_grid(-15.0, 15.0),
+    normal_log_guide,
+    normal_draw,
+    points=grid(-15.0, 15.0),
 )
 
 
@@ -261,7 +257,7 @@ TABLE = torch.tensor([[[0.3, 1.9], [1.4, 0.8], [2.2, 1.1]], [[3.6, 2.1], [2.9, 4
 GROUP_SD, NOISE_SD = 0.8, 1.5
 
 
-def _nested_model(p: Getter, rows: Tensor | None = None) -> None:
+def nested_model(p: Getter, rows: Tensor | None = None) -> None:
     mu = pyro.sample("mu", dist.Normal(p("prior"), 1.0))
     with pyro.plate("groups", 2, dim=-3):
         m = pyro.sample("m", dist.Normal(mu, GROUP_SD))
@@ -269,7 +265,7 @@ def _nested_model(p: Getter, rows: Tensor | None = None) -> None:
             pyro.sample("y", dist.Normal(m, NOISE_SD), obs=TABLE[:, index])
 
 
-def _nested_guide(p: Getter, rows: Tensor | None = None) -> None:
+def nested_guide(p: Getter, rows: Tensor | None = None) -> None:
     mu = pyro.sample("mu", dist.Normal(p("loc"), p("log_scale").exp()))
     with pyro.plate("groups", 2, dim=-3):
         pyro.sample("m", dist.Normal(p("offset") + p("slope") * mu, p("log_local").exp()))
@@ -296,8 +292,8 @@ def _nested_draw(p: Values, shape: tuple[int, int], state: Values) -> Values:
 NESTED = Problem(
     "nested",
     {"prior": 0.8, "loc": 1.2, "log_scale": 0.2, "offset": 0.5, "slope": 0.6, "log_local": -0.1},
-    _nested_model,
-    _nested_guide,
+    nested_model,
+    nested_guide,
     _nested_joint,
     _nested_log_guide,
     _nested_draw,
@@ -339,9 +335,9 @@ BIMODAL = Problem(
     _bimodal_model,
     _gaussian_guide,
     lambda p, z: _two_modes(z["z"], p["shift"]),
-    _normal_guide,
-    _normal_draw,
-    points=_grid(-20.0, 20.0),
+    normal_log_guide,
+    normal_draw,
+    points=grid(-20.0, 20.0),
 )
 
 
@@ -368,7 +364,7 @@ BETA = Problem(
     _beta_joint,
     lambda p, z: Beta(p["log_left"].exp(), p["log_right"].exp()).log_prob(z["z"]),
     lambda p, shape, state: {"z": Beta(p["log_left"].exp(), p["log_right"].exp()).rsample(shape[:1])},
-    points=_grid(0.0, 1.0),
+    points=grid(0.0, 1.0),
 )
 
 
@@ -412,6 +408,7 @@ BERNOULLI = Problem(
     log_state=_bernoulli_log_guide,
     states=({"c": 0.0}, {"c": 1.0}),
     points=lambda: ({"c": torch.tensor([0.0, 1.0])}, 0.0),
+    draws_noise=False,
 )
 
 

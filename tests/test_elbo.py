@@ -224,7 +224,7 @@ def test_minibatches_with_global_latents_average_to_the_full_data(loss: Weighted
         programs = nested_programs(torch.tensor(rows))
         found.append(known.estimate(loss, problem, known.REPLICAS, programs))
     p = problem.plain_params(1)
-    exact = known._differentiated(known.nested_elbo(p), p)
+    exact = known.differentiated(known.nested_elbo(p), p)
     average = known.Estimates(
         torch.stack([f.value for f in found]).mean(0),
         {name: torch.stack([f.gradients[name] for f in found]).mean(0) for name in found[0].gradients},
@@ -239,11 +239,11 @@ def nested_programs(rows: Tensor) -> tuple[Callable, Callable]:
 
     def model() -> None:
         with pyro.plate("replicas", known.REPLICAS, dim=-4):
-            known._nested_model(parameter, rows)
+            known.nested_model(parameter, rows)
 
     def guide() -> None:
         with pyro.plate("replicas", known.REPLICAS, dim=-4):
-            known._nested_guide(parameter)
+            known.nested_guide(parameter)
 
     return model, guide
 

@@ -55,7 +55,7 @@ def expected_bound(name: str, num_particles: int, alpha: float) -> Estimates:
     problem = known.PROBLEMS[name]
     if alpha == 1.0 and name in known.ELBOS:
         p = problem.plain_params(1)
-        return known._differentiated(known.ELBOS[name](p), p)
+        return known.differentiated(known.ELBOS[name](p), p)
     if alpha == 1.0 and problem.points:
         return known.thermodynamic(problem, (0.0,))
     return known.expectation(problem, num_particles, known.renyi(alpha), size=60_000)
@@ -394,9 +394,9 @@ LOGIT = Problem(
     BETA.model,
     BETA.guide,
     _logit_joint,
-    known._normal_guide,
-    known._normal_draw,
-    points=known._grid(-15.0, 15.0),
+    known.normal_log_guide,
+    known.normal_draw,
+    points=known.grid(-15.0, 15.0),
 )
 
 
