@@ -568,7 +568,20 @@ def local(data: Tensor) -> None:
         pyro.sample("obs", dist.Normal(z, 1.0), obs=data[index])
 
 
+def mixture() -> None:
+    pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2), 1.0)))
+
+
+def sequential() -> None:
+    for i in pyro.plate("rows", 2):
+        pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+
+
 def test_refuses_models_it_cannot_guide():
+    with pytest.raises(ValueError, match=r"MixtureSameFamilyConstraint.*Rewrite the site"):
+        AutoFlow(mixture)()
+    with pytest.raises(ValueError, match=r"sequential pyro\.plate.*with pyro\.plate"):
+        AutoFlow(sequential)()
     with pytest.raises(ValueError, match=r"discrete sample site 'coin'.*enumerating"):
         AutoFlow(coin)()
     with pytest.raises(ValueError, match="without latent sites; expected at least one"):

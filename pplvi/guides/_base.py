@@ -86,6 +86,12 @@ class ContinuousGuide(AutoContinuous):
         self.latent_dim = -1
         try:
             super()._setup_prototype(*args, **kwargs)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{type(self).__name__} cannot guide this model: {error}. Expected latent sites whose support maps to "
+                "the real line, in plates that are entered (`with pyro.plate(...)`). Rewrite the site, for example "
+                "with a reparameterisation of pyro.infer.reparam, or hide it: poutine.block(model, hide=[...])."
+            ) from error
         except RuntimeError as error:
             if self.latent_dim != 0:
                 raise
