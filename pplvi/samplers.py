@@ -52,13 +52,14 @@ class Importance:
     ) -> Iterator[Step]:
         """Yield one step of ``request.num_particles`` particles."""
         step = _frozen_step if request.routing.freeze else _live_step
-        if request.vectorize:
-            yield step(model, guide, args, kwargs, request.num_particles, request.routing)
-        else:
-            # One minibatch for all particles: a bound compares weights of the same data.
-            shared = guide_run(model, guide, args, kwargs, 1, None).subsample_indices()
-            counts = [1] * request.num_particles
-            yield Step.concatenate([step(model, guide, args, kwargs, k, request.routing, shared) for k in counts])
+        counts = [request.num_particles] if request.vectorize else [1] * request.num_particles
+        parts: list[Step] = []
+        shared: Mapping[str, Tensor] | None = None
+        for count in counts:
+            part, run = step(model, guide, args, kwargs, count, request.routing, shared)
+            shared = run.subsample_indices()  # one minibatch for all: a bound compares weights of the same data
+            parts.append(part)
+        yield Step.concatenate(parts)
 
 
 class Ancestral:
@@ -106,8 +107,8 @@ _Values = Mapping[str, Tensor] | None
 
 
 def _live_step(
-    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values = None
-) -> Step:
+    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values
+) -> tuple[Step, Run]:
     run = execute(model, guide, args, kwargs, num_particles=num_particles, detach=routing.detach, values=shared)
     log_forward = -sum(exact_entropies(run).values(), run.zeros()) if routing.exact_entropy else run.log_forward()
     log_score = run.log_score(detached=routing.detach)
@@ -116,12 +117,12 @@ def _live_step(
             "the guide enumerates some sites and draws others that cannot be reparameterised: expected one or the "
             "other. Enumerate all discrete sites of the guide, or none."
         )
-    return _as_step(run, run.log_target(), log_forward, log_score=log_score)
+    return _as_step(run, run.log_target(), log_forward, log_score=log_score), run
 
 
 def _frozen_step(
-    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values = None
-) -> Step:
+    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values
+) -> tuple[Step, Run]:
     """A step whose guide densities carry the path of the draws but none of their own parameters.
 
     The pair is run again with the draws as leaves; the path enters to first order, ``<grad_z log q, z - sg(z)>``, which
@@ -139,12 +140,13 @@ def _frozen_step(
     log_target_fixed = run.log_target() - jacobian
     log_forward = sum((densities[name] for name in leaves), zero)
     paths = {name: drawn.guide.nodes[name]["value"] for name in leaves}
-    return _as_step(
+    step = _as_step(
         run,
         log_target_fixed + _path(run, log_target_fixed, leaves, paths),
         log_forward.detach() + _path(run, log_forward, leaves, paths),
         log_target_fixed=log_target_fixed,
     )
+    return step, run
 
 
 def _leaves(run: Run) -> dict[str, Tensor]:

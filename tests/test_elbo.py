@@ -87,6 +87,7 @@ PYRO = {"max_plate_nesting": 0, "vectorize_particles": True}
 PAIRS = [
     (ELBO(), Trace_ELBO(max_plate_nesting=0), normal_model, normal_guide),
     (ELBO(6), Trace_ELBO(6, **PYRO), normal_model, normal_guide),
+    (ELBO(6, vectorize_particles=False), Trace_ELBO(6, max_plate_nesting=0), normal_model, normal_guide),
     (ELBO(1, estimator="score"), Trace_ELBO(max_plate_nesting=0), discrete_model, discrete_guide),
     (ELBO(6, estimator="score"), Trace_ELBO(6, **PYRO), discrete_model, discrete_guide),
     (ImportanceWeightedELBO(6), PyroRenyiELBO(0, 6, **PYRO), normal_model, normal_guide),
