@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import dropwhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pplvi.masks import seen
 from pplvi.runs import (
     Run,
     Site,
@@ -25,9 +27,16 @@ from pplvi.runs import (
 
 @contextmanager
 def named_errors() -> Iterator[None]:
-    """Turn Pyro's error for an empty plate into a ``ValueError`` that says so."""
+    """Turn Pyro's errors for an empty plate, and for a guide without work, into a ``ValueError`` that says so."""
     try:
         yield
+    except RuntimeError as error:
+        if "found no latent variables" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}: this guide needs at least one latent site, but the model has none. For maximum likelihood pass "
+            "a guide without sites, such as `lambda *args: None`."
+        ) from error
     except ZeroDivisionError as error:
         raise ValueError(
             "a pyro.plate of size 0 was met: expected at least one element. Drop empty batches before the step."
@@ -47,6 +56,7 @@ def check_pair(run: Run) -> None:
     :raises ValueError: with the site, what came, what was expected and what to do.
     """
     _check_names(run)
+    check_plates(run)
     for name, site in latent_sites(run.model).items():
         if name in run.guide.nodes:
             _check_shapes(name, site, run.guide.nodes[name])
@@ -57,6 +67,21 @@ def check_pair(run: Run) -> None:
             _check_data(name, site)
             _check_declared(name, site)
     _warn_of_joint_factors(run)
+
+
+def check_plates(run: Run) -> None:
+    """Check that plates which model and guide share are the same; shapes only, so that every run can be checked.
+
+    :raises ValueError: if one of them has another size or dimension.
+    """
+    guide, model = ({p.name: p for _, s in sample_sites(t) for p in site_plates(s)} for t in (run.guide, run.model))
+    for name in guide.keys() & model.keys():
+        ours, theirs = ((p.full_size, p.dim) for p in (model[name], guide[name]))
+        if ours != theirs:
+            raise ValueError(
+                f"plate {name!r} has size {theirs[0]} at dimension {theirs[1]} in the guide, expected the model's "
+                f"{ours[0]} at {ours[1]}. Give it the same size and dim= on both sides, or two names."
+            )
 
 
 def _is_auxiliary(site: Site) -> bool:
@@ -88,10 +113,8 @@ def _check_shapes(name: str, model: Site, guide: Site) -> None:
 
 
 def _shape(site: Site) -> str:
-    batch = torch.broadcast_shapes(
-        site["fn"].batch_shape, site["value"].shape[: site["value"].dim() - site["fn"].event_dim]
-    )
-    return f"{tuple(batch)} | {tuple(site['fn'].event_shape)}"
+    batch = tuple(dropwhile(lambda size: size == 1, site["fn"].batch_shape))
+    return f"{batch} | {tuple(site['fn'].event_shape)}"
 
 
 def _check_support(name: str, model: Site, guide: Site) -> None:
@@ -124,19 +147,19 @@ def _check_data(name: str, site: Site) -> None:
     value = site["value"]
     if not site["is_observed"] or is_factor(site) or is_deterministic(site) or not isinstance(value, Tensor):
         return
-    if value.is_floating_point() and bool((value.isnan() & _seen(site, value)).any()):
+    if value.is_floating_point() and bool((value.isnan() & seen(site, value)).any()):
         raise ValueError(
             f"the data at site {name!r} contain NaN: expected finite values. Mask missing entries with obs_mask= or "
             "poutine.mask, or drop them."
         )
 
 
-def check_subsamples(once: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> None:
-    """Check that a model gives its plates the same indices at two calls with the same arguments.
+def check_subsamples(once: Mapping[str, Tensor], again: Mapping[str, Tensor], names: frozenset[str]) -> None:
+    """Check that a model gives these plates the same indices at two calls with the same arguments.
 
     :raises ValueError: if not: the guide could not know which data its local draws belong to.
     """
-    for name in once:
+    for name in names:
         if not torch.equal(torch.as_tensor(once[name]), torch.as_tensor(again[name])):
             raise ValueError(
                 f"the model draws new indices for plate {name!r} by itself (subsample=...) at every call: expected "
@@ -144,26 +167,35 @@ def check_subsamples(once: Mapping[str, Tensor], again: Mapping[str, Tensor]) ->
             )
 
 
-def _seen(site: Site, value: Tensor) -> Tensor:
-    mask = site["mask"] if isinstance(site["mask"], Tensor) else torch.tensor(site["mask"] is not False)
-    inner = getattr(site["fn"], "_mask", None)
-    if inner is not None:
-        mask = mask & torch.as_tensor(inner)
-    return mask.reshape(tuple(mask.shape) + (1,) * site["fn"].event_dim).expand(value.shape)
-
-
 def _check_declared(name: str, site: Site) -> None:
-    """Every batch dimension of a distribution has to be a plate, or particles would be mixed up with data."""
+    """Every batch dimension of a site has to be a plate, or particles would be mixed up with data."""
     sizes = {p.dim: p.size for p in site_plates(site)}
-    for dim, size in zip(
-        range(-1, -1 - len(site["fn"].batch_shape), -1), reversed(site["fn"].batch_shape), strict=True
-    ):
+    batch = _batch_shape(name, site)
+    for dim, size in zip(range(-1, -1 - len(batch), -1), reversed(batch), strict=True):
         if size != 1 and sizes.get(dim) != size:
             raise ValueError(
-                f"site {name!r} has batch shape {tuple(site['fn'].batch_shape)}, but plates "
+                f"site {name!r} has batch shape {batch}, but plates "
                 f"{ {p.name: (p.dim, p.size) for p in site_plates(site)} }: expected a plate of size {size} at "
                 f"dimension {dim}. Enclose it in pyro.plate, or make the dimension part of one event with .to_event()."
             )
+
+
+def _batch_shape(name: str, site: Site) -> tuple[int, ...]:
+    """Batch shape of a site's log density: that of the distribution and the value together."""
+    fn, value = site["fn"], site["value"]
+    if is_deterministic(site) or not isinstance(value, Tensor):
+        return tuple(fn.batch_shape)
+    split = value.dim() - fn.event_dim
+    try:
+        if split < 0 or value.shape[split:] != torch.broadcast_shapes(value.shape[split:], fn.event_shape):
+            raise RuntimeError
+        return tuple(torch.broadcast_shapes(fn.batch_shape, value.shape[:split]))
+    except RuntimeError as error:
+        raise ValueError(
+            f"site {name!r} has a value of shape {tuple(value.shape)}, expected {tuple(fn.batch_shape)} | "
+            f"{tuple(fn.event_shape)} (batch | event), the shape of its {type(fn).__name__}. Check the data against "
+            "the plates and .to_event() of the model."
+        ) from error
 
 
 def _warn_of_joint_factors(run: Run) -> None:
@@ -189,7 +221,7 @@ def first_bad_site(run: Run) -> str | None:
 
 def _is_bad(run: Run, name: str, site: Site) -> bool:
     value: Any = site["value"]
-    if isinstance(value, Tensor) and value.is_floating_point() and bool((~value.isfinite() & _seen(site, value)).any()):
+    if isinstance(value, Tensor) and value.is_floating_point() and bool((~value.isfinite() & seen(site, value)).any()):
         return True
     try:
         return not bool(run.site_log_prob(name, site).isfinite().all())

@@ -11,9 +11,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
+
+from pplvi.masks import without_missing
 
 Site = dict[str, Any]
 Trace = Any  # pyro.poutine.Trace; poutine itself stays in programs.py
@@ -45,9 +48,17 @@ def _sites(trace: Trace) -> Iterator[Site]:
 
 def _pack(model: Trace, guide: Trace) -> dict[str, int]:
     for trace, known in ((guide, None), (model, guide)):
-        trace.compute_log_prob(lambda name, site: type(site["fn"]).__name__ != "_Subsample")
+        for site in _sites(trace):
+            _score(site)
         trace.pack_tensors(known.plate_to_symbol if known is not None else None)
     return {**guide.symbol_to_dim, **model.symbol_to_dim}
+
+
+def _score(site: Site) -> None:
+    if "log_prob" not in site:
+        unscaled = site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
+        site["unscaled_log_prob"] = unscaled
+        site["log_prob"] = scale_and_mask(unscaled, site["scale"], site["mask"])
 
 
 def _ordinal(trace: Trace, site: Site) -> frozenset[str]:

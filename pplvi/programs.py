@@ -8,10 +8,9 @@ before a later site can use them. No state of a program is kept but a hint of ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from pplvi import autoguides, checks
 from pplvi.environment import preserved_parameters, preserved_rng
+from pplvi.layouts import Layout, recall, remember
 from pplvi.runs import (
     PARTICLES,
     Run,
@@ -37,15 +37,6 @@ from pplvi.runs import (
 )
 
 Program = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What one plain run of a model and guide shows: how deep plates nest and which dimensions are enumerated."""
-
-    nesting: int
-    enumerated: bool
-    own_subsamples: frozenset[str]
 
 
 class _Detach(Messenger):
@@ -104,8 +95,9 @@ def execute(
     except Exception as error:
         run = attempt(layout := _renewed(model, guide, args, kwargs, layout, num_particles, error))
     while (needed := _needed(run, layout)) != layout:
-        _remember(model, guide, layout := needed)
+        remember(model, guide, args, kwargs, layout := needed)
         run = attempt(layout)
+    checks.check_plates(run)
     return run
 
 
@@ -124,7 +116,7 @@ def _renewed(
     """
     fresh = inspect(model, guide, args, kwargs)
     if fresh != layout:
-        _remember(model, guide, fresh)
+        remember(model, guide, args, kwargs, fresh)
         return fresh
     if num_particles > 1 and isinstance(error, RuntimeError | IndexError):
         raise ValueError(
@@ -251,21 +243,13 @@ def _supplied(
     return {name: given[name] for name in layout.own_subsamples if name in given}
 
 
-_LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, Layout]] = WeakKeyDictionary()
-
-
 def _layout(model: Program, guide: Program, args: Any, kwargs: Any) -> Layout:
-    """The layout of a pair, inspected and checked on its first run only. It is a hint: a deeper run corrects it."""
-    with suppress(KeyError, TypeError):
-        return _LAYOUTS[model][guide]
+    """The layout of a pair, inspected and checked on its first run with arguments like these."""
+    if (known := recall(model, guide, args, kwargs)) is not None:
+        return known
     layout = inspect(model, guide, args, kwargs)
-    _remember(model, guide, layout)
+    remember(model, guide, args, kwargs, layout)
     return layout
-
-
-def _remember(model: Program, guide: Program, layout: Layout) -> None:
-    with suppress(TypeError):  # not hashable or not weakly referable: inspected anew at every call
-        _LAYOUTS.setdefault(model, WeakKeyDictionary())[guide] = layout
 
 
 def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout:
@@ -275,11 +259,13 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
         dimensions, NaN in the data, empty plates.
     """
     run = _plain_run(model, guide, args, kwargs)
+    own = run.given_subsamples & frozenset(run.subsample_indices())
     with isolated():
         checks.check_pair(run)
-    own = run.given_subsamples & frozenset(run.subsample_indices())
-    if own:
-        checks.check_subsamples(*(_given_subsamples(model, args, kwargs) for _ in range(2)))
+        if own:
+            given = _given_subsamples(model, args, kwargs)
+            torch.rand(())  # from here on other random numbers
+            checks.check_subsamples(given, _given_subsamples(model, args, kwargs), own)
     return Layout(run.nesting, checks.enumerates(run), own)
 
 
@@ -335,9 +321,9 @@ def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping
     dreams = {n: s["value"] for n, s in dreamt.items() if not (is_deterministic(s) or is_factor(s))}
     args, kwargs = _with_dreams(model, args, kwargs, dreams)
     values = {name: site["value"] for name, site in latent_sites(model_trace).items()}
-    indices = {name: site["value"] for name, site in model_trace.nodes.items() if is_subsample(site)}
+    indices: dict[str, Any] = {n: s["value"] for n, s in model_trace.nodes.items() if is_subsample(s)}
     with _Supply({**indices, **values, **autoguides.auxiliary_values(guide, values)}, but_delta=True):
-        guide_trace = _trace(guide, args, kwargs)
+        guide_trace = _run_guide(guide, args, kwargs, _How())
     return Run(guide_trace, model_trace, 1, layout.nesting)
 
 

@@ -18,6 +18,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pplvi import enumeration
+from pplvi.masks import without_missing
 
 Site = dict[str, Any]
 PARTICLES = "_pplvi_particles"
@@ -255,7 +256,7 @@ def _device_of(*traces: Any) -> torch.device | None:
 
 def _unscaled_log_prob(name: str, site: Site) -> Tensor:
     try:
-        return site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+        return site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
     except ValueError as error:
         raise ValueError(
             f"the log density at site {name!r} cannot be computed: {error}\nExpected a value inside the support and of "

@@ -23,8 +23,20 @@ MAX_MEDIAN_FUNCTION = 8
 
 # Lower floors know nothing of higher ones; modules on one floor may know each other, without circles.
 FLOORS = {
-    1: {"weights", "environment", "seeding", "enumeration", "runs", "checks", "autoguides", "programs", "draws"}
-    | {"reweighting"},
+    1: {
+        "weights",
+        "environment",
+        "seeding",
+        "enumeration",
+        "runs",
+        "checks",
+        "layouts",
+        "masks",
+        "autoguides",
+        "programs",
+        "draws",
+    }
+    | {"layouts", "masks", "reweighting"},
     2: {"objectives", "kernels", "paths"},
     3: {"samplers", "guides", "energies"},
     4: {"elbo", "compile", "updates"},

@@ -1,0 +1,46 @@
+"""Masked data: which entries of a site's value count, and values that are safe to put in the place of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+Site = dict[str, Any]
+
+
+def seen(site: Site, value: Tensor) -> Tensor:
+    """Which entries of an observed value count, ``value.shape``: those under no false mask."""
+    mask = site["mask"] if isinstance(site["mask"], Tensor) else torch.tensor(site["mask"] is not False)
+    inner = getattr(site["fn"], "_mask", None)
+    if inner is not None:
+        mask = mask & torch.as_tensor(inner)
+    mask = mask.to(value.device).reshape(tuple(mask.shape) + (1,) * site["fn"].event_dim)
+    return mask.expand(torch.broadcast_shapes(mask.shape, value.shape))
+
+
+def without_missing(site: Site) -> Tensor:
+    """A site's value with missing data (NaN under a mask) replaced by values inside the support.
+
+    The density there is masked out, but its gradient would be ``0 * NaN``.
+    """
+    value: Tensor = site["value"]
+    if not (site["is_observed"] and _is_masked(site) and isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return torch.where(value.isnan() & ~seen(site, value), _inside(site["fn"], value), value)
+
+
+def _is_masked(site: Site) -> bool:
+    return site["mask"] is not None or getattr(site["fn"], "_mask", None) is not None
+
+
+def _inside(fn: Any, value: Tensor) -> Tensor:
+    """A point of the support: the image of zero, or zero itself for whole numbers."""
+    zero = torch.zeros_like(value)
+    try:
+        inverse = biject_to(fn.support)
+        return inverse(torch.zeros_like(inverse.inv(zero)))
+    except (NotImplementedError, ValueError, RuntimeError):
+        return zero
