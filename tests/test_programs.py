@@ -29,6 +29,7 @@ from pyro.optim import Adam
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pplvi
 from pplvi.programs import execute, first_bad_site, run_model
@@ -801,3 +802,107 @@ def test_a_model_runs_on_given_latents():
     leaves = dist.Normal(latents["theta"][..., None], 0.5).log_prob(latents["eps"]).sum((-1, -2))
     data = dist.Normal(latents["eps"], 0.7).log_prob(GROUPED).sum((-1, -2))
     assert torch.allclose(run.log_target(), prior + middle + leaves + data)
+
+
+def plain_pair():
+    """Global latents on several supports."""
+
+    def model(y):
+        mu = normal("mu")
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
+        loc = mu.unsqueeze(-1).expand(*mu.shape, 4)
+        pyro.sample("y", dist.Normal(loc, tau.unsqueeze(-1)).to_event(1), obs=y)
+
+    def guide(y):
+        pyro.sample("mu", dist.Normal(pyro.param("a", torch.tensor(0.2)), pyro.param("s", torch.tensor(0.7))))
+        pyro.sample("tau", dist.LogNormal(pyro.param("b", torch.tensor(-0.3)), 0.4))
+
+    return model, guide
+
+
+def plates_pair():
+    """Local latents in a subsampled plate."""
+
+    def model(y):
+        with pyro.plate("data", 4, subsample_size=2) as i:
+            z = normal("z")
+            pyro.sample("y", dist.Normal(z * pyro.param("s", torch.tensor(0.7)), 0.5), obs=y[i])
+
+    def guide(y):
+        loc = pyro.param("a", torch.linspace(-0.5, 0.5, 4))
+        with pyro.plate("data", 4, subsample_size=2) as i:
+            normal("z", loc[i] + pyro.param("b", torch.tensor(0.1)), 0.6)
+
+    return model, guide
+
+
+def enumerated_pair():
+    """A mixture whose components are summed out, with local continuous latents."""
+
+    def model(y):
+        locs = pyro.param("a", torch.tensor([-1.0, 1.0, 2.0]))
+        with pyro.plate("data", 4):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.5, 0.3])), infer={"enumerate": "parallel"})
+            z = normal("z", locs[k], 1.0)
+            pyro.sample("y", dist.Normal(z, pyro.param("s", torch.tensor(0.7))), obs=y)
+
+    def guide(y):
+        with pyro.plate("data", 4):
+            normal("z", pyro.param("b", torch.tensor(0.3)), 0.8)
+
+    return model, guide
+
+
+TRACED = [
+    pplvi.ELBO(),
+    pplvi.ELBO(4),
+    pplvi.ELBO(4, estimator="stl"),
+    pplvi.ELBO(4, estimator="vimco"),
+    pplvi.ELBO(4, entropy="exact"),
+    pplvi.ImportanceWeightedELBO(4, estimator="dreg"),
+    pplvi.RenyiELBO(0.5, 4),
+    pplvi.ChiELBO(4),
+    pplvi.ThermodynamicELBO(4),
+    pplvi.ForwardKL(4),
+    pplvi.ELBO(3, vectorize_particles=False),
+]
+
+
+@pytest.mark.parametrize("programs", [plain_pair, plates_pair, enumerated_pair], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("loss", TRACED, ids=str)
+def test_a_training_step_is_a_pure_function_that_can_be_traced(programs, loss):
+    """The graph has nothing baked in: it gives the loss and gradients of other parameters, data and noise."""
+    current = {}
+    model, guide = programs()
+
+    def substituted(program):
+        def run(y):
+            with poutine.substitute(data=current):
+                program(y)
+
+        return run
+
+    pair = substituted(model), substituted(guide)
+
+    def step(parameters, y):
+        current.update(parameters)
+        value = loss.differentiable_loss(*pair, y)
+        gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        return value.detach(), [g for g in gradients if g is not None]
+
+    for program in (guide, model):
+        poutine.trace(program).get_trace(DATA)  # parameters exist
+    start = {name: value.detach().clone().requires_grad_() for name, value in pyro.get_param_store().items()}
+    with pyro.validation_enabled(False):
+        step(start, DATA)  # what needs values is looked at before the first step
+        graph = make_fx(step)(start, DATA)
+        for seed in (1, 2):
+            other = {name: (value.detach() * 1.1 + 0.01).requires_grad_() for name, value in start.items()}
+            y = DATA.flip(0) + 0.1 * seed
+            torch.manual_seed(seed)
+            value, gradients = step(other, y)
+            torch.manual_seed(seed)
+            traced, traced_gradients = graph(other, y)
+            assert torch.allclose(traced, value, atol=1e-12)
+            assert len(gradients) == len(traced_gradients) > 0
+            assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, traced_gradients, strict=True))
