@@ -641,6 +641,19 @@ def test_refuses_flows_that_do_not_fit(flow, message):
         AutoFlow(vector(), flow)()
 
 
+def test_refuses_options_that_the_family_does_not_know():
+    with pytest.raises(ValueError, match=r"did not take \(2, bends\).*unexpected keyword"):
+        AutoFlow(vector(), "maf", bends=3)()
+
+
+def test_parts_of_a_flow_that_do_not_train_stay_as_they_are():
+    flow = zuko_flow("MAF", transforms=1)(2)
+    flow.transform.transforms[0].hyper[0].requires_grad_(False)
+    guide = AutoFlow(vector(), flow)
+    guide()
+    assert len(list(guide.parameters())) == 2 + len([p for p in flow.parameters() if p.requires_grad])
+
+
 def test_other_flows_start_from_their_own_weights_on_request():
     guide = AutoFlow(vector(), zuko_flow("GF"), identity_init=False)
     assert guide()["x"].shape == (2,)

@@ -7,7 +7,7 @@ the value and the log-determinant together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -50,7 +50,7 @@ def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
     """
     zuko = import_zuko()
     factory = getattr(zuko.flows, FAMILIES[flow][0]) if isinstance(flow, str) else flow
-    made = copy.deepcopy(flow) if isinstance(flow, nn.Module) else factory(features, **options)
+    made = copy.deepcopy(flow) if isinstance(flow, nn.Module) else _call(factory, features, options)
     if not isinstance(made, zuko.lazy.Flow):
         raise ValueError(
             f"flow gave {type(made).__name__}; expected a zuko.lazy.Flow (a transform and a base), for example "
@@ -59,6 +59,16 @@ def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
     _check_base(made.base)
     _check_features(made.transform, features)
     return made.transform
+
+
+def _call(factory: Callable[..., Any], features: int, options: Mapping[str, Any]) -> Any:
+    try:
+        return factory(features, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"the flow's factory did not take ({features}, {', '.join(map(str, options))}): {error}. Expected the "
+            "number of features and keywords that it knows."
+        ) from error
 
 
 def _check_base(base: nn.Module) -> None:

@@ -22,8 +22,8 @@ class AutoFlow(ContinuousGuide):
         \log q(z) = \log \mathrm{Normal}(x; 0, I) - \log |\partial f_\phi / \partial x| - \sum_d \log \mathrm{scale}_d
 
     with ``z`` the latents of the model packed into ``(*batch, latent_dim)`` after Pyro's ``biject_to``, densities in
-    nats. At the start ``f`` is the identity, so the guide *is* ``AutoDiagonalNormal(model, init_loc_fn, init_scale)``,
-    and it can only improve on it.
+    nats. At the start ``f`` is the identity: the guide *is* ``AutoDiagonalNormal(model, init_loc_fn, init_scale)``, and
+    its family contains all of those.
 
     What a pass over ``D`` coordinates costs, in evaluations of each of the ``transforms`` networks (forward and
     backward alike):
@@ -31,9 +31,9 @@ class AutoFlow(ContinuousGuide):
     ================= ============================================== ======= =========================== ==========
     ``flow``          one transform                                  draws   density of its own draw     elsewhere
     ================= ============================================== ======= =========================== ==========
-    ``"nsf"``         rational-quadratic spline, autoregressive      1       0                           D
-    ``"iaf"``         affine, autoregressive                         1       0                           D
-    ``"maf"``         affine, autoregressive                         D       0                           1
+    ``"nsf"``         rational-quadratic spline, autoregressive      1       0                           D + 1
+    ``"iaf"``         affine, autoregressive                         1       0                           D + 1
+    ``"maf"``         affine, autoregressive                         D + 1   0                           1
     ``"nice"``        affine, coupling; ``"coupling"`` is the same   1       0                           1
     ================= ============================================== ======= =========================== ==========
 
@@ -114,7 +114,7 @@ class AutoFlow(ContinuousGuide):
         transform.to(loc.device, loc.dtype)
         tensors = {**dict(transform.named_parameters()), **dict(transform.named_buffers())}
         for name, tensor in tensors.items():
-            self._declare(f"flow.{name}", tensor.detach(), trained=isinstance(tensor, nn.Parameter))
+            self._declare(f"flow.{name}", tensor.detach(), trained=tensor.requires_grad)
         self._tensor_names = list(tensors)
         self._structure = (transform.to("meta"),)  # no values: a tensor that we failed to pass would raise
 
