@@ -187,7 +187,16 @@ class Fit:
     @cached_property
     def posteriors(self) -> list[Posterior]:
         """A posterior of 1,000 draws for every restart, drawn once; one with all chains for MCMC."""
-        return [self.posterior(restart=index) for index in range(len(self.runs))]
+        return [self.posterior(restart=index) for index in self._restarts]
+
+    def _best_posterior(self, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> Posterior:
+        if args is None and kwargs is None:
+            return self.posteriors[0 if self.mcmc is not None else self.best]
+        return self.posterior(args=args, kwargs=kwargs)
+
+    @property
+    def _restarts(self) -> range:
+        return range(len(self.runs))
 
     def predict(self, *args: Any, num_samples: int | None = None, seed: int | None = None, **kwargs: Any) -> Draws:
         """Posterior predictive draws of the best restart: see :meth:`pplvi.Posterior.predict`."""
@@ -197,15 +206,28 @@ class Fit:
         seed = self.seed if seed is None else seed
         return posterior.predict(*moved_args, num_samples=num_samples, seed=seed, **moved_kwargs)
 
-    def loo(self, var_name: str | None = None) -> arviz.ELPDData:
-        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.loo.loo`."""
-        return self.posteriors[self.best].loo(var_name)
+    def loo(
+        self,
+        var_name: str | None = None,
+        *,
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> arviz.ELPDData:
+        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.loo.loo`.
+
+        :param var_name: the observed site; may be left out if there is only one.
+        :param args: the full data, where the fit saw minibatches.
+        :param kwargs: keyword arguments that go with ``args``.
+        """
+        return self._best_posterior(args, kwargs).loo(var_name)
 
     def to_arviz(
         self,
         draws: Literal["psis", "guide"] = "psis",
         restarts: Literal["all", "best"] = "all",
         coords: Mapping[str, Any] | None = None,
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> arviz.InferenceData:
         """All groups of ArviZ's schema, a restart as a chain: see :func:`pplvi.to_arviz`.
@@ -213,26 +235,35 @@ class Fit:
         :param draws: ``"psis"`` resamples by smoothed importance weights, ``"guide"`` exports the draws as they are.
         :param restarts: ``"all"`` or ``"best"``.
         :param coords: labels of the dimensions that plates are named after.
+        :param args: the full data, where the fit saw minibatches.
+        :param kwargs: keyword arguments that go with ``args``.
         :param options: other arguments of :func:`pplvi.to_arviz`.
-        :raises ValueError: where that does.
+        :raises ValueError: where that does, and for a fit on minibatches without ``args``.
         """
-        steps = self.runs[self.best].step
-        attrs = {"guide": self.guide_name, "objective": str(self.objective), "steps": steps, "runtime": self.seconds}
-        options["attrs"] = {**attrs, "seed": "none" if self.seed is None else self.seed, **options.get("attrs", {})}
+        attrs = {"guide": self.guide_name, "objective": self.objective, "seed": self.seed, "runtime": self.seconds}
+        options["attrs"] = {**attrs, "steps": self.runs[self.best].step or None, **options.get("attrs", {})}
         options.setdefault("seed", self.seed)
         if self.mcmc is None:
             options.setdefault("losses", self.losses)
-        return to_arviz(self.posteriors, draws=draws, restarts=restarts, best=self.best, coords=coords, **options)
+        given = args is not None or kwargs is not None
+        chains = (
+            [self.posterior(restart=r, args=args, kwargs=kwargs) for r in self._restarts] if given else self.posteriors
+        )
+        return to_arviz(chains, draws=draws, restarts=restarts, best=self.best, coords=coords, **options)
 
-    def summary(self) -> str:
-        """The text of :meth:`report`."""
+    def summary(self, *, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None) -> str:
+        """The text of :meth:`report`.
+
+        :param args: the full data, where the fit saw minibatches.
+        :param kwargs: keyword arguments that go with ``args``.
+        """
         facts: dict[str, Any] = {"guide": self.guide_name}
         if self.mcmc is None:
             facts["objective"] = self.objective
             facts |= {"restarts": self._describe_restarts()} if len(self.runs) > 1 else {}
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = None if self.mcmc is not None else self._describe_end()
-        return report(self.posteriors[self.best], facts=facts, convergence=ended, converged=self.converged)
+        return report(self._best_posterior(args, kwargs), facts=facts, convergence=ended, converged=self.converged)
 
     def _describe_restarts(self) -> str:
         scores = [run.score for run in self.runs]
@@ -243,6 +274,17 @@ class Fit:
         backs = f", after {run.rollbacks} returns from a loss that was not finite" if run.rollbacks else ""
         return _REASONS[run.reason].format(steps=run.step) + backs
 
-    def report(self, file: Any = None) -> None:
-        """Print what was fitted, how well, what that means and what to try next; to ``file`` or standard output."""
-        (file or sys.stdout).write(self.summary() + "\n")
+    def report(
+        self,
+        file: Any = None,
+        *,
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Print what was fitted, how well, what that means and what to try next.
+
+        :param file: where to; standard output unless given.
+        :param args: the full data, where the fit saw minibatches.
+        :param kwargs: keyword arguments that go with ``args``.
+        """
+        (file or sys.stdout).write(self.summary(args=args, kwargs=kwargs) + "\n")

@@ -680,6 +680,13 @@ def test_a_fit_on_minibatches_is_given_the_full_data():
     with pytest.raises(ValueError, match="full data"):
         without.posterior()
     assert without.posterior(num_draws=7, args=(Y,)).draws.observed["y"].shape == (8,)
+    data = without.to_arviz(args=(Y,), draws="guide")
+    assert data.observed_data["y"].shape == (8,)
+    assert data.posterior["loc"].equals(with_args.to_arviz(draws="guide").posterior["loc"])
+    assert "seed" not in fit(model, AutoNormal, args=(Y,), num_steps=2).to_arviz(draws="guide").attrs
+    with pytest.warns(UserWarning, match="Pareto k"):
+        assert without.loo(args=(Y,)).n_data_points == 8
+    assert "ELBO" in without.summary(args=(Y,))
 
 
 def test_the_bar_shows_the_smoothed_loss(capsys):
