@@ -456,6 +456,17 @@ def test_terms_count_a_minibatch_in_full() -> None:
     assert found["elbo"] == pytest.approx(sum(found["sites"]["expected_log_prob"].values()) + found["entropy"])
 
 
+def test_terms_of_a_minibatch_of_local_latents_are_those_of_its_loss() -> None:
+    loss = ELBO(2)
+    programs = subsampled_programs(torch.tensor([0, 2]))
+    pyro.set_rng_seed(4)
+    value = loss.loss(*programs)
+    pyro.set_rng_seed(4)
+    found = loss.terms(*programs, per_site=True)
+    assert found["elbo"] == pytest.approx(-value)
+    assert sum(found["sites"]["entropy"].values()) == pytest.approx(found["entropy"])
+
+
 def test_exact_entropy_of_an_automatic_guide_keeps_its_sampled_jacobian() -> None:
     """A log-normal guide: entropy of the normal plus the expected log of the value."""
 
