@@ -38,9 +38,18 @@ def named_errors() -> Iterator[None]:
             "a guide without sites, such as `lambda *args: None`."
         ) from error
     except ZeroDivisionError as error:
+        if not _raised_by_pyro(error):
+            raise
         raise ValueError(
             "a pyro.plate of size 0 was met: expected at least one element. Drop empty batches before the step."
         ) from error
+
+
+def _raised_by_pyro(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("pyro.")
 
 
 def enumerates(run: Run) -> bool:

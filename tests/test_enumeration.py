@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
 
 import pplvi
 from pplvi import enumeration
@@ -312,6 +312,51 @@ def test_guide_enumeration_beside_reparameterised_particles():
     assert_like_trace_enum(model, guide, Y, num_particles=3)
 
 
+def test_the_discrete_autoguide_beside_a_continuous_one():
+    def model(y):
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Bernoulli(p))
+            pyro.sample("y", dist.Normal(2.0 * z, 1.0), obs=y)
+
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(poutine.block(model, hide=["z"])))
+    guide.append(AutoDiscreteParallel(poutine.block(model, expose=["z"])))
+    assert_like_trace_enum(model, guide, Y)
+    assert_like_trace_enum(model, guide, Y, num_particles=3)
+
+
+def test_a_group_variable_is_summed_over_all_its_members():
+    """One component for each group of observations: weights per group."""
+    groups = torch.randn(3, 4)
+
+    def model(y):
+        with pyro.plate("groups", 3, dim=-2):
+            z = pyro.sample("z", dist.Categorical(PROBS), infer=PARALLEL)
+            with pyro.plate("units", 4, dim=-1):
+                pyro.sample("y", dist.Normal(LOCS[z], 0.7), obs=y)
+
+    densities = dist.Normal(LOCS, 0.7).log_prob(groups.unsqueeze(-1)).sum(1)
+    run = execute(model, no_guide, (groups,), {}, num_particles=2)
+    assert run.shape == (2, 3)
+    assert torch.allclose(run.log_target(), torch.logsumexp(PROBS.log() + densities, -1).expand(2, 3))
+
+
+@pytest.mark.parametrize("inner", [None, 2])
+def test_a_group_variable_over_a_subsample_of_its_members_is_refused(inner):
+    def model(y):
+        with pyro.plate("groups", 3, dim=-2):
+            z = pyro.sample("z", dist.Categorical(PROBS), infer=PARALLEL)
+            with pyro.plate("units", 4, subsample_size=inner, dim=-1) as i:
+                pyro.sample("y", dist.Normal(LOCS[z], 0.7), obs=y[:, i])
+
+    if inner is None:
+        assert pplvi.ELBO().loss(model, no_guide, torch.randn(3, 4)) > 0
+        return
+    with pytest.raises(ValueError, match=r"share an enumerated variable have the scales"):
+        pplvi.ELBO().loss(model, no_guide, torch.randn(3, 4))
+
+
 @pytest.mark.parametrize(
     "loss", [pplvi.ImportanceWeightedELBO(2), pplvi.RenyiELBO(0.5, 2), pplvi.ForwardKL(2), pplvi.ChiELBO(2)], ids=str
 )
@@ -436,3 +481,22 @@ def test_two_observations_of_one_component_are_conditional_on_each_other():
     found = enumeration.log_likelihood(run.model, run.guide, "x")
     assert torch.allclose(found.reshape(-1), joint - torch.logsumexp(PROBS.log() + log_y, -1))
     assert enumeration.log_likelihood(run.model, run.guide, "y") is None  # the two repeats share one component
+
+
+def test_missing_entries_of_an_enumerated_model():
+    """NaN under a mask, in values and in gradients."""
+    y = torch.where(SEEN, Y, torch.nan)
+
+    def model(y):
+        locs = pyro.param("locs", LOCS.clone())
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Categorical(PROBS), infer=PARALLEL)
+            with poutine.mask(mask=SEEN):
+                pyro.sample("y", dist.Normal(locs[z], 0.7), obs=y)
+
+    exact = torch.where(SEEN, mixture_density(Y), 0.0)
+    assert pplvi.ELBO().loss_and_grads(model, no_guide, y) == pytest.approx(-float(exact.sum()))
+    assert pyro.get_param_store()._params["locs"].grad.isfinite().all()
+    found = plain_draws(model, no_guide, y)
+    assert torch.allclose(found.log_likelihood["y"], exact.expand(4, 5))
+    assert torch.equal(found.observed["y"].isnan(), ~SEEN)

@@ -415,8 +415,13 @@ def test_errors_of_the_programs_themselves_come_through():
     def broken(y):
         raise KeyError("mine")
 
+    def divided(y):
+        return 1 / 0
+
     with pytest.raises(KeyError, match="mine"):
         pplvi.ELBO(3).loss(broken, lambda y: None, Y)
+    with pytest.raises(ZeroDivisionError):
+        pplvi.ELBO(3).loss(divided, lambda y: None, Y)
 
 
 def test_a_good_run_leaves_no_chained_exception():

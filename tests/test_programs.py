@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.easyguide import EasyGuide
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -24,6 +25,7 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 from pyro.infer.autoguide.effect import AutoRegressiveMessenger
+from pyro.infer.autoguide.gaussian import AutoGaussian
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
 from pyro.poutine.guide import GuideMessenger
@@ -341,6 +343,17 @@ def guide_list(model):
     return guide
 
 
+class Easy(EasyGuide):
+    """Two global sites jointly, the local ones as a point estimate."""
+
+    def guide(self, y):
+        group = self.group(match="mu|tau")
+        loc = pyro.param("loc", lambda: torch.full(group.event_shape, 0.2))
+        group.sample("globals", dist.Normal(loc, 0.5).to_event(1))
+        with self.plate("data", 4):
+            self.map_estimate("theta")
+
+
 def maximum_likelihood():
     def model(y):
         loc = pyro.param("loc", torch.tensor(0.5))
@@ -376,6 +389,8 @@ ZOO = {
     "AutoLowRank": lambda: automatic(AutoLowRankMultivariateNormal),
     "AutoIAFNormal": lambda: automatic(AutoIAFNormal),
     "AutoStructured": lambda: automatic(AutoStructured),
+    "AutoGaussian": lambda: automatic(AutoGaussian),
+    "EasyGuide": lambda: automatic(Easy),
     "AutoGuideList": lambda: automatic(guide_list),
     "AutoNormalMessenger": lambda: automatic(AutoNormalMessenger),
     "AutoHierarchicalNormalMessenger": lambda: automatic(AutoHierarchicalNormalMessenger),
