@@ -78,9 +78,20 @@ def draw(
     num_draws: int,
     vectorize: bool = True,
 ) -> Draws:
-    """Draws of a guide, scored by the model: ``log_p - log_q`` is the log importance weight.
+    """Draws of a guide, scored by the model: ``log_p - log_q`` is the log importance weight, ``(S, *batch)``, nats.
 
+    :param num_draws: ``S``.
+    :param vectorize: all draws in one call of the programs, or one after another.
     :raises ValueError: if model and guide do not fit together, or if the guide enumerates a site.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model():
+    ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(0.5))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(0.25, 0.5**0.5))
+    >>> found = draw(model, guide, num_draws=3)
+    >>> found.latents["z"].shape, found.log_p - found.log_q  # the guide is exact: the weights are log p(y)
+    (torch.Size([3]), tensor([-1.3280, -1.3280, -1.3280]))
     """
     kwargs = kwargs or {}
 
@@ -113,6 +124,14 @@ def predict(
 
     :param latents: ``(num_draws, *plates, *event)`` each; sites left out are drawn from the model.
     :returns: :class:`Draws` whose ``observed`` are the predictions and that have no densities.
+    :raises ValueError: if a latent does not have the shape that its site has for these arguments.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(y):
+    ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1e-3), obs=y)
+    >>> found = predict(model, {"z": torch.tensor([1.0, 2.0])}, (torch.tensor(0.5),), num_draws=2)
+    >>> found.observed["y"].round()
+    tensor([1., 2.])
     """
     return _model_draws(model, latents, args, kwargs or {}, num_draws, vectorize, sample_observed=True)
 
@@ -127,7 +146,18 @@ def score(
     num_draws: int,
     vectorize: bool = True,
 ) -> Draws:
-    """Score given latent draws, such as those of MCMC, under the model: densities and deterministic sites."""
+    """Score given latent draws, such as those of MCMC, under the model: densities and deterministic sites.
+
+    :param latents: ``(num_draws, *plates, *event)`` each.
+    :raises ValueError: if a latent does not have the shape that its site has for these arguments.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def model():
+    ...     pyro.deterministic("double", 2.0 * pyro.sample("z", dist.Normal(0.0, 1.0)))
+    >>> found = score(model, {"z": torch.tensor([0.0, 1.0])}, num_draws=2)
+    >>> found.log_p, found.deterministics["double"]
+    (tensor([-0.9189, -1.4189]), tensor([0., 2.]))
+    """
     return _model_draws(model, latents, args, kwargs or {}, num_draws, vectorize, sample_observed=False)
 
 
@@ -163,14 +193,25 @@ class _Shapes:
         run = plain_run(model, args, kwargs)
         self.plain = {name: site for name, site in sample_sites(run.model) if is_deterministic(site)}
 
-    def compact(self, name: str, site: Site, run: Run) -> Tensor:
-        plain = self.plain.get(name, site)
-        event = _event_dims(plain)
-        if event is not None:
-            return _without_padding(site, run, event, with_draws=True)
-        value, shape = site["value"].detach().clone(), tuple(plain["value"].shape)
-        padded = value.dim() > len(shape) and value.shape[0] == run.num_particles
-        return value.reshape(run.num_particles, *shape) if padded else value.expand(run.num_particles, *shape)
+    def compact(self, sites: Mapping[str, Site], run: Run) -> dict[str, Tensor]:
+        """Values of the deterministic sites; those that depend on an enumerated one have none for each draw."""
+        found = {}
+        for name, site in sites.items():
+            plain = self.plain.get(name, site)
+            event = _event_dims(plain)
+            width = run.nesting + 1 + (plain["value"].dim() if event is None else event)
+            if run.enumerated and site["value"].dim() > width:
+                warnings.warn(f"deterministic site {name!r} depends on an enumerated site: left out.", stacklevel=2)
+            elif event is None:
+                found[name] = _as_plain(site["value"].detach().clone(), tuple(plain["value"].shape), run.num_particles)
+            else:
+                found[name] = _without_padding(site, run, event, with_draws=True)
+        return found
+
+
+def _as_plain(value: Tensor, shape: tuple[int, ...], num_draws: int) -> Tensor:
+    padded = value.dim() > len(shape) and value.shape[0] == num_draws
+    return value.reshape(num_draws, *shape) if padded else value.expand(num_draws, *shape)
 
 
 def _event_dims(site: Site) -> int | None:
@@ -195,7 +236,7 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
     observed = {n: _compact(s, run, with_draws=predicted) for n, s in kinds["observed"].items()}
     return Draws(
         latents={n: _compact(s, run, with_draws=True) for n, s in kinds["latent"].items()},
-        deterministics={n: shapes.compact(n, s, run) for n, s in kinds["deterministic"].items()},
+        deterministics=shapes.compact(kinds["deterministic"], run),
         observed=observed,
         log_likelihood={} if predicted else _log_likelihoods(run, kinds["observed"]),
         log_p=None if predicted else run.log_target(),

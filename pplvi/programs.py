@@ -82,6 +82,14 @@ def execute(
     :param detach: detach every draw at its site.
     :param values: values for guide sites to use instead of drawing (subsample indices too).
     :raises ValueError: if model and guide do not fit together (checked on the first run of the pair).
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def program():
+    ...     with pyro.plate("data", 3):
+    ...         pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> run = execute(program, program, (), {}, num_particles=2)
+    >>> run.shape, bool((run.log_target() == run.log_forward()).all())
+    ((2, 3), True)
     """
     layout = _layout(model, guide, args, kwargs)
 
@@ -114,6 +122,8 @@ def _renewed(
 
     :raises ValueError: what is wrong with them, or with running all particles in one call.
     """
+    if _recording():
+        raise error
     fresh = inspect(model, guide, args, kwargs)
     if fresh != layout:
         remember(model, guide, args, kwargs, fresh)
@@ -163,9 +173,7 @@ class _How:
     def enumerating(self, *, first: bool) -> AbstractContextManager[Any]:
         if not self.enumerated:
             return nullcontext()
-        return poutine.enum(
-            first_available_dim=-self.nesting - (1 if self.num_particles == 1 else 2) if first else None
-        )
+        return poutine.enum(first_available_dim=-self.nesting - 2 if first else None)
 
     def drawing(self) -> AbstractContextManager[Any]:
         return _Detach() if self.detach else nullcontext()
@@ -222,8 +230,16 @@ def isolated() -> Iterator[None]:
     """Run a program for inspection: no gradient, no new parameter in the store (its initial value would depend on who
     inspected first), and a random state that is neither advanced nor used twice."""
     with preserved_rng(), preserved_parameters(), torch.no_grad():
-        pyro.set_rng_seed(int(torch.randint(2**31, ())))
+        if not _recording():
+            pyro.set_rng_seed(int(torch.randint(2**31, ())))
         yield
+
+
+def _recording() -> bool:
+    """Whether operations are being written down (``make_fx``): values cannot be looked at then."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
 
 
 def _given_subsamples(model: Program, args: Any, kwargs: Any) -> dict[str, Tensor]:

@@ -500,3 +500,24 @@ def test_missing_entries_of_an_enumerated_model():
     found = plain_draws(model, no_guide, y)
     assert torch.allclose(found.log_likelihood["y"], exact.expand(4, 5))
     assert torch.equal(found.observed["y"].isnan(), ~SEEN)
+
+
+@pytest.mark.parametrize("num_draws", [1, 3, 4])
+def test_deterministic_sites_of_an_enumerated_variable_have_no_draws(num_draws):
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.deterministic("double", 2.0 * x)
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Categorical(PROBS), infer=PARALLEL)
+            mean = pyro.deterministic("mean", LOCS[z] + x)
+            pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
+
+    def guide(y):
+        pyro.sample("x", dist.Normal(0.1, 0.9))
+
+    with pytest.warns(UserWarning, match=r"deterministic site 'mean' depends on an enumerated site"):
+        found = plain_draws(model, guide, Y, num_draws=num_draws)
+    assert set(found.deterministics) == {"double"}
+    expected = torch.stack([mixture_density(Y, LOCS + x) for x in found.latents["x"]])
+    assert torch.allclose(found.log_likelihood["y"], expected)
+    assert set(found.latents) == {"x"}
