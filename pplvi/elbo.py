@@ -129,6 +129,8 @@ class WeightedELBO(Loss):
             )
         if num_particles < objective.min_particles:
             raise ValueError(f"num_particles={num_particles}: {objective!r} needs at least {objective.min_particles}.")
+        if num_particles < 2 and objective.self_normalised and self.sampler.proposal == "guide":
+            raise ValueError(f"num_particles={num_particles}: self-normalised weights need at least 2 particles.")
 
     def steps(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Iterator[Step]:
         """Run the sampler and yield its weighted steps, checked against what the objective can use."""
@@ -146,7 +148,7 @@ class WeightedELBO(Loss):
         return step.scale * (value.detach() + (surrogate - surrogate.detach())).sum()
 
     def _check(self, step: Step) -> None:
-        if self.objective.linear:
+        if self.objective.linear or self.sampler.proposal == "model":  # equal weights leave nothing nonlinear
             return
         if step.averaged:
             raise ValueError(
@@ -379,6 +381,4 @@ class ForwardKL(_Named):
 
     def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
         _check_estimator(estimator, "ForwardKL", ())
-        if _checked_count(num_particles) < 2:
-            raise ValueError(f"num_particles={num_particles}: self-normalised weights need at least 2 particles.")
         self._set_up(ForwardKLDivergence(), num_particles, options)

@@ -129,11 +129,13 @@ class Objective(ABC):
 
     :cvar monitor: what minus the value is a bound of, ``"lower"``; the value itself an ``"upper"`` bound; or ``None``.
     :cvar linear: linear in ``log v``: the only kind that survives scales inside the densities or averaged densities.
+    :cvar self_normalised: compares weights of particles, so that one particle of a guide says nothing.
     :cvar proposals: where draws may come from: the guide (``"guide"``) or the model itself (``"model"``).
     """
 
     monitor: ClassVar[Monitor | None] = None
     linear: ClassVar[bool] = False
+    self_normalised: ClassVar[bool] = False
     proposals: ClassVar[frozenset[str]] = frozenset({"guide"})
 
     @property
@@ -267,6 +269,7 @@ class ForwardKLDivergence(Objective):
     are equal. It gives no gradient to the model, is biased by O(1/K), and is no bound of the log evidence.
     """
 
+    self_normalised: ClassVar[bool] = True
     proposals: ClassVar[frozenset[str]] = frozenset({"guide", "model"})
 
     @property

@@ -559,6 +559,7 @@ REFUSALS = [
     (lambda: ThermodynamicELBO(betas=(0.0, 0.5, 0.2)), "betas=.*increasing"),
     (lambda: ThermodynamicELBO(betas=(0.0, 1.0)), "betas=.*below 1"),
     (lambda: ForwardKL(1), "num_particles=1.*at least 2"),
+    (lambda: WeightedELBO(ForwardKLDivergence(), num_particles=1), "num_particles=1.*at least 2"),
     (lambda: WeightedELBO(RenyiBound(0.0), Ancestral()), "cannot use draws from the model.*guide"),
 ]
 

@@ -415,6 +415,22 @@ def test_dreams_of_a_minibatch_are_scored_on_the_same_elements() -> None:
     assert found == pytest.approx(6 * dist.Normal(0.0, 0.01).entropy().item(), abs=6 * 0.3)
 
 
+def test_sleep_with_global_latents_may_be_subsampled() -> None:
+    """Equal weights leave the loss linear, so that minibatches are no bias: compare with the exact full-data loss."""
+
+    def program(observations: dict[str, Tensor], *, deep: bool) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 6, subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(mu if deep else 0.0, 1.0))
+            if deep:
+                pyro.sample("y", dist.Normal(z, 1.0), obs=observations["y"][index])
+
+    model, guide = (lambda observations, d=deep: program(observations, deep=d) for deep in (True, False))
+    losses = torch.tensor([SLEEP.loss(model, guide, observations={"y": torch.zeros(6)}) for _ in range(400)])
+    normaliser = 0.5 * torch.tensor(2 * torch.pi).log()
+    known.check_one("value", losses, normaliser + 0.5 + 6 * (normaliser + 1.0))
+
+
 def test_dreams_leave_the_data_alone() -> None:
     y = torch.full((4,), 7.0)
     SLEEP.loss(dreaming_model, encoder, y)
