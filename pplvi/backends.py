@@ -112,6 +112,7 @@ def _shared(traced: Traced, kind: str, function: Program, inputs: Sequence[Tenso
 
 def _compile(function: Program, inputs: Sequence[Tensor], options: dict[str, Any]) -> Program:
     from torch._guards import TracingContext, tracing
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -119,6 +120,8 @@ def _compile(function: Program, inputs: Sequence[Tensor], options: dict[str, Any
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     copies: list[Any] = [x.detach().clone(memory_format=torch.preserve_format) for x in inputs]
     with _named_failure(), torch.no_grad():
+        if all(x.device.type == "cpu" for x in inputs):
+            get_cpp_compiler()  # asked first: the error is the same, but it comes at once
         graph = _recorded(function, copies)
         with tracing(TracingContext(fake)):
             program: Program = torch._inductor.compile(graph, copies, options=options)

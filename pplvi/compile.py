@@ -23,7 +23,7 @@ from pplvi.arguments import Arguments, as_call, in_runs, stacked
 from pplvi.elbo import ELBO, Loss
 from pplvi.programs import first_bad_site, parameters_of
 from pplvi.tracing import Untraceable, record
-from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update
+from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update, late_parameters
 
 Program = Callable[..., Any]
 Mode = Literal["trace", "max", "auto"] | bool
@@ -192,10 +192,7 @@ class CompiledSVI:
     def _ready(self, arguments: Arguments) -> FlatParameters:
         """The parameters: materialised at the first call, which moves neither the random state nor buffers."""
         if self.parameters is None:
-            args, kwargs = arguments.call(arguments.tensors)
-            with same_buffers(self.model, self.guide):
-                named = parameters_of(lambda: self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs))
-            parameters = FlatParameters(named)
+            parameters = FlatParameters(self._asked_for(arguments))
             self._update = flat_update(self.optim, parameters.named, self.clip)
             self.state = self._update.init(parameters.flat)
             if self._waiting is not None:
@@ -203,6 +200,12 @@ class CompiledSVI:
             self.parameters = parameters
         self.parameters.refresh()
         return self.parameters
+
+    def _asked_for(self, arguments: Arguments) -> dict[str, Tensor]:
+        """The parameters that one plain run uses; it checks the programs too, which a recorded one cannot."""
+        args, kwargs = arguments.call(arguments.tensors)
+        with same_buffers(self.model, self.guide):
+            return parameters_of(lambda: self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs))
 
     def _step_on(self, arguments: Arguments) -> Callable[..., tuple[Tensor, ...]]:
         """The step as a pure function ``(flat, *state, rate, *tensors) -> (flat, *state, loss)``."""
@@ -292,6 +295,7 @@ class CompiledSVI:
         step, carried = self._step_on(arguments), (self.parameters.flat, *self.state)
         if self.mode is False:
             return backends.in_place(_without_new_parameters(step), len(carried))
+        self.parameters.check(self._asked_for(arguments))
         inputs = (*carried, torch.ones_like(self.state[0]), *arguments.tensors)
         traced = record(step, inputs, self.parameters.places)
         if self.mode == "trace":
@@ -353,7 +357,7 @@ def _without_new_parameters(step: Program) -> Program:
         before = set(pyro.get_param_store().keys())
         result: tuple[Tensor, ...] = step(*inputs)
         if new := sorted(set(pyro.get_param_store().keys()) - before):
-            raise ValueError(f"the parameters {new} appeared after the first step: expected all at once, or use SVI.")
+            raise late_parameters(new)
         return result
 
     return checked

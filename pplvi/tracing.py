@@ -8,7 +8,7 @@ program reads or counts itself (closures, attributes, global variables) stay as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,13 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, fx
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pplvi.programs import last_site
 
@@ -35,8 +38,8 @@ class Untraceable(ValueError):
     """A step cannot be recorded: the message names the site and the reason."""
 
 
-class _Refusal(Exception):
-    """Why an operation cannot be part of a graph."""
+class _Refusal(BaseException):
+    """Why an operation cannot be part of a graph. No ``Exception``: programs that catch one shall not hide it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Traced:
         """Whether the step writes to a constant in place, as batch normalisation does to its running means."""
         places = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
         constants = set(places[len(places) - len(self.constants) :])
-        return any(constants & set(n.all_input_nodes[:1]) for n in self.graph.graph.nodes if _is_in_place(n))
+        nodes = [n for n in self.graph.graph.nodes if n.op == "call_function"]
+        return any(n.args[i] in constants for n in nodes for i in _written(n.target) if i < len(n.args))
 
 
 def record(
@@ -75,22 +79,35 @@ def record(
     >>> traced.graph(torch.zeros(3), *traced.constants)
     (tensor([1., 1., 1.]),)
     """
-    watch = _Watch({i: p for i, (_, p) in parameters.items()})
+    watch = _Watch(p for _, p in parameters.values())
 
     def watched(*tensors: Tensor) -> tuple[Tensor, ...]:
-        with _WatchCalls(), watch:
+        watch.mark(tensors)
+        with _WatchCalls(watch), watch:
             return step(*tensors)
 
-    with last_site() as site, _named_failure(site), _same_generators(), pyro.validation_enabled(False):
+    with last_site() as site, _named_failure(site), _same_generators(), unchecked():
         graph = make_fx(watched)(*inputs)
     _plain_output(graph)
     _lift_parameters(graph, parameters)
     constants = _lift_constants(graph, len(inputs))
     watch.put_back(constants)
     _simplify_noise(graph.graph)
-    graph.graph.eliminate_dead_code()
+    graph.graph.eliminate_dead_code(_has_effect)
     graph.recompile()
-    return Traced(graph, constants)
+    return Traced(graph, tuple(constant.detach() for constant in constants))
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Switch off the checks of Pyro and torch that branch on values, also those of distributions that exist already."""
+    checks = Distribution._validate_sample
+    try:
+        Distribution._validate_sample = lambda self, value: None  # type: ignore[method-assign]
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        Distribution._validate_sample = checks  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -112,7 +129,7 @@ def _named_failure(site: list[str]) -> Iterator[None]:
         yield
     except ValueError:
         raise
-    except Exception as error:  # an operation can fail to be recorded in any way
+    except (Exception, _Refusal) as error:  # an operation can fail to be recorded in any way
         reason = str(error) if isinstance(error, _Refusal) else f"an operation that cannot be recorded: {error}"
         where = f"at or after site {site[-1]!r}" if site else "before the first site"
         raise Untraceable(
@@ -123,34 +140,64 @@ def _named_failure(site: list[str]) -> Iterator[None]:
 
 
 class _Watch(TorchDispatchMode):
-    """Refuse operations that would be baked into the graph; remember tensors before they are changed in place."""
+    """Follow what varies from step to step, and refuse to bake it in.
 
-    def __init__(self, parameters: Mapping[int, Tensor]) -> None:
+    Arguments, parameters and noise vary, and so does all that is worked out from them. The rest is constant: its values
+    may be read, and its masks become indices.
+    """
+
+    def __init__(self, varying: Iterable[Tensor]) -> None:
         super().__init__()
-        self.parameters = parameters
+        self.varying: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.mark(varying)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.dynamic_output_shape in func.tags and not _is_plain_index(func, args):
+        kwargs = kwargs or {}
+        if func is aten.index.Tensor:
+            args = (args[0], [part for i in args[1] for part in self._indices(i)])
+        elif torch.Tag.dynamic_output_shape in func.tags and func is not aten.index_put_.default:
+            return self._constant(func, args, kwargs, SHAPE)
+        elif torch.Tag.data_dependent_output in func.tags:
+            return self._constant(func, args, kwargs, BRANCH)
+        written = [args[i] for i in _written(func) if i < len(args)]
+        self._remember(written)
+        result = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags or self.varies(args, kwargs):
+            self.mark(tree_leaves((result, written)))
+        return result
+
+    def varies(self, *tree: Any) -> bool:
+        """Whether any tensor in nested containers follows from arguments, parameters or noise."""
+        return any(x in self.varying for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+    def mark(self, tensors: Iterable[Any]) -> None:
+        """Note that these tensors vary."""
+        for x in tensors:
+            if isinstance(x, Tensor):
+                self.varying[x] = True
+
+    def _constant(self, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
+        if self.varies(args, kwargs):
+            raise _Refusal(reason)
+        with _disable_current_modes():
+            return func(*args, **kwargs)
+
+    def _indices(self, index: Any) -> Sequence[Any]:
+        """A constant mask as indices, one for each of its dimensions."""
+        if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8):
+            return (index,)
+        if self.varies(index):
             raise _Refusal(SHAPE)
-        if torch.Tag.data_dependent_output in func.tags:
-            return self._read(func, args, kwargs or {})
-        if func._schema.is_mutable:
-            self._remember(args[0])
-        return func(*args, **(kwargs or {}))
+        with _disable_current_modes():
+            found: Sequence[Tensor] = index.nonzero().unbind(1)
+        return found
 
-    def _read(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if any(id(x) in self.parameters for x in args):
-            raise _Refusal(BRANCH)
-        try:
-            return func(*args, **kwargs)  # allowed for constants of the program
-        except RuntimeError as error:
-            raise _Refusal(BRANCH) from error
-
-    def _remember(self, tensor: Any) -> None:
-        if isinstance(tensor, Tensor) and id(tensor) not in self.before:
-            with _disable_current_modes():
-                self.before[id(tensor)] = (tensor, tensor.detach().clone())
+    def _remember(self, tensors: Iterable[Any]) -> None:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and id(tensor) not in self.before:
+                with _disable_current_modes():
+                    self.before[id(tensor)] = (tensor, tensor.detach().clone())
 
     def put_back(self, tensors: Sequence[Tensor]) -> None:
         """Undo what recording did to these tensors."""
@@ -160,18 +207,15 @@ class _Watch(TorchDispatchMode):
                     tensor.copy_(self.before[id(tensor)][1])
 
 
-def _is_plain_index(func: Any, args: Any) -> bool:
-    """Whether an operation indexes with integers, whose number does not depend on their values."""
-    if not func.name().startswith(("aten::index.", "aten::index_put")):
-        return False
-    return not any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-
-
 class _WatchCalls(TorchFunctionMode):
-    """Refuse calls that read a tensor's memory without an operation."""
+    """Refuse calls that read the memory of a tensor that varies without an operation."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS:
+        if func in _READS and self.watch.varies(args):
             raise _Refusal(BRANCH)
         return func(*args, **(kwargs or {}))
 
@@ -179,7 +223,7 @@ class _WatchCalls(TorchFunctionMode):
 def _plain_output(graph: fx.GraphModule) -> None:
     """Make the graph a function of positional tensors that returns a tuple."""
     output = next(n for n in graph.graph.nodes if n.op == "output")
-    output.args = (tuple(torch.utils._pytree.tree_leaves(output.args)),)
+    output.args = (tuple(tree_leaves(output.args)),)
     graph.graph.set_codegen(CodeGen())
 
 
@@ -220,11 +264,20 @@ def _lift_constants(graph: fx.GraphModule, num_inputs: int) -> tuple[Tensor, ...
             found[id(value)] = (place, value)
         node.replace_all_uses_with(found[id(value)][0])
         graph.graph.erase_node(node)
-    return tuple(value.detach() for _, value in found.values())
+    return tuple(value for _, value in found.values())
 
 
-def _is_in_place(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node matters although nobody uses its result; noise that is not used does not."""
+    return node.op in ("placeholder", "output") or bool(_written(node.target))
+
+
+def _written(func: Any) -> Sequence[int]:
+    """Positions of the arguments that an operation writes to."""
+    if func is aten.native_batch_norm.default:
+        return (3, 4)  # its schema keeps quiet about the running mean and variance
+    arguments = func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ()
+    return [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _simplify_noise(graph: fx.Graph) -> None:

@@ -226,6 +226,14 @@ class FlatParameters:
             self.flat.copy_(torch.cat([p.detach().reshape(-1) for p in self.named.values()]))
             self._bind()
 
+    def check(self, named: Mapping[str, Tensor]) -> None:
+        """Check that these are parameters of the vector.
+
+        :raises ValueError: if there are others.
+        """
+        if new := sorted(name for name, p in named.items() if id(p) not in self.places):
+            raise late_parameters(new)
+
     @cached_property
     def places(self) -> dict[int, tuple[int, Tensor]]:
         """By identity: where each parameter starts in the vector, and the parameter."""
@@ -240,6 +248,14 @@ class FlatParameters:
         leaves = list(self.named.values())
         parts = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return torch.cat([g.reshape(-1) for g in parts])
+
+
+def late_parameters(names: list[str]) -> ValueError:
+    """The error for parameters that are not in the vector."""
+    return ValueError(
+        f"the parameters {names} appeared, or were replaced in the store, after the first step: expected all of them "
+        "at once. Make a new CompiledSVI, or use Pyro's SVI."
+    )
 
 
 def flat_update(optim: OptimLike, named: Mapping[str, Tensor], clip: Clip = None) -> FlatUpdate:

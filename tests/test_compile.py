@@ -1,0 +1,727 @@
+"""Compiled steps equal eager ones, draw fresh noise, resume, and refuse what cannot be recorded."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import Tensor, nn
+
+import pplvi.backends
+import pplvi.compile
+from pplvi.compile import CompiledSVI, own_loss
+from pplvi.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
+from pplvi.guides import AutoFlow
+from pplvi.rates import Cosine
+from pplvi.tracing import Untraceable
+
+SGD = partial(torch.optim.SGD, lr=0.01)
+GROUPS = torch.tensor([[0.3, 1.9, 1.1], [2.2, 1.4, 0.8]])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model shape: how its programs are made, and what they are called with."""
+
+    make: Callable[[], tuple[Any, Any]]
+    args: tuple[Any, ...] = ()
+    loss: Callable[[], Any] = ELBO
+
+
+def with_guide(model: Any, guide: Any = AutoNormal, **options: Any) -> Callable[[], tuple[Any, Any]]:
+    return lambda: (model, guide(model, **options))
+
+
+def nested(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", 2, dim=-2):
+        m = pyro.sample("m", dist.Normal(mu, 0.8))
+        with pyro.plate("rows", 3, dim=-1):
+            pyro.sample("y", dist.Normal(m, 1.5), obs=y)
+
+
+def subsampled(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 20, subsample_size=5) as index:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y[index])
+
+
+@config_enumerate
+def mixture(y: Tensor) -> None:
+    weights = pyro.param("weights", lambda: torch.tensor([0.4, 0.6]), constraint=dist.constraints.simplex)
+    with pyro.plate("components", 2):
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(y)):
+        k = pyro.sample("k", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal(loc[..., k], 1.0), obs=y)
+
+
+def visible_loc(model: Any) -> AutoNormal:
+    return AutoNormal(poutine.block(model, expose=["loc"]))
+
+
+def given_indices(y: Tensor, index: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 20, subsample=index):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y[index])
+
+
+def masked(y: Tensor, seen: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)), poutine.mask(mask=seen), poutine.scale(scale=2.0):
+        pyro.sample("y", dist.StudentT(4.0, mu, 1.0), obs=y)
+
+
+def factors(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    pyro.factor("penalty", -(z**4).sum(-1))
+    pyro.deterministic("double", 2 * z)
+    pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=y)
+
+
+def constrained(y: Tensor) -> None:
+    rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+    scale = pyro.param("scale", lambda: torch.tensor(1.5), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(rate * p + shares[..., 0], scale), obs=y)
+
+
+def events(y: Tensor) -> None:
+    covariance = pyro.sample("L", dist.LKJCholesky(2, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), scale_tril=torch.eye(2)))
+        pyro.sample("y", dist.MultivariateNormal(z, scale_tril=covariance), obs=y)
+
+
+class Regression(PyroModule):
+    """A Bayesian layer over a deterministic one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(2, 4), nn.Tanh())
+        self.out = PyroModule[nn.Linear](4, 1)
+        self.out.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 4]).to_event(2))
+
+    def forward(self, x: Tensor, y: Tensor) -> None:
+        mean = self.out(self.features(x)).squeeze(-1)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def regression() -> tuple[Any, Any]:
+    torch.manual_seed(3)
+    model = Regression()
+    return model, AutoNormal(model)
+
+
+class Autoencoder:
+    """Networks that reach Pyro by ``pyro.module``."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(2, 4)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def autoencoder() -> tuple[Any, Any]:
+    programs = Autoencoder()
+    return programs.model, programs.guide
+
+
+def only_parameters(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.zeros(()))
+    scale = pyro.param("scale", lambda: torch.ones(()), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+
+def no_guide(*args: Any) -> None:
+    """Nothing is latent."""
+
+
+def chain(y: Tensor) -> None:
+    """A hidden Markov model."""
+    move = pyro.sample("move", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    k: Any = 0
+    for t in pyro.markov(range(len(y))):
+        k = pyro.sample(f"k{t}", dist.Categorical(move[..., k, :]), infer={"enumerate": "parallel"})
+        pyro.sample(f"y{t}", dist.Normal(loc[..., k], 1.0), obs=y[t])
+
+
+def discrete(y: Tensor) -> None:
+    k = pyro.sample("k", dist.Bernoulli(0.3))
+    pyro.sample("y", dist.Normal(2 * k, 1.0), obs=y)
+
+
+def discrete_guide(y: Tensor) -> None:
+    pyro.sample("k", dist.Bernoulli(logits=pyro.param("logit", lambda: torch.zeros(()))))
+
+
+DATA = torch.linspace(-1.0, 2.0, 20)
+CASES = {
+    "nested plates": Case(with_guide(nested), (GROUPS,)),
+    "subsampling": Case(with_guide(subsampled), (DATA,)),
+    "given indices": Case(with_guide(given_indices), (DATA, torch.tensor([3, 4, 11]))),
+    "enumeration": Case(with_guide(mixture, visible_loc), (DATA,)),
+    "hidden Markov": Case(
+        with_guide(chain, lambda m: AutoNormal(poutine.block(m, expose=["move", "loc"]))), (DATA[:4],)
+    ),
+    "masks": Case(with_guide(masked), (DATA, DATA > 0)),
+    "factors": Case(with_guide(factors), (torch.tensor(0.7),), partial(ELBO, 4)),
+    "constrained supports": Case(with_guide(constrained), (DATA,), partial(ELBO, 3)),
+    "batched events": Case(with_guide(events), (DATA.reshape(10, 2),)),
+    "PyroModule": Case(regression, (DATA.reshape(10, 2), DATA[:10])),
+    "pyro.module": Case(autoencoder, ((DATA.reshape(5, 4) > 0) * 1.0,), partial(ImportanceWeightedELBO, 5)),
+    "flow": Case(with_guide(factors, AutoFlow, transforms=2, hidden_features=(8,)), (torch.tensor(0.7),)),
+    "full covariance": Case(with_guide(factors, AutoMultivariateNormal), (torch.tensor(0.7),), partial(ELBO, 3)),
+    "only parameters": Case(lambda: (only_parameters, no_guide), (DATA,)),
+    "discrete draws": Case(lambda: (discrete, discrete_guide), (torch.tensor(1.5),), partial(ELBO, 6)),
+    "point": Case(with_guide(nested, AutoDelta), (GROUPS,)),
+    "sticking the landing": Case(with_guide(factors), (torch.tensor(0.7),), partial(ELBO, 4, estimator="stl")),
+    "doubly reparameterised": Case(
+        with_guide(factors), (torch.tensor(0.7),), partial(ImportanceWeightedELBO, 4, estimator="dreg")
+    ),
+    "exact entropy": Case(with_guide(nested), (GROUPS,), partial(ELBO, entropy="exact")),
+    "Renyi": Case(with_guide(factors), (torch.tensor(0.7),), partial(RenyiELBO, 0.5, 4)),
+    "chi": Case(with_guide(factors), (torch.tensor(0.7),), partial(ChiELBO, 4)),
+    "thermodynamic": Case(with_guide(factors), (torch.tensor(0.7),), partial(ThermodynamicELBO, 4)),
+    "forward KL": Case(with_guide(factors), (torch.tensor(0.7),), partial(ForwardKL, 4)),
+    "particles one by one": Case(with_guide(nested), (GROUPS,), partial(ELBO, 2, vectorize_particles=False)),
+    "sum of losses": Case(with_guide(factors), (torch.tensor(0.7),), lambda: ELBO(2) + 0.5 * ForwardKL(4)),
+}
+
+
+def in_dtype(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    kind = torch.get_default_dtype()
+    return tuple(x.to(kind) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+
+
+def stepper(case: Case, mode: Any, **options: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Fresh programs with fresh parameters, always the same ones."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(5)
+    (model, guide), args = case.make(), in_dtype(case.args)
+    case.loss().loss(model, guide, *args)  # parameters exist
+    pyro.set_rng_seed(11)
+    if mode == "SVI":
+        return SVI(model, guide, pyro.optim.SGD({"lr": 0.01}), case.loss()), args
+    return CompiledSVI(model, guide, SGD, case.loss(), mode=mode, **options), args
+
+
+def trajectory(case: Case, mode: Any, steps: int = 2) -> tuple[list[float], dict[str, Tensor]]:
+    svi, args = stepper(case, mode)
+    losses = [svi.step(*args) for _ in range(steps)]
+    return losses, {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    tolerance = 1e-6 if torch.get_default_dtype() == torch.float32 else 1e-12
+    torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), rtol=tolerance, atol=tolerance)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, value in ours[1].items():
+        torch.testing.assert_close(value, theirs[1][name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_traced_steps_equal_eager_ones(name, dtype):
+    """Same parameters and same noise: the same losses and, with SGD, the same gradients, for two steps."""
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same(trajectory(CASES[name], "trace"), trajectory(CASES[name], "SVI"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# ---------------------------------------------------------------------- inductor
+
+
+@pytest.fixture
+def inductor_noise():
+    """Let inductor draw torch's own random numbers, so that its steps can be compared with eager ones."""
+    with torch._inductor.config.patch(fallback_random=True):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("subsampling", torch.float32), ("flow", torch.float64), ("hidden Markov", torch.float64)],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_compiled_steps_equal_eager_ones(name, dtype, inductor_noise):
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same(trajectory(CASES[name], True), trajectory(CASES[name], "SVI"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.slow
+def test_looped_steps_equal_eager_ones(inductor_noise):
+    """A loop of compiled steps on one call and on minibatches, with a schedule and a clip."""
+    case = Case(with_guide(masked), (DATA, DATA > 0))
+    batches = [(DATA + i, DATA > 0) for i in range(5)]
+
+    def train(mode: Any) -> tuple[Tensor, Tensor]:
+        svi, args = stepper(case, mode, schedule=Cosine(12), clip="adaptive", chunk=3)
+        losses = torch.cat([svi.run(5, *args), svi.epoch(batches)])
+        return losses, svi.parameters.flat.clone()
+
+    torch.testing.assert_close(train("max"), train(False), rtol=1e-5, atol=1e-6)
+
+
+def eight_schools(y: Tensor, sigma: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * effect, sigma), obs=y)
+
+
+SCHOOLS = (
+    torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),
+    torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]),
+)
+
+
+def schools(mode: Any, lr: float = 0.0, seed: int = 3, **options: Any) -> CompiledSVI:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    guide = AutoNormal(eight_schools)
+    guide(*SCHOOLS)
+    svi = CompiledSVI(eight_schools, guide, partial(torch.optim.SGD, lr=lr), ELBO(), mode=mode, **options)
+    svi.run(0, *SCHOOLS)
+    pyro.set_rng_seed(seed)
+    return svi
+
+
+MODES = ["trace", pytest.param(True, marks=pytest.mark.slow), pytest.param("max", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_noise_is_fresh_and_follows_the_seed(mode):
+    """At fixed parameters the losses of all steps differ; one seed gives one run; another seed another."""
+    losses = schools(mode).run(250, *SCHOOLS)
+    assert losses.unique().numel() == 250
+    torch.testing.assert_close(schools(mode).run(250, *SCHOOLS), losses, rtol=0, atol=0)
+    assert not torch.isclose(schools(mode, seed=4).run(250, *SCHOOLS), losses).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_and_gradients_are_distributed_as_eager_ones(mode):
+    """Means over draws at fixed parameters agree within four standard errors of their difference."""
+
+    def sample(mode: Any, seed: int) -> tuple[Tensor, Tensor]:
+        svi, steps = schools(mode, lr=1e-3, seed=seed), 500
+        losses, moves = [], []
+        start = svi.parameters.flat.clone()
+        for _ in range(steps // 100 if mode == "max" else steps):
+            # a small step size makes the sum over a hundred steps the sum of gradients at fixed parameters
+            svi.parameters.flat.copy_(start)
+            losses.append(svi.run(100 if mode == "max" else 1, *SCHOOLS))
+            moves.append((svi.parameters.flat - start) / 1e-3 / len(losses[-1]))
+        return torch.cat(losses), torch.stack(moves)
+
+    def agree(a: Tensor, b: Tensor) -> None:
+        error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() < 4 * error).all()
+
+    (ours, our_moves), (theirs, their_moves) = sample(mode, 7), sample(False, 8)
+    agree(ours, theirs)
+    if mode != "max":
+        agree(our_moves, their_moves)
+    assert abs(ours.std() / theirs.std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(mode):
+    def start() -> CompiledSVI:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(2)
+        options = {"mode": mode, "schedule": Cosine(60), "clip": "adaptive", "chunk": 20}
+        return CompiledSVI(eight_schools, AutoNormal(eight_schools), pyro.optim.Adam({"lr": 0.1}), ELBO(), **options)
+
+    whole = start()
+    losses = whole.run(60, *SCHOOLS)
+    first = start()
+    early = first.run(20, *SCHOOLS)
+    state = first.state_dict()
+    pyro.set_rng_seed(99)
+    second = start()
+    second.load_state_dict(state)
+    late = second.run(40, *SCHOOLS)
+    torch.testing.assert_close(torch.cat([early, late]), losses, rtol=0, atol=0)
+    torch.testing.assert_close(second.parameters.flat, whole.parameters.flat, rtol=0, atol=0)
+
+
+def test_a_state_of_another_model_is_refused():
+    state = schools("trace").state_dict()
+    svi, args = stepper(CASES["nested plates"], "trace")
+    svi.load_state_dict(state)
+    with pytest.raises(ValueError, match="the state has the parameters"):
+        svi.step(*args)
+    with pytest.raises(ValueError, match="before the first step"):
+        stepper(CASES["nested plates"], "trace")[0].state_dict()
+
+
+@pytest.mark.slow
+def test_restarts_share_one_compiled_program():
+    """The second restart records its own graph and finds the program that was compiled for the first."""
+    schools(True).step(*SCHOOLS)
+    known = len(pplvi.backends._PROGRAMS)
+    first = schools(True, seed=3).run(3, *SCHOOLS)
+    second = schools(True, seed=4).run(3, *SCHOOLS)
+    assert len(pplvi.backends._PROGRAMS) == known
+    assert not torch.isclose(first, second).any()
+
+
+# ---------------------------------------------------------------------- what Pyro sees
+
+
+def test_parameters_are_in_the_store_for_everyone():
+    svi = schools("trace", lr=0.01)
+    guide = svi.guide
+    svi.run(200, *SCHOOLS)
+    unconstrained = dict(pyro.get_param_store().named_parameters())
+    assert unconstrained["AutoNormal.locs.mu"].data_ptr() == svi.parameters.named["AutoNormal.locs.mu"].data_ptr()
+    assert guide.median(*SCHOOLS)["mu"] == unconstrained["AutoNormal.locs.mu"]
+    assert guide.median(*SCHOOLS)["mu"] > 0.5
+    draws = Predictive(eight_schools, guide=guide, num_samples=200)(torch.zeros(8), SCHOOLS[1])
+    torch.testing.assert_close(draws["mu"].mean(), guide.median(*SCHOOLS)["mu"].detach(), rtol=0.2, atol=0.2)
+    saved = pyro.get_param_store().get_state()
+    assert torch.equal(saved["params"]["AutoNormal.locs.mu"], svi.parameters.named["AutoNormal.locs.mu"])
+
+
+def test_svi_and_compiled_steps_mix():
+    svi = schools("trace", lr=0.01)
+    svi.run(3, *SCHOOLS)
+    before = svi.parameters.flat.clone()
+    SVI(eight_schools, svi.guide, pyro.optim.Adam({"lr": 0.1}), ELBO()).step(*SCHOOLS)
+    assert ((svi.parameters.flat - before).abs() > 0.05).all()
+    with torch.no_grad():
+        svi.parameters.named["AutoNormal.locs.mu"].data = torch.tensor(100.0)
+    assert svi.step(*SCHOOLS) > 500
+
+
+def test_networks_of_pyro_module_are_trained_in_place():
+    svi, args = stepper(CASES["pyro.module"], "trace")
+    encoder = svi.guide.__self__.encoder
+    before = encoder.weight.detach().clone()
+    svi.run(2, *args)
+    assert (encoder.weight != before).any()
+    assert encoder.weight.data_ptr() == svi.parameters.named["encoder$$$weight"].data_ptr()
+
+
+class Normalised(nn.Module):
+    """A model with buffers that each step changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("norm", self.norm)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(self.norm(x), 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("mode", ["trace", pytest.param(True, marks=pytest.mark.slow)])
+def test_buffers_change_once_a_step(mode):
+    x = DATA.reshape(10, 2)
+
+    def buffers(mode: Any) -> list[Tensor]:
+        pyro.clear_param_store()
+        model = Normalised()
+        svi = CompiledSVI(model, no_guide, SGD, ELBO(), mode=mode)
+        svi.run(3, x)
+        return [b.clone() for b in model.buffers()]
+
+    for ours, theirs in zip(buffers(mode), buffers(False), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_buffers_cannot_change_inside_a_loop():
+    svi = CompiledSVI(Normalised(), no_guide, SGD, ELBO(), mode="max")
+    with pytest.raises(ValueError, match="changes a tensor of the model in place"):
+        svi.run(3, DATA.reshape(10, 2))
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def count_traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made: list[int] = []
+    record = pplvi.compile.record
+    monkeypatch.setattr(pplvi.compile, "record", lambda *a: made.append(1) or record(*a))
+    return made
+
+
+def data_model(y: Tensor, scale: float = 1.0) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 20, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+
+@pytest.mark.parametrize(("policy", "losses", "graphs"), [("compile", 3, 2), ("drop", 2, 1), ("pad", 3, 1)])
+def test_a_short_last_batch(policy, losses, graphs, monkeypatch):
+    made = count_traces(monkeypatch)
+    svi = CompiledSVI(data_model, AutoNormal(data_model), SGD, ELBO(), mode="trace", last_batch=policy)
+    for _ in range(2):
+        assert len(svi.epoch(DATA.split(8))) == losses
+    assert len(made) == graphs
+
+
+def test_recorded_anew_only_for_new_shapes_and_values(monkeypatch):
+    made = count_traces(monkeypatch)
+    svi = CompiledSVI(data_model, AutoNormal(data_model), SGD, ELBO(), mode="trace")
+    for y in (DATA, DATA + 1, DATA * 2):
+        svi.step(y)
+    assert len(made) == 1
+    svi.step(DATA[:5])
+    svi.step(DATA, 2.0)
+    svi.step(DATA, scale=2.0)
+    svi.step(DATA, 2.0)
+    assert len(made) == 4
+    with pytest.warns(UserWarning, match="programs were made"):
+        svi.epoch(DATA[:n] for n in range(6, 12))
+
+
+def numpy_model(y: np.ndarray) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.factor("y", -((mu - float(y.mean())) ** 2))
+
+
+def test_arrays_are_told_apart_by_their_values():
+    svi = CompiledSVI(numpy_model, AutoNormal(numpy_model), partial(torch.optim.SGD, lr=0.0), ELBO(), mode="trace")
+    y = np.zeros(5000)
+    near = svi.step(y)
+    y[2500] = 5e6
+    assert svi.step(y) > near + 1e4
+
+
+def test_data_change_what_a_recorded_step_sees():
+    svi = CompiledSVI(data_model, AutoNormal(data_model), partial(torch.optim.SGD, lr=0.0), ELBO(), mode="trace")
+    assert svi.step(DATA + 100) > svi.step(DATA) + 1000
+
+
+def test_subsampled_indices_are_drawn_at_every_step():
+    def model(y: Tensor) -> None:
+        loc = pyro.param("loc", lambda: torch.zeros(()))
+        with pyro.plate("data", 20, subsample_size=1) as index:
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y[index])
+
+    svi = CompiledSVI(model, no_guide, partial(torch.optim.SGD, lr=0.0), ELBO(), mode="trace")
+    assert svi.run(200, torch.arange(20.0)).unique().numel() == 20
+
+
+# ---------------------------------------------------------------------- what cannot be recorded
+
+
+def branch_on_draw(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z if z > 0 else -z, 1.0), obs=y)
+
+
+def branch_on_parameter(y: Tensor) -> None:
+    p = pyro.param("p", lambda: torch.tensor(1.0))
+    z = pyro.sample("z", dist.Normal(p if p > 0 else -p, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def branch_on_data(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0 if float(y.max()) > 1 else 2.0), obs=y.sum())
+
+
+def list_of_draws(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(sum(z.tolist()), 1.0), obs=y.sum())
+
+
+def array_of_parameter(y: Tensor) -> None:
+    p = pyro.param("p", lambda: torch.tensor(1.0))
+    z = pyro.sample("z", dist.Normal(float(p.detach().numpy()), 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=y.sum())
+
+
+def boolean_index(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    seen = y[y > 0]
+    with pyro.plate("data", len(seen)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=seen)
+
+
+def python_random(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z + np.random.normal(), 1.0), obs=y.sum())
+
+
+def unsupported(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    values = torch.sparse_coo_tensor([[0]], z.reshape(1), (1,))
+    pyro.sample("y", dist.Normal(values.to_dense().sum(), 1.0), obs=y.sum())
+
+
+REFUSED = {
+    "draw": (branch_on_draw, "site 'z'", "a Python value taken from a tensor"),
+    "parameter": (branch_on_parameter, "site 'z'", "a Python value taken from a tensor"),
+    "data": (branch_on_data, "site 'z'", "a Python value taken from a tensor"),
+    "list": (list_of_draws, "site 'z'", "a Python value taken from a tensor"),
+    "array": (array_of_parameter, "site 'z'", "a Python value taken from a tensor"),
+    "shape": (boolean_index, "site 'z'", "a shape that depends on the data"),
+    "generator": (python_random, "site 'y'", "numbers from Python's or NumPy's random generator"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_untraceable_models_are_refused_and_left_alone(name):
+    model, site, reason = REFUSED[name]
+    guide = AutoNormal(poutine.block(model, expose=["z"]))
+    y = torch.tensor(0.5) if name in ("draw", "parameter") else DATA
+    svi = CompiledSVI(model, guide, SGD, ELBO(), mode="trace")
+    svi.run(0, y)
+    before, rng = svi.parameters.flat.clone(), torch.get_rng_state()
+    with pytest.raises(Untraceable, match=f"{site} it met {reason}.*use torch.where"):
+        svi.step(y)
+    assert torch.equal(svi.parameters.flat, before)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert pyro.infer.util.is_validation_enabled()
+
+
+@pytest.mark.parametrize("name", ["draw", "shape"])
+def test_auto_falls_back_to_handlers_with_one_warning(name):
+    model = REFUSED[name][0]
+    y = torch.tensor(0.5) if name == "draw" else DATA
+    pyro.set_rng_seed(4)
+    svi = CompiledSVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.05}), ELBO(), mode="auto")
+    with pytest.warns(UserWarning, match="falls back to Pyro's handlers"):
+        first = svi.run(50, y)
+    assert svi.mode is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert svi.run(50, y).mean() < first.mean()
+
+
+def test_constants_may_be_read():
+    """Values of closures, and masks that follow from them, do not change from step to step."""
+    y = DATA.clone()
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(float(y.mean()), 1.0))
+        seen = y[y > 0]
+        with pyro.plate("data", len(seen)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=seen)
+
+    case = Case(with_guide(model))
+    assert_same(trajectory(case, "trace"), trajectory(case, "SVI"))
+
+
+def test_a_machine_without_a_compiler():
+    def broken() -> Any:
+        return torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+
+    model = nested
+    options = {"guide": AutoNormal(model), "optim": SGD, "loss": ELBO(3)}
+    import torch._inductor.cpp_builder as builder
+
+    builder.get_cpp_compiler.cache_clear() if hasattr(builder.get_cpp_compiler, "cache_clear") else None
+    with broken(), pytest.raises(ValueError, match=r"no working C\+\+ compiler.*compile='trace'"):
+        CompiledSVI(model, **options).step(GROUPS)
+    svi = CompiledSVI(model, **options, mode="auto")
+    with broken(), pytest.warns(UserWarning, match="the graph without a compiler"):
+        svi.step(GROUPS)
+    assert svi.mode == "trace"
+
+
+def test_options_are_checked():
+    guide = AutoNormal(nested)
+    for options, message in (
+        ({"mode": "fast"}, "mode='fast'"),
+        ({"last_batch": "keep"}, "last_batch='keep'"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"schedule": "cosine"}, "schedule='cosine'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CompiledSVI(nested, guide, SGD, ELBO(), **options)
+
+
+def test_parameters_that_appear_late_are_refused_without_a_graph():
+    steps = []
+
+    def model(y: Tensor) -> None:
+        steps.append(1)
+        z = pyro.sample("z", dist.Normal(pyro.param(f"p{len(steps) // 9}", lambda: torch.zeros(())), 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    svi = CompiledSVI(model, AutoNormal(model), SGD, ELBO(), mode=False)
+    with pytest.raises(ValueError, match="appeared, or were replaced"):
+        svi.run(20, torch.tensor(0.0))
+
+
+# ---------------------------------------------------------------------- Pyro's losses
+
+
+@pytest.mark.parametrize("name", ["nested plates", "subsampling", "masks", "constrained supports", "pyro.module"])
+def test_trace_elbo_is_ours(name):
+    case = CASES[name]
+    ours = Case(case.make, case.args, Trace_ELBO)
+    assert_same(trajectory(ours, "trace"), trajectory(ours, "SVI"))
+
+
+@pytest.mark.parametrize("name", ["enumeration", "hidden Markov"])
+def test_trace_enum_elbo_is_ours(name):
+    case = CASES[name]
+    ours = Case(case.make, case.args, partial(TraceEnum_ELBO, max_plate_nesting=1))
+    assert_same(trajectory(ours, "trace"), trajectory(ours, "SVI"))
+
+
+def test_particles_of_pyro_losses():
+    loss = own_loss(Trace_ELBO(num_particles=7, vectorize_particles=True))
+    assert (loss.num_particles, loss.vectorize_particles) == (7, True)
+
+
+class Mine(Trace_ELBO):
+    """A subclass may change anything."""
+
+
+@pytest.mark.parametrize("loss", [TraceGraph_ELBO(), Mine(), pyro.infer.JitTrace_ELBO(), pyro.infer.RenyiELBO()])
+def test_other_losses_are_refused(loss):
+    with pytest.raises(ValueError, match=f"{type(loss).__name__} branches on values"):
+        CompiledSVI(nested, AutoNormal(nested), SGD, loss)
+
+
+def test_a_bad_site_is_named():
+    svi = schools("trace", lr=0.01)
+    svi.step(*SCHOOLS)
+    assert svi.first_bad_site(*SCHOOLS) is None
+    with torch.no_grad():
+        svi.parameters.named["AutoNormal.locs.tau"].fill_(torch.nan)
+    assert svi.first_bad_site(*SCHOOLS) == "tau_unconstrained"
+    assert torch.isnan(svi.run(3, *SCHOOLS)).all()
