@@ -64,8 +64,7 @@ def check_pair(run: Run) -> None:
 
     :raises ValueError: with the site, what came, what was expected and what to do.
     """
-    _check_names(run)
-    check_plates(run)
+    check_run(run)
     for name, site in latent_sites(run.model).items():
         if name in run.guide.nodes:
             _check_shapes(name, site, run.guide.nodes[name])
@@ -78,11 +77,16 @@ def check_pair(run: Run) -> None:
     _warn_of_joint_factors(run)
 
 
-def check_plates(run: Run) -> None:
-    """Check that plates which model and guide share are the same; shapes only, so that every run can be checked.
+def check_run(run: Run) -> None:
+    """Check what may differ from run to run and needs no tensor's value: names of sites, and shared plates.
 
-    :raises ValueError: if one of them has another size or dimension.
+    :raises ValueError: for sites that are in only one of the two, and plates of different size or dimension.
     """
+    _check_names(run)
+    _check_plates(run)
+
+
+def _check_plates(run: Run) -> None:
     guide, model = ({p.name: p for _, s in sample_sites(t) for p in site_plates(s)} for t in (run.guide, run.model))
     for name in guide.keys() & model.keys():
         ours, theirs = ((p.full_size, p.dim) for p in (model[name], guide[name]))

@@ -282,6 +282,25 @@ def test_arguments_that_do_not_fit_after_good_ones(args, message, num_particles)
     assert not all(torch.equal(before[name], value) for name, value in parameters().items())
 
 
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_sites_that_come_and_go_are_noticed_at_every_run(num_particles):
+    """Sites may depend on arguments or on handlers around the loss."""
+
+    def growing(y, more):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        if more:
+            pyro.sample("nu", dist.Normal(0.0, 1.0))
+
+    loss = pplvi.ELBO(num_particles)
+    loss.loss(growing, guide, Y, False)
+    with pytest.raises(ValueError, match=r"missing in the guide: \['nu'\]"):
+        loss.loss(growing, guide, Y, True)
+    with poutine.condition(data={"nu": torch.tensor(0.3)}):
+        loss.loss(growing, guide, Y, True)
+    with pytest.raises(ValueError, match=r"missing in the guide: \['nu'\]"):
+        loss.loss(growing, guide, Y, True)
+
+
 @pytest.mark.parametrize("kind", ["poutine.mask", "dist.mask", "obs_mask"])
 def test_masked_nan_is_fine(kind):
     seen = ~NAN.isnan()
