@@ -146,15 +146,6 @@ def guide_run(
     return Run(_run_guide(guide, args, kwargs, how), poutine.Trace(), num_particles, layout.nesting, layout.enumerated)
 
 
-def run_alone(
-    program: Program, args: Any, kwargs: Any, num_particles: int, nesting: int, values: Any, *, detach: bool = False
-) -> Run:
-    """Run one program, as the model of a run without a guide: its latents take the given values, or are drawn."""
-    how = _How(num_particles, nesting, detach=detach)
-    with how.drawing(), _Supply(values):
-        return Run(poutine.Trace(), _trace(program, args, kwargs, how.particles()), num_particles, nesting)
-
-
 class _Uncondition(UnconditionMessenger):
     """Draw observed sites; deterministic ones and factors, which Pyro marks as observed too, stay as they are."""
 
@@ -324,25 +315,10 @@ def run_model(
     :raises ValueError: if a given latent does not have the shape that the model has for these arguments.
     """
     plain = plain_run(model, args, kwargs)
-    values = spread(latents or {}, plain)
-    return run_at(model, args, kwargs, values, plain, num_particles, sample_observed=sample_observed)
-
-
-def run_at(
-    model: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    values: Mapping[str, Tensor],
-    plain: Run,
-    num_particles: int,
-    *,
-    sample_observed: bool = False,
-) -> Run:
-    """As :func:`run_model`, for values that have the dimensions of their sites already, and a plain run made before."""
     enumerated = checks.enumerates(plain) and not sample_observed
-    how = _How(num_particles, plain.nesting, enumerated)
+    how = _How(num_particles, plain.nesting, enumerated, values=spread(latents or {}, plain))
     observing = _Uncondition() if sample_observed else nullcontext()
-    with observing, _Supply(values):
+    with observing, _Supply(how.values or {}):
         trace = _trace(model, args, kwargs, how.enumerating(first=True), how.particles())
     return Run(poutine.Trace(), trace, num_particles, plain.nesting, enumerated)
 
