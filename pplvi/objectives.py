@@ -117,11 +117,13 @@ class Routing:
     :ivar detach: draws are detached at their sample sites.
     :ivar freeze: parameters of the guide's densities are frozen, and ``log_target_fixed`` is provided.
     :ivar exact_entropy: ``-log_forward`` is the sum of the guide sites' exact entropies.
+    :ivar local: where there are several levels, draws and weights are detached between them.
     """
 
     detach: bool = False
     freeze: bool = False
     exact_entropy: bool = False
+    local: bool = False
 
 
 class Objective(ABC):
