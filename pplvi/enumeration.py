@@ -81,18 +81,40 @@ def _rescaled(term: Tensor, factor: Any) -> Tensor:
 def _model_terms(model: Trace, guide: Trace, scale: float) -> Iterator[tuple[frozenset[str], Tensor]]:
     """Model densities by plate context; those that touch a model-enumerated variable arrive contracted."""
     sum_dims = _enumerated_symbols(model) - _enumerated_symbols(guide)
-    tree: Tree = OrderedDict()
-    scales = []
+    rest = []
     for site in _sites(model):
-        if sum_dims.isdisjoint(site["packed"]["log_prob"]._pyro_dims):
-            yield _ordinal(model, site), _rescaled(site["packed"]["log_prob"], 1 / scale)
+        if _among(site, sum_dims):
+            rest.append(site)
         else:
-            tree.setdefault(_ordinal(model, site), []).append(_inside_the_sum(site))
-            scales.append(site["scale"])
-    if tree:
-        outside = _common_scale(scales) / scale
-        for ordinal, terms in contract_tensor_tree(tree, sum_dims).items():
-            yield from ((ordinal, _rescaled(term, outside)) for term in terms)
+            yield _ordinal(model, site), _rescaled(site["packed"]["log_prob"], 1 / scale)
+    while rest:
+        variables = _connected(rest[0], rest, sum_dims)
+        yield from _contracted(model, [s for s in rest if _among(s, variables)], variables, scale)
+        rest = [s for s in rest if not _among(s, variables)]
+
+
+def _among(site: Site, symbols: set[str]) -> set[str]:
+    """Those of the symbols that a site's density depends on."""
+    return symbols.intersection(site["packed"]["log_prob"]._pyro_dims)
+
+
+def _connected(site: Site, sites: list[Site], symbols: set[str]) -> set[str]:
+    """Enumerated variables that a site depends on, directly or through other sites."""
+    groups, reached = [_among(other, symbols) for other in sites], _among(site, symbols)
+    while linked := set().union(*(group for group in groups if group & reached)) - reached:
+        reached |= linked
+    return reached
+
+
+def _contracted(
+    model: Trace, sites: list[Site], variables: set[str], scale: float
+) -> Iterator[tuple[frozenset[str], Tensor]]:
+    outside = _common_scale([site["scale"] for site in sites]) / scale
+    tree: Tree = OrderedDict()
+    for site in sites:
+        tree.setdefault(_ordinal(model, site), []).append(_inside_the_sum(site))
+    for ordinal, terms in contract_tensor_tree(tree, variables).items():
+        yield from ((ordinal, _rescaled(term, outside)) for term in terms)
 
 
 def _inside_the_sum(site: Site) -> Tensor:
@@ -160,7 +182,8 @@ def log_likelihood(model: Trace, guide: Trace, name: str) -> Tensor | None:
     """
     symbols = _pack(model, guide)
     site = model.nodes[name]
-    sum_dims, ordinal = _connected(site, model), _ordinal(model, site)
+    sum_dims = _connected(site, list(_sites(model)), _enumerated_symbols(model))
+    ordinal = _ordinal(model, site)
     others: Tree = OrderedDict()
     for other in _sites(model):
         if other is not site and not sum_dims.isdisjoint(other["packed"]["log_prob"]._pyro_dims):
@@ -176,16 +199,6 @@ def log_likelihood(model: Trace, guide: Trace, name: str) -> Tensor | None:
     difference: Tensor = joint - without
     difference._pyro_dims = joint._pyro_dims  # type: ignore[attr-defined]
     return packed.unpack(difference, symbols)
-
-
-def _connected(site: Site, model: Trace) -> set[str]:
-    """Enumerated variables that a site depends on, directly or through other sites."""
-    enumerated = _enumerated_symbols(model)
-    groups = [enumerated.intersection(other["packed"]["log_prob"]._pyro_dims) for other in _sites(model)]
-    reached = enumerated.intersection(site["packed"]["log_prob"]._pyro_dims)
-    while linked := set().union(*(group for group in groups if group & reached)) - reached:
-        reached |= linked
-    return reached
 
 
 def _zeros(site: Site, plates: frozenset[str]) -> Tensor:

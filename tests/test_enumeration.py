@@ -521,3 +521,15 @@ def test_deterministic_sites_of_an_enumerated_variable_have_no_draws(num_draws):
     expected = torch.stack([mixture_density(Y, LOCS + x) for x in found.latents["x"]])
     assert torch.allclose(found.log_likelihood["y"], expected)
     assert set(found.latents) == {"x"}
+
+
+def test_unconnected_enumerated_plates_may_have_scales_of_their_own():
+    def model(x, y):
+        for name, data, size in (("a", x, 2), ("b", y, None)):
+            with pyro.plate(name, 5, subsample_size=size) as i:
+                z = pyro.sample(f"z_{name}", dist.Categorical(PROBS), infer=PARALLEL)
+                pyro.sample(f"y_{name}", dist.Normal(LOCS[z], 0.7), obs=data[i])
+
+    x = torch.full((5,), 0.4)  # every subsample is the same
+    exact = mixture_density(x).sum() + mixture_density(Y).sum()
+    assert pplvi.ELBO().loss(model, no_guide, x, Y) == pytest.approx(-float(exact))
