@@ -33,7 +33,7 @@ from pplvi.plots import plot_against_reference, plot_objective, plot_weights
 
 REFERENCE = "NUTS"
 SHOWN = ("AutoFlow", "ImportanceWeightedELBO")  # the run of which report, plots and data are written
-NUM_PARTICLES = 8
+NUM_PARTICLES = 4
 
 # Compiled by Pyro's own tracer, and with a full mass matrix, because the posteriors are correlated.
 KERNEL = partial(NUTS, jit_compile=True, ignore_jit_warnings=True, full_mass=True)
@@ -48,10 +48,11 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "RenyiELBO": partial(RenyiELBO, alpha=0.5, num_particles=NUM_PARTICLES),
 }
 HEADER = ("guide", "objective", "ELBO", "k-hat", "ESS", "log evidence", "mean err", "sd err", "seconds")
-FORMAT = "{:<23}{:<23}{:>9}{:>7}{:>6}{:>19}{:>10}{:>8}{:>9}"
+FORMAT = "{:<23}{:<23}{:>8}{:>7}{:>6}{:>17}{:>13}{:>13}{:>9}"
 LEGEND = (
-    "ELBO and log evidence in nats, ESS in draws. Errors are the largest over all latents of the guide's own draws,\n"
-    "in standard deviations under NUTS; in the row of NUTS, its own Monte Carlo errors."
+    "ELBO and log evidence in nats, ESS in draws. Errors of the mean and of the standard deviation: the largest over\n"
+    "all latents, in standard deviations under NUTS, of the guide's own draws / after Pareto-smoothed weighting.\n"
+    "In the row of NUTS, the smallest bulk ESS and the largest Monte Carlo errors of that run itself."
 )
 
 
@@ -74,10 +75,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: latent draws, each ``(num_draws, *shape)``, and the cells of its row."""
+    """What a run leaves: latent draws, each ``(num_draws, *shape)``, and the cells of its row.
+
+    ``draws`` are the guide's own, ``weighted`` the same resampled by their Pareto-smoothed weights.
+    """
 
     job: Job
     draws: dict[str, Tensor]
+    weighted: dict[str, Tensor]
     seconds: float
     quality: tuple[str, ...]
     noise: tuple[float, float] = (0.0, 0.0)
@@ -107,12 +112,12 @@ def sample(job: Job) -> Outcome:
 
     example = load(job.example)
     result = fit(example.model, KERNEL, args=example.args, num_steps=job.num_draws, seed=0, progress=False)
-    data = result.to_arviz(coords=example.coords)
+    data = result.to_arviz(coords=example.coords, dims=example.dims)
     data.to_netcdf(f"{job.stem}.nc")
     draws = result.posterior().draws.latents
     summary = az.summary(data, var_names=list(draws), round_to="none")
     mean, spread = (float((summary[name] / summary["sd"]).max()) for name in ("mcse_mean", "mcse_sd"))
-    return Outcome(job, draws, result.seconds, ("", "", f"{summary['ess_bulk'].min():.0f}", ""), (mean, spread))
+    return Outcome(job, draws, draws, result.seconds, ("", "", f"{summary['ess_bulk'].min():.0f}", ""), (mean, spread))
 
 
 def approximate(job: Job) -> Outcome:
@@ -123,7 +128,7 @@ def approximate(job: Job) -> Outcome:
         GUIDES[job.guide],
         args=example.args,
         objective=OBJECTIVES[job.objective](),
-        optim=partial(Adam, lr=0.02),
+        optim=partial(Adam, lr=0.03),
         num_steps=job.num_steps,
         seed=0,
         progress=False,
@@ -134,13 +139,14 @@ def approximate(job: Job) -> Outcome:
     evidence = posterior.total_log_evidence
     cells = (posterior.elbo.value, posterior.pareto_k.item(), posterior.ess.item(), evidence.value, evidence.error)
     quality = "{:.2f}|{:.2f}|{:.0f}|{:.2f} +- {:.2f}".format(*cells)
-    return Outcome(job, posterior.draws.latents, result.seconds, tuple(quality.split("|")))
+    weighted = posterior.resample(seed=0)
+    return Outcome(job, posterior.draws.latents, weighted, result.seconds, tuple(quality.split("|")))
 
 
 def show(job: Job, example: Example, result: Fit) -> None:
     """Write what a fit has to say: its report, its ArviZ data and its plots."""
     Path(f"{job.stem}.txt").write_text(result.summary() + "\n", encoding="utf-8")
-    result.to_arviz(coords=example.coords).to_netcdf(f"{job.stem}.nc")
+    result.to_arviz(coords=example.coords, dims=example.dims).to_netcdf(f"{job.stem}.nc")
     save(plot_objective(result), f"{job.stem}-objective.png")
     save(plot_weights(result), f"{job.stem}-weights.png")
 
@@ -150,7 +156,7 @@ def save(axes: Any, path: str) -> None:
     from matplotlib import pyplot
 
     figure = np.ravel(axes)[0].figure
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -193,22 +199,23 @@ def table(outcomes: Iterable[Outcome]) -> str:
 
 
 def plot_all(outcomes: Iterable[Outcome]) -> None:
-    """The draws of every run that is shown, on top of those of NUTS."""
+    """The weighted draws of every run that is shown, on top of those of NUTS."""
     rows = {(outcome.job.example, outcome.job.guide, outcome.job.objective): outcome for outcome in outcomes}
     for (example, *names), outcome in rows.items():
         if tuple(names) == SHOWN:
             reference = rows[example, REFERENCE, ""].draws
-            axes = plot_against_reference(outcome.draws, reference, labels=[SHOWN[0], REFERENCE])
+            axes = plot_against_reference(outcome.weighted, reference, labels=[SHOWN[0], REFERENCE])
             save(axes, f"{outcome.job.stem}-against-{REFERENCE}.png")
 
 
 def row(outcome: Outcome, reference: Outcome) -> str:
     """One line of the table."""
-    own = outcome is reference
-    mean, spread = outcome.noise if own else errors(outcome.draws, reference.draws)
-    accuracy = ("({:.2f})" if own else "{:.2f}").format
+    raw, weighted = (errors(draws, reference.draws) for draws in (outcome.draws, outcome.weighted))
+    pairs = [f"({noise:.2f})" for noise in outcome.noise]
+    if outcome is not reference:
+        pairs = [f"{before:.2f} / {after:.2f}" for before, after in zip(raw, weighted, strict=True)]
     names = outcome.job.guide, outcome.job.objective
-    return FORMAT.format(*names, *outcome.quality, accuracy(mean), accuracy(spread), f"{outcome.seconds:.1f}")
+    return FORMAT.format(*names, *outcome.quality, *pairs, f"{outcome.seconds:.1f}")
 
 
 def demo(examples: Sequence[str], num_steps: int, num_draws: int, processes: int, out: Path) -> str:

@@ -6,7 +6,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pplvi.examples import LOADERS, grunfeld, load
+from pplvi.examples import LOADERS, diabetes, grunfeld, load
 
 
 def test_grunfeld_data_give_the_published_regression() -> None:
@@ -46,11 +46,24 @@ def test_example_has_a_finite_elbo_with_and_without_vectorised_particles(name: s
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_coordinates_name_plates(name: str) -> None:
+def test_coordinates_name_plates_or_dimensions(name: str) -> None:
     example = load(name)
     trace = pyro.poutine.trace(example.model).get_trace(*example.args)
     sizes = {frame.name: frame.size for site in trace.nodes.values() for frame in site.get("cond_indep_stack", ())}
-    assert {plate: len(names) for plate, names in example.coords.items()}.items() <= sizes.items()
+    for name, dims in example.dims.items():
+        sizes.update(zip(dims, trace.nodes[name]["value"].shape, strict=True))
+    assert {dim: len(names) for dim, names in example.coords.items()}.items() <= sizes.items()
+
+
+def test_rotated_regression_is_the_regression() -> None:
+    """Least squares in the rotated coordinates and in the measured ones is the same."""
+    x, y = load("diabetes").args
+    q, _ = torch.linalg.qr(x)
+    unit = (len(x) - 1) ** 0.5
+    rotated = (q.T @ y) / unit
+    conditioned = pyro.condition(diabetes.model, {"rotated": rotated})
+    coef = pyro.poutine.trace(conditioned).get_trace(x, y).nodes["coef"]["value"]
+    torch.testing.assert_close(coef, torch.linalg.lstsq(x, y).solution, atol=1e-4, rtol=1e-3)
 
 
 def test_unknown_example_is_refused() -> None:

@@ -1,6 +1,6 @@
 """Three small real data sets with their models, for the demo, the tutorials and the tests.
 
-`load(name)` gives an `Example` with `model`, `args` and `coords`.
+`load(name)` gives an `Example` with `model`, `args`, and `coords` and `dims` for ArviZ.
 """
 
 from pplvi.examples import diabetes, eight_schools, grunfeld

@@ -15,7 +15,8 @@ class Example:
         name: what tables and files call it.
         model: an ordinary Pyro program; its last argument is the observed data, None to sample it.
         args: the arguments of the model, data last.
-        coords: plate name -> names of its elements, for ArviZ.
+        coords: dimension -> names of its elements, for ArviZ; a plate is a dimension.
+        dims: variable -> names of its dimensions, where they are no plates.
 
     Example:
         >>> from pplvi.examples import eight_schools
@@ -28,6 +29,7 @@ class Example:
     model: Callable[..., Any]
     args: tuple[Tensor, ...]
     coords: dict[str, list[Any]] = field(default_factory=dict)
+    dims: dict[str, list[str]] = field(default_factory=dict)
 
 
 def standardize(x: Tensor) -> Tensor:

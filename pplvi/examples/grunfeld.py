@@ -3,8 +3,9 @@
     mu ~ Normal(0, 1),  tau ~ HalfNormal(1),  intercept_f ~ Normal(mu, tau),  b_value, b_capital ~ Normal(0, 1)
     sigma ~ HalfNormal(1),  y_tf ~ Normal(intercept_f + b_value value_tf + b_capital capital_tf, sigma)
 
-All three variables are logarithms, standardised. The data, in the public domain, are `grunfeld.csv` beside this file,
-which states their source and licence.
+All three variables are logarithms. Investment is standardised; value and capital are centred within each firm, so that
+an intercept is the mean investment of its firm, and scaled to unit variance. The data, in the public domain, are `grunfeld.csv`
+beside this file, which states their source and licence.
 """
 
 import csv
@@ -15,7 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pplvi.examples.example import Example, standardize
+from pplvi.examples.example import Example
 
 
 def model(value: Tensor, capital: Tensor, investment: Tensor | None = None) -> Tensor:
@@ -40,7 +41,7 @@ def model(value: Tensor, capital: Tensor, investment: Tensor | None = None) -> T
 
 
 def load() -> Example:
-    """The panel of eleven firms with standardised logarithms, in the default dtype.
+    """The panel of eleven firms in logarithms, centred and scaled, in the default dtype.
 
     Example:
         >>> example = load()
@@ -54,10 +55,14 @@ def load() -> Example:
     cells = {(int(row["year"]), row["firm"]): row for row in rows}
 
     def column(name: str) -> Tensor:
-        table = torch.tensor([[float(cells[year, firm][name]) for firm in firms] for year in years])
-        return standardize(table.log().flatten()).reshape(table.shape)
+        return torch.tensor([[float(cells[year, firm][name]) for firm in firms] for year in years]).log()
 
-    args = column("value"), column("capital"), column("invest")
+    def within(table: Tensor) -> Tensor:
+        centred = table - table.mean(0)
+        return centred / centred.std()
+
+    investment = column("invest")
+    args = within(column("value")), within(column("capital")), (investment - investment.mean()) / investment.std()
     return Example("grunfeld", model, args, {"firm": firms, "year": years})
 
 
