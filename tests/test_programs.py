@@ -468,14 +468,14 @@ def test_batch_is_the_plates_common_to_every_site(pair):
 
 
 def test_looped_and_vectorised_losses_agree_in_expectation(pair):
-    """Different draws, one expectation: within four standard errors of the two means."""
+    """Different draws, one expectation: within five standard errors of the two means."""
     means, errors = [], []
     for vectorize in (True, False):
-        loss = pplvi.ELBO(num_particles=20, vectorize_particles=vectorize)
+        loss = pplvi.ELBO(num_particles=6, vectorize_particles=vectorize)
         values = torch.tensor([loss.loss(pair.model, pair.guide, *pair.args) for _ in range(8)])
         means.append(values.mean())
         errors.append(values.std() / 8**0.5)
-    assert abs(means[0] - means[1]) < 4 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5 + 1e-9
+    assert abs(means[0] - means[1]) < 5 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5 + 1e-9
 
 
 def test_densities_are_per_datum_and_leave_the_subsample_scale_out():
