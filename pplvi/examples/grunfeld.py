@@ -4,8 +4,8 @@
     sigma ~ HalfNormal(1),  y_tf ~ Normal(intercept_f + b_value value_tf + b_capital capital_tf, sigma)
 
 All three variables are logarithms. Investment is standardised; value and capital are centred within each firm, so that
-an intercept is the mean investment of its firm, and scaled to unit variance. The data, in the public domain, are `grunfeld.csv`
-beside this file, which states their source and licence.
+an intercept is the mean investment of its firm, and scaled to unit variance. The data, in the public domain, are
+`grunfeld.csv` beside this file, which states their source and licence.
 """
 
 import csv
