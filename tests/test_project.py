@@ -36,11 +36,11 @@ FLOORS = {
         "programs",
         "draws",
     }
-    | {"layouts", "masks", "reweighting"},
-    2: {"objectives", "kernels", "paths"},
-    3: {"samplers", "guides", "energies"},
-    4: {"elbo", "compile", "updates"},
-    5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "training", "restarts"}
+    | {"layouts", "masks", "reweighting", "alone"},
+    2: {"objectives", "nested", "kernels", "paths"},
+    3: {"samplers", "annealing", "guides", "energies"},
+    4: {"elbo", "nested_elbo", "arguments", "tracing", "backends", "compile", "updates"},
+    5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
     | {"chains", "weighted", "loo", "posterior"},
     6: {"schema", "groups", "export", "report", "comparison", "plots"},
     7: {"result", "fitting"},
@@ -48,7 +48,7 @@ FLOORS = {
     9: {"__init__"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-POUTINE_ROOMS = {"programs", "guides", "energies", "models", "examples"}
+POUTINE_ROOMS = {"programs", "alone", "guides", "energies", "models", "examples"}
 
 IMPORT_PROBE = """
 import json, random, sys
