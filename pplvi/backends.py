@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -103,7 +104,9 @@ def _shared(traced: Traced, kind: str, function: Program, inputs: Sequence[Tenso
     config = repr(torch._inductor.config.fallback_random), torch.get_num_threads()
     key = (kind, traced.graph.code, tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs), config)
     if key not in _PROGRAMS:
+        state = pyro.util.get_rng_state()
         _PROGRAMS[key] = _compile(function, inputs, options)
+        pyro.util.set_rng_state(state)
     _PROGRAMS.move_to_end(key)
     while len(_PROGRAMS) > _MAX_PROGRAMS:
         _PROGRAMS.popitem(last=False)
@@ -129,8 +132,7 @@ def _compile(function: Program, inputs: Sequence[Tensor], options: dict[str, Any
 
 
 def _recorded(function: Program, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    with torch.random.fork_rng(devices=[]):
-        graph = make_fx(function)(*inputs)
+    graph = make_fx(function)(*inputs)
     for module in graph.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:  # notes about tensors of another fake mode

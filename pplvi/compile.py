@@ -19,7 +19,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pplvi import backends
-from pplvi.arguments import Arguments, as_call, in_runs, stacked
+from pplvi.arguments import Arguments, Call, as_call, in_runs, stacked
 from pplvi.elbo import ELBO, Loss
 from pplvi.programs import first_bad_site, parameters_of
 from pplvi.tracing import Untraceable, record
@@ -133,6 +133,19 @@ class CompiledSVI:
         losses = [self._each(run) for run in in_runs(calls, self.chunk)]
         return torch.cat(losses) if losses else torch.zeros(0)
 
+    def steps(self, calls: Sequence[Call]) -> Tensor:
+        """One training step on each call, ``(args, kwargs)``; calls that are one object are not stacked.
+
+        :returns: the losses, ``(len(calls),)``, in nats.
+        """
+        if all(call is calls[0] for call in calls):
+            return self.run(len(calls), *calls[0][0], **calls[0][1])
+        return torch.cat([self._each(run) for run in in_runs((Arguments.of(*c) for c in calls), self.chunk)])
+
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Make the parameters, without a step."""
+        self._ready(Arguments.of(args, kwargs))
+
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss at the present parameters, through Pyro's handlers."""
         return float(self.loss.loss(self.model, self.guide, *args, **kwargs))
@@ -160,13 +173,20 @@ class CompiledSVI:
             raise ValueError("there are no parameters before the first step: expected a step, or run(0, *args).")
         return {
             "parameters": {name: p.detach().clone() for name, p in self.parameters.named.items()},
-            "optimizer": [s.clone() for s in self.state],
+            "optimizer": self.optimizer_state(),
             "count": self.count,
             "rng": pyro.util.get_rng_state(),
         }
 
+    def optimizer_state(self) -> list[Tensor]:
+        """Copies of the step count, the optimiser's vectors and the clip's norms; none before the first step."""
+        waiting = self._waiting or {}
+        return [s.clone() for s in (self.state or waiting.get("optimizer", ()))]
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was called; before the first step, the state waits for it.
+
+        Parameters and random state stay as they are where the state has none; no optimiser state starts it anew.
 
         :raises ValueError: if the state is of other parameters or another optimiser.
         """
@@ -175,17 +195,20 @@ class CompiledSVI:
             self._put_back(self.parameters, state)
 
     def _put_back(self, parameters: FlatParameters, state: Mapping[str, Any]) -> None:
-        mine = {n: tuple(p.shape) for n, p in parameters.named.items()}
-        theirs = {n: tuple(p.shape) for n, p in state["parameters"].items()}
-        if mine != theirs or [s.shape for s in self.state] != [s.shape for s in state["optimizer"]]:
+        assert self._update is not None
+        values = state.get("parameters", parameters.named)
+        optimizer = state["optimizer"] or self._update.init(parameters.flat)
+        mine, theirs = ({n: tuple(p.shape) for n, p in named.items()} for named in (parameters.named, values))
+        if mine != theirs or [s.shape for s in self.state] != [s.shape for s in optimizer]:
             raise ValueError(f"the state has the parameters {theirs}: expected {mine}, the same optimiser and clip.")
         with torch.no_grad():
             for name, p in parameters.named.items():
-                p.copy_(state["parameters"][name])
-            for old, value in zip(self.state, state["optimizer"], strict=True):
+                p.copy_(values[name])
+            for old, value in zip(self.state, optimizer, strict=True):
                 old.copy_(value)
         self.count, self._waiting = state["count"], None
-        pyro.util.set_rng_state(state["rng"])
+        if "rng" in state:
+            pyro.util.set_rng_state(state["rng"])
 
     # ------------------------------------------------------------------ the step
 
@@ -227,14 +250,14 @@ class CompiledSVI:
 
     def _same(self, arguments: Arguments, num_steps: int) -> Tensor:
         """At most a chunk of steps on the same arguments."""
-        if self.mode == "max" and num_steps > 1:
+        if self.mode == "max":
             return self._loop(arguments, num_steps, arguments.tensors, stacks=0)
         return self._one_by_one([arguments] * num_steps)
 
     def _each(self, calls: Sequence[Arguments]) -> Tensor:
         """At most a chunk of steps, each on its own arguments of the same shapes."""
         self._ready(calls[0])
-        if self.mode == "max" and len(calls) > 1:
+        if self.mode == "max":
             data = stacked(calls, self.chunk)
             return self._loop(calls[0], len(calls), data, stacks=len(data))
         return self._one_by_one(calls)

@@ -16,12 +16,14 @@ from pyro.optim import PyroOptim
 from pplvi.batches import Batches, Call, FullData, make_batches, to_call
 from pplvi.chains import kernel_factory, run_chains
 from pplvi.checkpoint import PathLike
+from pplvi.compile import Mode, own_loss
 from pplvi.elbo import ELBO
 from pplvi.environment import Environment, fingerprint
 from pplvi.optimizers import OptimLike, Update
 from pplvi.rates import Schedule
 from pplvi.restarts import Plan, Recipe, best_of, publish, scratch, train_restarts
 from pplvi.result import Fit
+from pplvi.stepping import CompiledUpdate
 from pplvi.stopping import Plateau
 from pplvi.training import Monitor, Program, Run, Watch
 
@@ -52,6 +54,7 @@ def fit(
     seed: int | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
+    compile: Mode = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
     held_back: Any = None,
@@ -97,6 +100,9 @@ def fit(
     :param seed: makes the result reproducible to the bit; the global random state stays as it was.
     :param schedule: ``"cosine"``, ``None``, or a function from the step to a factor of the learning rate.
     :param clip: ``"adaptive"`` cuts gradients of ten times the median norm, a number those of a greater norm.
+    :param compile: ``True``: a step that is traced once and compiled by inductor; ``"trace"``: traced, run without a
+        compiler; ``"max"``: compiled with a loop of steps inside; ``"auto"``: compiled where that is possible, and
+        otherwise as ``False``, Pyro's handlers at every step. See :class:`pplvi.CompiledSVI`.
     :param stop: the rule for stopping before ``num_steps``; ``"auto"`` is ``Plateau()`` where there is a schedule, and
         ``None`` (never) otherwise. With the cosine schedule the learning rate first falls to zero within another
         quarter of the steps so far. Objectives that are no bound (``monitor`` is ``None``) never stop early unless a
@@ -150,10 +156,14 @@ def fit(
     recipe = _recipe(model, guide, batches, restarts, environment)
     bound = named is not None or monitor_of(objective) is not None
     rule = _stopping_rule(stop, schedule) if bound else None
+    if compile is not False:
+        own_loss(objective)
+    options = (optim, steps, schedule, clip)
+    make_update = partial(Update, *options) if compile is False else partial(CompiledUpdate, *options, mode=compile)
     plan = Plan(
         recipe,
         objective,
-        make_update=lambda: Update(optim, steps, schedule, clip),
+        make_update=make_update,
         batches=batches,
         watch=Watch(steps, rule, named, tuple(callbacks), save_every=checkpoint_every),
         restarts=restarts,
@@ -168,6 +178,7 @@ def fit(
             "schedule": f"{describe(schedule)} over {steps} steps" if schedule is not None else "None",
             "clip": describe(clip),
             "seed": describe(seed),
+            **({} if compile is False else {"compile": describe(compile)}),
             "data": fingerprint((args, kwargs)),
         },
     )

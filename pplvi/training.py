@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyro
@@ -26,6 +27,7 @@ from pplvi.batches import Batches, Call
 from pplvi.environment import Environment, clone, module_of, preserved_rng, rng_state, set_rng_state
 from pplvi.optimizers import Update
 from pplvi.rates import Cosine
+from pplvi.stepping import CompiledUpdate, next_calls, replayed, stride
 from pplvi.stopping import Plateau
 
 Program = Callable[..., Any]
@@ -116,7 +118,9 @@ class TrainingError(ValueError):
 
 
 def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> Step:
-    """Pyro's own ``SVI.step`` as the core of the loop."""
+    """The core of the loop: Pyro's own ``SVI.step``, or the compiled step that the update belongs to."""
+    if isinstance(update, CompiledUpdate):
+        return update.make_step(model, guide, objective)
     svi = SVI(model, guide, update, loss=objective)
 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
@@ -198,7 +202,7 @@ class Trainer:
 
     def __init__(self, run: Run, objective: Any, update: Update, batches: Batches, watch: Watch) -> None:
         self.run, self.update, self.batches, self.watch = run, update, batches, watch
-        self.step = svi_step(run.model, run.guide, update, objective)
+        self.step: Any = svi_step(run.model, run.guide, update, objective)
         self.update.before_first = self._settle
         self.good: dict[str, Any] = self.capture()
         self.call: Call = ((), {})
@@ -220,28 +224,29 @@ class Trainer:
         self._read()
 
     def _advance(self) -> None:
-        try:
-            self.call = next(self.batches)
-        except StopIteration:
+        most = stride(self.step, self.run.step, self.update, self.batches, self.watch, SETTLE_EVERY)
+        if not (calls := next_calls(self.batches, most)):
             self._end("data")
             return
-        if self._attempt(self.call):
+        self.call = calls[-1]
+        if self._attempt(calls):
             self._after_step(self.call)
 
-    def _attempt(self, call: Call) -> bool:
-        """Take one step; false if it failed and was taken back."""
+    def _attempt(self, calls: Sequence[Call]) -> bool:
+        """Take steps; false if one failed and they were taken back."""
         careful = self.capture() if self.run.rollbacks else self.good
+        call = calls[0]
         try:
-            loss = self.step(*call)
+            losses = self.step.many(calls) if len(calls) > 1 else [self.step(*call)]
         except (ValueError, LinAlgError) as error:
             if not self._is_numerical(error):
                 raise
             if self.run.step == 0:  # half a learning rate does not change where training starts
                 raise self._failure(call, careful, 0, error) from error
             return self._roll_back(call, careful, error)
-        if not isinstance(loss, Tensor) and not math.isfinite(loss):
+        if not isinstance(loss := losses[0], Tensor) and not math.isfinite(loss):
             return self._roll_back(call, careful, f"the loss is {loss}")
-        self.run.losses.append(loss)
+        self.run.losses.extend(losses)
         return not self._is_due() or self._check(call, careful)
 
     def _is_due(self) -> bool:
@@ -382,7 +387,8 @@ class Trainer:
 
     def _failure(self, call: Call, careful: Mapping[str, Any], failed: int, cause: object) -> ValueError:
         self.restore(careful)
-        site = programs.first_bad_site(self.run.model, self.run.guide, *call)
+        find = partial(programs.first_bad_site, self.run.model, self.run.guide, *call)
+        site = replayed(self.step, find, call, SETTLE_EVERY)
         self.restore(self.good)
         where = f"the first site at fault is {site!r}" if site else "every site is finite, but its gradient is not"
         tries = self.run.rollbacks - 1

@@ -1,0 +1,157 @@
+"""``fit(compile=...)``: the same training in compiled steps."""
+
+import warnings
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import TraceGraph_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pplvi import fit
+from pplvi.stopping import Plateau
+from pplvi.training import SETTLE_EVERY, Trainer, TrainingError
+
+Y = torch.tensor([1.0, 2.5, 0.5, 3.0, 1.5, 2.0])
+
+
+def model(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("data", len(y)), poutine.scale(scale=6 / len(y)):
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+
+def train(compile: Any, **options: Any) -> Any:
+    settings = {"args": (Y,), "num_steps": 130, "seed": 0, "progress": False, **options}
+    return fit(model, AutoNormal, compile=compile, **settings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"schedule": None, "clip": 0.5, "restarts": 2},
+        {"optim": pyro.optim.Adam({"lr": 0.05}), "monitor": pyro.infer.Trace_ELBO()},
+        {"args": (), "data": list(Y.split(2))},
+    ],
+    ids=["defaults", "clip, restarts", "monitor", "minibatches"],
+)
+def test_traced_training_equals_the_eager_one(options):
+    ours, theirs = train("trace", **options), train(False, **options)
+    torch.testing.assert_close(torch.as_tensor(ours.losses), torch.as_tensor(theirs.losses), rtol=1e-4, atol=1e-4)
+    for mine, other in zip(ours.params, theirs.params, strict=True):
+        for name, value in mine.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-4)
+
+
+def test_stopping_and_cooling_are_those_of_the_eager_loop():
+    options = {"stop": Plateau(min_steps=200, every=60, patience=2), "num_steps": 3000}
+    ours, theirs = train("trace", **options), train(False, **options)
+    assert ours.losses.shape == theirs.losses.shape
+    assert ours.losses.shape[1] < 3000
+
+
+@pytest.mark.parametrize("mode", ["trace", pytest.param("max", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("data", [None, "minibatches"])
+def test_resumed_training_is_the_uninterrupted_one(mode, data, tmp_path: Path):
+    def loader() -> dict[str, Any]:
+        if data is None:
+            return {}
+        batches = DataLoader(Y, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(1))
+        return {"args": (), "data": batches}
+
+    def interrupt(run: Any) -> None:
+        if run.step == 85:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "run.pt"
+    whole = train(mode, **loader())
+    train(mode, checkpoint=file, checkpoint_every=70, callbacks=[interrupt], **loader())
+    resumed = train(mode, resume=file, **loader())
+    assert torch.equal(torch.as_tensor(whole.losses), torch.as_tensor(resumed.losses))
+    for name, value in whole.params[0].items():
+        assert torch.equal(value, resumed.params[0][name])
+
+
+def test_a_checkpoint_of_another_mode_is_refused(tmp_path: Path):
+    file = tmp_path / "run.pt"
+    train(False, checkpoint=file)
+    with pytest.raises(ValueError, match="compile: none in the file, 'trace' here"):
+        train("trace", resume=file)
+
+
+def fragile(y: Tensor) -> None:
+    """Its density is NaN at large values."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("fine", dist.Normal(mu, 1.0), obs=y)
+    pyro.factor("fault", (30.0 - mu).sqrt() * 10.0 * mu)
+
+
+def test_a_step_that_runs_away_is_taken_back():
+    optim = partial(torch.optim.SGD, lr=3.0)
+    with pytest.warns(UserWarning, match="Went back to step"):
+        result = fit(
+            fragile,
+            AutoNormal,
+            args=(torch.tensor(0.0),),
+            optim=optim,
+            clip=None,
+            num_steps=100,
+            compile="trace",
+            seed=0,
+            progress=False,
+        )
+    assert torch.isfinite(torch.as_tensor(result.losses)).all()
+
+
+def hopeless(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    pyro.factor("fault", (-1.0 - mu * mu).sqrt())
+
+
+def test_the_site_of_a_lasting_failure_is_named():
+    with pytest.raises(TrainingError, match="first site at fault is 'fault'"), warnings.catch_warnings(action="ignore"):
+        fit(hopeless, AutoNormal, args=(torch.tensor(0.0),), num_steps=100, compile="trace", seed=0, progress=False)
+
+
+def test_callbacks_see_every_step():
+    seen = count()
+    train("trace", callbacks=[lambda run: next(seen) < 0])
+    assert next(seen) == 130
+
+
+def test_losses_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch):
+    """Between two copies of the state no loss leaves the device."""
+    reads: list[int] = []
+    original = Trainer._read
+    monkeypatch.setattr(Trainer, "_read", lambda self: reads.append(self.run.step) or original(self))
+    train("trace", num_steps=4 * SETTLE_EVERY)
+    assert sorted(set(reads)) == [SETTLE_EVERY * i for i in range(1, 5)]
+
+
+def branching(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu if mu > 0 else 2 * mu, 1.0), obs=y)
+
+
+def test_untraceable_models_and_losses():
+    options = {"args": (torch.tensor(0.3),), "num_steps": 60, "progress": False, "seed": 0}
+    with pytest.raises(ValueError, match="at or after site 'mu' it met"):
+        fit(branching, AutoNormal, compile="trace", **options)
+    with pytest.warns(UserWarning, match="falls back to Pyro's handlers"):
+        result = fit(branching, AutoNormal, compile="auto", **options)
+    assert result.losses.shape == (1, 60)
+    with pytest.raises(ValueError, match="TraceGraph_ELBO branches on values"):
+        fit(branching, AutoNormal, compile="trace", objective=TraceGraph_ELBO(), **options)
+    with pytest.raises(ValueError, match="mode='fast'"):
+        train("fast")
