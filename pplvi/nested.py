@@ -1,6 +1,6 @@
 """Objectives of one level among many: nested variational inference and its relatives.
 
-A level moves draws that are weighted for ``gamma[k-1]`` to draws weighted for ``gamma[k]``. Its objective is a divergence
+A level moves draws weighted for ``gamma[k-1]`` to draws weighted for ``gamma[k]``. Its objective is a divergence
 between the extended proposal ``gamma[k-1](z[k-1]) q[k](z[k] | z[k-1]) / Z[k-1]`` and the extended target
 ``gamma[k](z[k]) r[k-1](z[k-1] | z[k]) / Z[k]``. Two averages over particles appear: ``E_A`` under the incoming weights,
 ``softmax(log_weight_in)``, and ``E_B`` under the outgoing ones, ``softmax(log_weight_in + log v)``, both held fixed.
@@ -106,8 +106,8 @@ class NestedForwardKL(Objective):
     """Forward KL divergence of one level, from extended target to extended proposal (Zimmermann et al. 2021).
 
     The value is ``E_B[log v] - log E_A[v]``. The surrogate is ``-E_B[log q] - E_B[log gamma[k-1]] +
-    E_A[log gamma[k-1]] + E_B[sg(log v - E_B log v) log_target_fixed]`` at detached draws: it needs no reparameterisation.
-    The divergence's gradient in the reverse kernel is unstable and is left out.
+    E_A[log gamma[k-1]] + E_B[sg(log v - E_B log v) log_target_fixed]`` at detached draws: no reparameterisation. The
+    divergence's gradient in the reverse kernel is unstable and is left out.
 
     :ivar fit_reverse: train the reverse kernel by the reverse KL divergence, ``-E_A[log r]``; otherwise it gets no
         gradient at all.
@@ -145,11 +145,12 @@ class NestedForwardKL(Objective):
 
 @dataclass(frozen=True)
 class FilteringBound(Objective):
-    """Filtering bound of one level, ``-log E_A[v]``, end to end (FIVO, VSMC: Maddison et al. 2017; Naesseth et al. 2018).
+    """Filtering bound of one level, ``-log E_A[v]``, end to end.
 
-    Summed over the levels, minus the value is the logarithm of an unbiased estimate of ``Z[K] / Z[0]`` and so bounds it
-    from below on average, with or without resampling. Gradients go through draws and weights back to the last
-    resampling, whose indices carry none.
+    FIVO, VSMC and AESMC (Maddison et al. 2017; Naesseth et al. 2018; Le et al. 2018). Summed over the levels, minus
+    the value is the logarithm of an unbiased estimate of ``Z[K] / Z[0]`` and so bounds it from below on average, with
+    or without resampling. Gradients go through draws and weights back to the last resampling, whose indices carry
+    none.
 
     >>> step = Step.from_proposal(log_target=torch.tensor([0.0, 0.0]), log_forward=torch.zeros(2))
     >>> FilteringBound()(step).value
@@ -157,6 +158,11 @@ class FilteringBound(Objective):
     """
 
     monitor: ClassVar[Monitor] = "lower"
+
+    @property
+    def routing(self) -> Routing:
+        """Draws and weights stay attached from level to level."""
+        return Routing(local=False)
 
     def __call__(self, step: Step) -> Terms:
         """Value and surrogate, each of shape ``(*batch)``."""

@@ -117,13 +117,14 @@ class Routing:
     :ivar detach: draws are detached at their sample sites.
     :ivar freeze: parameters of the guide's densities are frozen, and ``log_target_fixed`` is provided.
     :ivar exact_entropy: ``-log_forward`` is the sum of the guide sites' exact entropies.
-    :ivar local: where there are several levels, draws and weights are detached between them.
+    :ivar local: of an objective of one level among many: whether draws and weights are detached between levels, or
+        stay attached back to the last resampling. ``None`` for an objective of a single step.
     """
 
     detach: bool = False
     freeze: bool = False
     exact_entropy: bool = False
-    local: bool = False
+    local: bool | None = None
 
 
 class Objective(ABC):

@@ -224,10 +224,13 @@ class Run:
     def log_score(self, *, detached: bool) -> Tensor | None:
         """Log density of the draws that carry no path gradient, unscaled; ``None`` if there are none.
 
-        With detached draws these are all sites, otherwise the ones that cannot be reparameterised.
+        With detached draws these are all sites, otherwise the ones that cannot be reparameterised; never the density of
+        a value that was not drawn here, such as that of a reverse kernel.
         """
         parts = {}
         for name, site in sample_sites(self.guide):
+            if site["is_observed"] and not is_factor(site):
+                continue
             if not is_enumerated(site) and (detached or not getattr(site["fn"], "has_rsample", False)):
                 unscaled = scale_and_mask(_unscaled_log_prob(name, site), mask=site["mask"])
                 parts[name] = self._site_to_batch(name, site, unscaled)

@@ -1,0 +1,306 @@
+"""Annealed and nested sampling: draws that are moved and re-weighted from target to target, one step a level.
+
+Annealed importance sampling, sequential Monte Carlo samplers, nested variational inference and the filtering objectives
+differ in path, kernels, resampling and objective; the walk is this one. Draws have one weight per particle and per
+independent element of the data, and are resampled per element. Nothing branches on a tensor's value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from pplvi.alone import indices_of, run_alone
+from pplvi.objectives import Routing, Step
+from pplvi.paths import Plan
+from pplvi.programs import execute, isolated
+from pplvi.runs import Run, is_delta, latent_sites
+from pplvi.samplers import Importance, Request
+from pplvi.weights import ResamplingScheme, effective_sample_size, logmeanexp, resample
+
+Program = Callable[..., Any]
+Values = dict[str, Tensor]
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A guide that moves draws along a path: it can be walked level by level."""
+
+    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        """Path and kernels for these arguments of the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """When and how particles are drawn anew in proportion to their weights.
+
+    :ivar when: ``False``: never; ``True``: at every level; a number: where the effective sample size, of each
+        independent element of the data on its own, is below that fraction of the particles.
+    :ivar scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
+    :raises ValueError: for a fraction outside ``(0, 1]``.
+
+    >>> chosen, log_weight = Resampling(0.5).indices(torch.tensor([0.0, 0.0, 0.0, 0.1]))  # even enough: left alone
+    >>> chosen, log_weight
+    (tensor([0, 1, 2, 3]), tensor([0.0000, 0.0000, 0.0000, 0.1000]))
+    """
+
+    when: bool | float = False
+    scheme: ResamplingScheme = "systematic"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.when, bool) and not 0 < self.when <= 1:
+            raise ValueError(f"resample={self.when!r}: expected True, False, or a fraction of the particles in (0, 1].")
+
+    def indices(self, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Which particle to take for each one, and its new log weight, ``(num_particles, *batch)``; ``None``: never.
+
+        The mean weight of each batch element is kept.
+        """
+        if self.when is False or len(log_weight) == 1:
+            return None
+        chosen = resample(log_weight, scheme=self.scheme)
+        even = logmeanexp(log_weight).expand_as(log_weight)
+        if self.when is True:
+            return chosen, even
+        low = effective_sample_size(log_weight) < self.when * len(log_weight)
+        own = torch.arange(len(log_weight), device=log_weight.device)
+        own = own.reshape(-1, *[1] * (log_weight.dim() - 1)).expand_as(chosen)
+        return torch.where(low, chosen, own), torch.where(low, even, log_weight)
+
+
+class Annealed:
+    """Walk along the path of a guide, ``num_steps`` steps from its first target to the model.
+
+    With a guide that has no path this is importance sampling, one step. The model itself is always the last target.
+    Each level runs the forward kernel, the reverse kernel and every program of the level's target once (the kernel
+    twice where its density is frozen), all particles together.
+
+    :param resampling: when and how to resample between levels; never after the last.
+    """
+
+    proposal: ClassVar[str] = "guide"
+
+    def __init__(self, resampling: Resampling | None = None) -> None:
+        self.resampling = Resampling() if resampling is None else resampling
+
+    def __call__(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
+    ) -> Iterator[Step]:
+        """Yield the steps of one walk, level by level.
+
+        :raises ValueError: for an objective that is not one of levels, programs that do not fit together, or particles
+            that are wanted one after another.
+        """
+        if not isinstance(guide, Planned):
+            yield from Importance()(model, guide, args, kwargs, request)
+            return
+        _check(request)
+        nesting, batch = _layout(model, guide, args, kwargs)
+        walk = _Walk(
+            model, guide.plan(args, kwargs), args, kwargs, request.num_particles, nesting, batch, request.routing
+        )
+        yield from walk.steps(self.resampling)
+
+
+def _check(request: Request) -> None:
+    if request.routing.local is None:
+        raise ValueError(
+            "this objective sees a single step, but the sampler walks along a path: expected an objective of levels "
+            "(pplvi.nested). For bounds of the whole path use the guide with the ordinary importance sampler."
+        )
+    if not request.vectorize and request.num_particles > 1:
+        raise ValueError(
+            "vectorize_particles=False: particles of a path are weighted and resampled together. Expected programs "
+            "that run all particles in one call; drop the option."
+        )
+
+
+_LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, tuple[int, frozenset[str]]]] = WeakKeyDictionary()
+
+
+def _layout(model: Program, guide: Any, args: Any, kwargs: Any) -> tuple[int, frozenset[str]]:
+    """How deep plates nest, and the names of those common to all sites, from one run on the extended space."""
+    with suppress(KeyError, TypeError):
+        return _LAYOUTS[guide][model]
+    with isolated():
+        run = execute(model, guide, args, kwargs)
+    found = run.nesting, frozenset(plate.name for plate in run.batch)
+    with suppress(TypeError):
+        _LAYOUTS.setdefault(guide, WeakKeyDictionary())[model] = found
+    return found
+
+
+@dataclass
+class _State:
+    """Weighted draws for one target: ``log_density`` at (detached) values, its parameters live."""
+
+    values: Values
+    log_weight: Tensor
+    log_density: Tensor
+
+
+@dataclass
+class _Walk:
+    """One walk of all particles."""
+
+    model: Program
+    plan: Plan
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    num_particles: int
+    nesting: int
+    batch: frozenset[str]
+    routing: Routing
+    indices: Values = field(default_factory=dict)
+    scale: float = 1.0
+    subsampled: frozenset[str] = frozenset()
+    dims: tuple[int, ...] = ()
+
+    def steps(self, resampling: Resampling) -> Iterator[Step]:
+        """The steps of all levels."""
+        state = self._start()
+        for level in range(1, self.plan.path.num_steps + 1):
+            step, state = self._move(level, state)
+            yield step
+            state = self._resampled(resampling, state)
+
+    def _start(self) -> _State:
+        run = self._run(self.plan.initial, {}, detach=self.routing.detach or bool(self.routing.local))
+        self.indices = indices_of(run)
+        plates = [plate for plate in run.batch if plate.name in self.batch]
+        self.scale = math.prod(plate.scale for plate in plates)
+        self.dims = tuple(plate.dim for plate in plates)
+        log_density = self.plan.path(0, [self._density(run)])
+        return _State(self._draws(run), torch.zeros_like(log_density), log_density)
+
+    def _move(self, level: int, state: _State) -> tuple[Step, _State]:
+        drawn = self._run(self._kernel(level), self.indices, state.values, detach=self.routing.detach)
+        live = self._draws(drawn)
+        self._check_cover(live, state.values)
+        frozen = self.routing.freeze and torch.is_grad_enabled()
+        at = {name: value.detach().requires_grad_() for name, value in live.items()} if frozen else live
+        fixed, reverse = self._target(level, at), self._reverse(level, at, state.values)
+        paths = _Paths(self, drawn, live, at)
+        step = Step(
+            log_weight_in=state.log_weight,
+            log_weight=torch.zeros_like(fixed),
+            log_target=fixed + paths(fixed),
+            log_target_fixed=fixed,
+            log_reverse=reverse + paths(reverse),
+            log_initial=state.log_density,
+            log_forward=self._frozen(level, state, at, paths) if frozen else self._density(drawn),
+            scale=self.scale,
+            subsampled=tuple(sorted(self.subsampled)),
+        )
+        return self._weighted(step, live)
+
+    def _weighted(self, step: Step, live: Values) -> tuple[Step, _State]:
+        log_weight = step.log_weight_in + step.log_increment
+        step = Step(**{**vars(step), "log_weight": log_weight.detach()})
+        if self.routing.local:
+            return step, _State({n: v.detach() for n, v in live.items()}, step.log_weight, step.log_target_fixed)
+        return step, _State(live, log_weight, step.log_target)
+
+    def _frozen(self, level: int, state: _State, at: Values, paths: _Paths) -> Tensor:
+        density = self._density(self._run(self._kernel(level), {**self.indices, **at}, state.values, complete=True))
+        return density.detach() + paths(density)
+
+    def _target(self, level: int, at: Values) -> Tensor:
+        path = self.plan.path
+        programs = (self.model,) if level == path.num_steps else path.programs(level)
+        runs = [self._run(program, {**self.indices, **at}, complete=True) for program in programs]
+        return path(level, [self._density(run) for run in runs])
+
+    def _reverse(self, level: int, at: Values, previous: Values) -> Tensor:
+        kernel = self.plan.reverse[level - 1]
+        return self._density(self._run(kernel, {**self.indices, **previous}, at, complete=True))
+
+    def _kernel(self, level: int) -> Program:
+        return self.plan.forward[level - 1]
+
+    def _run(
+        self, program: Program, values: Values, *given: Values, complete: bool = False, detach: bool = False
+    ) -> Run:
+        how: dict[str, Any] = {"complete": complete, "detach": detach, "values": values}
+        return run_alone(
+            program, (*given, *self.args), self.kwargs, num_particles=self.num_particles, nesting=self.nesting, **how
+        )
+
+    def _draws(self, run: Run) -> Values:
+        sites = latent_sites(run.model)
+        if not self.routing.detach and torch.is_grad_enabled() and (fixed := _without_path(sites)):
+            raise ValueError(
+                f"sites {fixed} are deterministic or cannot be reparameterised, but this objective follows draws: "
+                "expected kernels with has_rsample. Use divergence='forward_kl', which needs no path."
+            )
+        return {name: site["value"] for name, site in sites.items()}
+
+    def _check_cover(self, reached: Values, previous: Values) -> None:
+        if reached.keys() != previous.keys():
+            raise ValueError(
+                f"a forward kernel samples {sorted(reached)}, but the draws that it moves have sites "
+                f"{sorted(previous)}: expected the same sites at every level. Sample each site of the model once."
+            )
+
+    def _density(self, run: Run) -> Tensor:
+        """A program's log density, ``(num_particles, *batch)``, the batch plates' scale left out."""
+        more = [plate for plate in run.batch if plate.name not in self.batch]
+        self.subsampled |= {*run.subsampled, *(plate.name for plate in more if plate.scale != 1.0)} - self.batch
+        return self._to_batch(run, run.log_target()) * math.prod(plate.scale for plate in more)
+
+    def _to_batch(self, run: Run, density: Tensor) -> Tensor:
+        summed = [index for index, plate in enumerate(run.batch, 1) if plate.name not in self.batch]
+        return density.sum(summed) if summed else density
+
+    def _resampled(self, resampling: Resampling, state: _State) -> _State:
+        if (found := resampling.indices(state.log_weight.detach())) is None:
+            return state
+        chosen, log_weight = found
+        log_density = torch.take_along_dim(state.log_density, chosen, 0)
+        return _State({n: self._take(v, chosen) for n, v in state.values.items()}, log_weight, log_density)
+
+    def _take(self, value: Tensor, chosen: Tensor) -> Tensor:
+        """Particles of a site's value, each batch element by its own indices."""
+        sizes = dict(zip(self.dims, chosen.shape[1:], strict=True))
+        events = value.dim() - self.nesting - 1
+        shape = [len(chosen), *(sizes.get(dim, 1) for dim in range(-self.nesting, 0)), *[1] * events]
+        return torch.take_along_dim(value, chosen.reshape(shape).expand_as(value), 0)
+
+
+def _without_path(sites: Mapping[str, Any]) -> list[str]:
+    return sorted(n for n, s in sites.items() if is_delta(s) or not getattr(s["fn"], "has_rsample", False))
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """The gradient path of a level's draws through densities that were computed at leaves in their place.
+
+    ``<grad_z density, z - sg(z)>``: zero in value, and to first order what the density at the live draws would carry.
+    """
+
+    walk: _Walk
+    drawn: Run
+    live: Values
+    at: Values
+
+    def __call__(self, density: Tensor) -> Tensor:
+        zero = torch.zeros_like(density)
+        if self.at is self.live or not density.requires_grad:
+            return zero
+        gradients = torch.autograd.grad(density.sum(), list(self.at.values()), retain_graph=True, allow_unused=True)
+        pairs = zip(self.live.items(), gradients, strict=True)
+        return sum((self._moved(name, value, g) for (name, value), g in pairs if g is not None), zero)
+
+    def _moved(self, name: str, value: Tensor, gradient: Tensor) -> Tensor:
+        moved = gradient.detach() * (value - value.detach())
+        events = self.drawn.model.nodes[name]["fn"].event_dim
+        total = moved.sum(list(range(-events, 0))) if events else moved
+        return self.walk._to_batch(self.drawn, self.drawn.to_batch(total, name))

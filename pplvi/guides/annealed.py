@@ -1,0 +1,252 @@
+"""Guides that anneal: draws start at a base and are moved, kernel by kernel, towards the model.
+
+An annealed guide is an ordinary Pyro guide on the extended space: it samples the values of all levels, those before the
+last as auxiliary sites, and divides by the reverse kernels' densities,
+
+    log q(z[0], ..., z[K]) = log q[0](z[0]) + sum over k of log q[k](z[k] | z[k-1]) - log r[k-1](z[k-1] | z[k]),
+
+so that ``log p - log q`` is the weight of annealed importance sampling, and any objective on one step trains it end to
+end. Walked level by level (:class:`pplvi.annealing.Annealed`) the same kernels are trained by nested objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pplvi.alone import log_density_of
+from pplvi.kernels import Kernel, ResidualKernel, coordinates_of
+from pplvi.paths import GeometricPath, Path, Plan, ProgramPath
+from pplvi.runs import is_subsample
+
+Program = Callable[..., Any]
+
+
+class _Reversed(dist.TorchDistribution):
+    """A distribution whose log density counts negatively: a reverse kernel is divided by, never drawn from."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = True
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.base.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Reversed:
+        return _Reversed(self.base.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -self.base.log_prob(value)
+
+
+class _Level(Messenger):
+    """Give the sites of one level names of their own, and share the plates' indices between levels."""
+
+    def __init__(self, label: str, indices: dict[str, Any]) -> None:
+        super().__init__()
+        self.label, self.indices, self.values = label, indices, dict[str, Tensor]()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg):
+            if msg["name"] in self.indices:  # the first level has drawn them
+                msg["value"], msg["stop"] = self.indices[msg["name"]], True
+        else:
+            self._enter(msg)
+
+    def _enter(self, msg: Any) -> None:
+        msg["infer"] = {**msg["infer"], "_site": msg["name"]}
+        if self.label:
+            msg["name"] = f"_{msg['name']}{self.label}"
+            msg["infer"]["is_auxiliary"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if is_subsample(msg):
+            self.indices[msg["name"]] = msg["value"]
+        else:
+            self.values[msg["infer"].pop("_site")] = msg["value"]
+
+
+class _Backward(_Level):
+    """Score the values of the level before under a reverse kernel, negatively."""
+
+    def __init__(self, label: str, indices: dict[str, Any], given: Mapping[str, Tensor]) -> None:
+        super().__init__(label, indices)
+        self.given = given
+
+    def _enter(self, msg: Any) -> None:
+        if msg["name"] not in self.given:
+            raise ValueError(
+                f"a reverse kernel samples site {msg['name']!r}, but the draws have {sorted(self.given)}: expected the "
+                "model's sites. Sample each of them once."
+            )
+        msg["fn"], msg["value"], msg["is_observed"] = _Reversed(msg["fn"]), self.given[msg["name"]], True
+        super()._enter(msg)
+
+
+@dataclass(frozen=True)
+class _Density:
+    """``log gamma[level]`` for kernels that follow its gradient; copied together with its guide."""
+
+    path: Path
+    level: int
+
+    def __call__(self, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        programs = self.path.programs(self.level)
+        return self.path(self.level, [log_density_of(program, args, kwargs, values) for program in programs])
+
+
+class _Walked(PyroModule):
+    """What annealed guides share: the extended program and its plan."""
+
+    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        """Path and kernels for these arguments of the model."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw from the guide on the extended space; the model's sites are those of the last level."""
+        plan, indices = self.plan(args, kwargs), dict[str, Any]()
+        last = plan.path.num_steps
+        with _Level("_0", indices) as level:
+            plan.initial(*args, **kwargs)
+        for k in range(1, last + 1):
+            previous = level.values
+            with _Level("" if k == last else f"_{k}", indices) as level:
+                plan.forward[k - 1](previous, *args, **kwargs)
+            _check_cover("forward", level.values, previous)
+            with _Backward(f"_{k}_reverse", indices, previous) as backward:
+                plan.reverse[k - 1](level.values, *args, **kwargs)
+            _check_cover("reverse", backward.values, previous)
+        return level.values
+
+
+def _check_cover(kind: str, sampled: Mapping[str, Tensor], sites: Mapping[str, Tensor]) -> None:
+    if sampled.keys() != sites.keys():
+        raise ValueError(
+            f"a {kind} kernel samples {sorted(sampled)}, but the draws have sites {sorted(sites)}: expected the "
+            "model's sites in the base and in every kernel. Sample each of them once."
+        )
+
+
+class AnnealedGuide(_Walked):
+    """Anneal from a base to a model along a geometric path, with kernels that are learned.
+
+    ``num_steps`` transitions between ``num_steps + 1`` targets. Kernels are built for the model's sites on the first
+    run. Under ``Trace_ELBO`` or any objective here it is trained as ordinary variational inference on the extended
+    space; under :class:`pplvi.nested_elbo.NestedELBO` level by level. All levels share the base's subsample indices.
+
+    :param target: the model, with the same arguments as the guide.
+    :param base: a normalised program with the model's latent sites, which is easy to draw from, such as the prior.
+    :param num_steps: number of transitions.
+    :param kernel: builds the kernels of each transition.
+    :param learn_path: train the betas between 0 and 1 (they get a gradient from nested objectives, or from kernels
+        that follow the targets' gradients).
+    :param betas: their initial values; evenly spaced unless given.
+    :param name: prefix of its parameters in the store; two annealed guides in one store need two names.
+    :raises ValueError: for fewer than one step, betas that do not increase, or a model that the kernel cannot move.
+
+    >>> import pyro
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(3.0, 0.5))
+    >>> def base():
+    ...     pyro.sample("z", dist.Normal(0.0, 2.0))
+    >>> guide = AnnealedGuide(model, base, num_steps=3, kernel=ResidualKernel(hidden=8))
+    >>> sorted(guide())
+    ['z']
+    """
+
+    def __init__(
+        self,
+        target: Program,
+        base: Program,
+        num_steps: int,
+        kernel: Kernel | None = None,
+        *,
+        learn_path: bool = False,
+        betas: Sequence[float] | None = None,
+        name: str = "AnnealedGuide",
+    ) -> None:
+        super().__init__(name)
+        self.path = GeometricPath(target, base, num_steps, learn=learn_path, betas=betas)
+        self.kernel = ResidualKernel() if kernel is None else kernel
+        self._built = False
+
+    @property
+    def betas(self) -> Tensor:
+        """The path's betas, ``(num_steps + 1,)``."""
+        return self.path.betas.detach()
+
+    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        """Path and kernels; these are built for the target's sites on the first run."""
+        if not self._built:
+            self._build(args, kwargs)
+        steps = range(1, self.path.num_steps + 1)
+        ahead, back = (tuple(getattr(self, f"{way}_{k}") for k in steps) for way in ("forward", "reverse"))
+        return Plan(self.path, ahead, back)
+
+    def _build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        with poutine.block():  # the look at the model is no part of the guide's run
+            sites = coordinates_of(self.path.programs(self.path.num_steps)[0], args, kwargs)
+        for k in range(1, self.path.num_steps + 1):
+            ahead, back = self.kernel.build(sites, _Density(self.path, k))
+            setattr(self, f"forward_{k}", ahead)
+            setattr(self, f"reverse_{k}", back)
+        self._built = True
+
+
+class NestedGuide(_Walked):
+    """Anneal along the user's own targets with the user's own kernels.
+
+    All are ordinary Pyro programs with the model's site names; kernels get the values to move as first argument.
+
+    :param initial: a normalised program that the first draws come from.
+    :param steps: ``(target, forward, reverse)`` for each transition; the last target is the model.
+    :param name: prefix of the parameters of kernels that are modules.
+    :raises ValueError: without any step; on the first run, for kernels that do not sample the model's sites.
+
+    >>> import pyro
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(3.0, 0.5))
+    >>> def initial():
+    ...     pyro.sample("z", dist.Normal(0.0, 2.0))
+    >>> def kernel(previous):
+    ...     pyro.sample("z", dist.Normal(previous["z"], 1.0))
+    >>> guide = NestedGuide(initial, steps=[(model, kernel, kernel)])
+    >>> sorted(guide())
+    ['z']
+    """
+
+    def __init__(
+        self, initial: Program, steps: Sequence[tuple[Program, Program, Program]], *, name: str = "NestedGuide"
+    ) -> None:
+        super().__init__(name)
+        targets, self._ahead, self._back = [initial], [], []
+        for k, (target, ahead, back) in enumerate(steps, 1):
+            targets.append(target)
+            self._ahead.append(self._own(f"forward_{k}", ahead))
+            self._back.append(self._own(f"reverse_{k}", back))
+        self._path: Path = ProgramPath(tuple(targets))
+
+    def _own(self, name: str, program: Program) -> str | Program:
+        """Kernels that are Pyro modules become parts of the guide, so that their parameters have names of their own."""
+        if not isinstance(program, PyroModule):
+            return program
+        setattr(self, name, program)
+        return name
+
+    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        """The path and the kernels as given."""
+        ahead, back = (
+            tuple(getattr(self, p) if isinstance(p, str) else p for p in ps) for ps in (self._ahead, self._back)
+        )
+        return Plan(self._path, ahead, back)

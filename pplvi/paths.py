@@ -1,0 +1,155 @@
+"""Paths: sequences of unnormalised targets, from one that can be sampled to the one that is wanted.
+
+A path has ``num_steps + 1`` targets ``gamma[0], ..., gamma[num_steps]``. It says which programs are to be scored at the
+draws of a level and how their log densities make up ``log gamma[level]``; who runs the programs is the sampler's
+business, so that each is run once a level, all particles together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+
+Program = Callable[..., Any]
+
+
+class Path(Protocol):
+    """A sequence of targets."""
+
+    @property
+    def num_steps(self) -> int:
+        """Number of transitions."""
+        ...
+
+    def programs(self, level: int) -> tuple[Program, ...]:
+        """Programs whose log densities make up the target of a level."""
+        ...
+
+    def __call__(self, level: int, densities: Sequence[Tensor]) -> Tensor:
+        """``log gamma[level]`` from the log densities of its programs, in nats and of their shape."""
+        ...
+
+
+class GeometricPath(PyroModule):
+    """Geometric path, ``log gamma[k] = (1 - beta[k]) log base + beta[k] log target``, with ``0 = beta[0] < ... <= 1``.
+
+    Learned betas are cumulative sums of a softmax, so that they stay ordered, evenly spaced at first or
+    as in ``betas``.
+    Neal 2001; learned by Zimmermann et al. 2021.
+
+    :param target: the program that is wanted, at ``beta = 1``.
+    :param base: a normalised program with the same latent sites, at ``beta = 0``.
+    :param num_steps: number of transitions; the path has one target more.
+    :param learn: train the betas between the two ends.
+    :param betas: their initial values, increasing, without the two ends; evenly spaced unless given.
+    :raises ValueError: for fewer than one step, or betas that do not increase strictly between 0 and 1.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def base():
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> path = GeometricPath(base, base, num_steps=4)
+    >>> path.betas
+    tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
+    """
+
+    def __init__(
+        self,
+        target: Program,
+        base: Program,
+        num_steps: int,
+        *,
+        learn: bool = False,
+        betas: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        inner = [level / num_steps for level in range(1, num_steps)] if betas is None and num_steps > 0 else betas or ()
+        ends = torch.tensor([0.0, *inner, 1.0])
+        if num_steps < 1 or len(ends) != num_steps + 1 or any(a >= b for a, b in pairwise(ends.tolist())):
+            raise ValueError(
+                f"num_steps={num_steps} and betas={betas}: expected at least one step (two targets), and num_steps - 1 "
+                "betas that increase strictly between 0 and 1."
+            )
+        self.num_steps, self.learn = num_steps, learn
+        self.__dict__["ends"] = target, base  # programs that are modules stay what they are: no part of this one
+        self.logits: Any = PyroParam(ends.diff().log()) if learn else ends.diff().log()
+
+    @property
+    def betas(self) -> Tensor:
+        """``beta[0], ..., beta[num_steps]``."""
+        inner = torch.softmax(self.logits, 0).cumsum(0)[:-1]
+        return torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
+
+    def programs(self, level: int) -> tuple[Program, ...]:
+        """The base at the start, the target at the end, both between."""
+        target, base = self.__dict__["ends"]
+        if level == 0:
+            return (base,)
+        return (target,) if level == self.num_steps else (base, target)
+
+    def forward(self, level: int, densities: Sequence[Tensor]) -> Tensor:
+        """``log gamma[level]`` from the log densities of its programs."""
+        if len(densities) == 1:
+            return densities[0]
+        base, target = densities
+        beta = self.betas[level].to(base)
+        return (1 - beta) * base + beta * target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A path with the kernels of its transitions: what an annealed guide gives to a sampler.
+
+    :ivar forward: ``q[k](z[k] | z[k-1])`` for ``k = 1, ..., num_steps``, called with the previous values first.
+    :ivar reverse: ``r[k-1](z[k-1] | z[k])`` likewise, called with the values that the forward kernel reached.
+    """
+
+    path: Path
+    forward: tuple[Program, ...]
+    reverse: tuple[Program, ...]
+
+    @property
+    def initial(self) -> Program:
+        """The program that the first draws come from."""
+        return self.path.programs(0)[0]
+
+
+@dataclass(frozen=True)
+class ProgramPath:
+    """A path of the user's own programs, one for each target; the first is normalised and can be sampled.
+
+    :param targets: programs with the same latent sites.
+    :raises ValueError: for fewer than two targets.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def normal(scale):
+    ...     return lambda: pyro.sample("z", dist.Normal(0.0, scale))
+    >>> ProgramPath((normal(3.0), normal(2.0), normal(1.0))).num_steps
+    2
+    """
+
+    targets: tuple[Program, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.targets) < 2:
+            raise ValueError(
+                f"a path of {len(self.targets)} targets: expected at least two, one to start from and one to reach."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Number of transitions."""
+        return len(self.targets) - 1
+
+    def programs(self, level: int) -> tuple[Program, ...]:
+        """The level's own program."""
+        return (self.targets[level],)
+
+    def __call__(self, level: int, densities: Sequence[Tensor]) -> Tensor:
+        """``log gamma[level]``: the log density of the level's program."""
+        return densities[0]
