@@ -1,0 +1,266 @@
+"""The unconstrained log density of a Pyro model as a plain function, for guides that optimise or explore it directly.
+
+.. math:: \\ell(u) = \\log p(x, T(u)) + \\log |\\partial T / \\partial u|
+
+``T`` is Pyro's ``biject_to`` at every continuous latent, ``u`` all of them packed into one vector in the order of
+``AutoContinuous``. Rows of ``u`` go through the model in one run, under the particle plate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import sum_rightmost
+from pyro.poutine import runtime
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from pplvi import checks
+from pplvi.environment import preserved_rng
+from pplvi.programs import plain_run
+from pplvi.runs import PARTICLES, Run, Site, is_enumerated, latent_sites, site_plates
+
+CHUNK = 1_000  # rows that go through the model in one call
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where one site lies in the packed vector."""
+
+    name: str
+    transform: Transform
+    batch: tuple[int, ...]
+    event: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.batch, *self.event)
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def constrain(self, u: Tensor, nesting: int | None) -> tuple[Tensor, Tensor]:
+        """Values ``(S, *plates, *event)`` and log Jacobians ``(S,)`` of rows; ``nesting=None`` is one row, plain."""
+        padding = () if nesting is None else (len(u), *(1,) * (nesting - len(self.batch)))
+        unconstrained = u.reshape((*padding, *self.shape))
+        value = self.transform(unconstrained)
+        jacobian = self.transform.log_abs_det_jacobian(unconstrained, value)
+        return value, sum_rightmost(jacobian, jacobian.dim() - (nesting is not None))
+
+
+class _Values(Messenger):
+    """Give latent sites these values."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class UnconstrainedDensity:
+    r"""``log p(x, T(u)) + log |dT/du|`` of a model at fixed arguments, in nats.
+
+    Enumerated sites are summed out. Validation is off inside: a value out of range is a density of ``-inf`` or NaN and
+    no error, so that a line search can go back.
+
+    Args:
+        model: a Pyro model; its latent sites are continuous, or enumerated in parallel.
+        args: positional arguments of the model.
+        kwargs: its keyword arguments.
+        prototype: a model with the same sites that runs without values, such as the model with an ``InitMessenger``;
+            the model itself unless given.
+        vectorize: run all rows in one call of the model; ``False`` runs one after another.
+
+    Raises:
+        ValueError: for subsampled plates, a model without continuous latents, and a density that is not a function of
+            ``u`` alone.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> density = UnconstrainedDensity(lambda: pyro.sample("x", dist.Exponential(1.0)))
+        >>> density(torch.zeros(3, 1))  # x = exp(0): log p = -1, log Jacobian 0
+        tensor([-1., -1., -1.])
+        >>> density.unpack(torch.zeros(2, 1))["x"]
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        prototype: Callable[..., Any] | None = None,
+        vectorize: bool = True,
+    ) -> None:
+        self.model, self.args, self.kwargs, self.vectorize = model, args, dict(kwargs or {}), vectorize
+        self.plain = plain_run(prototype or model, self.args, self.kwargs)
+        _refuse_subsampling(self.plain)
+        sites = {n: s for n, s in latent_sites(self.plain.model).items() if not is_summed(s)}
+        if not sites:
+            raise ValueError("the model has no continuous latent site: expected at least one pyro.sample without obs=.")
+        self.blocks = [_block(name, site) for name, site in sites.items()]
+        self.dim = sum(block.size for block in self.blocks)
+        self.rows, self.gradients = 0, 0
+        first = next(iter(sites.values()))["value"]
+        self.dtype, self.device = first.dtype, first.device
+        self._check_function()
+
+    @property
+    def start(self) -> Tensor:
+        """The packed vector ``(dim,)`` of the prototype's values."""
+        return self.pack({b.name: self.plain.model.nodes[b.name]["value"] for b in self.blocks}).detach()
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Log densities ``(S,)`` of rows ``(S, dim)``; differentiable where autograd is on."""
+        return torch.cat([self._chunk(part) for part in u.split(CHUNK if self.vectorize else 1)])
+
+    def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities ``(S,)`` and their gradients ``(S, dim)``, detached and in float64."""
+        self.gradients += len(u)
+        with torch.enable_grad():
+            leaf = u.detach().to(self.device, self.dtype).requires_grad_()
+            value = self(leaf) + 0.0 * leaf.sum(1)  # a flat density has no graph of its own
+            (gradient,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
+        return value.detach().double(), gradient.double()
+
+    def descent(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`value_and_gradient` of *minus* the log density, for minimisers."""
+        value, gradient = self.value_and_gradient(u)
+        return -value, -gradient
+
+    def hessian(self, u: Tensor) -> Tensor | None:
+        """Hessian ``(dim, dim)`` at ``u``, of shape ``(dim,)``, in float64, from one run over ``dim`` rows; ``None``
+        where the model has no second derivatives."""
+        with torch.enable_grad():
+            leaf = u.detach().to(self.device, self.dtype).expand(self.dim, -1).clone().requires_grad_()
+            try:
+                (gradient,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=True)
+                (rows,) = torch.autograd.grad(gradient.diagonal().sum(), leaf, materialize_grads=True)
+            except RuntimeError:  # some operations of torch are differentiable only once
+                return None
+        return 0.5 * (rows + rows.T).double()
+
+    def unpack(self, u: Tensor) -> dict[str, Tensor]:
+        """Constrained values of the sites, each ``(S, *shape of the site)``, at rows ``(S, dim)``."""
+        return {b.name: b.constrain(part, len(b.batch))[0] for b, part in self._parts(u)}
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The packed vector ``(dim,)`` of constrained values, each of the shape of its site."""
+        parts = [b.transform.inv(values[b.name]).reshape(-1) for b in self.blocks]
+        return torch.cat(parts).to(self.device, self.dtype)
+
+    def largest(self, u: Tensor) -> str:
+        """Name of the site with the largest entry of ``u``, of shape ``(dim,)``."""
+        return max(self._parts(u), key=lambda pair: float(pair[1].abs().max()))[0].name
+
+    def bad_site(self, u: Tensor) -> str | None:
+        """Name of the first site whose value or log density is not finite at ``u``, of shape ``(dim,)``."""
+        with pyro.validation_enabled(False), torch.no_grad():
+            return checks.first_bad_site(self._run(u[None].to(self.device, self.dtype))[0])
+
+    # ------------------------------------------------------------------ parts
+
+    def _parts(self, u: Tensor) -> Iterator[tuple[_Block, Tensor]]:
+        return zip(self.blocks, u.split([b.size for b in self.blocks], -1), strict=True)
+
+    def _run(self, u: Tensor) -> tuple[Run, Tensor]:
+        nesting = None if len(u) == 1 else self.plain.nesting
+        found = {b.name: b.constrain(part, nesting) for b, part in self._parts(u)}
+        values = {name: value for name, (value, _) in found.items()}
+        run = self._run_at(values, len(u))
+        return run, sum((jacobian for _, jacobian in found.values()), u.new_zeros(len(u)))
+
+    def _run_at(self, values: Mapping[str, Tensor], num_rows: int) -> Run:
+        nesting, enumerated = self.plain.nesting, checks.enumerates(self.plain)
+        with ExitStack() as stack:
+            trace = stack.enter_context(poutine.trace())
+            stack.enter_context(_Values(values))
+            if enumerated:
+                stack.enter_context(poutine.enum(first_available_dim=-nesting - (1 if num_rows == 1 else 2)))
+            if num_rows > 1:
+                stack.enter_context(pyro.plate(PARTICLES, num_rows, dim=-nesting - 1))
+            self.model(*self.args, **self.kwargs)
+        return Run(poutine.Trace(), trace.trace, num_rows, nesting, enumerated)
+
+    def _chunk(self, u: Tensor) -> Tensor:
+        self.rows += len(u)
+        try:
+            with pyro.validation_enabled(False):
+                run, jacobian = self._run(u)
+                target = run.log_target().reshape(len(u), -1).sum(1)
+                return target + jacobian
+        except LinAlgError:  # a factorisation inside the model failed, in one row or in all
+            if len(u) == 1:
+                return u.sum(1) * torch.nan
+            return torch.cat([self._chunk(row) for row in u.split(1)])
+
+    @torch.no_grad()
+    def _check_function(self) -> None:
+        with preserved_rng():
+            alone = [self(self.start[None]) for _ in range(3)]
+            found = torch.cat([*alone, *self._together()])
+        if bool(found.isfinite().all()) and not torch.allclose(found, found[:1], rtol=1e-3):
+            raise ValueError(
+                f"the log density of the model is not a function of its latent sites: runs at the same values gave "
+                f"{found.min():.6g} and {found.max():.6g}. Expected every random site to be seen: do not hide sites "
+                "with poutine.block (enumerate discrete ones: pyro.infer.config_enumerate(model)), and draw no random "
+                "numbers outside of pyro.sample; and tensors that broadcast over one more dimension on the left, or "
+                "vectorize=False."
+            )
+
+    def _together(self) -> list[Tensor]:
+        try:
+            return [self(self.start.expand(8, -1)) for _ in range(3)]
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"the model runs alone, but not with several rows in one call: {error}\nExpected tensors that "
+                "broadcast over one more dimension on the left (index dimensions from the right). Rewrite the model "
+                "that way, or pass vectorize=False."
+            ) from error
+
+
+def _block(name: str, site: Site) -> _Block:
+    transform = biject_to(site["fn"].support)
+    batch = tuple(site["fn"].batch_shape)
+    unconstrained = transform.inv(site["value"])
+    return _Block(name, transform, batch, tuple(unconstrained.shape[len(batch) :]))
+
+
+def is_summed(site: Site) -> bool:
+    """Whether a site is, or asks to be, enumerated in parallel."""
+    return is_enumerated(site) or site["infer"].get("enumerate") == "parallel"
+
+
+def _refuse_subsampling(run: Run) -> None:
+    plates = {p for site in run.model.nodes.values() if site["type"] == "sample" for p in site_plates(site)}
+    if names := sorted({p.name for p in plates if p.scale != 1}):
+        raise ValueError(
+            f"the plates {names} are subsampled, so that the log density changes with every minibatch; expected the "
+            "full data. Run without subsample_size, with all data as arguments; train on minibatches afterwards."
+        )
+
+
+@contextmanager
+def outside_of_handlers() -> Iterator[None]:
+    """Run programs as if no trace, plate or other handler were around, whoever calls."""
+    stack, dims = runtime._PYRO_STACK, runtime._DIM_ALLOCATOR._stack
+    before = stack[:], dims[:]
+    stack.clear()
+    dims.clear()
+    try:
+        yield
+    finally:
+        stack[:], dims[:] = before

@@ -1,0 +1,140 @@
+"""What is looked at along a quasi-Newton path: the ELBOs of its Gaussians, and whether there is a posterior at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pplvi.guides._density import CHUNK, UnconstrainedDensity
+from pplvi.guides._gaussians import Gaussian, LocalGaussians, full_gaussian, standard_normal
+from pplvi.guides._lbfgs import Point, Trail
+from pplvi.guides._matching import MOST_DIMENSIONS
+
+_FAR, _DROP = (30.0, 1e3), 3.0  # so many standard deviations away a proper density has fallen by so many nats
+_MOST_AXES = 256
+_LOOK, _PATIENCE = 50, 100  # iterations
+
+
+@dataclass(frozen=True)
+class Path:
+    """What one path found.
+
+    :ivar elbos: ELBO of the local Gaussian at every iterate, nats; ``-inf`` where there is none. With
+        ``exact_hessian`` the Gaussian of the Hessian at the end of a converged path comes last.
+    :ivar log_density: unconstrained log density at the start and at every iterate, nats.
+    :ivar best: index of the chosen iterate in ``elbos``.
+    :ivar reason: why the path ended: ``"converged"``, ``"max_iterations"``, ``"line search"`` (no step goes up), or
+        ``"stopped"`` (its best Gaussian was more than 100 iterations ago).
+    """
+
+    elbos: tuple[float, ...]
+    log_density: tuple[float, ...]
+    best: int
+    reason: str
+
+    @property
+    def elbo(self) -> float:
+        """The best ELBO, in nats; ``-inf`` for a path without a Gaussian."""
+        return self.elbos[self.best] if self.elbos else -math.inf
+
+
+class Scout:
+    """The local Gaussians of one path and their ELBOs, computed as the path goes on."""
+
+    def __init__(self, density: UnconstrainedDensity, history: int, num_draws: int) -> None:
+        self.density, self.local = density, LocalGaussians(history)
+        self.noise = torch.randn(num_draws, density.dim, dtype=torch.float64, device=density.device)
+        self.found: list[Gaussian | None] = []
+        self.elbos: list[float] = []
+        self.hessian: Tensor | None = None
+
+    @property
+    def best(self) -> int:
+        """Index of the best Gaussian so far."""
+        return max(range(len(self.elbos)), key=self.elbos.__getitem__, default=0)
+
+    def is_past(self, trail: Trail) -> bool:
+        """Whether a path has left its best Gaussian far behind: densities without a mode are climbed for ever."""
+        if len(trail.points) % _LOOK:
+            return False
+        self.look(trail)
+        return len(self.elbos) - self.best > _PATIENCE
+
+    def look(self, trail: Trail) -> None:
+        """Judge the points that are new."""
+        self._judge(self.local.advance(trail))
+
+    def finish(self, trail: Trail, *, exact: bool) -> tuple[Path, Gaussian | None]:
+        """The summary of a path that has ended and its best Gaussian, with ``exact`` that of the Hessian among them."""
+        self.look(trail)
+        end = trail.points[-1]
+        if trail.reason == "converged" and self.density.dim <= MOST_DIMENSIONS:
+            self.hessian = self.density.hessian(end.position)
+        if exact and self.hessian is not None:
+            self._judge([_laplace(end, self.hessian)])
+        path = Path(tuple(self.elbos), tuple(-p.value for p in trail.points), self.best, trail.reason)
+        return path, self.found[path.best] if path.elbo > -math.inf else None
+
+    @torch.no_grad()
+    def _judge(self, parts: list[Gaussian | None]) -> None:
+        self.found += parts
+        placed = [part for part in parts if part is not None]
+        size = max(CHUNK // len(self.noise), 1)
+        elbos = iter([e for i in range(0, len(placed), size) for e in self._elbos(placed[i : i + size])])
+        self.elbos += [-math.inf if part is None else next(elbos) for part in parts]
+
+    def _elbos(self, parts: list[Gaussian]) -> list[float]:
+        draws = torch.cat([part.push(self.noise) for part in parts])
+        log_p = self.density(draws.to(self.density.dtype)).double().reshape(len(parts), -1)
+        log_q = torch.stack([standard_normal(self.noise) - part.log_scale for part in parts])
+        return (log_p - log_q).mean(1).nan_to_num(-math.inf, -math.inf, -math.inf).tolist()
+
+
+def _laplace(mode: Point, hessian: Tensor) -> Gaussian | None:
+    """The Gaussian of the exact Hessian, centred where Newton's next step leads to."""
+    inverse, failed = torch.linalg.inv_ex(-hessian)
+    loc = mode.position - inverse @ mode.gradient
+    return None if bool(failed) else full_gaussian(loc, 0.5 * (inverse + inverse.T))
+
+
+@torch.no_grad()
+def check_proper(density: UnconstrainedDensity, part: Gaussian, hessian: Tensor | None, peak: float) -> None:
+    """Refuse a density that has not fallen below its peak far out on the principal axes of a Gaussian or a Hessian.
+
+    Raises:
+        ValueError: with the site in whose direction it has not.
+    """
+    axes = _axes(part) if hessian is None else torch.cat([_axes(part), _axes_of_curvature(part, hessian)])
+    reach = torch.cat([distance * axes for far in _FAR for distance in (far, -far)])
+    rise = (density((part.loc + reach).to(density.dtype)).double() - peak).nan_to_num(-math.inf, math.inf)
+    if bool((rise > -_DROP).any()):
+        worst = int(rise.argmax())
+        raise improper(
+            f"far out, mostly along site {density.largest(reach[worst])!r}, the log density is "
+            f"{float(rise[worst]):+.3g} nats from its best value"
+        )
+
+
+def _axes(part: Gaussian) -> Tensor:
+    """Principal axes ``(n, dim)``, one standard deviation long; in many dimensions those of the low-rank part."""
+    if part.loc.shape[-1] > _MOST_AXES:
+        return part.push(part.basis.T) - part.loc
+    values, vectors = torch.linalg.eigh(part.covariance)
+    return values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.T
+
+
+def _axes_of_curvature(part: Gaussian, hessian: Tensor) -> Tensor:
+    """Eigenvectors of a Hessian, as long as the Gaussian is wide along them; flat directions are among them."""
+    vectors = torch.linalg.eigh(hessian).eigenvectors.T
+    return ((vectors @ part.covariance) * vectors).sum(1).clamp(min=0).sqrt().unsqueeze(-1) * vectors
+
+
+def improper(found: str) -> ValueError:
+    """The error for a posterior that is not proper, as far as one can see."""
+    return ValueError(
+        f"the posterior looks improper, as flat or ever rising densities do: {found}. Expected a density that falls "
+        "off in every direction. Give every latent a proper prior, and check that the data identify them."
+    )
