@@ -13,7 +13,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pplvi.programs import _How, _Supply, _trace
+from pplvi.handlers import Supply
+from pplvi.programs import _How, _trace
 from pplvi.runs import Run, is_enumerated, is_subsample, latent_sites
 
 Program = Callable[..., Any]
@@ -45,7 +46,7 @@ def run_alone(
     tensor([-0.9189, -0.9189])
     """
     how = _How(num_particles, nesting, detach=detach)
-    with how.drawing(), _Supply(values):
+    with how.drawing(), Supply(values):
         trace = _trace(program, args, kwargs, how.particles())
     run = Run(poutine.Trace(), trace, num_particles, nesting)
     latents = latent_sites(trace)
@@ -79,5 +80,5 @@ def log_density_of(
     >>> log_density_of(program, (), {}, {"z": torch.zeros(2)})
     tensor(-1.8379)
     """
-    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), _Supply(values):
+    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Supply(values):
         return torch.as_tensor(poutine.trace(program).get_trace(*args, **kwargs).log_prob_sum())

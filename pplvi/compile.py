@@ -21,7 +21,8 @@ from torch import Tensor
 from pplvi import backends
 from pplvi.arguments import Arguments, Call, as_call, in_runs, stacked
 from pplvi.elbo import ELBO, Loss
-from pplvi.programs import first_bad_site, parameters_of
+from pplvi.handlers import parameters_of
+from pplvi.programs import first_bad_site
 from pplvi.tracing import Untraceable, record
 from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update, late_parameters
 

@@ -1,4 +1,4 @@
-"""Running probabilistic programs: the one module of the inference core that touches ``pyro.poutine``.
+"""Running probabilistic programs: with :mod:`pplvi.handlers`, where the inference core touches ``pyro.poutine``.
 
 A model and a guide are run together, with all particles at once, and leave a :class:`pplvi.runs.Run`: two traces whose
 log densities can be read per particle and per independent element of the data. Draws are detached at the sample site,
@@ -16,18 +16,16 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pplvi import autoguides, checks
 from pplvi.environment import preserved_parameters, preserved_rng
+from pplvi.handlers import Detach, SubsampleRecorder, Supply, Uncondition
 from pplvi.layouts import Layout, recall, remember
 from pplvi.runs import (
     PARTICLES,
     Run,
-    is_delta,
     is_deterministic,
     is_factor,
     is_subsample,
@@ -37,34 +35,6 @@ from pplvi.runs import (
 )
 
 Program = Callable[..., Any]
-
-
-class _Detach(Messenger):
-    """Detach every draw where it is made, so that later sites already see the detached value."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
-            if is_delta(msg) and msg["value"].requires_grad:
-                raise ValueError(
-                    f"site {msg['name']!r} is a deterministic function of parameters, so it has no density at fixed "
-                    "draws: expected a stochastic guide for this objective or estimator. Use an objective with "
-                    "reparameterised draws (estimator=None) or another guide."
-                )
-            msg["value"] = msg["value"].detach()
-
-
-class _Supply(Messenger):
-    """Give the named sample sites these values instead of drawing them."""
-
-    def __init__(self, values: Mapping[str, Tensor], *, but_delta: bool = False) -> None:
-        super().__init__()
-        self.values, self.but_delta = values, but_delta
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if self.but_delta and is_delta(msg):
-            return
-        if not msg["is_observed"] and msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 def execute(
@@ -146,14 +116,6 @@ def guide_run(
     return Run(_run_guide(guide, args, kwargs, how), poutine.Trace(), num_particles, layout.nesting, layout.enumerated)
 
 
-class _Uncondition(UnconditionMessenger):
-    """Draw observed sites; deterministic ones and factors, which Pyro marks as observed too, stay as they are."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not (is_deterministic(msg) or is_factor(msg)):
-            super()._pyro_sample(msg)
-
-
 @dataclass(frozen=True)
 class _How:
     """How to run a pair of programs."""
@@ -176,7 +138,7 @@ class _How:
         return poutine.enum(first_available_dim=-self.nesting - 2 if first else None)
 
     def drawing(self) -> AbstractContextManager[Any]:
-        return _Detach() if self.detach else nullcontext()
+        return Detach() if self.detach else nullcontext()
 
 
 def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> Run:
@@ -185,14 +147,14 @@ def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) 
         return Run(guide_trace, messenger.get_traces()[0], how.num_particles, how.nesting, how.enumerated)
     # Replay goes outside enumeration, which has to see every site before it is replaced.
     around = poutine.replay(trace=guide_trace), how.enumerating(first=False), how.particles()
-    recorder = _SubsampleRecorder()
+    recorder = SubsampleRecorder()
     model_trace = _trace(recorder(model), args, kwargs, *around)
     given = frozenset(recorder.given)
     return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated, given)
 
 
 def _run_guide(guide: Program, args: Any, kwargs: Any, how: _How) -> Trace:
-    with how.drawing(), _Supply(how.values or {}):
+    with how.drawing(), Supply(how.values or {}):
         trace = _trace(guide, args, kwargs, how.enumerating(first=True), how.particles())
     if not isinstance(messenger := poutine.unwrap(guide), GuideMessenger):
         return trace
@@ -213,18 +175,6 @@ def _trace(program: Program, args: Any, kwargs: Any, *contexts: AbstractContextM
     return poutine.trace(run).get_trace()
 
 
-class _SubsampleRecorder(Messenger):
-    """Note the indices that a program passes to its plates by itself (``pyro.plate(..., subsample=...)``)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.given: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if is_subsample(msg) and msg["value"] is not None:
-            self.given[msg["name"]] = msg["value"]
-
-
 @contextmanager
 def isolated() -> Iterator[None]:
     """Run a program for inspection: no gradient, no new parameter in the store (its initial value would depend on who
@@ -243,7 +193,7 @@ def _recording() -> bool:
 
 
 def _given_subsamples(model: Program, args: Any, kwargs: Any) -> dict[str, Tensor]:
-    with isolated(), _SubsampleRecorder() as recorder:
+    with isolated(), SubsampleRecorder() as recorder:
         model(*args, **kwargs)
     return recorder.given
 
@@ -317,8 +267,8 @@ def run_model(
     plain = plain_run(model, args, kwargs)
     enumerated = checks.enumerates(plain) and not sample_observed
     how = _How(num_particles, plain.nesting, enumerated, values=spread(latents or {}, plain))
-    observing = _Uncondition() if sample_observed else nullcontext()
-    with observing, _Supply(how.values or {}):
+    observing = Uncondition() if sample_observed else nullcontext()
+    with observing, Supply(how.values or {}):
         trace = _trace(model, args, kwargs, how.enumerating(first=True), how.particles())
     return Run(poutine.Trace(), trace, num_particles, plain.nesting, enumerated)
 
@@ -329,7 +279,7 @@ def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping
     :raises ValueError: if the dreamed data have no way to reach the guide, or the guide cannot be scored at them.
     """
     layout = _layout(model, guide, args, kwargs)
-    with torch.no_grad(), _Uncondition():
+    with torch.no_grad(), Uncondition():
         model_trace = _trace(model, args, kwargs)
     dreamt = {n: s for n, s in sample_sites(model_trace) if s["infer"].pop("was_observed", False)}
     for site in dreamt.values():
@@ -338,7 +288,7 @@ def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping
     args, kwargs = _with_dreams(model, args, kwargs, dreams)
     values = {name: site["value"] for name, site in latent_sites(model_trace).items()}
     indices: dict[str, Any] = {n: s["value"] for n, s in model_trace.nodes.items() if is_subsample(s)}
-    with _Supply({**indices, **values, **autoguides.auxiliary_values(guide, values)}, but_delta=True):
+    with Supply({**indices, **values, **autoguides.auxiliary_values(guide, values)}, but_delta=True):
         guide_trace = _run_guide(guide, args, kwargs, _How())
     return Run(guide_trace, model_trace, 1, layout.nesting)
 
@@ -369,32 +319,3 @@ def first_bad_site(model: Program, guide: Program, args: tuple[Any, ...], kwargs
     """
     with pyro.validation_enabled(False):
         return checks.first_bad_site(_plain_run(model, guide, args, kwargs))
-
-
-class _Noting(Messenger):
-    """Note the names of the sites that are met."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.names.append(msg["name"])
-
-
-@contextmanager
-def last_site() -> Iterator[list[str]]:
-    """A list that grows by the name of each sample site that is met: its last entry says where a failure was."""
-    with _Noting() as noting:
-        yield noting.names
-
-
-def parameters_of(run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Unconstrained leaf tensors, by name, of every parameter that a computation asks for; random state untouched."""
-    state = pyro.util.get_rng_state()
-    with poutine.trace(param_only=True) as recorder:
-        run()
-    pyro.util.set_rng_state(state)
-    sites: dict[str, Any] = {name: site["value"] for name, site in recorder.trace.nodes.items()}
-    leaves = {name: value.unconstrained() for name, value in sites.items()}
-    return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}

@@ -28,6 +28,7 @@ FLOORS = {
         "environment",
         "seeding",
         "enumeration",
+        "handlers",
         "runs",
         "checks",
         "layouts",
@@ -36,7 +37,7 @@ FLOORS = {
         "programs",
         "draws",
     }
-    | {"layouts", "masks", "reweighting", "alone"},
+    | {"reweighting", "alone"},
     2: {"objectives", "nested", "kernels", "paths"},
     3: {"samplers", "annealing", "guides", "energies"},
     4: {"elbo", "nested_elbo", "arguments", "tracing", "backends", "compile", "updates"},
@@ -48,7 +49,7 @@ FLOORS = {
     9: {"__init__"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-POUTINE_ROOMS = {"programs", "alone", "guides", "energies", "models", "examples"}
+POUTINE_ROOMS = {"handlers", "programs", "alone", "guides", "energies", "models", "examples"}
 
 IMPORT_PROBE = """
 import json, random, sys

@@ -1,0 +1,92 @@
+"""The effect handlers of the inference core: how it looks into programs and steers their draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from torch import Tensor
+
+from pplvi.runs import is_delta, is_deterministic, is_factor, is_subsample
+
+
+class Detach(Messenger):
+    """Detach every draw where it is made, so that later sites already see the detached value."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and isinstance(msg["value"], Tensor):
+            if is_delta(msg) and msg["value"].requires_grad:
+                raise ValueError(
+                    f"site {msg['name']!r} is a deterministic function of parameters, so it has no density at fixed "
+                    "draws: expected a stochastic guide for this objective or estimator. Use an objective with "
+                    "reparameterised draws (estimator=None) or another guide."
+                )
+            msg["value"] = msg["value"].detach()
+
+
+class Supply(Messenger):
+    """Give the named sample sites these values instead of drawing them."""
+
+    def __init__(self, values: Mapping[str, Tensor], *, but_delta: bool = False) -> None:
+        super().__init__()
+        self.values, self.but_delta = values, but_delta
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.but_delta and is_delta(msg):
+            return
+        if not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class Uncondition(UnconditionMessenger):
+    """Draw observed sites; deterministic ones and factors, which Pyro marks as observed too, stay as they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (is_deterministic(msg) or is_factor(msg)):
+            super()._pyro_sample(msg)
+
+
+class SubsampleRecorder(Messenger):
+    """Note the indices that a program passes to its plates by itself (``pyro.plate(..., subsample=...)``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_subsample(msg) and msg["value"] is not None:
+            self.given[msg["name"]] = msg["value"]
+
+
+class _Noting(Messenger):
+    """Note the names of the sites that are met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.names.append(msg["name"])
+
+
+@contextmanager
+def last_site() -> Iterator[list[str]]:
+    """A list that grows by the name of each sample site that is met: its last entry says where a failure was."""
+    with _Noting() as noting:
+        yield noting.names
+
+
+def parameters_of(run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Unconstrained leaf tensors, by name, of every parameter that a computation asks for; random state untouched."""
+    state = pyro.util.get_rng_state()
+    with poutine.trace(param_only=True) as recorder:
+        run()
+    pyro.util.set_rng_state(state)
+    sites: dict[str, Any] = {name: site["value"] for name, site in recorder.trace.nodes.items()}
+    leaves = {name: value.unconstrained() for name, value in sites.items()}
+    return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
