@@ -54,7 +54,7 @@ class Coordinates:
     def read(self, values: Values) -> Tensor:
         """Unconstrained coordinates of the site's value, flat: ``(*batch, size)``."""
         free = self.transform.inv(values[self.name])
-        return free.reshape(*free.shape[: free.dim() - len(self.shape)], self.size)
+        return free.reshape((*free.shape[: free.dim() - len(self.shape)], self.size))
 
     def log_jacobian(self, values: Values) -> Tensor:
         """``log |d value / d coordinates|`` of the site's value, summed over everything."""
@@ -63,7 +63,7 @@ class Coordinates:
 
     def write(self, free: Tensor) -> Tensor:
         """The value of the site at flat unconstrained coordinates."""
-        return self.transform(free.reshape(*free.shape[:-1], *self.shape))
+        return self.transform(free.reshape((*free.shape[:-1], *self.shape)))
 
     def normal(self, mean: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Independent normal in the flat coordinates, as a distribution over the site's values."""

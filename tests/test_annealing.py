@@ -1,6 +1,8 @@
 """Annealed and nested sampling: proper weights, gradients level by level, resampling, batches."""
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from pplvi.annealing import Annealed, Resampling
 from pplvi.elbo import ELBO, ImportanceWeightedELBO, WeightedELBO
+from pplvi.fitting import fit
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
 from pplvi.kernels import LangevinKernel, ResidualKernel
 from pplvi.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL
@@ -570,3 +573,76 @@ def test_draws_without_a_path_are_refused_by_objectives_that_follow_it() -> None
         NestedELBO("reverse_kl", 4).loss_and_grads(model, guide)
     NestedELBO("forward_kl", 4).loss_and_grads(model, guide)  # discrete draws are as good as others
     assert pyro.param("logits").grad is not None
+
+
+# ---------------------------------------------------------------- the rest of the package
+
+
+def conjugate(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def conjugate_base(y: Tensor) -> None:
+    with pyro.plate("data", len(y)):
+        pyro.sample("z", dist.Normal(0.0, 1.2))
+
+
+def test_fit_posterior_and_arviz() -> None:
+    y = torch.tensor([0.5, -1.0, 2.0])
+    fitted = fit(
+        conjugate,
+        lambda model: AnnealedGuide(model, conjugate_base, 2, ResidualKernel(hidden=8, covariance=0.3)),
+        args=(y,),
+        objective=NestedELBO("reverse_kl", 20, resample=0.5),
+        num_steps=150,
+        seed=0,
+        progress=False,
+    )
+    posterior = fitted.posterior(num_draws=2000)
+    log_z, error = posterior.log_evidence
+    exact = torch.distributions.Normal(0.0, 2**0.5).log_prob(y)
+    assert ((log_z - exact).abs() < 4 * error).all()
+    assert (posterior.ess > 400).all()
+    assert set(fitted.to_arviz().posterior.data_vars) == {"z"}
+
+
+def test_constrained_and_local_sites_move_together() -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.Gamma(3.0, 2.0))
+        with pyro.plate("data", 3):
+            pyro.sample("mix", dist.Dirichlet(torch.ones(2) * (1 + scale.unsqueeze(-1))))
+
+    def flat() -> None:
+        pyro.sample("scale", dist.LogNormal(0.3, 0.6))
+        with pyro.plate("data", 3):
+            pyro.sample("mix", dist.Dirichlet(torch.ones(2) * 2.0))
+
+    for kernel in (ResidualKernel(hidden=4, covariance=0.05), LangevinKernel(step_size=0.02)):
+        guide = AnnealedGuide(model, flat, 2, kernel, name=type(kernel).__name__)
+        log_weight = walk(model, guide, count=20_000, routing=LOCAL)[-1].log_weight
+        found, error = logmeanexp(log_weight).exp(), log_weight.exp().std() / len(log_weight) ** 0.5
+        assert abs(float(found) - 1.0) < 4 * float(error) < 0.2
+        NestedELBO("reverse_kl", 5, resample=True).loss_and_grads(model, guide)
+
+
+def test_memory_of_the_levels_does_not_add_up() -> None:
+    """Level by level, the graph that is alive has the size of a level or two, not of the whole walk."""
+    alive, worst = weakref.WeakSet[Any](), {}
+
+    class Probe(IncrementalBound):
+        def __call__(self, step: Step) -> Any:
+            alive.add(step.log_target)
+            self_worst[0] = max(self_worst[0], len(alive))
+            return super().__call__(step)
+
+    for num_steps in (2, 12):
+        self_worst = [0]
+        guide = AnnealedGuide(bimodal, base, num_steps, ResidualKernel(hidden=4), name=f"guide{num_steps}")
+        loss = NestedELBO("avo", 5)
+        loss.objective = Probe()
+        loss.loss_and_grads(bimodal, guide)
+        gc.collect()
+        worst[num_steps] = self_worst[0]
+    assert worst[12] <= worst[2]
