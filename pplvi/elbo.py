@@ -26,7 +26,7 @@ Program = Callable[..., Any]
 
 
 class Loss(PyroELBO):
-    """A Pyro ELBO defined by its differentiable loss. Losses add, and scale by a number: ``a + 0.5 * b``."""
+    """A Pyro ELBO defined by its differentiable loss. Losses add, and scale: ``a + 0.5 * b``, ``sum([a, b]) / 2``."""
 
     monitor: Monitor | None = None
 
@@ -58,13 +58,20 @@ class Loss(PyroELBO):
 
     __rmul__ = __mul__
 
+    def __radd__(self, other: int) -> Loss:
+        return self if other == 0 else NotImplemented  # where sum() starts
+
+    def __truediv__(self, divisor: float) -> Loss:
+        return self * (1.0 / divisor) if isinstance(divisor, int | float) else NotImplemented
+
 
 class _Sum(Loss):
     """A weighted sum of losses, each on draws of its own."""
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
         self.terms = [(w * v, part) for w, loss in terms for v, part in getattr(loss, "terms_of_sum", [(1.0, loss)])]
-        super().__init__(num_particles=max(loss.num_particles for _, loss in self.terms))
+        most = max(loss.num_particles for _, loss in self.terms)
+        super().__init__(num_particles=most, vectorize_particles=all(x.vectorize_particles for _, x in self.terms))
         monitors = {loss.monitor for _, loss in self.terms}
         self.monitor = monitors.pop() if len(monitors) == 1 and all(w > 0 for w, _ in self.terms) else None
 

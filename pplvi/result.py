@@ -13,6 +13,7 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from pplvi.draws import Draws
+from pplvi.elbo import Loss
 from pplvi.export import to_arviz
 from pplvi.posterior import Posterior
 from pplvi.programs import Program
@@ -48,6 +49,9 @@ class Fit:
     :ivar objective: the objective; ``None`` for MCMC.
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
     :ivar seed: the seed of restart 0.
+    :ivar vectorize: whether all draws of a posterior are made in one call of the programs. An objective of
+        :mod:`pplvi.elbo` decides by its ``vectorize_particles``; with another one, or MCMC, set it to ``False`` for
+        programs that allow no such call.
 
     Source: Kucukelbir et al. (2017), "Automatic differentiation variational inference", for the work flow; restarts
     as chains after Gelman & Rubin (1992), "Inference from iterative simulation using multiple sequences".
@@ -80,6 +84,8 @@ class Fit:
     ) -> None:
         self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
+        own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
+        self.vectorize: bool = objective.vectorize_particles if own else True
 
     def __repr__(self) -> str:
         if self.mcmc is not None:
@@ -143,7 +149,7 @@ class Fit:
         restart: int | None = None,
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
-        vectorize: bool = True,
+        vectorize: bool | None = None,
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> Posterior:
@@ -153,7 +159,7 @@ class Fit:
         :param restart: its index; the best unless given.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
-        :param vectorize: draw all at once.
+        :param vectorize: draw all at once, or one after another; :attr:`vectorize` unless given.
         :param chunk_size: draw at most so many at once.
         :param seed: for the draws; by default the seed of the restart.
         :raises ValueError: if the fit had no ``args`` and none are given, or there is no such restart.
@@ -161,7 +167,8 @@ class Fit:
         run = self._run(self.best if restart is None else restart)
         call = self._call(args, kwargs)
         model = ScopedProgram(run.model, run)
-        options: dict[str, Any] = {"vectorize": vectorize, "chunk_size": chunk_size}
+        at_once = self.vectorize if vectorize is None else vectorize
+        options: dict[str, Any] = {"vectorize": at_once, "chunk_size": chunk_size}
         if self.mcmc is not None:
             return Posterior.from_mcmc(self.mcmc, model, *call, **options)
         options["seed"] = run.seed if seed is None else seed

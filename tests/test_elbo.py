@@ -518,6 +518,19 @@ def test_losses_add_and_scale() -> None:
     )
 
 
+def test_losses_sum_and_divide() -> None:
+    assert repr(sum([ELBO(2), ChiELBO(2)]) / 2) == "0.5 * ELBO(num_particles=2) + 0.5 * ChiELBO(num_particles=2)"
+    with pytest.raises(TypeError):
+        1 + ELBO()
+    with pytest.raises(TypeError):
+        ELBO() / ELBO()
+
+
+def test_sums_are_vectorised_where_all_their_terms_are() -> None:
+    assert (ELBO() + ChiELBO(2)).vectorize_particles
+    assert not (ELBO() + ChiELBO(2, vectorize_particles=False)).vectorize_particles
+
+
 def test_sums_report_a_bound_only_where_they_are_one() -> None:
     assert (ELBO() + 2 * RenyiELBO()).monitor == "lower"
     assert (0.5 * ChiELBO()).monitor == "upper"

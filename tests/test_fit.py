@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     AutoNormalMessenger,
 )
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
@@ -669,6 +670,46 @@ def test_predict_and_loo_and_arviz(trained):
     assert data.attrs["objective"] == "ELBO(num_particles=1)"
     assert data.attrs["seed"] == 0
     assert dict(trained.to_arviz(restarts="best", draws="guide").posterior.sizes) == {"chain": 1, "draw": 1000}
+
+
+class Regression(PyroModule):
+    """A model that allows no call with many draws: ``nn.Linear`` transposes its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = PyroModule[torch.nn.Linear](1, 1)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 1]).to_event(2))
+        self.linear.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+    def forward(self, x, y=None):
+        loc = self.linear(x[:, None]).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def test_programs_trained_with_one_draw_a_call_are_looked_at_that_way():
+    objective = pplvi.ELBO(vectorize_particles=False)
+    result = fit(Regression(), AutoNormal, args=(X, Y), objective=objective, num_steps=300, seed=0)
+    assert not result.vectorize
+    assert "k-hat" in result.summary()
+    assert result.to_arviz(num_prior=5).log_likelihood["y"].shape == (1, 1000, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.isfinite(result.loo().elpd_loo)
+        assert np.isfinite(pplvi.compare({"regression": result}).loc["regression", "elpd_loo"])
+    assert result.predict(X, num_samples=9).observed["y"].shape == (9, 8)
+    with pytest.raises(ValueError, match="vectorize=False"):
+        result.posterior(vectorize=True)
+
+
+def test_of_other_objectives_vectorize_is_set_by_hand():
+    result = fit(Regression(), AutoNormal, args=(X, Y), objective=Trace_ELBO(), num_steps=10, seed=0)
+    assert result.vectorize
+    with pytest.raises(ValueError, match="vectorize=False"):
+        result.summary()
+    assert result.posterior(num_draws=3, vectorize=False).num_draws == 3
+    result.vectorize = False
+    assert "k-hat" in result.summary()
 
 
 def test_a_fit_on_minibatches_is_given_the_full_data():
