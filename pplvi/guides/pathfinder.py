@@ -5,31 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoContinuous, init_to_median, init_to_value
-from pyro.infer.autoguide.guides import prototype_hide_fn
-from torch import Tensor
-from torch.distributions import biject_to
+from pyro.infer.autoguide import init_to_median, init_to_value
 
-from pplvi.environment import preserved_rng
-from pplvi.guides._base import ContinuousGuide
-from pplvi.guides._density import UnconstrainedDensity, is_summed, outside_of_handlers
-from pplvi.guides._gaussians import Gaussian, GaussianMixture, stack
+from pplvi.guides._density import UnconstrainedDensity
+from pplvi.guides._found import FoundGuide
+from pplvi.guides._gaussians import Gaussian, stack
 from pplvi.guides._lbfgs import Options, minimise
 from pplvi.guides._matching import match_moments
 from pplvi.guides._scouts import Path, Scout, check_proper, improper
-from pplvi.seeding import random_state
 
 __all__ = ["AutoPathfinder", "Path", "init_to_pathfinder"]
 
-_PARTS = Gaussian._fields
-_TRIES = 100
 
-
-class AutoPathfinder(ContinuousGuide):
+class AutoPathfinder(FoundGuide):
     r"""Pathfinder: the best local Gaussian of each of several quasi-Newton paths, mixed with equal weights.
 
     .. math:: q(z) = \frac1I \sum_{i=1}^I \mathrm{Normal}(z; \mu_i, H_i^{-1}), \qquad
@@ -107,66 +98,15 @@ class AutoPathfinder(ContinuousGuide):
         if isinstance(moment_matching, bool) or not isinstance(moment_matching, int) or moment_matching < 0:
             raise ValueError(f"moment_matching is {moment_matching!r}; expected a number of rounds, 0 for none")
         _check_counts(num_paths=num_paths, history=history, max_iterations=max_iterations, elbo_draws=elbo_draws)
-        if isinstance(init_radius, bool) or not 0 < float(init_radius) < math.inf:
-            raise ValueError(f"init_radius is {init_radius!r}; expected a positive finite number, for example 2.0")
-        super().__init__(model, init_loc_fn=partial(_init_site, init_loc_fn or _init_to_zero))
-        self._model: Any = (self._model[0], model)  # shared by copies, left out by pickle
+        super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._options = _options(history, max_iterations, tolerances or {})
-        self._num_paths, self._elbo_draws, self._init_radius = num_paths, elbo_draws, float(init_radius)
+        self._num_paths, self._elbo_draws = num_paths, elbo_draws
         self._exact_hessian, self._moment_matching = exact_hessian, moment_matching
-        self._init_loc_fn, self._seed, self._vectorize = init_loc_fn, seed, vectorize
         self._paths: tuple[Path, ...] = ()
-        self.num_gradients = self.num_evaluations = 0
 
-    # ------------------------------------------------------------------ running
-
-    def run(self, *args: Any, **kwargs: Any) -> AutoPathfinder:
-        """Search for the posterior given the model's arguments, anew if it ran before.
-
-        Returns:
-            The guide itself.
-
-        Raises:
-            ValueError: see the class.
-        """
-        for name in _PARTS:
-            self._buffers.pop(name, None)
-        self._setup_prototype(*args, **kwargs)
-        return self
-
-    @staticmethod
-    def _prototype_hide_fn(msg: Any) -> bool:
-        return bool(prototype_hide_fn(msg)) or is_summed(msg)
-
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            with preserved_rng(active=self._seed is not None):
-                self._read_model(*args, **kwargs)
-            if "loc" not in self._buffers:  # else its result was loaded by load_state_dict
-                with random_state(self._seed), outside_of_handlers():
-                    self._search(args, kwargs)
-            self._check_size()
-        except BaseException:
-            self.prototype_trace = None  # the next run starts over instead of finding half a guide
-            raise
-
-    @property
-    def _target(self) -> Callable[..., Any]:
-        model: Callable[..., Any] = self._model[1]
-        return model
-
-    def _check_size(self) -> None:
-        if self.loc.shape[-1] != self.latent_dim:
-            raise ValueError(
-                f"this {type(self).__name__} holds a posterior of {self.loc.shape[-1]} unconstrained coordinates, but "
-                f"the model has {self.latent_dim} for these arguments; call guide.run(*args) to fit it to them"
-            )
-
-    def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wrapped, model = self.model, self._target
-        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self._vectorize)
+    def _find(self, density: UnconstrainedDensity) -> Gaussian:
         options = Options(**self._options, precision=torch.finfo(density.dtype).eps)
-        starts = self._starts(density)
+        starts = self._starts(density, self._num_paths)
         scouts = [Scout(density, options.history, self._elbo_draws) for _ in starts]
         trails = minimise(density.descent, starts, options, [scout.is_past for scout in scouts])
         pairs = zip(scouts, trails, strict=True)
@@ -179,90 +119,12 @@ class AutoPathfinder(ContinuousGuide):
         for scout, gaussian in kept.items():
             check_proper(density, gaussian, scout.hessian, peak)
         ordered = [kept[scout] for scout in sorted(kept, key=lambda scout: -scout.elbos[scout.best])]  # best first
-        matched = match_moments(density, stack(ordered), self._moment_matching)
-        for name, value in zip(_PARTS, matched, strict=True):
-            self.register_buffer(name, value.to(density.device, density.dtype))
-        self.num_gradients, self.num_evaluations = density.gradients, density.rows
-
-    def _starts(self, density: UnconstrainedDensity) -> list[Tensor]:
-        starts = torch.stack([self._start(density) for _ in range(self._num_paths)])
-        for _ in range(_TRIES):
-            value, gradient = density.value_and_gradient(starts)
-            bad = ~(value.isfinite() & gradient.isfinite().all(1))
-            if not bool(bad.any()):
-                still = gradient.norm(dim=1) < self._options.get("tol_grad", Options.tol_grad)
-                starts[still] += 0.05 * torch.stack([self._uniform(density) for _ in starts])[still]
-                return list(starts.double())  # from a stationary point there would be no path, and no curvature
-            last = starts[bad][0]
-            starts[bad] = torch.stack([self._start(density) for _ in range(int(bad.sum()))])
-        site = density.bad_site(last)
-        where = f"the first bad site is {site!r}" if site else "every site is finite, but the gradient is not"
-        raise ValueError(
-            f"{type(self).__name__} found no start with a finite log density in {_TRIES} tries; {where}. Expected a "
-            "finite density near the start: look for NaN in the data and values outside of a support, use a smaller "
-            "init_radius, or name a start by init_loc_fn=init_to_value(values={...})."
-        )
-
-    def _uniform(self, density: UnconstrainedDensity) -> Tensor:
-        return self._init_radius * (2 * torch.rand(density.dim, dtype=density.dtype, device=density.device) - 1)
-
-    def _start(self, density: UnconstrainedDensity) -> Tensor:
-        if self._init_loc_fn is None:
-            return self._uniform(density)
-        trace = self.prototype_trace
-        with torch.no_grad():
-            values = {n: self._init_loc_fn(site) for n, site in trace.iter_stochastic_nodes()}  # type: ignore[union-attr]
-        return density.pack(values)
-
-    # ------------------------------------------------------------------ results
+        return match_moments(density, stack(ordered), self._moment_matching)
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """What each path found; empty before the first run and after ``load_state_dict``."""
         return self._paths
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draw every latent site of the model; same arguments as the model. The first call runs the paths."""
-        return AutoContinuous.forward(self, *args, **kwargs)
-
-    def get_posterior(self, *args: Any, **kwargs: Any) -> GaussianMixture:
-        """The mixture over the packed unconstrained latents.
-
-        Raises:
-            ValueError: the guide has not run yet.
-        """
-        return GaussianMixture(self._gaussians)
-
-    @property
-    def _gaussians(self) -> Gaussian:
-        self._need_prototype("density")
-        return Gaussian(*(self._buffers[name] for name in _PARTS))  # type: ignore[arg-type]
-
-    def _latent_draws(self, *args: Any, **kwargs: Any) -> Tensor:
-        mixture = GaussianMixture(self._gaussians)
-        noise = torch.cat(list(self._base_draws()))
-        pairs = torch.arange(len(noise) // 2, device=noise.device) % len(self.loc)  # both of a pair in one component
-        return mixture.transport(noise, pairs.repeat(2))
-
-    def best_values(self) -> dict[str, Tensor]:
-        """Constrained values of the sites at the mean of the Gaussian with the best ELBO.
-
-        Raises:
-            ValueError: the guide has not run yet.
-        """
-        parts = self._gaussians
-        return {name: biject_to(fn.support)(z[0]) for name, fn, z in self._split(parts.loc[:1])}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_init_loc_fn": None}  # without a model it cannot run again
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for (
-            name
-        ) in _PARTS:  # a guide that has not run, or ran with other numbers of paths, takes the shapes it is given
-            if prefix + name in state_dict:
-                self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def init_to_pathfinder(
@@ -297,16 +159,6 @@ def init_to_pathfinder(
     """
     guide = AutoPathfinder(model, **options).run(*args, **(kwargs or {}))
     return init_to_value(values=guide.best_values(), fallback=init_to_median)
-
-
-def _init_site(init: Callable[..., Any], site: Any) -> Any:
-    return site["fn"].sample() if is_summed(site) else init(site)
-
-
-def _init_to_zero(site: Any) -> Tensor:
-    """The value at zero in unconstrained space, which also exists where nothing can be drawn (improper priors)."""
-    transform, fn = biject_to(site["fn"].support), site["fn"]
-    return transform(torch.zeros(transform.inverse_shape(fn.shape()))).expand(fn.shape())
 
 
 def _options(history: int, max_iterations: int, tolerances: Mapping[str, float]) -> dict[str, Any]:
