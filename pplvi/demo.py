@@ -111,7 +111,8 @@ def sample(job: Job) -> Outcome:
     import arviz as az
 
     example = load(job.example)
-    result = fit(example.model, KERNEL, args=example.args, num_steps=job.num_draws, seed=0, progress=False)
+    lengths = {"num_steps": job.num_draws, "num_warmup": job.num_draws // 2}
+    result = fit(example.model, KERNEL, args=example.args, **lengths, seed=0, progress=False)
     data = result.to_arviz(coords=example.coords, dims=example.dims)
     data.to_netcdf(f"{job.stem}.nc")
     draws = result.posterior().draws.latents
