@@ -367,9 +367,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(mode):
         pyro.set_rng_seed(2)
         optim = partial(torch.optim.SGD, lr=1e-3)
         options = {"mode": mode, "schedule": Cosine(60)}
-        return CompiledSVI(
-            eight_schools, AutoNormal(eight_schools), partial(torch.optim.SGD, lr=1e-3), ELBO(), **options
-        )
+        return CompiledSVI(eight_schools, AutoNormal(eight_schools), optim, ELBO(), **options)
 
     whole = start()
     losses = whole.run(60, *SCHOOLS)
