@@ -4,6 +4,8 @@ Each test first shows what Pyro does, so that it fails, and can be dropped, once
 """
 
 import math
+from collections import namedtuple
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -23,11 +25,12 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoIAFNormal, AutoNormal, AutoNormalMessenger
 from pyro.infer.importance import vectorized_importance_weights
-from pyro.optim import Adam
+from pyro.optim import SGD, Adam
 
 import pplvi
 from pplvi.draws import draw, predict
 from pplvi.objectives import ForwardKLDivergence
+from pplvi.optimizers import Update
 from pplvi.samplers import Ancestral
 from pplvi.weights import effective_sample_size, log_evidence, logmeanexp
 
@@ -463,3 +466,66 @@ def test_flows_cache_by_identity_and_stl_still_freezes_them():
         assert float(leaf.grad.view(-1)[position]) == pytest.approx(numeric, rel=1e-4, abs=1e-7)
         checked += 1
     assert checked >= 4
+
+
+# Training.
+
+Pair = namedtuple("Pair", ["loss", "error"])
+
+
+class PairELBO(Trace_ELBO):
+    """A loss with a name for each of its parts."""
+
+    def loss(self, *args):
+        return Pair(super().loss(*args), 0.0)
+
+    def loss_and_grads(self, *args):
+        return Pair(super().loss_and_grads(*args), 0.0)
+
+
+@pytest.mark.parametrize("how", ["step", "evaluate_loss"])
+def test_svi_takes_no_namedtuple(how):
+    """Our losses that have parts (`terms`) still report one float."""
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        getattr(SVI(shallow_model, shallow_guide, Adam({"lr": 0.1}), PairELBO()), how)(Y)
+    for loss in (pplvi.ELBO(2), pplvi.ELBO(2, "exact"), pplvi.ForwardKL(2), pplvi.ELBO() + 0.5 * pplvi.ChiELBO(2)):
+        assert type(getattr(SVI(shallow_model, shallow_guide, Adam({"lr": 0.1}), loss), how)(Y)) is float
+
+
+def slope_model():
+    """The gradient of the loss is (-30, -40): of norm 50."""
+    a, b = (pyro.param(name, torch.tensor(0.0)) for name in "ab")
+    pyro.factor("slope", 30.0 * a + 40.0 * b)
+
+
+def test_pyro_clips_each_parameter_by_itself():
+    """A norm of 5 for all of it is the step (3, 4); Pyro's optimisers make (5, 5) and turn the gradient."""
+    found = []
+    for optim, loss in (
+        (SGD({"lr": 1.0}, {"clip_norm": 5.0}), Trace_ELBO()),
+        (Update(partial(torch.optim.SGD, lr=1.0), schedule=None, clip=5.0), pplvi.ELBO()),
+        (Update(SGD({"lr": 1.0}), schedule=None, clip=5.0), Trace_ELBO()),
+    ):
+        pyro.clear_param_store()
+        SVI(slope_model, lambda: None, optim, loss).step()
+        found.append([pyro.param(name).item() for name in "ab"])
+    assert found[0] == pytest.approx([5.0, 5.0])
+    assert found[1] == found[2] == pytest.approx([3.0, 4.0])
+
+
+def test_a_tensor_outside_the_parameter_store_is_not_trained():
+    """SVI goes on for ever with nothing to train; `fit` and `Update` say that there is nothing."""
+    loc = torch.tensor(0.2, requires_grad=True)
+
+    def guide(y):
+        pyro.sample("z", dist.Normal(loc, 0.9))
+
+    svi = SVI(shallow_model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(Y)
+    assert loc.item() == 0.2
+    with pytest.raises(ValueError, match="nothing to train"):
+        SVI(shallow_model, guide, Update(Adam({"lr": 0.1})), pplvi.ELBO()).step(Y)
+    with pytest.raises(ValueError, match="nothing to train"):
+        pplvi.fit(shallow_model, guide, args=(Y,), num_steps=3, seed=0, progress=False)
+    assert loc.item() == 0.2
