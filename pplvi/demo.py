@@ -111,8 +111,15 @@ def sample(job: Job) -> Outcome:
     import arviz as az
 
     example = load(job.example)
-    lengths = {"num_steps": job.num_draws, "num_warmup": job.num_draws // 2}
-    result = fit(example.model, KERNEL, args=example.args, **lengths, seed=0, progress=False)
+    result = fit(
+        example.model,
+        KERNEL,
+        args=example.args,
+        num_steps=job.num_draws,
+        num_warmup=job.num_draws // 2,
+        seed=0,
+        progress=False,
+    )
     data = result.to_arviz(coords=example.coords, dims=example.dims)
     data.to_netcdf(f"{job.stem}.nc")
     draws = result.posterior().draws.latents
