@@ -62,6 +62,16 @@ def run_alone(
     return run
 
 
+def rescored(run: Run, values: Mapping[str, Tensor]) -> Run:
+    """The same run of a program with other values at its sites, under the distributions that they were drawn from.
+
+    That is the program at these values only if no distribution depends on a site that is changed.
+    """
+    trace = run.model.copy()
+    trace.nodes.update({name: {**trace.nodes[name], "value": value} for name, value in values.items()})
+    return Run(run.guide, trace, run.num_particles, run.nesting)
+
+
 def indices_of(run: Run) -> dict[str, Tensor]:
     """Index draws of the plates of a program that ran alone, to be passed on as ``values``."""
     return {n: s["value"] for n, s in run.model.nodes.items() if is_subsample(s) and s["value"] is not None}

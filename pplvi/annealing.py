@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pplvi.alone import indices_of, run_alone
+from pplvi.alone import indices_of, rescored, run_alone
 from pplvi.objectives import Routing, Step
 from pplvi.paths import Plan
 from pplvi.programs import execute, isolated
@@ -80,8 +80,8 @@ class Annealed:
     """Walk along the path of a guide, ``num_steps`` steps from its first target to the model.
 
     With a guide that has no path this is importance sampling, one step. The model itself is always the last target.
-    Each level runs the forward kernel, the reverse kernel and every program of the level's target once (the kernel
-    twice where its density is frozen), all particles together.
+    Each level runs the forward kernel, the reverse kernel and every program of the level's target once, all particles
+    together (a kernel of several sites twice where its density is frozen).
 
     :param resampling: when and how to resample between levels; never after the last.
     """
@@ -210,7 +210,11 @@ class _Walk:
         return step, _State(live, log_weight, step.log_target)
 
     def _frozen(self, level: int, state: _State, at: Values, paths: _Paths) -> Tensor:
-        density = self._density(self._run(self._kernel(level), {**self.indices, **at}, state.values, complete=True))
+        if len(at) == 1:  # a site whose distribution depends on no other draw of this level is not run again
+            run = rescored(paths.drawn, at)
+        else:
+            run = self._run(self._kernel(level), {**self.indices, **at}, state.values, complete=True)
+        density = self._density(run)
         return density.detach() + paths(density)
 
     def _target(self, level: int, at: Values) -> Tensor:
