@@ -12,11 +12,12 @@ from typing import Any
 
 import pyro
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pplvi import checkpoint
 from pplvi.batches import Batches, Call, OneShot
 from pplvi.checkpoint import PathLike
-from pplvi.environment import Environment, module_of, preserved_rng, rng_state, set_rng_state
+from pplvi.environment import Environment, clone, module_of, preserved_rng, rng_state, set_rng_state
 from pplvi.optimizers import Update
 from pplvi.programs import Program, execute, isolated
 from pplvi.progress import Progress
@@ -38,12 +39,13 @@ class Recipe:
     apart: bool
     environment: Environment
 
-    def build(self) -> tuple[Program, Program]:
-        """Model and guide of one restart.
+    def build(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program]:
+        """Model and guide of one restart, whose modules start from ``initial``, or as they are.
 
         :raises ValueError: if a module cannot be copied.
         """
         model, guide = self._copies() if self.apart else (self.model, self.guide)
+        copy_into(_tensors(model, None if self.makes_guide else guide), initial or {})
         self.environment.move_module(model)
         guide = guide(model) if self.makes_guide else guide
         self.environment.move_module(guide)
@@ -58,6 +60,10 @@ class Recipe:
                 "copy.deepcopy takes, one for each restart. Use restarts=1."
             ) from error
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the modules that the user passed, by role and name."""
+        return _tensors(self.model, None if self.makes_guide else self.guide)
+
     def adopt(self, run: Run) -> None:
         """Copy the parameters and buffers of a restart into the modules that the user passed."""
         for mine, theirs in ((self.model, run.model), (None if self.makes_guide else self.guide, run.guide)):
@@ -66,6 +72,17 @@ class Recipe:
                 values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
                 places = {**dict(target.named_parameters()), **dict(target.named_buffers())}
                 copy_into(places, {name: value for name, value in values.items() if name in places})
+
+
+def _tensors(model: Any, guide: Any) -> dict[str, Tensor]:
+    modules = {"model": module_of(model), "guide": module_of(guide)}
+    return {
+        f"{role}.{name}": value
+        for role, module in modules.items()
+        if module is not None
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+        if not is_lazy(value)  # its first call draws it, with the seed of the restart
+    }
 
 
 @dataclass(frozen=True)
@@ -88,9 +105,9 @@ class Plan:
     resume: PathLike | None = None
     settings: Mapping[str, Any] | None = None
 
-    def programs(self) -> tuple[Program, Program, Any]:
+    def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:
         """Model, guide and objective of one restart; Pyro's objectives remember the first programs that they see."""
-        return *self.recipe.build(), copy.deepcopy(self.objective)
+        return *self.recipe.build(initial), copy.deepcopy(self.objective)
 
 
 def train_restarts(plan: Plan) -> list[Run]:
@@ -152,11 +169,14 @@ class _Session:
         self.runs: list[Run] = []
         self.states: list[dict[str, Any]] = []
         self.signature: dict[str, str] | None = None
+        self.initial: dict[str, Tensor] = content.get("initial", clone(plan.recipe.tensors()))
         if len(content["runs"]) > plan.restarts:
             raise ValueError(
                 f"the checkpoint {fspath(plan.resume or '')!r} holds {len(content['runs'])} restarts, got "
                 f"restarts={plan.restarts}: expected at least as many."
             )
+        if 0 < len(content["runs"]) < plan.restarts:  # the others start where the first did
+            compare(fspath(plan.resume or ""), "modules", shapes(self.initial), shapes(plan.recipe.tensors()))
 
     def go(self) -> None:
         if self.plan.recipe.apart and not self.content["runs"]:
@@ -200,7 +220,9 @@ class _Session:
         start = rng_state()
         environment = self.plan.recipe.environment
         with environment.active():
-            model, guide, objective = self.plan.programs()
+            model, guide, objective = self.plan.programs(
+                self.initial if self.content["runs"] and saved is None else None
+            )
         self.plan.batches.start(index, seed)
         return Run(index, model, guide, environment, seed), objective, start
 
@@ -239,7 +261,7 @@ class _Session:
     def _description(self, trainer: Trainer) -> dict[str, Any]:
         if self.signature is None:
             self.signature = signature(trainer.run, trainer.call)
-        return {"model": self.signature, "settings": dict(self.plan.settings or {})}
+        return {"model": self.signature, "settings": dict(self.plan.settings or {}), "initial": self.initial}
 
     def _check_same(self, run: Run, call: Call, saved: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another model, guide, objective, optimiser or data."""

@@ -1,5 +1,6 @@
 """``fit``: equal to Pyro's own loop, restarts apart, resumed to the bit, and clear about what it cannot do."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
 from pplvi import checkpoint
-from pplvi.environment import rng_state
+from pplvi.environment import Environment, rng_state
 
 Y = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, -2.0, 1.5, 0.0])
 X = torch.linspace(-1.0, 1.0, 8)
@@ -441,6 +442,44 @@ def test_resume_of_a_module_with_buffers_and_constraints(tmp_path, restarts):
     check_resume(tmp_path / "run.pt", options, 13, restarts - 1, program=net)
 
 
+def interrupted_net(path, methods=False):
+    """Two restarts of a module, from two states of the random numbers, interrupted in the first restart."""
+    options = {"seed": 1, "restarts": 2, "num_steps": 12, "checkpoint_every": 5}
+    pyro.set_rng_seed(3)
+    first, second = (Amortised() if methods else Net() for _ in range(2))
+    data = (Y,) if methods else (X, Y)
+
+    def run(module, **more):
+        programs = (module.model, module.guide) if methods else (module, AutoNormal)
+        return fit(*programs, args=data, **options, **more)
+
+    whole = run(copy.deepcopy(first))
+    run(first, checkpoint=path, callbacks=interrupted_at(7))
+    return whole, second, partial(run, checkpoint=path, resume=path)
+
+
+@pytest.mark.parametrize("methods", [False, True])
+def test_restarts_not_yet_begun_start_from_the_modules_of_the_first_call(tmp_path, methods):
+    whole, other, resume = interrupted_net(tmp_path / "run.pt", methods)
+    resumed = resume(other)
+    assert (resumed.losses == whole.losses).all()
+    for first, second in zip(resumed.params, whole.params, strict=True):
+        assert_same(first, second)
+
+
+def test_modules_survive_two_interruptions(tmp_path):
+    whole, other, resume = interrupted_net(tmp_path / "run.pt")
+    resume(other, callbacks=interrupted_at(10))
+    assert (resume(Net()).losses == whole.losses).all()
+
+
+def test_restarts_not_yet_begun_need_modules_of_the_same_shape(tmp_path):
+    _, other, resume = interrupted_net(tmp_path / "run.pt")
+    other.register_buffer("extra", torch.zeros(2))
+    with pytest.raises(ValueError, match=r"its modules differ: model.extra: none in the file"):
+        resume(other)
+
+
 def test_resume_with_monitor_and_stop(tmp_path):
     from pplvi.stopping import Plateau
 
@@ -583,11 +622,47 @@ def test_dtype_is_for_the_run_and_its_posterior_only():
         fit(model, AutoNormal, args=(Y,), dtype=torch.int64)
 
 
-def test_device_is_set_for_the_run(monkeypatch):
+def test_device_is_set_inside_and_put_back():
+    environment = Environment(device="meta")
+    with environment.active():
+        assert torch.zeros(2).device.type == "meta"
+    with pytest.raises(KeyError), environment.active():
+        raise KeyError
+    assert torch.zeros(2).device.type == "cpu"
+
+
+def test_device_moves_data_wherever_they_are_and_modules():
+    environment, net = Environment(torch.float64, "meta"), Net()
+    args, kwargs = environment.move(((Y, [X, {"n": 3}]), {"pair": (torch.arange(2), None)}))
+    assert [t.device.type for t in (args[0], args[1][0], kwargs["pair"][0])] == ["meta"] * 3
+    assert (args[0].dtype, kwargs["pair"][0].dtype) == (torch.float64, torch.int64)
+    assert (args[1][1], kwargs["pair"][1]) == ({"n": 3}, None)
+    environment.move_module(net.forward)
+    assert {value.device.type for value in (*net.parameters(), *net.buffers())} == {"meta"}
+
+
+def device_mode():
+    """The device that ``with torch.device(...)`` has set; ``torch.get_default_device`` cannot tell "cpu" from none."""
+    stack = torch.overrides._get_current_function_mode_stack()
+    return next((mode.device.type for mode in stack if isinstance(mode, torch.utils._device.DeviceContext)), None)
+
+
+def test_fit_runs_its_programs_and_posterior_on_its_device(monkeypatch):
+    """No other device is here, so that what a run moves is written down on the way."""
+    moved, move = [], Environment._move
+    monkeypatch.setattr(Environment, "_move", lambda self, x: moved.append((self.device, x.shape)) or move(self, x))
     seen = []
-    callback = lambda run: seen.append(torch.get_default_device())  # noqa: E731
-    fit(model, AutoNormal, args=(Y,), num_steps=2, device="cpu", callbacks=[callback])
-    assert seen == [torch.device("cpu")] * 2
+
+    def own(y):
+        seen.append(device_mode())
+        model(y)
+
+    result = fit(own, AutoNormal, kwargs={"y": Y}, num_steps=2, device="cpu")
+    result.posterior(num_draws=2)
+    assert len(moved) >= 2
+    assert set(moved) == {("cpu", Y.shape)}
+    assert set(seen) == {"cpu"}
+    assert device_mode() is None
 
 
 @pytest.mark.parametrize(
