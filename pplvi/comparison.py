@@ -70,8 +70,7 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
     """
     import pandas
 
-    if not fits:
-        raise ValueError("there is nothing to compare; expected fits or posteriors by name: {'flow': fit}.")
+    _check_names(fits)
     posteriors = {name: _posterior(name, fit) for name, fit in fits.items()}
     _check_data(posteriors)
     scores = {name: _loo(name, each, var_name) for name, each in posteriors.items() if _has_loo(each)}
@@ -80,6 +79,16 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
     order = [*ranked.index, *(name for name in fits if name not in scores)]
     table = ranked.reindex(order).join(pandas.DataFrame.from_dict(rows, orient="index"))
     return table.astype({"rank": "Int64", "warning": "boolean"})
+
+
+def _check_names(fits: Any) -> None:
+    if not isinstance(fits, Mapping):
+        raise ValueError(
+            f"fits is a {type(fits).__name__}; expected a dictionary of fits or posteriors by name. Name them: "
+            "{'flow': fit, 'normal': other}."
+        )
+    if not fits:
+        raise ValueError("there is nothing to compare; expected fits or posteriors by name: {'flow': fit}.")
 
 
 def _posterior(name: str, fit: Any) -> Posterior:

@@ -93,6 +93,8 @@ def _site(draws: Draws, var_name: str | None) -> str:
     names = sorted(draws.log_likelihood)
     if var_name is None and len(names) == 1:
         return names[0]
+    if var_name is None and names:
+        raise ValueError(f"several observed sites {names}, and leave-one-out is of one at a time: pass var_name.")
     if var_name not in names:
         raise ValueError(
             f"var_name={var_name!r} names no observed site with a log likelihood; expected one of {names}. "
