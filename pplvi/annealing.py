@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pplvi.alone import indices_of, rescored, run_alone
+from pplvi.invariant import Frame, InvariantMove
 from pplvi.objectives import Routing, Step
 from pplvi.paths import Plan
 from pplvi.programs import execute, isolated
@@ -130,8 +131,10 @@ def _layout(model: Program, guide: Any, args: Any, kwargs: Any) -> tuple[int, fr
     """How deep plates nest, and the names of those common to all sites, from one run on the extended space."""
     with suppress(KeyError, TypeError):
         return _LAYOUTS[guide][model]
+    plan = guide.plan(args, kwargs)
+    invariant = any(isinstance(kernel, InvariantMove) for kernel in plan.forward)
     with isolated():
-        run = execute(model, guide, args, kwargs)
+        run = execute(model, plan.initial if invariant else guide, args, kwargs)
     found = run.nesting, frozenset(plate.name for plate in run.batch)
     with suppress(TypeError):
         _LAYOUTS.setdefault(guide, WeakKeyDictionary())[model] = found
@@ -182,6 +185,8 @@ class _Walk:
         return _State(self._draws(run), torch.zeros_like(log_density), log_density)
 
     def _move(self, level: int, state: _State) -> tuple[Step, _State]:
+        if isinstance(kernel := self._kernel(level), InvariantMove):
+            return self._move_invariantly(level, state, kernel)
         drawn = self._run(self._kernel(level), self.indices, state.values, detach=self.routing.detach)
         live = self._draws(drawn)
         self._check_cover(live, state.values)
@@ -201,6 +206,32 @@ class _Walk:
             subsampled=tuple(sorted(self.subsampled)),
         )
         return self._weighted(step, live)
+
+    def _move_invariantly(self, level: int, state: _State, kernel: InvariantMove) -> tuple[Step, _State]:
+        """Weight draws for the level's target where they are, then move them under it."""
+        here, zero = self._target(level, state.values), torch.zeros_like(state.log_weight)
+        log_weight = (state.log_weight + here - state.log_density).detach()
+        step = Step(
+            state.log_weight,
+            log_weight,
+            here,
+            here,
+            zero,
+            state.log_density,
+            zero,
+            scale=self.scale,
+            subsampled=tuple(sorted(self.subsampled)),
+        )
+        frame = Frame(lambda values: self._target(level, dict(values)), self._total, self._align)
+        moved = kernel.move(state.values, frame)
+        return step, _State(moved, log_weight, self._target(level, moved))
+
+    def _total(self, tensor: Tensor, events: int) -> Tensor:
+        """Sum over event dimensions and all plates outside the batch."""
+        tensor = tensor.sum(list(range(-events, 0))) if events else tensor
+        tensor = tensor.reshape((1,) * (self.nesting + 1 - tensor.dim()) + tuple(tensor.shape))
+        summed = [dim for dim in range(-self.nesting, 0) if dim not in self.dims]
+        return tensor.sum(summed) if summed else tensor
 
     def _weighted(self, step: Step, live: Values) -> tuple[Step, _State]:
         log_weight = step.log_weight_in + step.log_increment
@@ -273,10 +304,14 @@ class _Walk:
 
     def _take(self, value: Tensor, chosen: Tensor) -> Tensor:
         """Particles of a site's value, each batch element by its own indices."""
-        sizes = dict(zip(self.dims, chosen.shape[1:], strict=True))
-        events = value.dim() - self.nesting - 1
-        shape = [len(chosen), *(sizes.get(dim, 1) for dim in range(-self.nesting, 0)), *[1] * events]
-        return torch.take_along_dim(value, chosen.reshape(shape).expand_as(value), 0)
+        return torch.take_along_dim(value, self._align(chosen, value.dim() - self.nesting - 1).expand_as(value), 0)
+
+    def _align(self, tensor: Tensor, events: int) -> Tensor:
+        """Give a tensor ``(num_particles, *batch)`` the dimensions of a site's value."""
+        sizes = dict(zip(self.dims, tensor.shape[1:], strict=True))
+        particles = [] if len(tensor) == 1 else [len(tensor)]  # one particle runs programs without a dimension for it
+        shape = [*particles, *(sizes.get(dim, 1) for dim in range(-self.nesting, 0)), *[1] * events]
+        return tensor.reshape(shape)
 
 
 def _without_path(sites: Mapping[str, Any]) -> list[str]:

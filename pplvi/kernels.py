@@ -57,9 +57,9 @@ class Coordinates:
         return free.reshape((*free.shape[: free.dim() - len(self.shape)], self.size))
 
     def log_jacobian(self, values: Values) -> Tensor:
-        """``log |d value / d coordinates|`` of the site's value, summed over everything."""
+        """``log |d value / d coordinates|`` of the site's value, of its batch shape."""
         free = self.transform.inv(values[self.name])
-        return self.transform.log_abs_det_jacobian(free, values[self.name]).sum()
+        return self.transform.log_abs_det_jacobian(free, values[self.name])
 
     def write(self, free: Tensor) -> Tensor:
         """The value of the site at flat unconstrained coordinates."""
@@ -284,6 +284,6 @@ def log_density_gradient(
     with torch.enable_grad():
         points = {name: x if live and x.requires_grad else x.detach().requires_grad_() for name, x in free.items()}
         values = {site.name: site.write(points[site.name]) for site in sites}
-        total = log_density(values) + sum(site.log_jacobian(values) for site in sites)
+        total = log_density(values) + sum(site.log_jacobian(values).sum() for site in sites)
         gradients = torch.autograd.grad(total, list(points.values()), create_graph=live)
     return dict(zip(points, gradients, strict=True))

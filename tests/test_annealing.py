@@ -22,6 +22,7 @@ from pplvi.kernels import LangevinKernel, ResidualKernel
 from pplvi.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.nested_elbo import NestedELBO
 from pplvi.objectives import RenyiBound, Routing, Step
+from pplvi.programs import execute
 from pplvi.samplers import Request
 from pplvi.weights import logmeanexp
 
@@ -646,3 +647,37 @@ def test_memory_of_the_levels_does_not_add_up() -> None:
         gc.collect()
         worst[num_steps] = self_worst[0]
     assert worst[12] <= worst[2]
+
+
+def test_score_functions_leave_reverse_densities_alone() -> None:
+    """The reverse kernel's value was drawn by another kernel: its density is no density of a draw."""
+    run = execute(final_target, learned_guide(), (), {}, num_particles=5, detach=True)
+    densities = run.log_probs(run.guide)
+    drawn = [density for name, density in densities.items() if not name.endswith("reverse")]
+    assert len(drawn) == len(densities) - 2 == 3
+    torch.testing.assert_close(run.log_score(detached=True), torch.stack(drawn).sum(0))
+
+
+@pytest.mark.parametrize("loss", [ELBO(2000, estimator="score"), ELBO(500, estimator="vimco")], ids=str)
+def test_estimators_of_the_extended_bound_agree(loss: ELBO) -> None:
+    guide = learned_guide()
+    names = ["shift_2", "rho_1", "rho_2"]
+    exact = torch.stack(gradients(ELBO(20_000), final_target, guide, names))
+    found = []
+    for seed in range(30):
+        pyro.set_rng_seed(seed)
+        for name in names:
+            pyro.param(name).unconstrained().grad = None
+        loss.loss_and_grads(final_target, guide)
+        found.append(torch.stack([pyro.param(name).unconstrained().grad for name in names]))
+    estimates = torch.stack(found)
+    error = estimates.std(0) / len(found) ** 0.5
+    assert ((estimates.mean(0) - exact).abs() < 4 * error + 0.08).all(), (estimates.mean(0), exact, error)
+
+
+def test_nested_elbo_is_a_torch_module() -> None:
+    guide = AnnealedGuide(bimodal, base, 2, ResidualKernel(hidden=3))
+    guide()
+    module = NestedELBO("reverse_kl", 6, resample=True)(bimodal, guide)
+    module().backward()
+    assert all(parameter.grad is not None for parameter in guide.parameters())

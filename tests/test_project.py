@@ -38,7 +38,7 @@ FLOORS = {
         "draws",
     }
     | {"reweighting", "alone"},
-    2: {"objectives", "nested", "kernels", "paths"},
+    2: {"objectives", "nested", "kernels", "invariant", "paths"},
     3: {"samplers", "annealing", "guides", "energies"},
     4: {"elbo", "nested_elbo", "arguments", "tracing", "backends", "compile", "updates"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
