@@ -13,7 +13,7 @@ from pplvi.guides._gaussians import Gaussian, GaussianMixture, full_gaussian, st
 from pplvi.weights import effective_sample_size, log_evidence, normalize, pareto_smooth
 
 MOST_DIMENSIONS = 100
-_ENOUGH = 5  # effective draws for each dimension, below which the weights are tempered
+_ENOUGH = 20  # effective draws for each dimension, below which the weights are tempered
 
 
 class _Judged(NamedTuple):
@@ -62,7 +62,7 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int) -
 
 def _judge(density: UnconstrainedDensity, parts: Gaussian) -> _Judged:
     mixture = GaussianMixture(parts, validate_args=False)
-    draws = mixture.sample((min(max(100 * density.dim, 1000), 10_000),))
+    draws = mixture.sample((min(max(200 * density.dim, 1000), 10_000),))
     log_weight = density(draws.to(density.dtype)).double() - mixture.log_prob(draws)
     log_weight = log_weight.nan_to_num(-math.inf, -math.inf, -math.inf)
     smoothed, _ = pareto_smooth(log_weight)
