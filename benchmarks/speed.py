@@ -4,7 +4,8 @@ Every way of training takes the same steps (Adam, the same model, guide and numb
 own with one thread. CPU and wall time of a step are medians over chunks; compilation is the first call, with an empty
 cache of inductor (cold) and again with the one that it left (warm), compilers' processes included in the CPU time.
 "Converged" is the wall time from the call to the first step at which the ELBO is within 0.1 nat of the family's best.
-NumPyro takes part where it is installed (pip install -c constraints.txt -e '.[bench]'). The annealing ring joins with the annealed guides.
+NumPyro takes part where it is installed (pip install -c constraints.txt -e '.[bench]'). The annealing ring joins with
+the annealed guides.
 
     python benchmarks/speed.py --out speed.json --data ../shared/data/targets/ionosphere.npz
 """

@@ -23,7 +23,7 @@ from pplvi.optimizers import OptimLike, Update
 from pplvi.rates import Schedule
 from pplvi.restarts import Plan, Recipe, best_of, publish, scratch, train_restarts
 from pplvi.result import Fit
-from pplvi.stepping import CompiledUpdate
+from pplvi.stepping import CompiledUpdates
 from pplvi.stopping import Plateau
 from pplvi.training import Monitor, Program, Run, Watch
 
@@ -138,6 +138,7 @@ def fit(
         >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
         ((2, 400), 1.9)
     """
+    _check_model(model)
     args, kwargs = _check_call(args, kwargs)
     _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
     _check_seed(seed, restarts)
@@ -159,7 +160,7 @@ def fit(
     if compile is not False:
         own_loss(objective)
     options = (optim, steps, schedule, clip)
-    make_update = partial(Update, *options) if compile is False else partial(CompiledUpdate, *options, mode=compile)
+    make_update = partial(Update, *options) if compile is False else CompiledUpdates(*options, mode=compile)
     plan = Plan(
         recipe,
         objective,
@@ -251,8 +252,6 @@ def _named_monitor(monitor: Any, held_back: Any, environment: Environment) -> Mo
 
 
 def _recipe(model: Program, guide: Any, batches: Batches, restarts: int, environment: Environment) -> Recipe:
-    if not callable(model):
-        raise ValueError(f"model={model!r}: expected a Pyro program, that is a callable with pyro.sample statements.")
     if isinstance(guide, str) or not callable(guide):
         raise ValueError(
             f"guide={guide!r}: expected a guide class such as pyro.infer.autoguide.AutoNormal or pplvi.AutoFlow, a "
@@ -326,6 +325,16 @@ def _check_loss(loss: Any, name: str) -> Any:
     if isinstance(loss, type) or not (isinstance(loss, PyroELBO) or callable(loss)):
         raise ValueError(f"{name}={loss!r}: expected a loss such as pplvi.ELBO(), or pyro.infer.Trace_ELBO().")
     return loss
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, type):
+        raise ValueError(
+            f"model={model.__name__}: expected a Pyro program, got a class. Model and guide may be swapped: "
+            "fit(model, guide). Of a module, pass an instance."
+        )
+    if not callable(model):
+        raise ValueError(f"model={model!r}: expected a Pyro program, that is a callable with pyro.sample statements.")
 
 
 def _check_call(args: Any, kwargs: Any) -> Call:

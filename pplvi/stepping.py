@@ -66,6 +66,25 @@ class CompiledUpdate(Update):
                 part.load_state_dict(state[name])
 
 
+class CompiledUpdates:
+    """Makes the update of each restart; what ``"auto"`` has come to in one restart holds for the next.
+
+    :param options: of :class:`CompiledUpdate`.
+    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
+    """
+
+    def __init__(self, *options: Any, mode: Mode) -> None:
+        self.options, self.mode = options, mode
+        self.last: CompiledUpdate | None = None
+
+    def __call__(self) -> CompiledUpdate:
+        """A new update."""
+        if self.last is not None and self.last.svi is not None:
+            self.mode = self.last.svi.mode
+        self.last = CompiledUpdate(*self.options, mode=self.mode)
+        return self.last
+
+
 class CompiledStep:
     """What the training loop calls: one step, or :meth:`many`."""
 

@@ -12,7 +12,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, config_enumerate
+from pyro.infer import (
+    SVI,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
@@ -272,7 +279,7 @@ def inductor_noise():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("subsampling", torch.float32), ("flow", torch.float64), ("hidden Markov", torch.float64)],
+    [("subsampling", torch.float32), ("flow", torch.float64), ("enumeration", torch.float64)],
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_compiled_steps_equal_eager_ones(name, dtype, inductor_noise):
@@ -712,7 +719,16 @@ class Mine(Trace_ELBO):
     """A subclass may change anything."""
 
 
-@pytest.mark.parametrize("loss", [TraceGraph_ELBO(), Mine(), pyro.infer.JitTrace_ELBO(), pyro.infer.RenyiELBO()])
+OTHERS = [
+    TraceGraph_ELBO(),
+    Mine(),
+    pyro.infer.JitTrace_ELBO(),
+    pyro.infer.RenyiELBO(),
+    pyro.infer.TraceMeanField_ELBO(),
+]
+
+
+@pytest.mark.parametrize("loss", OTHERS, ids=lambda loss: type(loss).__name__)
 def test_other_losses_are_refused(loss):
     with pytest.raises(ValueError, match=f"{type(loss).__name__} branches on values"):
         CompiledSVI(nested, AutoNormal(nested), SGD, loss)
