@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pplvi.groups import name_of, quality
-from pplvi.posterior import Posterior
+from pplvi.groups import quality
+from pplvi.posterior import Posterior, name_of
 from pplvi.schema import equal
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
 def _check_names(fits: Any) -> None:
     if not isinstance(fits, Mapping):
         raise ValueError(
-            f"fits is a {type(fits).__name__}; expected a dictionary of fits or posteriors by name. Name them: "
+            f"fits has type {type(fits).__name__}; expected a dictionary of fits or posteriors by name. Name them: "
             "{'flow': fit, 'normal': other}."
         )
     if not fits:

@@ -60,6 +60,11 @@ class Draws:
     factors: frozenset[str]
     random: bool = True
 
+    def __repr__(self) -> str:
+        fields = ("latents", "deterministics", "observed")
+        shapes = {field: {n: tuple(v.shape) for n, v in getattr(self, field).items()} for field in fields}
+        return f"Draws({', '.join(f'{field}={shown}' for field, shown in shapes.items() if shown)})"
+
     @property
     def num_draws(self) -> int:
         """Number of draws ``S``."""

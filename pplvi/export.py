@@ -78,6 +78,11 @@ def to_arviz(
     optimization                  ``loss``, ``(chain, step)``
     ============================  =========================================================================
 
+    Masked observations keep their place in ``log_likelihood``, with zeros: ArviZ's schema has none for elements that
+    are not there. Plain ``az.loo`` takes them for observations of density 1: that leaves ``elpd_loo`` and ``p_loo`` as
+    they are, but changes ``n_data_points`` and ``se`` and gives them an infinite Pareto k, with a warning.
+    :meth:`pplvi.Posterior.loo` leaves them out.
+
     The plates are named dimensions; what follows them is named by ``dims`` or ``<variable>_dim_<i>``. Dimensions of a
     constant are named after the plates of a site if its shape begins with theirs.
 
@@ -162,6 +167,10 @@ def _posteriors(source: Any, model: Any, args: tuple[Any, ...], kwargs: Any) -> 
         raise ValueError(
             "model, args and kwargs describe an MCMC run, and a posterior has its own; expected none of them. Give the "
             "full data to the posterior: Posterior(model, guide, args), or fit.posterior(args=args)."
+        )
+    if hasattr(source, "posteriors"):
+        raise ValueError(
+            "source is a fit; expected its posteriors. Call fit.to_arviz(), which adds losses and settings."
         )
     found = [source] if isinstance(source, Posterior) else source
     if not isinstance(found, Sequence) or not found or not all(isinstance(each, Posterior) for each in found):

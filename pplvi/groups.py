@@ -18,7 +18,7 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from pplvi.draws import Draws, predict, score
-from pplvi.posterior import Posterior
+from pplvi.posterior import Posterior, name_of
 from pplvi.reweighting import align
 from pplvi.runs import Plate
 from pplvi.schema import SAMPLE, Group, Groups, Names, equal, stack, to_numpy
@@ -217,9 +217,3 @@ def quality(posterior: Posterior) -> dict[str, float]:
         "log_evidence": evidence.value,
         "log_evidence_error": evidence.error,
     }
-
-
-def name_of(program: Any) -> str:
-    """What a reader calls a model or guide: the name of the function or of the class."""
-    program = inspect.unwrap(program)
-    return str(getattr(program, "__name__", type(program).__name__))

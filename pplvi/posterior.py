@@ -9,7 +9,9 @@ weights of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +48,8 @@ class Posterior(WeightedDraws):
             unless given.
 
     Raises:
-        ValueError: if the model has no latent sites, if model and guide do not fit together, or if ``num_draws``
-            or ``chunk_size`` is below 1, or if several runs would draw different minibatches.
+        ValueError: if ``args`` is no tuple, if the model has no latent sites, if model and guide do not fit together,
+            if ``num_draws`` or ``chunk_size`` is below 1, or if several runs would draw different minibatches.
 
     References:
         Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
@@ -76,6 +78,7 @@ class Posterior(WeightedDraws):
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> None:
+        _check_call(args, kwargs)
         self._remember(model, guide, args, kwargs, vectorize)
         chunks = _chunks(num_draws, chunk_size)
         with random_state(seed):
@@ -115,7 +118,7 @@ class Posterior(WeightedDraws):
             A posterior of ``num_chains * num_samples`` draws, one chain after another.
 
         Raises:
-            ValueError: if the run has no draws.
+            ValueError: if the run has no draws, or ``args`` is no tuple.
 
         References:
             Hoffman and Gelman 2014, The No-U-turn sampler, for the sampler that is mostly meant.
@@ -131,6 +134,7 @@ class Posterior(WeightedDraws):
             >>> Posterior.from_mcmc(mcmc, model, (torch.tensor(0.5),)).log_p.shape
             torch.Size([20])
         """
+        _check_call(args, kwargs)
         chains = mcmc.get_samples(group_by_chain=True)
         if not chains:
             raise ValueError("the MCMC run has no draws: expected a finished run. Call mcmc.run(...) first.")
@@ -141,6 +145,10 @@ class Posterior(WeightedDraws):
         bounds = _chunks(num_chains * length, chunk_size)
         super(Posterior, self).__init__(stack(self._score(latents, *b) for b in bounds), num_chains=num_chains)
         return self
+
+    def __repr__(self) -> str:
+        source = f"MCMC, chains={self.num_chains}" if self.guide is None else name_of(self.guide)
+        return f"Posterior({name_of(self.model)}, {source}, {self.draws!r})"
 
     def _remember(
         self,
@@ -205,7 +213,8 @@ class Posterior(WeightedDraws):
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples
-            found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
+            with _told_how_to_predict():
+                found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
         return _observed_as_before(found, self.draws)
 
     def loo(self, var_name: str | None = None) -> ELPDData:
@@ -224,6 +233,36 @@ class Posterior(WeightedDraws):
             Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
         """
         return loo(self, var_name)
+
+
+@contextmanager
+def _told_how_to_predict() -> Iterator[None]:
+    """Add to the error about latents of another shape what the user of a posterior can do."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("the draws of latent site"):
+            raise
+        raise ValueError(
+            f"{error} In predict(...) the latter is new_sites=['name of the site']. A guide that maps data to latents "
+            "(amortised) has draws for the new data: Posterior(model, guide, (x_new,)).predict()."
+        ) from error
+
+
+def _check_call(args: Any, kwargs: Any) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, (x, y).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments. Pass all "
+            "positional ones as one tuple: Posterior(model, guide, (x, y))."
+        )
+
+
+def name_of(program: Any) -> str:
+    """What a reader calls a model or guide: the name of the function or of the class."""
+    program = inspect.unwrap(program)
+    return str(getattr(program, "__name__", type(program).__name__))
 
 
 def _observed_as_before(found: Draws, fitted: Draws) -> Draws:

@@ -151,8 +151,8 @@ def test_different_data_are_refused(data):
     [
         ({}, "nothing to compare"),
         ({"a": 3}, "'a' is int; expected what pplvi.fit returns"),
-        ([3], "fits is a list; expected a dictionary of fits"),
-        (3, "fits is a int; expected a dictionary of fits"),
+        ([3], "fits has type list; expected a dictionary of fits"),
+        (3, "fits has type int; expected a dictionary of fits"),
     ],
 )
 def test_things_that_are_no_fits_are_refused(fits, message):

@@ -19,7 +19,7 @@ import pplvi
 from pplvi.examples import load
 from pplvi.export import to_arviz
 from pplvi.posterior import Posterior
-from pplvi.schema import datasets, to_datatree
+from pplvi.schema import datasets, wrap
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -48,6 +48,30 @@ def posterior_of_mean(loc=MEAN, scale=SD, num_draws=1000, seed=0):
 def small(source, **options):
     """An export without the groups that need another run of the model, unless asked for."""
     return to_arviz(source, **{"num_prior": 0, "posterior_predictive": False, "seed": 0, **options})
+
+
+def test_a_fit_exports_itself():
+    result = pplvi.fit(normal_mean, AutoNormal, args=(torch.tensor(Y),), num_steps=2, progress=False)
+    with pytest.raises(ValueError, match=r"Call fit.to_arviz\(\)"):
+        to_arviz(result)
+
+
+def test_masked_observations_stay_as_zeros_that_change_no_density():
+    y = torch.tensor([*Y, 9.0])
+
+    def masked(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("datum", 4), poutine.mask(mask=torch.tensor([True, True, True, False])):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    posterior = Posterior(masked, normal_guide(MEAN, SD), (y,), num_draws=4000, seed=0)
+    with pytest.warns(UserWarning, match="Pareto"):
+        plain = az.loo(small(posterior), pointwise=True)
+    own = posterior.loo()
+    assert np.isinf(plain.pareto_k).values.tolist() == [False, False, False, True]
+    assert plain.elpd_loo == pytest.approx(own.elpd_loo, abs=0.05)
+    assert plain.p_loo == pytest.approx(own.p_loo, abs=0.05)
+    assert (plain.n_data_points, own.n_data_points) == (4, 3)
 
 
 # --- plain ArviZ is right -------------------------------------------------------------------------------------------
@@ -558,9 +582,11 @@ def test_netcdf_keeps_everything(tmp_path, nested_posterior):
         again[group].close()
 
 
-def test_arviz_1_gets_a_tree_of_the_same_groups():
-    groups = {"posterior": {"z": (("chain", "draw"), np.zeros((1, 4)))}, "prior": {}}
-    tree = to_datatree(datasets(groups, attrs={"seed": 0}), {"seed": 0})
+def test_arviz_1_gets_a_tree_of_the_same_groups(monkeypatch):
+    found = datasets({"posterior": {"z": (("chain", "draw"), np.zeros((1, 4)))}, "prior": {}}, attrs={"seed": 0})
+    monkeypatch.setattr(az, "__version__", "1.0.0")
+    monkeypatch.delattr(az, "InferenceData", raising=False)
+    tree = wrap(found, {"seed": 0})
     assert set(tree.children) == {"posterior"}
     assert tree.attrs == tree["posterior"].attrs == {"seed": 0}
     assert tree["posterior"]["z"].dims == ("chain", "draw")

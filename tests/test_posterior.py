@@ -223,6 +223,25 @@ def test_numbers_of_draws_below_one_are_refused(num_draws: int, chunk_size: int 
         Posterior(mean_model, mean_guide, (Y,), num_draws=num_draws, chunk_size=chunk_size)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [((Y,), "args is a Tensor: expected a tuple"), ((Y, Y), "args is a Tensor"), (((Y,), Y), "kwargs is a Tensor")],
+)
+def test_arguments_that_are_no_tuple_are_refused(call: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Posterior(mean_model, mean_guide, *call)
+
+
+def test_posteriors_and_draws_print_shapes_alone() -> None:
+    posterior = Posterior(mean_model, mean_guide, (Y,), num_draws=5, seed=0)
+    draws = "Draws(latents={'z': (5,)}, observed={'y': (5,)})"
+    assert repr(posterior.draws) == draws
+    assert repr(posterior) == f"Posterior(mean_model, mean_guide, {draws})"
+    mcmc = MCMC(NUTS(mean_model), num_samples=3, warmup_steps=1, disable_progbar=True)
+    mcmc.run(Y)
+    assert repr(Posterior.from_mcmc(mcmc, mean_model, (Y,))).startswith("Posterior(mean_model, MCMC, chains=1, Draws(")
+
+
 def test_guide_of_another_model_is_refused() -> None:
     def guide(y: Tensor) -> None:
         pyro.sample("w", dist.Normal(0.0, 1.0))
@@ -313,7 +332,7 @@ def test_programs_that_cannot_be_vectorised_are_told_what_to_do() -> None:
         pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
     args = (torch.randn(6, 3), torch.randn(6))
-    with pytest.raises(ValueError, match=r"site 'y' has shape .* or pass vectorize=False"):
+    with pytest.raises(ValueError, match=r"site 'y' has .* vectorize=False"):
         Posterior(left_counting_model, guide, args, num_draws=10)
     assert Posterior(left_counting_model, guide, args, num_draws=10, vectorize=False).ess > 1
 
@@ -407,11 +426,21 @@ def test_deterministic_sites_go_with_the_predictions() -> None:
 def test_predictions_for_other_groups_need_their_sites_drawn_anew() -> None:
     y = torch.randn(3, 4)
     posterior = Posterior(two_level_model, guide_of_two_levels, (y,), num_draws=2000, seed=0)
-    with pytest.raises(ValueError, match="theta"):
+    with pytest.raises(ValueError, match=r"(?s)theta.*new_sites=.*Posterior\(model, guide, \(x_new,\)\)"):
         posterior.predict(y, 6)
     found = posterior.predict(y, 6, new_sites=["theta"], seed=1)
     assert found.observed["y"].shape == (2000, 6, 4)
     assert found.latents["theta"].var().item() == pytest.approx(found.latents["mu"].var().item() + 1, abs=0.1)
+
+
+def test_other_errors_of_predictions_are_passed_on() -> None:
+    def model(y: Tensor) -> None:
+        mean_model(y)
+        if len(y) == 2:
+            raise ValueError("two are too few")
+
+    with pytest.raises(ValueError, match=r"^two are too few\s"):
+        Posterior(model, mean_guide, (Y,), num_draws=5, seed=0).predict(Y[:2])
 
 
 def test_unknown_new_sites_are_refused() -> None:
