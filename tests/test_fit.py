@@ -701,6 +701,12 @@ def test_wrong_model_and_modules_that_cannot_be_copied_are_refused():
         fit(module, AutoNormal, args=(X, Y), restarts=2)
 
 
+@pytest.mark.parametrize("guide", [model, "nuts"])
+def test_a_class_as_model_is_refused(guide):
+    with pytest.raises(ValueError, match=r"model=AutoNormal: .* may be swapped"):
+        fit(AutoNormal, guide, args=(Y,))
+
+
 def test_nothing_to_train_is_said():
     with pytest.raises(ValueError, match="nothing to train"):
         fit(model, lambda y: {"loc": pyro.sample("loc", dist.Normal(0.0, 1.0)),
