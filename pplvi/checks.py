@@ -69,6 +69,7 @@ def check_pair(run: Run) -> None:
         if name in run.guide.nodes:
             _check_shapes(name, site, run.guide.nodes[name])
             _check_support(name, site, run.guide.nodes[name])
+            _check_masks(name, site, run.guide.nodes[name])
     for trace in (run.guide, run.model):
         for name, site in sample_sites(trace):
             _check_enumeration(name, site)
@@ -140,6 +141,52 @@ def _check_support(name: str, model: Site, guide: Site) -> None:
         raise ValueError(
             f"site {name!r}: the guide's {type(guide['fn']).__name__} draws values outside the model's support "
             f"{model['fn'].support}. Use a guide distribution with the same support."
+        )
+
+
+def _check_masks(name: str, model: Site, guide: Site) -> None:
+    """Where some elements of a latent are masked in the model alone, the guide's density there has no counterpart."""
+    ours, theirs = (seen(site, site["value"]) for site in (model, guide))
+    if bool(ours.any()) and bool((theirs & ~ours).any()):
+        raise ValueError(
+            f"latent site {name!r} is masked at some elements in the model but not in the guide, so that the ELBO "
+            "would grow with the guide's entropy there. Mask only what is observed and let the latents of all elements have "
+            "their prior, or sample it under the same poutine.mask in a guide of your own."
+        )
+
+
+def differing_site(one: Run, other: Run, particle: int) -> str | None:
+    """Name of the first site whose log density in a particle of one run is not that of another run of it alone.
+
+    Enumerated models are compared as a whole: the name is then that of their last site.
+    """
+    for ours, theirs in ((one.guide, other.guide), (one.model, other.model)):
+        if one.enumerated:
+            whole = one.log_target()[particle] - one.log_forward()[particle]
+            same = _close(whole, other.log_target()[0] - other.log_forward()[0])
+            return None if same else list(latent_sites(one.model))[-1]
+        mine, alone = one.log_probs(ours), other.log_probs(theirs)
+        for name in mine:
+            if not _close(mine[name][particle], alone[name][0]):
+                return name
+    return None
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def check_alone(both: Run, alone: Run, particle: int) -> None:
+    """Check that a particle in one call with another has the densities that it has alone.
+
+    :raises ValueError: with the site where it has not.
+    """
+    if (name := differing_site(both, alone, particle)) is not None:
+        raise ValueError(
+            f"site {name!r} has another log density with two particles in one call than alone: the programs mix "
+            "particles, for instance by a sum or mean over all dimensions, a reshape, or an index from the left. Name "
+            "dimensions from the right (x.sum(-1), x[..., 0]), or run particles one after another: "
+            "vectorize_particles=False (objectives), vectorize=False (posteriors)."
         )
 
 

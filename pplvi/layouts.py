@@ -20,11 +20,13 @@ class Layout:
     :ivar nesting: how deep plates nest.
     :ivar enumerated: whether sites are enumerated.
     :ivar own_subsamples: plates to which the model itself gives indices (``pyro.plate(..., subsample=...)``).
+    :ivar compared: whether particles in one call have been found to have the densities that they have alone.
     """
 
     nesting: int
     enumerated: bool
     own_subsamples: frozenset[str]
+    compared: bool = False
 
 
 _LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Key, Layout]]] = WeakKeyDictionary()

@@ -32,6 +32,19 @@ def without_missing(site: Site) -> Tensor:
     return torch.where(value.isnan() & ~seen(site, value), _inside(site["fn"], value), value)
 
 
+def balance_missing(model: Any, guide: Any) -> None:
+    """Score what ``obs_mask`` leaves to be drawn, the ``*_unobserved`` sites, under the mask of the guide's draw.
+
+    Pyro masks the prior at the entries that are observed. A guide draws all entries, so that its density there would
+    stand against nothing, and the ELBO would rise without bound with its entropy. A prior that is scored there sums to
+    one: the evidence stays that of the data.
+    """
+    for name, site in model.nodes.items():
+        stem = name.removesuffix("_unobserved")
+        if site["type"] == "sample" and stem != name and f"{stem}_observed" in model.nodes and not site["is_observed"]:
+            site["mask"] = guide.nodes[name]["mask"] if name in guide.nodes else None
+
+
 def _is_masked(site: Site) -> bool:
     return site["mask"] is not None or getattr(site["fn"], "_mask", None) is not None
 

@@ -23,6 +23,7 @@ from pplvi import autoguides, checks
 from pplvi.environment import preserved_parameters, preserved_rng
 from pplvi.handlers import Detach, SubsampleRecorder, Supply, Uncondition
 from pplvi.layouts import Layout, recall, remember
+from pplvi.masks import balance_missing
 from pplvi.runs import (
     PARTICLES,
     Run,
@@ -76,13 +77,36 @@ def execute(
         remember(model, guide, args, kwargs, layout := needed)
         run = attempt(layout)
     checks.check_run(run)
+    # Programs that cannot be remembered would be compared at every step.
+    known = recall(model, guide, args, kwargs) is not None
+    if num_particles > 1 and known and not layout.compared and not _recording():
+        _compare_particles(model, guide, args, kwargs, layout)
+        remember(model, guide, args, kwargs, replace(layout, compared=True))
     return run
+
+
+def _compare_particles(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout) -> None:
+    """Check once that particles do not meet inside the programs, which shapes alone cannot show.
+
+    :raises ValueError: if two particles in one call have other densities than each by itself.
+    """
+    with isolated():
+        how = _How(2, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, None))
+        both = _execute(model, guide, args, kwargs, how)
+        for particle in range(2):
+            values = {**both.subsample_indices(), **both.draws_of(particle)}
+            by_itself = replace(how, num_particles=1, values=values)
+            with Supply(both.subsample_indices(of_model=True)):
+                alone, again = (_execute(model, guide, args, kwargs, by_itself) for _ in range(2))
+            if checks.differing_site(alone, again, 0) is None:  # else programs draw random numbers of their own
+                checks.check_alone(both, alone, particle)
 
 
 def _needed(run: Run, layout: Layout) -> Layout:
     """The layout with room for what a run has shown, such as plates that nest deeper than at the first run."""
     own = layout.own_subsamples | (run.given_subsamples & frozenset(run.subsample_indices()))
-    return Layout(max(layout.nesting, run.deepest), layout.enumerated or checks.enumerates(run), own)
+    nesting, enumerated = max(layout.nesting, run.deepest), layout.enumerated or checks.enumerates(run)
+    return replace(layout, nesting=nesting, enumerated=enumerated, own_subsamples=own)
 
 
 def _renewed(
@@ -94,11 +118,12 @@ def _renewed(
     """
     if _recording():
         raise error
-    fresh = inspect(model, guide, args, kwargs)
+    fresh = replace(inspect(model, guide, args, kwargs), compared=layout.compared)
     if fresh != layout:
         remember(model, guide, args, kwargs, fresh)
         return fresh
-    if num_particles > 1 and isinstance(error, RuntimeError | IndexError):
+    shapes = isinstance(error, RuntimeError | IndexError) or "Shape mismatch" in str(error)
+    if num_particles > 1 and shapes:
         raise ValueError(
             f"the programs run alone, but not with {num_particles} particles in one call: {error}\nExpected tensors "
             "that broadcast over one more dimension on the left (index dimensions from the right). Rewrite the program "
@@ -149,6 +174,7 @@ def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) 
     around = poutine.replay(trace=guide_trace), how.enumerating(first=False), how.particles()
     recorder = SubsampleRecorder()
     model_trace = _trace(recorder(model), args, kwargs, *around)
+    balance_missing(model_trace, guide_trace)
     given = frozenset(recorder.given)
     return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated, given)
 

@@ -135,9 +135,21 @@ class Run:
         traces = (self.guide, self.model)
         return -min((p.dim for t in traces for _, site in sample_sites(t) for p in site_plates(site)), default=0)
 
-    def subsample_indices(self) -> dict[str, Tensor]:
-        """The guide's index draws of its plates, to be passed on as ``values`` of another run."""
-        return {n: s["value"] for n, s in self.guide.nodes.items() if is_subsample(s) and s["value"] is not None}
+    def subsample_indices(self, *, of_model: bool = False) -> dict[str, Tensor]:
+        """The guide's (or the model's) index draws of its plates, to be passed on as ``values`` of another run."""
+        nodes = (self.model if of_model else self.guide).nodes
+        return {n: s["value"] for n, s in nodes.items() if is_subsample(s) and s["value"] is not None}
+
+    def draws_of(self, particle: int) -> dict[str, Tensor]:
+        """What the guide drew for one particle, in the shapes of a run without particles."""
+        found = {}
+        for name, site in latent_sites(self.guide).items():
+            if not (is_delta(site) or is_enumerated(site)):
+                depth = max((-p.dim for p in site_plates(site)), default=0)
+                event = site["fn"].event_dim
+                value = site["value"] if site["value"].dim() <= self.nesting + event else site["value"][particle]
+                found[name] = value.reshape(value.shape[max(0, value.dim() - event - depth) :])
+        return found
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -193,7 +205,8 @@ class Run:
                 raise ValueError(
                     f"site {name!r} has a log density of shape {tuple(density.shape)}, but only the dimensions {sizes} "
                     "(of its plates and the particles) may differ from 1. Declare the others with pyro.plate or "
-                    ".to_event(), and keep dimensions when reducing over a plate (keepdim=True)."
+                    ".to_event(), keep dimensions when reducing over a plate (keepdim=True), index from the right, or "
+                    "run particles one after another: vectorize_particles=False (objectives), vectorize=False."
                 )
         return self.to_batch(density, name)
 
