@@ -359,8 +359,7 @@ class Trainer:
     def _is_numerical(self, error: Exception) -> bool:
         """Whether an error came from numbers that ran away, and not from a mistake in a program or the data."""
         named = any(text in str(error) for text in ("Expected parameter", "the log density at site"))
-        ran_away = isinstance(error, LinAlgError) or named
-        return ran_away or self._bad_parameter() is not None
+        return isinstance(error, LinAlgError) or named or self._bad_parameter() is not None
 
     def _bad_parameter(self) -> str | None:
         named = pyro.get_param_store().named_parameters()
