@@ -19,6 +19,8 @@ from torch import Tensor
 
 from pplvi.alone import indices_of, rescored, run_alone
 from pplvi.invariant import Frame, InvariantMove
+from pplvi.layouts import Key
+from pplvi.layouts import _key as key_of
 from pplvi.objectives import Routing, Step
 from pplvi.paths import Plan
 from pplvi.programs import execute, isolated
@@ -124,20 +126,22 @@ def _check(request: Request) -> None:
         )
 
 
-_LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, tuple[int, frozenset[str]]]] = WeakKeyDictionary()
+_Layout = tuple[int, frozenset[str]]
+_LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Key, _Layout]]] = WeakKeyDictionary()
 
 
-def _layout(model: Program, guide: Any, args: Any, kwargs: Any) -> tuple[int, frozenset[str]]:
+def _layout(model: Program, guide: Any, args: Any, kwargs: Any) -> _Layout:
     """How deep plates nest, and the names of those common to all sites, from one run on the extended space."""
     with suppress(KeyError, TypeError):
-        return _LAYOUTS[guide][model]
+        return _LAYOUTS[guide][model][key_of(args, kwargs)]
     plan = guide.plan(args, kwargs)
     invariant = any(isinstance(kernel, InvariantMove) for kernel in plan.forward)
     with isolated():
         run = execute(model, plan.initial if invariant else guide, args, kwargs)
     found = run.nesting, frozenset(plate.name for plate in run.batch)
     with suppress(TypeError):
-        _LAYOUTS.setdefault(guide, WeakKeyDictionary())[model] = found
+        known = _LAYOUTS.setdefault(guide, WeakKeyDictionary()).setdefault(model, {})
+        known[key_of(args, kwargs)] = found
     return found
 
 

@@ -14,6 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
+from pplvi.alone import run_alone
 from pplvi.annealing import Annealed, Resampling
 from pplvi.elbo import ELBO, ImportanceWeightedELBO, WeightedELBO
 from pplvi.fitting import fit
@@ -22,6 +23,7 @@ from pplvi.kernels import LangevinKernel, ResidualKernel
 from pplvi.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.nested_elbo import NestedELBO
 from pplvi.objectives import RenyiBound, Routing, Step
+from pplvi.paths import GeometricPath
 from pplvi.programs import execute
 from pplvi.samplers import Request
 from pplvi.weights import logmeanexp
@@ -426,6 +428,21 @@ def test_evidence_of_every_target_on_the_way_to_the_ring() -> None:
     exact = torch.tensor(list(RING.values())).exp()
     assert ((estimates.mean(0) - exact).abs() < 4 * error).all(), (estimates.mean(0).log(), exact.log(), error)
     assert (error < 0.03 * exact).all()
+
+
+EXACT = {0.2: -1.01880, 0.25: -0.94996, 1 / 3: -0.75328, 0.4: -0.54676, 0.5: -0.18374, 0.6: 0.22272, 2 / 3: 0.51088}
+EXACT |= {0.75: 0.88578, 0.8: 1.11718, **RING}
+
+
+def test_geometric_targets_of_the_ring_have_their_exact_mass() -> None:
+    axis = torch.linspace(-30.0, 30.0, 241)
+    grid = torch.cartesian_prod(axis, axis)
+    path = GeometricPath(ring, ring_base, len(EXACT), betas=sorted(EXACT)[:-1])
+    how: dict[str, Any] = {"num_particles": len(grid), "nesting": 0, "values": {"z": grid}, "complete": True}
+    for level, beta in enumerate(sorted(EXACT), 1):
+        densities = [run_alone(program, (), {}, **how).log_target() for program in path.programs(level)]
+        log_z = path(level, densities).logsumexp(0) + 2 * math.log(60 / 240)
+        assert float(log_z) == pytest.approx(EXACT[beta], abs=2e-5)
 
 
 def test_one_evaluation_of_the_target_for_all_particles_of_a_level() -> None:
