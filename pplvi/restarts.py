@@ -176,7 +176,10 @@ class _Session:
                 f"restarts={plan.restarts}: expected at least as many."
             )
         if 0 < len(content["runs"]) < plan.restarts:  # the others start where the first did
-            compare(fspath(plan.resume or ""), "modules", shapes(self.initial), shapes(plan.recipe.tensors()))
+            sizes = [
+                {name: str(tuple(t.shape)) for name, t in x.items()} for x in (self.initial, plan.recipe.tensors())
+            ]
+            compare(fspath(plan.resume or ""), "modules", *sizes)  # whose dtype a run in place may have changed
 
     def go(self) -> None:
         if self.plan.recipe.apart and not self.content["runs"]:

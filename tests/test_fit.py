@@ -473,6 +473,14 @@ def test_modules_survive_two_interruptions(tmp_path):
     assert (resume(Net()).losses == whole.losses).all()
 
 
+def test_a_module_trained_in_place_is_taken_back_for_more_restarts(tmp_path):
+    options = {"args": (X, Y), "seed": 1, "num_steps": 6, "dtype": torch.float64}
+    module, path = net(), tmp_path / "run.pt"
+    fit(module, AutoNormal, **options, checkpoint=path)
+    more = fit(module, AutoNormal, **options, checkpoint=path, resume=path, restarts=2)
+    assert (more.losses == fit(net(), AutoNormal, **options, restarts=2).losses).all()
+
+
 def test_restarts_not_yet_begun_need_modules_of_the_same_shape(tmp_path):
     _, other, resume = interrupted_net(tmp_path / "run.pt")
     other.register_buffer("extra", torch.zeros(2))
