@@ -150,8 +150,8 @@ def _check_masks(name: str, model: Site, guide: Site) -> None:
     if bool(ours.any()) and bool((theirs & ~ours).any()):
         raise ValueError(
             f"latent site {name!r} is masked at some elements in the model but not in the guide, so that the ELBO "
-            "would grow with the guide's entropy there. Mask only what is observed and let the latents of all elements have "
-            "their prior, or sample it under the same poutine.mask in a guide of your own."
+            "would grow with the guide's entropy there. Mask only what is observed and let the latents of all "
+            "elements have their prior, or sample it under the same poutine.mask in a guide of your own."
         )
 
 
