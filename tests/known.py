@@ -122,6 +122,38 @@ def wake_phi(problem: Problem, num_particles: int, size: int = REPLICAS) -> Esti
     return differentiated(total, p)
 
 
+def thermodynamic_bound(
+    problem: Problem, num_particles: int, betas: tuple[float, ...], size: int = REPLICAS
+) -> Estimates:
+    """Expected thermodynamic objective of K particles, and the expected gradient of its self-normalised integrands.
+
+    Each integrand is differentiated as it stands: draws and the density that they come from are held, the tempered
+    density and the log weight move with the parameters.
+    """
+    p = problem.plain_params(size if problem.draws_noise else 1)
+    branches = [_fixed_branch(problem, p, num_particles, state) for state in problem.states]
+    total = torch.zeros(())
+    for picked in product(branches, repeat=num_particles):
+        log_joint, log_guide, log_state = (torch.stack([b[i][k] for k, b in enumerate(picked)]) for i in range(3))
+        probability = log_state.sum(0).exp()
+        for beta, upper in zip(betas, (*betas[1:], 1.0), strict=True):
+            log_path = beta * log_joint + (1 - beta) * log_guide
+            weight = (log_path - log_guide.detach()).exp()
+            integrand = (weight * (log_joint - log_guide)).sum(0) / weight.sum(0)
+            total = total + probability * (upper - beta) * integrand
+    return differentiated(total, p)
+
+
+def _fixed_branch(
+    problem: Problem, p: Values, num_particles: int, state: dict[str, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (num_particles, len(next(iter(p.values()))))
+    z = problem.draw(p, shape, {name: torch.full(shape, value) for name, value in state.items()})
+    z = {name: value.detach() for name, value in z.items()}
+    log_joint, log_guide = (density(p, z).expand(shape) for density in (problem.log_joint, problem.log_guide))
+    return log_joint, log_guide, problem.log_state(p, z).detach().expand(shape)
+
+
 def differentiated(total: Tensor, p: Values) -> Estimates:
     gradients = torch.autograd.grad(total.sum(), list(p.values()), allow_unused=True)
     return Estimates(total.detach(), {n: torch.zeros(1) if g is None else g for n, g in zip(p, gradients, strict=True)})

@@ -1,7 +1,8 @@
 """Objectives x guides on problems with known answers, and proof that a wrong sign or weight would be seen."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import known
 import pyro
@@ -10,7 +11,7 @@ import torch
 from known import BERNOULLI, BETA, BIMODAL, CONTINUOUS, DISCRETE, GAUSSIAN, NESTED, Estimates, Problem
 from pyro import poutine
 from pyro.infer import SVI, config_enumerate
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal, init_to_value
 from pyro.optim import Adam
 from torch.distributions import Beta, Binomial, Normal
 
@@ -23,11 +24,13 @@ from pplvi.elbo import (
     ThermodynamicELBO,
     WeightedELBO,
 )
+from pplvi.guides import AutoFlow
 from pplvi.objectives import Objective, Routing, Step, Terms
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 MULTI = {"dreg": CONTINUOUS, None: (*CONTINUOUS, *DISCRETE), "vimco": DISCRETE}
+DETACHED = (ForwardKL, ThermodynamicELBO)  # they differentiate no draw, hence need no score function
 SCORED = (GAUSSIAN, *DISCRETE)  # elsewhere the noise of a plain score function is beyond 5 %
 
 
@@ -41,6 +44,7 @@ def _rows() -> list[tuple[Problem, WeightedELBO]]:
         rows += [(p, RenyiELBO(0.5, 3, estimator=estimator)) for p in problems]
         rows += [(p, ChiELBO(3, estimator=estimator)) for p in problems]
     rows += [(p, ForwardKL(3)) for p in (*CONTINUOUS, *DISCRETE)]
+    rows += [(p, ThermodynamicELBO(3, betas)) for p in (*CONTINUOUS, *DISCRETE) for betas in ((0.0,), (0.0, 0.2, 0.5))]
     for problem in SCORED:
         rows += [(problem, ELBO(2, estimator="score")), (problem, ImportanceWeightedELBO(2, estimator="score"))]
         rows += [(problem, RenyiELBO(0.5, 2, estimator="score")), (problem, ChiELBO(2, estimator="score"))]
@@ -66,11 +70,18 @@ def expected_wake(name: str, num_particles: int) -> Estimates:
     return known.wake_phi(known.PROBLEMS[name], num_particles, size=60_000)
 
 
+@cache
+def expected_integral(name: str, num_particles: int, betas: tuple[float, ...]) -> Estimates:
+    return known.thermodynamic_bound(known.PROBLEMS[name], num_particles, betas, size=60_000)
+
+
 def reference(problem: Problem, loss: WeightedELBO) -> tuple[Estimates, float]:
     """The right answer to a row, and the sign with which it enters the loss."""
     torch.manual_seed(1)
     if isinstance(loss, ForwardKL):
         return expected_wake(problem.name, loss.num_particles), 1.0
+    if isinstance(loss, ThermodynamicELBO):
+        return expected_integral(problem.name, loss.num_particles, loss.objective.betas), -1.0
     alpha = loss.objective.alpha
     count = 1 if alpha == 1.0 else loss.num_particles
     return expected_bound(problem.name, count, alpha), 1.0 if alpha < 0 else -1.0
@@ -78,7 +89,7 @@ def reference(problem: Problem, loss: WeightedELBO) -> tuple[Estimates, float]:
 
 def replicas_for(loss: WeightedELBO) -> int:
     estimator = getattr(loss.objective, "estimator", None)
-    return 100_000 if estimator == "score" else 30_000
+    return 100_000 if estimator == "score" or isinstance(loss, ThermodynamicELBO) else 30_000
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ def _faulty_rows() -> list[tuple[Problem, WeightedELBO, str]]:
     rows = []
     for problem, loss in ROWS:
         estimator = getattr(loss.objective, "estimator", None)
-        scores = estimator in ("score", "vimco") or (problem in DISCRETE and not isinstance(loss, ForwardKL))
+        scores = estimator in ("score", "vimco") or (problem in DISCRETE and not isinstance(loss, DETACHED))
         rows += [(problem, loss, fault) for fault in FAULTS if scores or fault != "sign of the score"]
     return rows
 
@@ -418,6 +429,68 @@ def test_auto_normal_on_the_beta_binomial_counts_the_jacobian_once(loss: Weighte
     for name, estimates in found.rows():
         if not (forward and name == "value"):
             known.check_one(name, estimates, sign * expected.gradients.get(name, expected.value))
+
+
+# Guides with one density over all latents, drawn anew in a plate of replicas around the guide.
+
+JOINT = {
+    "AutoDiagonalNormal": AutoDiagonalNormal,
+    "AutoMultivariateNormal": AutoMultivariateNormal,
+    "AutoFlow": partial(AutoFlow, flow="nice", hidden_features=(4,)),  # starts as AutoDiagonalNormal, to the bit
+}
+JOINT_LOSSES = [ELBO(3), ImportanceWeightedELBO(3), ImportanceWeightedELBO(3, estimator="dreg")]
+JOINT_ROWS = [(p, kind, loss) for p in (GAUSSIAN, BIMODAL) for kind in JOINT for loss in JOINT_LOSSES]
+
+
+def joint_estimate(loss: WeightedELBO, problem: Problem, kind: str, calls: int = 20, size: int = 1500) -> Estimates:
+    """The value and its gradient in ``loc``, averaged over the replicas of each call."""
+
+    def model() -> None:
+        problem.model(lambda name: pyro.param(name, torch.tensor(problem.params[name])))
+
+    def replicated(program: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            with pyro.plate("replicas", size, dim=-1):
+                program()
+
+        return run
+
+    pyro.clear_param_store()
+    init = init_to_value(values={"z": torch.tensor(problem.params["loc"])})
+    guide = JOINT[kind](model, init_loc_fn=init, init_scale=float(torch.tensor(problem.params["log_scale"]).exp()))
+    guide()
+    (leaf,) = (leaf for name, leaf in guide.named_parameters() if name in ("loc", "loc_unconstrained"))
+    values, gradients = [], []
+    for _ in range(calls):
+        leaf.grad = None
+        found = loss.differentiable_loss(replicated(model), replicated(guide))
+        found.backward()
+        values.append(found.detach() / size)
+        gradients.append(leaf.grad.squeeze() / size)
+    return Estimates(torch.stack(values), {"loc": torch.stack(gradients)})
+
+
+@pytest.mark.parametrize(("problem", "kind", "loss"), JOINT_ROWS, ids=name_of)
+def test_joint_guides(problem: Problem, kind: str, loss: WeightedELBO) -> None:
+    expected, sign = reference(problem, loss)
+    pyro.set_rng_seed(4)
+    known.check(joint_estimate(loss, problem, kind), expected, sign)
+
+
+JOINT_FAULTS = ("sign of log q", "weight of one particle", "gradient of one particle", "sign of the gradient")
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "loss", "fault"), [(*row, JOINT_FAULTS[i % 4]) for i, row in enumerate(JOINT_ROWS)], ids=name_of
+)
+def test_a_wrong_sign_or_weight_is_seen_with_joint_guides(
+    problem: Problem, kind: str, loss: WeightedELBO, fault: str
+) -> None:
+    expected, sign = reference(problem, loss)
+    pyro.set_rng_seed(4)
+    corrupted = WeightedELBO(Corrupted(loss.objective, fault), num_particles=loss.num_particles)
+    with pytest.raises(AssertionError):
+        known.check(joint_estimate(corrupted, problem, kind), expected, sign)
 
 
 @pytest.mark.parametrize("loss", [ELBO(200), ELBO(200, "exact"), ELBO(200, estimator="stl")], ids=name_of)
