@@ -8,6 +8,7 @@ program reads or counts itself (closures, attributes, global variables) stay as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ aten = torch.ops.aten
 BRANCH = "a Python value taken from a tensor (a branch, .item(), float(), bool(), .tolist() or .numpy())"
 SHAPE = "a shape that depends on the data (boolean indexing, nonzero, unique)"
 RANDOM = "numbers from Python's or NumPy's random generator, which would be the same at every step"
+FUSED_NOISE = 32  # most random numbers that are drawn inside a fused loop
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
@@ -281,10 +283,15 @@ def _written(func: Any) -> Sequence[int]:
 
 
 def _simplify_noise(graph: fx.Graph) -> None:
-    """``empty().normal_()`` becomes ``randn()``: the same numbers from one operation, which a compiler can fuse."""
+    """A few ``empty().normal_()`` become ``randn()``: the same numbers from one operation, which a compiler can fuse.
+
+    Many are faster as they are: torch's own generator is vectorised, inductor's is not.
+    """
     for node in list(graph.nodes):
         standard = node.target is aten.normal_.default and len(node.args) == 1 and not node.kwargs
         if standard and node.args[0].target is aten.empty.memory_format and len(node.args[0].users) == 1:
+            if math.prod(node.args[0].args[0]) > FUSED_NOISE:
+                continue
             empty = node.args[0]
             options = {k: v for k, v in empty.kwargs.items() if k in ("dtype", "device")}
             with graph.inserting_before(node):
