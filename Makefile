@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/python -m pplvi.demo --out out
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 15
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
