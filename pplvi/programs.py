@@ -93,6 +93,8 @@ def _compare_particles(model: Program, guide: Program, args: Any, kwargs: Any, l
     with isolated():
         how = _How(2, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, None))
         both = _execute(model, guide, args, kwargs, how)
+        if both.guide_enumerated:  # its later draws have a dimension for each enumerated value: none is one particle's
+            return
         for particle in range(2):
             values = {**both.subsample_indices(), **both.draws_of(particle)}
             by_itself = replace(how, num_particles=1, values=values)
