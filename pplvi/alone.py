@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pplvi.handlers import Supply
 from pplvi.programs import _How, _trace
-from pplvi.runs import Run, is_enumerated, is_subsample, latent_sites
+from pplvi.runs import Run, is_enumerated, latent_sites
 
 Program = Callable[..., Any]
 
@@ -70,11 +70,6 @@ def rescored(run: Run, values: Mapping[str, Tensor]) -> Run:
     trace = run.model.copy()
     trace.nodes.update({name: {**trace.nodes[name], "value": value} for name, value in values.items()})
     return Run(run.guide, trace, run.num_particles, run.nesting)
-
-
-def indices_of(run: Run) -> dict[str, Tensor]:
-    """Index draws of the plates of a program that ran alone, to be passed on as ``values``."""
-    return {n: s["value"] for n, s in run.model.nodes.items() if is_subsample(s) and s["value"] is not None}
 
 
 def log_density_of(

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pplvi.alone import indices_of, rescored, run_alone
+from pplvi.alone import rescored, run_alone
 from pplvi.invariant import Frame, InvariantMove
 from pplvi.layouts import Key
 from pplvi.layouts import _key as key_of
@@ -181,7 +181,7 @@ class _Walk:
 
     def _start(self) -> _State:
         run = self._run(self.plan.initial, {}, detach=self.routing.detach or bool(self.routing.local))
-        self.indices = indices_of(run)
+        self.indices = run.subsample_indices(of_model=True)
         plates = [plate for plate in run.batch if plate.name in self.batch]
         self.scale = math.prod(plate.scale for plate in plates)
         self.dims = tuple(plate.dim for plate in plates)

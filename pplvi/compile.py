@@ -21,6 +21,7 @@ from torch import Tensor
 from pplvi import backends
 from pplvi.arguments import Arguments, Call, as_call, in_runs, stacked
 from pplvi.elbo import ELBO, Loss
+from pplvi.environment import module_of
 from pplvi.handlers import parameters_of
 from pplvi.programs import first_bad_site
 from pplvi.tracing import Untraceable, record
@@ -363,8 +364,8 @@ def own_loss(loss: Any) -> Loss:
 @contextmanager
 def same_buffers(*programs: Program) -> Iterator[None]:
     """Put the buffers of the modules behind these programs back afterwards."""
-    owners = [getattr(program, "__self__", program) for program in programs]
-    buffers = [b for owner in owners if isinstance(owner, torch.nn.Module) for b in owner.buffers()]
+    modules = [module for program in programs if (module := module_of(program)) is not None]
+    buffers = [b for module in modules for b in module.buffers()]
     before = [b.clone() for b in buffers]
     try:
         yield

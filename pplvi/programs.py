@@ -77,9 +77,9 @@ def execute(
         remember(model, guide, args, kwargs, layout := needed)
         run = attempt(layout)
     checks.check_run(run)
+    uncompared = num_particles > 1 and not layout.compared and not _recording()
     # Programs that cannot be remembered would be compared at every step.
-    known = recall(model, guide, args, kwargs) is not None
-    if num_particles > 1 and known and not layout.compared and not _recording():
+    if uncompared and recall(model, guide, args, kwargs) is not None:
         _compare_particles(model, guide, args, kwargs, layout)
         remember(model, guide, args, kwargs, replace(layout, compared=True))
     return run
