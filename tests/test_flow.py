@@ -651,7 +651,7 @@ def test_parts_of_a_flow_that_do_not_train_stay_as_they_are():
     flow.transform.transforms[0].hyper[0].requires_grad_(False)
     guide = AutoFlow(vector(), flow)
     guide()
-    assert len(list(guide.parameters())) == 2 + len([p for p in flow.parameters() if p.requires_grad])
+    assert len(list(guide.parameters())) == 3 + len([p for p in flow.parameters() if p.requires_grad])
 
 
 def test_other_flows_start_from_their_own_weights_on_request():

@@ -155,7 +155,7 @@ def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str =
 
 
 class AffineFlowTransform(Transform):
-    r"""``z = loc + scale * f(x)`` for a flow ``f``, which never computes one point twice.
+    r"""``z = loc + scale * (tril f(x))`` for a flow ``f``, which never computes one point twice.
 
     :math:`\log |dz/dx| = \log |df/dx| + \sum_d \log \mathrm{scale}_d` comes with the value, and the last point is
     remembered **by this object only**: the density of a draw under the transform that made it costs nothing, while a
@@ -167,18 +167,20 @@ class AffineFlowTransform(Transform):
         score: its inverse.
         loc: shape ``(D,)``.
         scale: shape ``(D,)``, positive.
+        tril: shape ``(D, D)``, lower triangular with a unit diagonal; the identity unless given.
     """
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, draw: Any, score: Any, loc: Tensor, scale: Tensor) -> None:
+    def __init__(self, draw: Any, score: Any, loc: Tensor, scale: Tensor, tril: Tensor | None = None) -> None:
         super().__init__(cache_size=1)
         self._draw = draw
         self._score = score
         self.loc = loc
         self.scale = scale
+        self.tril = tril
         self._ladj: Tensor | None = None
         self._with_grad = False
 
@@ -202,12 +204,20 @@ class AffineFlowTransform(Transform):
     def _call(self, x: Tensor) -> Tensor:
         y, ladj = self._draw.call_and_ladj(x)
         self._remember(ladj)
-        return self.loc + self.scale * y
+        return self.loc + self.scale * (y if self.tril is None else y @ self.tril.mT)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        x, ladj = self._score.call_and_ladj((y - self.loc) / self.scale)
+        x, ladj = self._score.call_and_ladj(self._unscaled(y))
         self._remember(-ladj)
         return x
+
+    def _unscaled(self, z: Tensor) -> Tensor:
+        y = (z - self.loc) / self.scale
+        if self.tril is None:
+            return y
+        rows = y.reshape(-1, y.shape[-1])
+        solved = torch.linalg.solve_triangular(self.tril, rows.mT, upper=False, unitriangular=True).mT
+        return solved.reshape(y.shape)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log |dz/dx|`` in nats, shape ``(*batch,)``."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+import torch
+from pyro.distributions import constraints
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
@@ -14,16 +16,19 @@ from pplvi.guides._zuko import FAMILIES, AffineFlowTransform, build, make_identi
 
 __all__ = ["AutoFlow"]
 
+_FULL_UP_TO = 100  # dimensions
+
 
 class AutoFlow(ContinuousGuide):
     r"""A normalising flow over all continuous latents, in unconstrained space.
 
-    .. math:: z = \mathrm{loc} + \mathrm{scale} \odot f_\phi(x), \quad x \sim \mathrm{Normal}(0, I), \qquad
+    .. math:: z = \mathrm{loc} + \mathrm{scale} \odot L f_\phi(x), \quad x \sim \mathrm{Normal}(0, I), \qquad
         \log q(z) = \log \mathrm{Normal}(x; 0, I) - \log |\partial f_\phi / \partial x| - \sum_d \log \mathrm{scale}_d
 
     with ``z`` the latents of the model packed into ``(*batch, latent_dim)`` after Pyro's ``biject_to``, densities in
-    nats. At the start ``f`` is the identity: the guide *is* ``AutoDiagonalNormal(model, init_loc_fn, init_scale)``, and
-    its family contains all of those.
+    nats. ``L`` is lower triangular with a unit diagonal, so that the flow need not learn what a Gaussian can do. At the
+    start ``f`` and ``L`` are the identity: the guide *is* ``AutoDiagonalNormal(model, init_loc_fn, init_scale)``, and
+    its family contains all of those and, with ``L``, all of ``AutoMultivariateNormal``.
 
     What a pass over ``D`` coordinates costs, in evaluations of each of the ``transforms`` networks (forward and
     backward alike):
@@ -37,6 +42,7 @@ class AutoFlow(ContinuousGuide):
     ``"nice"``        affine, coupling; ``"coupling"`` is the same   1       0                           1
     ================= ============================================== ======= =========================== ==========
 
+    ``passes=2`` makes couplings of the autoregressive families: "elsewhere" and draws then cost 2 at most.
     ``inverse`` turns the order of the autoregressive families round. "Elsewhere" is what objectives pay that score
     draws apart from their making: a frozen guide (``estimator="stl"`` or ``"dreg"``), the forward KL and the
     thermodynamic objective. So take ``"nsf"`` for the ELBO and the importance-weighted and Renyi bounds, above all for
@@ -53,6 +59,7 @@ class AutoFlow(ContinuousGuide):
         hidden_features: widths of each network's hidden layers (``(64, 64)`` for a named family); likewise.
         inverse: whether zuko's transform is used from base to data, which makes draws fast, instead of from data to
             base, which makes densities fast. ``None``: the table's for a name, ``False`` for anything else.
+        affine: ``"full"`` learns ``L``, ``"diagonal"`` leaves it out. ``None``: full in 2 to 100 dimensions.
         init_loc_fn: per-site initial value, any of Pyro's ``init_to_*``.
         init_scale: initial standard deviation of every unconstrained coordinate.
         identity_init: whether to start ``f`` at the identity. ``None``: yes, except for a flow instance, which may be
@@ -92,6 +99,7 @@ class AutoFlow(ContinuousGuide):
         transforms: int | None = None,
         hidden_features: Sequence[int] | None = None,
         inverse: bool | None = None,
+        affine: str | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
         identity_init: bool | None = None,
@@ -101,13 +109,18 @@ class AutoFlow(ContinuousGuide):
         given = {key: value for key, value in sizes.items() if value is not None}
         _check_flow(flow, {**given, **options})
         _check_sizes(transforms, hidden_features)
+        if affine not in (None, "full", "diagonal"):
+            raise ValueError(f"affine is {affine!r}; expected 'full', 'diagonal', or None to choose by the dimension")
         super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale)
         self._flow = (flow,)  # a tuple, so that a flow given as a module is not registered: the guide trains its copy
         self._options = {**given, **options}
         self._inverse = FAMILIES[flow][1] if inverse is None and isinstance(flow, str) else bool(inverse)
+        self._affine = affine
         self._identity_init = not isinstance(flow, nn.Module) if identity_init is None else identity_init
 
     def _setup_parameters(self, loc: Tensor) -> None:
+        if self._affine == "full" or (self._affine is None and 1 < self.latent_dim <= _FULL_UP_TO):
+            self._declare("scale_tril", torch.eye(self.latent_dim).to(loc), constraints.unit_lower_cholesky)
         transform = build(self._flow[0], self.latent_dim, self._options)
         if self._identity_init:
             make_identity(transform, self.latent_dim)
@@ -128,7 +141,7 @@ class AutoFlow(ContinuousGuide):
         tensors = {name: attrgetter(f"flow.{name}")(self) for name in self._tensor_names}
         to_base = with_tensors(self._structure[0], tensors)()
         draw, score = (to_base, to_base.inv) if self._inverse else (to_base.inv, to_base)
-        return AffineFlowTransform(draw, score, self.loc, self.scale)
+        return AffineFlowTransform(draw, score, self.loc, self.scale, getattr(self, "scale_tril", None))
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
