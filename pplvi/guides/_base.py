@@ -9,11 +9,9 @@ that leave the original alone. A subclass declares its parameters in ``_setup_pa
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
-from itertools import count
 from typing import Any
 
 import pyro
@@ -25,21 +23,16 @@ from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import IndependentTransform
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from pplvi.guides._owned import OwnedGuide
 
 __all__ = ["ContinuousGuide"]
 
-# Which guide put a tensor into the parameter store. Weak, so it forgets a parameter when the store does.
-_OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _CHUNK = 1_000  # draws pushed through the map at once by `median` and `quantiles`
 
 
-class ContinuousGuide(AutoContinuous):
+class ContinuousGuide(OwnedGuide, AutoContinuous):
     """Base of guides ``z = T(x)``, ``x ~ Normal(0, 1)``, over all continuous latents in unconstrained space.
-
-    Two guides of one class in one parameter store never share parameters: the second takes the name ``AutoFlow_1``,
-    and so on. Values that were *loaded* into the store (``pyro.get_param_store().load(...)``) belong to nobody and are
-    taken over by the first guide of that name, as Pyro does.
 
     Args:
         model: a Pyro model; all its latent sites are continuous and none sits in a subsampled plate.
@@ -66,7 +59,6 @@ class ContinuousGuide(AutoContinuous):
             raise ValueError(f"init_scale is {init_scale!r}; expected a positive finite number, for example 0.1")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._init_scale = float(init_scale)
-        self._token = object()
 
     # ------------------------------------------------------------------ set-up, on the first run
 
@@ -135,28 +127,12 @@ class ContinuousGuide(AutoContinuous):
                 "one, or run each in its own pyro.get_param_store().scope()."
             )
 
-    # ------------------------------------------------------------------ parameters belong to one guide
-
-    def _claim_name(self) -> None:
-        if self.master is not None or "." in self._pyro_name:
-            return  # a part of a larger module: that module names it
-        free = (name for name in self._candidate_names() if self._is_free(name))
-        _rename(self, next(free))
-
-    def _candidate_names(self) -> Iterator[str]:
-        yield self._pyro_name
-        yield from (f"{type(self).__name__}_{i}" for i in count(1))
-
-    def _is_free(self, name: str) -> bool:
-        held = pyro.get_param_store()._params.get(f"{name}.loc")
-        return held is None or _OWNERS.get(held, self._token) is self._token
-
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every latent site of the model; same arguments as the model. Shapes are the model's own."""
         if self.prototype_trace is not None:
             self._claim_name()
         result = super().forward(*args, **kwargs)
-        _OWNERS[self._parameters["loc_unconstrained"]] = self._token
+        self._own(self._parameters["loc_unconstrained"])
         return result
 
     # ------------------------------------------------------------------ Pyro's AutoContinuous contract
@@ -228,50 +204,11 @@ class ContinuousGuide(AutoContinuous):
         for (name, shape), part in zip(shapes.items(), parts, strict=True):
             yield name, sites[name]["fn"], part.reshape(-1, *shape)
 
-    # ------------------------------------------------------------------ copies leave the original alone
-
-    @property
-    def model(self) -> Callable[..., Any]:
-        """The model, with ``init_loc_fn`` around it. A guide that was unpickled has none: models hold closures."""
-        if self._model is None:
-            raise ValueError(
-                f"this {type(self).__name__} was unpickled, without its model; make a new guide of the model"
-            )
-        return self._model[0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        _drop_weakrefs(self)
-        return {**self.__dict__, "_model": None, "master": None, "_token": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._token = object()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ContinuousGuide:
-        shared = {"_model": self._model, "prototype_trace": self.prototype_trace, "master": None, "_token": object()}
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in shared}, memo), **shared)
-        return new
-
 
 def _child(module: Any, name: str) -> Any:
     if name not in module._modules:
         setattr(module, name, PyroModule())
     return module._modules[name]
-
-
-def _rename(module: PyroModule, name: str) -> None:
-    module._pyro_name = name
-    for key, child in module._modules.items():
-        if isinstance(child, PyroModule):
-            _rename(child, f"{name}.{key}")
-
-
-def _drop_weakrefs(module: torch.nn.Module) -> None:
-    # Pyro hangs a weak reference on every parameter it hands out, which pickle cannot write; it puts it back when read.
-    for parameter in module.parameters():
-        parameter.__dict__.pop("unconstrained", None)
 
 
 def _site_quantiles(fn: Distribution, unconstrained: Tensor, probs: Tensor) -> Tensor:

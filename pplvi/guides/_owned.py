@@ -1,0 +1,95 @@
+"""Guides whose parameters belong to one instance, and whose copies leave the original alone.
+
+Pyro names a guide's parameters after its class, so that two guides of one class share them through the global store,
+and copying or pickling an automatic guide takes the original's model away. :class:`OwnedGuide` mends both.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn.module import PyroModule
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["OwnedGuide"]
+
+# Which guide put a tensor into the parameter store. Weak, so it forgets a parameter when the store does.
+_OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class OwnedGuide(AutoGuide):
+    """Base of guides that never share parameters with another of their class.
+
+    The second guide of a class in one parameter store takes the name ``AutoFlow_1``, and so on. Values that were
+    *loaded* into the store (``pyro.get_param_store().load(...)``) belong to nobody and are taken over by the first
+    guide of that name, as Pyro does.
+
+    :cvar marker: dotted name of the parameter that says whose the name is.
+    """
+
+    marker = "loc"
+
+    def __init__(self, model: Callable[..., Any], **options: Any) -> None:
+        super().__init__(model, **options)
+        self._token = object()
+
+    def _claim_name(self) -> None:
+        if self.master is not None or "." in self._pyro_name:
+            return  # a part of a larger module: that module names it
+        free = (name for name in self._candidate_names() if self._is_free(name))
+        _rename(self, next(free))
+
+    def _candidate_names(self) -> Iterator[str]:
+        yield self._pyro_name
+        yield from (f"{type(self).__name__}_{i}" for i in count(1))
+
+    def _is_free(self, name: str) -> bool:
+        held = pyro.get_param_store()._params.get(f"{name}.{self.marker}")
+        return held is None or _OWNERS.get(held, self._token) is self._token
+
+    def _own(self, parameter: torch.Tensor | None) -> None:
+        """Say that the marker's tensor in the parameter store is this guide's."""
+        _OWNERS[parameter] = self._token
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model. A guide that was unpickled has none: models hold closures."""
+        if self._model is None:
+            raise ValueError(
+                f"this {type(self).__name__} was unpickled, without its model; make a new guide of the model"
+            )
+        return self._model[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        _drop_weakrefs(self)
+        return {**self.__dict__, "_model": None, "master": None, "_token": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._token = object()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnedGuide:
+        shared = {"_model": self._model, "prototype_trace": self.prototype_trace, "master": None, "_token": object()}
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in shared}, memo), **shared)
+        return new
+
+
+def _rename(module: PyroModule, name: str) -> None:
+    module._pyro_name = name
+    for key, child in module._modules.items():
+        if isinstance(child, PyroModule):
+            _rename(child, f"{name}.{key}")
+
+
+def _drop_weakrefs(module: torch.nn.Module) -> None:
+    # Pyro hangs a weak reference on every parameter it hands out, which pickle cannot write; it puts it back when read.
+    for parameter in module.parameters():
+        parameter.__dict__.pop("unconstrained", None)
