@@ -111,13 +111,17 @@ def coordinates_of(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
     >>> [(site.name, site.shape) for site in coordinates_of(model, (), {})]
     [('scale', ())]
     """
-    found = tuple(_coordinates(name, site) for name, site in latent_sites(plain_run(model, args, kwargs).model).items())
+    found = tuple(coordinates(name, site) for name, site in latent_sites(plain_run(model, args, kwargs).model).items())
     if not found:
         raise ValueError("the model has no latent site: expected at least one for a kernel to move.")
     return found
 
 
-def _coordinates(name: str, site: Any) -> Coordinates:
+def coordinates(name: str, site: Any) -> Coordinates:
+    """One latent site of a trace in unconstrained coordinates.
+
+    :raises ValueError: for a site without a smooth support.
+    """
     try:
         transform = biject_to(_common_support(site["fn"].support))
     except NotImplementedError as error:

@@ -220,7 +220,8 @@ def _recording() -> bool:
     return get_proxy_mode() is not None
 
 
-def _given_subsamples(model: Program, args: Any, kwargs: Any) -> dict[str, Tensor]:
+def given_subsamples(model: Program, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """Indices that the model gives to its plates itself (``pyro.plate(..., subsample=...)``), by plate name."""
     with isolated(), SubsampleRecorder() as recorder:
         model(*args, **kwargs)
     return recorder.given
@@ -233,7 +234,7 @@ def _supplied(
     would otherwise belong to other data."""
     if values or not layout.own_subsamples:
         return values or {}
-    given = _given_subsamples(model, args, kwargs)
+    given = given_subsamples(model, args, kwargs)
     return {name: given[name] for name in layout.own_subsamples if name in given}
 
 
@@ -257,9 +258,9 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
     with isolated():
         checks.check_pair(run)
         if own:
-            given = _given_subsamples(model, args, kwargs)
+            given = given_subsamples(model, args, kwargs)
             torch.rand(())  # from here on other random numbers
-            checks.check_subsamples(given, _given_subsamples(model, args, kwargs), own)
+            checks.check_subsamples(given, given_subsamples(model, args, kwargs), own)
     return Layout(run.nesting, checks.enumerates(run), own)
 
 
