@@ -1,7 +1,7 @@
 """Turning a recorded step into something fast: run it as it is, compile it, or compile a loop of many steps.
 
 A step is a graph from ``(*carried, rate, *data, *constants)`` to ``(*carried, loss)``: what is carried from step to
-step are the parameters and the optimiser's state. Programs write the new values into the carried tensors and return
+step are the parameters, the optimiser's state, and buffers that the programs change. Programs write the new values into the carried tensors and return
 losses. Everything that a step needs is an input, so that one compiled program serves all runs with the same graph.
 """
 
@@ -65,11 +65,6 @@ def looped(traced: Traced, num_carried: int, inputs: Sequence[Tensor], chunk: in
     :param stacked: how many of the data tensors hold one batch for each step, along their first dimension.
     :raises ValueError: if there is no compiler, or the graph cannot be compiled.
     """
-    if traced.changes_constants:
-        raise ValueError(
-            "the step changes a tensor of the model in place (a running mean of batch normalisation, say), which a "
-            "loop of compiled steps cannot do. Use compile=True, or put the module into its evaluation mode."
-        )
     from torch._higher_order_ops.while_loop import while_loop_op
 
     def loop(*inputs: Tensor) -> tuple[Tensor]:

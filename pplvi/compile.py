@@ -21,13 +21,14 @@ from torch import Tensor
 from pplvi import backends
 from pplvi.arguments import Arguments, Call, as_call, in_runs, stacked
 from pplvi.elbo import ELBO, Loss
-from pplvi.environment import module_of
+from pplvi.environment import buffers_of
 from pplvi.handlers import parameters_of
 from pplvi.programs import first_bad_site
-from pplvi.tracing import Untraceable, record
+from pplvi.tracing import Traced, Untraceable, record, unchanged
 from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update, late_parameters
 
 Program = Callable[..., Any]
+_Loop = tuple[int, Sequence[Tensor]]
 Mode = Literal["trace", "max", "auto"] | bool
 LastBatch = Literal["compile", "drop", "pad"]
 
@@ -167,7 +168,7 @@ class CompiledSVI:
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, but for the data: parameters, optimiser and random state.
+        """Everything that the next steps depend on, but for the data: parameters, buffers, optimiser, random state.
 
         :raises ValueError: before the first step.
         """
@@ -175,6 +176,7 @@ class CompiledSVI:
             raise ValueError("there are no parameters before the first step: expected a step, or run(0, *args).")
         return {
             "parameters": {name: p.detach().clone() for name, p in self.parameters.named.items()},
+            "buffers": {name: b.clone() for name, b in self.buffers().items()},
             "optimizer": self.optimizer_state(),
             "count": self.count,
             "rng": pyro.util.get_rng_state(),
@@ -188,7 +190,7 @@ class CompiledSVI:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was called; before the first step, the state waits for it.
 
-        Parameters and random state stay as they are where the state has none; no optimiser state starts it anew.
+        What the state lacks, among parameters, buffers and random state, stays; no optimiser state starts it anew.
 
         :raises ValueError: if the state is of other parameters or another optimiser.
         """
@@ -206,6 +208,8 @@ class CompiledSVI:
         with torch.no_grad():
             for name, p in parameters.named.items():
                 p.copy_(values[name])
+            for name, buffer in self.buffers().items():
+                buffer.copy_(state.get("buffers", {}).get(name, buffer))
             for old, value in zip(self.state, optimizer, strict=True):
                 old.copy_(value)
         self.count, self._waiting = state["count"], None
@@ -229,7 +233,7 @@ class CompiledSVI:
     def _asked_for(self, arguments: Arguments) -> dict[str, Tensor]:
         """The parameters that one plain run uses; it checks the programs too, which a recorded one cannot."""
         args, kwargs = arguments.call(arguments.tensors)
-        with same_buffers(self.model, self.guide):
+        with unchanged():
             return parameters_of(lambda: self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs))
 
     def _step_on(self, arguments: Arguments) -> Callable[..., tuple[Tensor, ...]]:
@@ -291,7 +295,7 @@ class CompiledSVI:
 
     # ------------------------------------------------------------------ programs
 
-    def _program(self, arguments: Arguments, loop: tuple[int, Sequence[Tensor]] | None) -> backends.Program:
+    def _program(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
         key = (arguments.key, None if loop is None else loop[0])
         if key not in self._programs:
             self._programs[key] = self._built(arguments, loop)
@@ -304,7 +308,7 @@ class CompiledSVI:
                 )
         return self._programs[key]
 
-    def _built(self, arguments: Arguments, loop: tuple[int, Sequence[Tensor]] | None) -> backends.Program:
+    def _built(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
         try:
             return self._make(arguments, loop)
         except ValueError as error:
@@ -315,21 +319,43 @@ class CompiledSVI:
             warnings.warn(f"compile='auto' falls back to {how}: {error}", stacklevel=2)
             return self._built(arguments, loop)
 
-    def _make(self, arguments: Arguments, loop: tuple[int, Sequence[Tensor]] | None) -> backends.Program:
+    def _make(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
         assert self.parameters is not None
         step, carried = self._step_on(arguments), (self.parameters.flat, *self.state)
         if self.mode is False:
             return backends.in_place(_without_new_parameters(step), len(carried))
         self.parameters.check(self._asked_for(arguments))
         inputs = (*carried, torch.ones_like(self.state[0]), *arguments.tensors)
-        traced = record(step, inputs, self.parameters.places)
+        with self._same_buffers():
+            traced = record(step, inputs, self.parameters.places, len(carried))
+        program = self._backend(traced, (*carried, *traced.state), inputs[len(carried) :], loop)
+        return lambda *x: program(*x[: len(carried)], *traced.state, *x[len(carried) :])
+
+    def _backend(
+        self, traced: Traced, carried: Sequence[Tensor], inputs: Sequence[Tensor], loop: _Loop | None
+    ) -> backends.Program:
         if self.mode == "trace":
             return backends.as_is(traced, len(carried))
         if loop is None:
-            return backends.compiled(traced, len(carried), inputs)
-        stacks, data = loop
+            return backends.compiled(traced, len(carried), (*carried, *inputs))
         rates = self._rates(0, self.chunk)
-        return backends.looped(traced, len(carried), (*carried, rates, torch.tensor(1), *data), self.chunk, stacks)
+        given = (*carried, rates, torch.tensor(1), *loop[1])
+        return backends.looped(traced, len(carried), given, self.chunk, loop[0])
+
+    @contextmanager
+    def _same_buffers(self) -> Iterator[None]:
+        """Refuse programs that put a new tensor in the place of a buffer: a recorded step would not see it."""
+        before = self.buffers()
+        yield
+        if replaced := sorted(name for name, b in self.buffers().items() if before.get(name) is not b):
+            raise Untraceable(
+                f"the step cannot be traced: it puts new tensors in the place of the buffers {replaced}. Expected "
+                "changes in place, such as buffer.copy_(value)."
+            )
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the modules behind model, guide and loss, which steps may change in place."""
+        return buffers_of(model=self.model, guide=self.guide, loss=self.loss)
 
 
 def _check_options(mode: Any, schedule: Any, last_batch: Any, chunk: Any) -> None:
@@ -359,20 +385,6 @@ def own_loss(loss: Any) -> Loss:
         f"{type(loss).__name__} branches on values and cannot be traced: expected a loss of this package, or exactly "
         "Trace_ELBO or TraceEnum_ELBO, which stand for pplvi.ELBO. Use one of these, or compile=False."
     )
-
-
-@contextmanager
-def same_buffers(*programs: Program) -> Iterator[None]:
-    """Put the buffers of the modules behind these programs back afterwards."""
-    modules = [module for program in programs if (module := module_of(program)) is not None]
-    buffers = [b for module in modules for b in module.buffers()]
-    before = [b.clone() for b in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
 
 
 def _without_new_parameters(step: Program) -> Program:

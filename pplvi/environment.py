@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -143,3 +145,42 @@ def module_of(program: Any) -> torch.nn.Module | None:
     """The module that a program is, or is a bound method of."""
     owner = getattr(program, "__self__", program)
     return owner if isinstance(owner, torch.nn.Module) else None
+
+
+def modules_of(program: Any) -> dict[str, torch.nn.Module]:
+    """The module that a program is or is a method of; else those among its owner's attributes, or in its closure.
+
+    >>> encoder = torch.nn.Linear(2, 1)
+    >>> list(modules_of(lambda x: encoder(x))), list(modules_of(encoder.forward))
+    (['encoder'], [''])
+    """
+    program = inspect.unwrap(program)
+    while isinstance(program, functools.partial):
+        program = inspect.unwrap(program.func)
+    if (module := module_of(program)) is not None:
+        return {"": module}
+    if (owner := getattr(program, "__self__", None)) is not None or not inspect.isfunction(program):
+        found: Mapping[str, Any] = getattr(program if owner is None else owner, "__dict__", {})
+    else:
+        cells = program.__closure__ or ()
+        inside = {n: c.cell_contents for n, c in zip(program.__code__.co_freevars, cells, strict=True) if _is_full(c)}
+        names = program.__code__.co_names
+        found = {**{n: program.__globals__[n] for n in names if n in program.__globals__}, **inside}
+    return {name: value for name, value in found.items() if isinstance(value, torch.nn.Module)}
+
+
+def _is_full(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # what it will refer to is not defined yet
+        return False
+
+
+def buffers_of(**programs: Any) -> dict[str, Tensor]:
+    """Buffers of the modules behind programs: what a training step may change beside the parameters.
+
+    >>> sorted(buffers_of(model=torch.nn.BatchNorm1d(2)))
+    ['model.num_batches_tracked', 'model.running_mean', 'model.running_var']
+    """
+    found = {f"{role}.{name}".rstrip("."): m for role, p in programs.items() for name, m in modules_of(p).items()}
+    return {f"{role}.{name}": buffer for role, module in found.items() for name, buffer in module.named_buffers()}

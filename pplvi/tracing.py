@@ -48,24 +48,23 @@ class _Refusal(BaseException):
 class Traced:
     """A recorded step.
 
-    :ivar graph: from ``(*inputs, *constants)`` to a tuple of tensors; nothing but tensor operations.
-    :ivar constants: tensors that the programs reached by themselves: closures, buffers, numbers of the priors.
+    :ivar graph: from ``(*carried, *state, *inputs, *constants)`` to ``(*carried, *state, *outputs)``; nothing but
+        tensor operations, none of which writes to what it is given.
+    :ivar constants: tensors that the programs reached by themselves: closures, numbers of the priors.
+    :ivar state: those among them that the programs change in place, such as the running means of batch normalisation
+        or persistent chains: the graph takes their values and returns the new ones.
     """
 
     graph: fx.GraphModule
     constants: tuple[Tensor, ...]
-
-    @property
-    def changes_constants(self) -> bool:
-        """Whether the step writes to a constant in place, as batch normalisation does to its running means."""
-        places = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
-        constants = set(places[len(places) - len(self.constants) :])
-        nodes = [n for n in self.graph.graph.nodes if n.op == "call_function"]
-        return any(n.args[i] in constants for n in nodes for i in _written(n.target) if i < len(n.args))
+    state: tuple[Tensor, ...] = ()
 
 
 def record(
-    step: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], parameters: Mapping[int, tuple[int, Tensor]]
+    step: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    parameters: Mapping[int, tuple[int, Tensor]],
+    num_carried: int = 0,
 ) -> Traced:
     """Record a step.
 
@@ -74,6 +73,7 @@ def record(
     :param inputs: tensors to record it with; the first is the vector that holds all parameters.
     :param parameters: by the identity of a parameter that the programs reach by themselves: where it starts in that
         vector, and the parameter.
+    :param num_carried: how many of the first inputs come back, changed, as the first outputs.
     :raises Untraceable: with the last site that was met and the reason.
 
     >>> offset = torch.tensor(1.0)
@@ -92,12 +92,24 @@ def record(
         graph = make_fx(watched)(*inputs)
     _plain_output(graph)
     _lift_parameters(graph, parameters)
-    constants = _lift_constants(graph, len(inputs))
-    watch.put_back(constants)
+    watch.put_back()
+    state = _lift_state(graph, watch.wrote, num_carried)
+    constants = _lift_constants(graph, len(state) + len(inputs))
     _simplify_noise(graph.graph)
     graph.graph.eliminate_dead_code(_has_effect)
     graph.recompile()
-    return Traced(graph, tuple(constant.detach() for constant in constants))
+    return Traced(graph, *(tuple(x.detach() for x in tensors) for tensors in (constants, state)))
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Put every tensor that is written to in place inside the block back afterwards."""
+    watch = _Writes()
+    try:
+        with watch:
+            yield
+    finally:
+        watch.put_back()
 
 
 @contextmanager
@@ -141,7 +153,48 @@ def _named_failure(site: list[str]) -> Iterator[None]:
         ) from error
 
 
-class _Watch(TorchDispatchMode):
+class _Writes(TorchDispatchMode):
+    """Note which tensors are written to in place, and what they held before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.run(func, args, kwargs or {})[0]
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+        """The result of an operation, and the tensors that it wrote to."""
+        written = [args[i] for i in _written(func) if i < len(args)]
+        for x in written:
+            self._remember(x)
+        result = func(*args, **kwargs)
+        given = {id(x) for x in args}
+        self.made.update((x, True) for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in given)
+        return result, written
+
+    def _remember(self, x: Any) -> None:
+        """Keep the values of a tensor that is older than this; a view made meanwhile stands for what it views."""
+        if not isinstance(x, Tensor):
+            return
+        whole = x._base if x in self.made and x._base is not None else x
+        if whole not in self.made and id(whole) not in self.before:
+            with _disable_current_modes():
+                self.before[id(whole)] = (whole, whole.detach().clone())
+
+    def wrote(self, tensor: Tensor) -> bool:
+        """Whether a tensor has been written to."""
+        return id(tensor) in self.before
+
+    def put_back(self) -> None:
+        """Undo what was done to tensors that are older."""
+        with torch.no_grad():
+            for tensor, value in self.before.values():
+                tensor.copy_(value)
+
+
+class _Watch(_Writes):
     """Follow what varies from step to step, and refuse to bake it in.
 
     Arguments, parameters and noise vary, and so does all that is worked out from them. The rest is constant: its values
@@ -151,7 +204,6 @@ class _Watch(TorchDispatchMode):
     def __init__(self, varying: Iterable[Tensor]) -> None:
         super().__init__()
         self.varying: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.mark(varying)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,9 +214,7 @@ class _Watch(TorchDispatchMode):
             return self._constant(func, args, kwargs, SHAPE)
         elif torch.Tag.data_dependent_output in func.tags:
             return self._constant(func, args, kwargs, BRANCH)
-        written = [args[i] for i in _written(func) if i < len(args)]
-        self._remember(written)
-        result = func(*args, **kwargs)
+        result, written = self.run(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags or self.varies(args, kwargs):
             self.mark(tree_leaves((result, written)))
         return result
@@ -194,19 +244,6 @@ class _Watch(TorchDispatchMode):
         with _disable_current_modes():
             found: Sequence[Tensor] = index.nonzero().unbind(1)
         return found
-
-    def _remember(self, tensors: Iterable[Any]) -> None:
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and id(tensor) not in self.before:
-                with _disable_current_modes():
-                    self.before[id(tensor)] = (tensor, tensor.detach().clone())
-
-    def put_back(self, tensors: Sequence[Tensor]) -> None:
-        """Undo what recording did to these tensors."""
-        with torch.no_grad():
-            for tensor in tensors:
-                if id(tensor) in self.before:
-                    tensor.copy_(self.before[id(tensor)][1])
 
 
 class _WatchCalls(TorchFunctionMode):
@@ -257,16 +294,42 @@ def _slice(graph: fx.Graph, places: Sequence[fx.Node], where: tuple[int, Tensor]
 
 def _lift_constants(graph: fx.GraphModule, num_inputs: int) -> tuple[Tensor, ...]:
     """Make the other constants inputs too: one compiled program then serves every restart."""
+    return tuple(_lift(graph, list(_tensor_constants(graph)), num_inputs, "constant")[1])
+
+
+def _lift_state(graph: fx.GraphModule, wrote: Callable[[Tensor], bool], num_carried: int) -> tuple[Tensor, ...]:
+    """Make constants that are written to inputs and outputs: the graph writes to copies of its own."""
+    written = [(node, constant) for node, constant in _tensor_constants(graph) if wrote(constant)]
+    places, state = _lift(graph, written, num_carried, "state")
+    last = [n for n in graph.graph.nodes if n.op == "placeholder"][-1]
+    copies: list[fx.Node] = []
+    for place in reversed(places):
+        with graph.graph.inserting_after(last):
+            copies.insert(0, copy := graph.graph.call_function(aten.clone.default))
+        place.replace_all_uses_with(copy)
+        copy.args = (place,)
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    output.args = ((*output.args[0][:num_carried], *copies, *output.args[0][num_carried:]),)
+    return tuple(state)
+
+
+def _lift(
+    graph: fx.GraphModule, nodes: Sequence[tuple[fx.Node, Tensor]], after: int, name: str
+) -> tuple[list[fx.Node], list[Tensor]]:
+    """Make constants inputs, behind so many others."""
     found: dict[int, tuple[fx.Node, Tensor]] = {}
-    place = [n for n in graph.graph.nodes if n.op == "placeholder"][num_inputs - 1]
-    for node, value in _tensor_constants(graph):
+    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    for node, value in nodes:
         if id(value) not in found:
-            with graph.graph.inserting_after(place):
-                place = graph.graph.placeholder(f"constant_{len(found)}")
+            where = graph.graph.inserting_after(places[after - 1]) if after else graph.graph.inserting_before()
+            with where:
+                place = graph.graph.placeholder(f"{name}_{len(found)}")
+            places.insert(after, place)
+            after += 1
             found[id(value)] = (place, value)
         node.replace_all_uses_with(found[id(value)][0])
         graph.graph.erase_node(node)
-    return tuple(value for _, value in found.values())
+    return [place for place, _ in found.values()], [value for _, value in found.values()]
 
 
 def _has_effect(node: fx.Node) -> bool:

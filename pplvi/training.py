@@ -24,7 +24,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi import programs
 from pplvi.batches import Batches, Call
-from pplvi.environment import Environment, clone, module_of, preserved_rng, rng_state, set_rng_state
+from pplvi.environment import Environment, buffers_of, clone, preserved_rng, rng_state, set_rng_state
 from pplvi.optimizers import Update
 from pplvi.rates import Cosine
 from pplvi.stepping import CompiledUpdate, next_calls, replayed, stride
@@ -90,9 +90,7 @@ class Run:
 
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the modules behind model and guide."""
-        modules = {"model": module_of(self.model), "guide": module_of(self.guide)}
-        pairs = [(role, module) for role, module in modules.items() if module is not None]
-        return {f"{role}.{name}": b for role, module in pairs for name, b in module.named_buffers()}
+        return buffers_of(model=self.model, guide=self.guide)
 
 
 class ScopedProgram:
