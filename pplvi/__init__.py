@@ -22,6 +22,7 @@ _HOMES = {
     "AutoFlow": "guides",
     "AutoPathfinder": "guides",
     "init_to_pathfinder": "guides",
+    "start_at_pathfinder": "guides",
     "AnnealedGuide": "guides",
     "NestedELBO": "nested_elbo",
     "CompiledSVI": "compile",

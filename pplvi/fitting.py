@@ -23,6 +23,7 @@ from pplvi.optimizers import OptimLike, Update
 from pplvi.rates import Schedule
 from pplvi.restarts import Plan, Recipe, best_of, publish, scratch, train_restarts
 from pplvi.result import Fit
+from pplvi.starts import check_init
 from pplvi.stepping import CompiledUpdates
 from pplvi.stopping import Plateau
 from pplvi.training import Monitor, Program, Run, Watch
@@ -49,6 +50,7 @@ def fit(
     data: Iterable[Any] | None = None,
     objective: Any = None,
     optim: OptimLike = None,
+    init: Literal["pathfinder"] | None = None,
     num_steps: int | None = None,
     restarts: int = 1,
     seed: int | None = None,
@@ -80,7 +82,9 @@ def fit(
         guide = make_guide(model); svi = SVI(model, guide, optim, objective)
         losses = [svi.step(*args, **kwargs) for _ in range(num_steps)]
 
-    Every restart starts from an empty parameter store; what the global one holds is not looked at.
+    Every restart starts from an empty parameter store; what the global one holds is not looked at. A guide that finds
+    itself, such as :class:`pplvi.AutoPathfinder`, takes no step: each restart is a search with a seed of its own, and
+    the best of them has the largest ELBO.
 
     :param model: a Pyro program: a function, a module, or a method of a module.
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
@@ -94,6 +98,8 @@ def fit(
     :param objective: a loss of :mod:`pplvi.elbo` or of Pyro; ``ELBO()`` unless given.
     :param optim: a ``pyro.optim`` optimiser, a torch optimiser class, or a callable from the list of parameters to a
         torch optimiser; Adam with learning rate 0.01 unless given.
+    :param init: ``"pathfinder"`` starts an automatic guide at the Gaussian that Pathfinder finds, location and spread
+        (:func:`pplvi.start_at_pathfinder`), anew for each restart; it needs all data at once.
     :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given.
     :param restarts: how many seeds to train from, one after another; restart ``r`` has the seed ``seed + r``. Modules
         are copied, so that restarts have no parameter in common. For MCMC, the number of chains.
@@ -145,9 +151,10 @@ def fit(
     environment = Environment(dtype, device)
     if (make_kernel := kernel_factory(guide)) is not None:
         unused = {"data": data, "objective": objective, "optim": optim, "monitor": monitor, "held_back": held_back}
-        _refuse({**unused, "callbacks": callbacks or None, "checkpoint": checkpoint, "resume": resume})
+        _refuse({**unused, "init": init, "callbacks": callbacks or None, "checkpoint": checkpoint, "resume": resume})
         recipe = Recipe(model, make_kernel, True, False, environment)
         return _fit_chains(recipe, (args, kwargs), num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress)
+    check_init(init)
     if num_warmup is not None:
         raise ValueError(f"num_warmup={num_warmup} is for MCMC: expected guide='nuts', got {guide!r}.")
     objective = _check_loss(ELBO() if objective is None else objective, "objective")
@@ -180,8 +187,10 @@ def fit(
             "clip": describe(clip),
             "seed": describe(seed),
             **({} if compile is False else {"compile": describe(compile)}),
+            **({} if init is None else {"init": init}),
             "data": fingerprint((args, kwargs)),
         },
+        init=init,
     )
     plan.make_update()  # a wrong optimiser, schedule or clip is told before anything runs
     runs = train_restarts(plan)

@@ -19,9 +19,10 @@ from pplvi.batches import Batches, Call, OneShot
 from pplvi.checkpoint import PathLike
 from pplvi.environment import Environment, clone, module_of, preserved_rng, rng_state, set_rng_state
 from pplvi.optimizers import Update
-from pplvi.programs import Program, execute, isolated
+from pplvi.programs import Program, execute, isolated, plain_run
 from pplvi.progress import Progress
 from pplvi.runs import is_deterministic, sample_sites, site_plates
+from pplvi.starts import begin, searches, take_back
 from pplvi.training import Run, Trainer, TrainingError, Watch, copy_into, evaluate, unobtrusive
 
 
@@ -91,6 +92,7 @@ class Plan:
 
     :ivar make_update: makes the optimiser of a restart.
     :ivar settings: readable settings that a resumed run has to share, by name.
+    :ivar init: where a guide starts: see :func:`pplvi.starts.begin`.
     """
 
     recipe: Recipe
@@ -104,6 +106,7 @@ class Plan:
     checkpoint: PathLike | None = None
     resume: PathLike | None = None
     settings: Mapping[str, Any] | None = None
+    init: str | None = None
 
     def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:
         """Model, guide and objective of one restart; Pyro's objectives remember the first programs that they see."""
@@ -206,10 +209,11 @@ class _Session:
         watch = replace(self.plan.watch, report=progress, save=self._saver(index, start))
         with run.scope():
             trainer = self._trainer(run, objective, watch, saved)
-            trainer.train()
+            if not (found := begin(trainer, self.plan.init)):
+                trainer.train()
             if run.reason == "interrupted" and not run.losses:
                 raise KeyboardInterrupt
-            if not run.losses:
+            if not run.losses and not found:
                 raise ValueError("data= yielded no batch: expected at least one.")
         self.runs.append(run)
         return run
@@ -232,6 +236,7 @@ class _Session:
     def _trainer(self, run: Run, objective: Any, watch: Watch, saved: Mapping[str, Any] | None) -> Trainer:
         if saved is not None:
             call = self.plan.batches.peek()
+            take_back(run, saved)
             evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
             self._check_same(run, call, saved)
         trainer = Trainer(run, objective, self.plan.make_update(), self.plan.batches, watch)
@@ -359,7 +364,8 @@ def check_apart(plan: Plan) -> None:
 def _trial(plan: Plan) -> dict[str, Tensor]:
     with scratch(), plan.recipe.environment.active():
         model, guide, objective = plan.programs()
-        evaluate(objective, model, guide, plan.batches.peek())
+        call = plan.batches.peek()
+        _ = plain_run(model, *call) if searches(guide) else evaluate(objective, model, guide, call)
         return dict(pyro.get_param_store().named_parameters())
 
 

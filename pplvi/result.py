@@ -30,6 +30,7 @@ _REASONS = {
     "callback": "stopped by a callback at step {steps}",
     "data": "stopped at step {steps}: the data were used up",
     "interrupted": "interrupted at step {steps}",
+    "found": "nothing to train: the guide was found by a search",
 }
 
 
@@ -265,9 +266,10 @@ class Fit:
         :param kwargs: keyword arguments that go with ``args``.
         """
         facts: dict[str, Any] = {"guide": self.guide_name}
-        if self.mcmc is None:
+        if self.mcmc is None and self.runs[self.best].reason != "found":
             facts["objective"] = self.objective
-            facts |= {"restarts": self._describe_restarts()} if len(self.runs) > 1 else {}
+        if len(self.runs) > 1:
+            facts["restarts"] = self._describe_restarts()
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = None if self.mcmc is not None else self._describe_end()
         return report(self._best_posterior(args, kwargs), facts=facts, convergence=ended, converged=self.converged)

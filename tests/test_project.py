@@ -36,12 +36,13 @@ FLOORS = {
         "autoguides",
         "programs",
         "draws",
+        "arguments",
     }
     | {"reweighting", "alone"},
     2: {"objectives", "nested", "kernels", "invariant", "paths"},
     3: {"samplers", "annealing", "guides", "energies"},
-    4: {"elbo", "nested_elbo", "arguments", "tracing", "backends", "compile", "updates"},
-    5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
+    4: {"elbo", "nested_elbo", "tracing", "backends", "compile", "updates"},
+    5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts", "starts"}
     | {"chains", "weighted", "loo", "posterior"},
     6: {"schema", "groups", "export", "report", "comparison", "plots"},
     7: {"result", "fitting"},

@@ -57,7 +57,7 @@ class FoundGuide(ContinuousGuide):
         super().__init__(model, init_loc_fn=partial(_init_site, init_loc_fn or _init_to_zero))
         self._model: Any = (self._model[0], model)  # shared by copies, left out by pickle
         self._init_radius, self._init_loc_fn = float(init_radius), init_loc_fn
-        self._seed, self._vectorize = seed, vectorize
+        self._seed, self.vectorize = seed, vectorize
         self.num_gradients = self.num_evaluations = 0
 
     def _find(self, density: UnconstrainedDensity) -> Gaussian:
@@ -110,7 +110,7 @@ class FoundGuide(ContinuousGuide):
 
     def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wrapped, model = self.model, self._target
-        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self._vectorize)
+        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize)
         for name, value in zip(_PARTS, self._find(density), strict=True):
             self.register_buffer(name, value.to(density.device, density.dtype))
         self.num_gradients, self.num_evaluations = density.gradients, density.rows

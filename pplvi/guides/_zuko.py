@@ -103,11 +103,12 @@ def _wrong_features(features: int) -> str:
 
 
 @torch.no_grad()
-def make_identity(transform: nn.Module, features: int) -> None:
+def make_identity(transform: nn.Module, features: int, context: Tensor | None = None) -> None:
     """Set what shapes the transforms to zero: last layers of hyper networks, parameters without a network.
 
     A monotone affine map, a rational-quadratic spline, a Bernstein polynomial and an ODE with zero parameters are the
-    identity, so the flow is; the hidden layers keep their random weights and learn from the second step on.
+    identity, so the flow is; the hidden layers keep their random weights and learn from the second step on. A
+    conditional flow is checked at one value of its ``context``.
 
     Raises:
         ValueError: the flow is not the identity at zero (neural monotone networks, soft clipping between transforms),
@@ -119,7 +120,7 @@ def make_identity(transform: nn.Module, features: int) -> None:
     outputs = [p for net in networks for p in net[-1].parameters()]
     for parameter in outputs + [p for p in transform.parameters() if id(p) not in inside]:
         parameter.zero_()
-    if _has_equal_parts(transform, zuko) or not _is_identity(transform, features):
+    if _has_equal_parts(transform, zuko) or not _is_identity(transform, features, context):
         raise ValueError(
             "this flow cannot start at the identity: zero parameters do not give it. Pass identity_init=False to start "
             "from its own random weights, or use 'nsf', 'maf', 'iaf' or 'nice'."
@@ -131,10 +132,10 @@ def _has_equal_parts(transform: nn.Module, zuko: ModuleType) -> bool:
     return any(getattr(m, "univariate", None) is mixture for m in transform.modules())
 
 
-def _is_identity(transform: nn.Module, features: int) -> bool:
+def _is_identity(transform: nn.Module, features: int, context: Tensor | None) -> bool:
     dtype = next((p.dtype for p in transform.parameters()), torch.get_default_dtype())
     x = torch.linspace(-4.0, 4.0, 33, dtype=dtype).unsqueeze(-1) * torch.linspace(0.5, 1.0, features, dtype=dtype)
-    y, ladj = transform().call_and_ladj(x)
+    y, ladj = transform(context).call_and_ladj(x)
     return torch.allclose(x, y, atol=1e-4) and torch.allclose(ladj, torch.zeros_like(ladj), atol=1e-4)
 
 

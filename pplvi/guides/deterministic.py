@@ -156,7 +156,7 @@ class _Objective:
         Raises:
             ValueError: if there is none.
         """
-        (trail,) = minimise(self._rows, [start], Options())
+        (trail,) = minimise(self._rows, [start], Options(precision=torch.finfo(self.density.dtype).eps))
         end = trail.points[-1]
         if trail.reason == "converged":
             return self._polish(end.position)

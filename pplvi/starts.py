@@ -1,0 +1,105 @@
+"""What happens before the first step: guides that find themselves search, others may start where Pathfinder ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pyro
+from torch import Tensor
+
+from pplvi.batches import Call, FullData
+from pplvi.elbo import ELBO
+from pplvi.guides._found import FoundGuide
+from pplvi.guides._starts import start_at_pathfinder
+from pplvi.programs import plain_run
+from pplvi.training import Run, Trainer, evaluate, unobtrusive
+
+_SCORE_DRAWS = 1000
+
+
+def check_init(init: Any) -> None:
+    """Check ``fit``'s argument of this name.
+
+    :raises ValueError: for an unknown one.
+    """
+    if init not in (None, "pathfinder"):
+        raise ValueError(f"init={init!r}: expected 'pathfinder', or None for the guide's own init_loc_fn.")
+
+
+def searches(guide: Any) -> bool:
+    """Whether a guide finds itself, so that its first run is a search."""
+    return isinstance(guide, FoundGuide)
+
+
+def begin(trainer: Trainer, init: str | None) -> bool:
+    """Search for a guide that finds itself, or start one at Pathfinder's Gaussian.
+
+    :returns: whether nothing is left to train.
+    :raises ValueError: for minibatches, and where the search fails.
+    """
+    run = trainer.run
+    if run.reason == "found":
+        return True
+    if run.step or not (init or isinstance(run.guide, FoundGuide)):
+        return False
+    start = time.perf_counter()
+    call = trainer.call = _full_call(trainer, init)
+    done = _search(trainer, call)
+    run.seconds = time.perf_counter() - start
+    if done:
+        _finish(trainer)
+    return done
+
+
+def _search(trainer: Trainer, call: Call) -> bool:
+    run, guide = trainer.run, cast(Any, trainer.run.guide)
+    if not searches(guide):
+        start_at_pathfinder(guide, run.model, *call)
+        return False
+    guide.run(*call[0], **call[1])
+    if _parameters(run, call):
+        return False
+    run.monitored.append(_score(trainer, guide, call))
+    return True
+
+
+def _finish(trainer: Trainer) -> None:
+    trainer.run.reason = "found"
+    trainer.good = trainer.capture()
+    if trainer.watch.save is not None:
+        trainer.watch.save(trainer)
+
+
+def _full_call(trainer: Trainer, init: str | None) -> Call:
+    if not isinstance(trainer.batches, FullData):
+        what = type(trainer.run.guide).__name__ if init is None else f"init={init!r}"
+        raise ValueError(
+            f"{what} searches with all data at once, got minibatches (data=): expected args= with the full data. Start "
+            "other guides by init_loc_fn=init_to_pathfinder(model, full_args)."
+        )
+    return next(trainer.batches)
+
+
+def _parameters(run: Run, call: Call) -> list[Tensor]:
+    """What of the model can be trained."""
+    with unobtrusive(run):
+        plain_run(run.model, *call)
+    return [p for _, p in pyro.get_param_store().named_parameters() if p.requires_grad]
+
+
+def _score(trainer: Trainer, guide: FoundGuide, call: Call) -> float:
+    """What the best restart has the least of: the user's monitor, or minus the ELBO."""
+    run, monitor = trainer.run, trainer.watch.monitor
+    if monitor is not None:
+        return monitor(run, call)
+    with unobtrusive(run):
+        return evaluate(ELBO(_SCORE_DRAWS, vectorize_particles=guide.vectorize), run.model, guide, call)
+
+
+def take_back(run: Run, saved: Mapping[str, Any]) -> None:
+    """Give a guide that finds itself what a checkpoint holds of it, so that it does not search again."""
+    if isinstance(run.guide, FoundGuide) and saved["reason"] == "found":
+        named = {name.removeprefix("guide."): b for name, b in saved["buffers"].items() if name.startswith("guide.")}
+        run.guide.load_state_dict(named)
