@@ -22,6 +22,8 @@ def auxiliary_values(guide: Any, latents: Mapping[str, Tensor]) -> dict[str, Ten
     :returns: values by site name; nothing for a guide that is not automatic.
     :raises ValueError: for automatic guides that cannot be inverted.
     """
+    if hasattr(guide, "auxiliary_values"):  # a guide that knows how to invert itself
+        return dict(guide.auxiliary_values(latents))
     if isinstance(guide, AutoGuideList):
         return {n: v for part in guide for n, v in auxiliary_values(part, latents).items()}
     if isinstance(guide, AutoContinuous):

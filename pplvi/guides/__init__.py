@@ -1,16 +1,21 @@
 """Guide families on Pyro's ``AutoGuide`` contract, one a file. Any Pyro guide works with every objective as well."""
 
 from pplvi.guides._starts import start_at_pathfinder
+from pplvi.guides.amortized import AutoAmortized
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.guides.deterministic import AutoDeterministicNormal
 from pplvi.guides.flow import AutoFlow
 from pplvi.guides.pathfinder import AutoPathfinder, init_to_pathfinder
+from pplvi.guides.refinement import amortization_gap, refine
 
 __all__ = [
     "AnnealedGuide",
+    "AutoAmortized",
     "AutoDeterministicNormal",
     "AutoFlow",
     "AutoPathfinder",
+    "amortization_gap",
     "init_to_pathfinder",
+    "refine",
     "start_at_pathfinder",
 ]
