@@ -1,0 +1,85 @@
+"""Factorised posteriors of hidden layers: what a guide declares so that expectations of the energy are exact.
+
+The energy of a pairwise machine is linear in every unit, so that under a factorised distribution its expectation is the
+energy at the means. A guide with a method ``factorised(*args, **kwargs) -> Factorised`` is used that way by
+:class:`pplvi.BoltzmannELBO`: nothing is drawn, and the entropy is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import pyro
+import torch
+from torch import Tensor
+
+from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.program import data_plate
+
+
+@dataclass(frozen=True)
+class Factorised:
+    """A factorised distribution of hidden layers, one for each datum.
+
+    :ivar means: mean value of each hidden layer, ``(*batch, width)``.
+    :ivar entropy: its entropy, ``(*batch)``, in nats, less ``E[base(s)] - base(E[s])`` of layers that have such a term.
+    """
+
+    means: Mapping[str, Tensor]
+    entropy: Tensor
+
+
+@runtime_checkable
+class FactorisedGuide(Protocol):
+    """A guide that declares its factorised posterior."""
+
+    def factorised(self, *args: Any, **kwargs: Any) -> Factorised:
+        """The posterior for the arguments of the model."""
+        ...
+
+
+class ConditionalGuide:
+    """The exact posterior ``p(h | v)`` of a machine whose hidden layers are independent given the data.
+
+    A Pyro guide for ``machine.model``: it has no parameters, and its ELBO is ``-F(v)``, the log evidence plus log Z.
+
+    :param machine: a machine such as :class:`pplvi.energies.RestrictedBoltzmannMachine`.
+    :raises ValueError: if hidden layers are connected with each other: use a mean-field guide.
+
+    >>> from pplvi.energies import RestrictedBoltzmannMachine
+    >>> rbm = RestrictedBoltzmannMachine(3, 2, init_scale=0.0)
+    >>> ConditionalGuide(rbm).factorised(torch.ones(1, 3)).means["h"]
+    tensor([[0.5000, 0.5000]])
+    """
+
+    def __init__(self, machine: BoltzmannMachine) -> None:
+        joined = [pair for pair in machine.connections if set(pair) <= set(machine.hidden)]
+        if joined:
+            raise ValueError(
+                f"the hidden layers are connected by {joined}, so that p(h | v) is not factorised: expected hidden "
+                "layers that are independent given the visible one. Use a mean-field guide."
+            )
+        self.machine = machine
+
+    def factorised(self, v: Tensor, **kwargs: Any) -> Factorised:
+        """The posterior of data ``(num_data, width)``, without gradient."""
+        machine = self.machine
+        values, entropy = {machine.visible: v}, torch.zeros(())
+        means = {}
+        with torch.no_grad():
+            for layer in machine.hidden:
+                means[layer] = machine.layers[layer].mean(machine.field(layer, values))
+                entropy = entropy + machine.layers[layer].mean_entropy(means[layer])
+        return Factorised(means, entropy)
+
+    def __call__(self, v: Tensor | None = None, *, size: int | None = None, num_draws: int = 1) -> None:
+        """Sample sites of the hidden layers in plate ``"data"``; from their base measures without data."""
+        machine = self.machine
+        count = num_draws if v is None else len(v)
+        with data_plate(count, size):
+            for layer in machine.hidden:
+                given = {} if v is None else {machine.visible: v}
+                field = machine.field(layer, given) if given else machine.draw((count,))[layer]
+                pyro.sample(layer, machine.layers[layer].conditional(field))

@@ -1,0 +1,151 @@
+"""What machines share during one training step: products that are worked out once, and the centered gradient.
+
+While a :class:`TrainingStep` is active, every machine that is used reads its parameters through it. Products of a value
+with a weight matrix are kept by the identity of the value, so that guide, energy and chains do not repeat them, and the
+gradient that reaches the parameters is the centered one:
+
+Parameters ``W, a, b`` of ``E = -a.s - b.t - s W t`` are moved as those of ``-(s - c) W (t - d) - a'.(s - c) - b'.(t -
+d)`` would be, ``a' = a + W d`` and ``b' = b + W^T c``: with ``G`` the plain gradients, ``G'_W = G_W - c G_b^T - G_a
+d^T``, ``G'_a = G_a - G'_W d``, ``G'_b = G_b - G'_W^T c`` (Montavon & Mueller 2012; Melchior, Fischer & Wiskott 2016).
+The energy itself has no offsets, so that moving them changes no distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Live:
+    """One machine's parameters and products during a step.
+
+    :ivar parameters: its weights by edge and biases by layer, the gradient centered behind them.
+    :ivar products: products of a value with the weights of an edge, with the value, which keeps its identity alive.
+    """
+
+    parameters: Mapping[Any, Tensor]
+    products: dict[tuple[str, str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def product(self, source: str, target: str, value: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+        """``value @ weight`` (or with the weight transposed), worked out once for each value."""
+        key = (source, target, id(value))
+        if key not in self.products:
+            with torch.no_grad():
+                self.products[key] = value, value @ (weight.T if transposed else weight)
+        known = self.products[key][1]
+        needed = torch.is_grad_enabled() and (weight.requires_grad or value.requires_grad)
+        return _KnownProduct.apply(value, weight, known, transposed) if needed else known
+
+    def knows(self, source: str, target: str, value: Tensor) -> bool:
+        """Whether the product was worked out already."""
+        return (source, target, id(value)) in self.products
+
+
+class TrainingStep:
+    """The machines that are used in one training step of a Boltzmann objective."""
+
+    def __init__(self) -> None:
+        self.machines: dict[Any, Live] = {}
+
+    def live(self, machine: Any) -> Live:
+        """The parameters and products of a machine."""
+        if machine not in self.machines:
+            self.machines[machine] = Live(centered(machine))
+        return self.machines[machine]
+
+
+_ACTIVE: ContextVar[TrainingStep | None] = ContextVar("_ACTIVE", default=None)
+
+
+def active_step() -> TrainingStep | None:
+    """The training step that is going on, if any."""
+    return _ACTIVE.get()
+
+
+@contextmanager
+def training_step() -> Iterator[TrainingStep]:
+    """Make machines share their products, and center their gradients, inside the block."""
+    token = _ACTIVE.set(TrainingStep())
+    try:
+        step = _ACTIVE.get()
+        assert step is not None
+        yield step
+    finally:
+        _ACTIVE.reset(token)
+
+
+def centered(machine: Any) -> Mapping[Any, Tensor]:
+    """A machine's weights and biases, through which its centered gradient reaches the parameters."""
+    plain: dict[Any, Tensor] = {**machine.edges(), **machine.biases()}
+    if not (machine.centered and torch.is_grad_enabled() and any(p.requires_grad for p in plain.values())):
+        return plain
+    offsets = {name: machine.offset(name).clone() for name in machine.layers}  # the next step may move them in place
+    keys = tuple(plain)
+    return dict(zip(keys, _Centered.apply(keys, offsets, *plain.values()), strict=True))
+
+
+class _Centered(torch.autograd.Function):
+    """The identity on weights and biases, with the centered gradient behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: tuple[Any, ...], offsets: Mapping[str, Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.keys, ctx.offsets = keys, offsets
+        return tuple(v.view_as(v) for v in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        plain = dict(zip(ctx.keys, gradients, strict=True))
+        moved = dict(plain)
+        for edge in (key for key in ctx.keys if isinstance(key, tuple)):
+            first, second = edge
+            c, d = ctx.offsets[first], ctx.offsets[second]
+            change = torch.stack([c, plain[first]], 1) @ torch.stack([plain[second], d])
+            weight = plain[edge] - (change.triu(1) + change.T.triu(1) if first == second else change)
+            moved[edge] = weight
+            moved[first] = moved[first] - weight @ d
+            moved[second] = moved[second] - weight.T @ c
+        return None, None, *(moved[key] for key in ctx.keys)
+
+
+class _KnownProduct(torch.autograd.Function):
+    """``value @ weight`` whose result is known: only the gradient is left to work out."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, weight: Tensor, product: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(value, weight)
+        ctx.transposed = transposed
+        return product.view_as(product)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        value, weight = ctx.saved_tensors
+        to_value = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_value = gradient @ (weight if ctx.transposed else weight.T)
+        if ctx.needs_input_grad[1]:
+            left, right = value.reshape(-1, value.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+            to_weight = right.T @ left if ctx.transposed else left.T @ right
+        return to_value, to_weight, None, None
+
+
+class Reminder(torch.autograd.Function):
+    """Zero; calls back when a gradient reaches the parameters that it was given."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Any, like: Tensor, *parameters: Tensor) -> Tensor:
+        """Zero."""
+        ctx.call, ctx.count = call, len(parameters)
+        return like.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Call back; nothing is added to the gradients."""
+        ctx.call()
+        return None, None, *(None for _ in range(ctx.count))

@@ -1,0 +1,287 @@
+"""Pairwise Boltzmann machines: named layers of units, and weights between layers.
+
+One class for all of them, whose kinds are choices of a graph: two layers make a restricted machine, a chain of layers a
+deep one, a layer connected with itself a semi-restricted or a general one. With ``phi`` the statistic of a layer's
+units (the value itself, but for Gaussian ones) and ``base`` the part of the energy that is not linear in it,
+
+    E(s) = sum_l base_l(s_l) - sum_l b_l . phi(s_l) - sum_(l,m) phi(s_l)^T W_lm phi(s_m),      p(s) = exp(-E(s)) / Z.
+
+Everything here is in nats, and is made of three things: fields, the layers' closed forms, and colour classes (groups of
+layers that are independent given the others).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplvi.energies.graphs import Edge, check_graph, colour_classes
+from pplvi.energies.live import active_step
+from pplvi.energies.program import Clamped, EnergyModel, Values
+from pplvi.energies.units import Beta, GaussianUnits, Units
+
+MAX_BITS = 20
+_CHUNK = 2**13
+
+
+class BoltzmannMachine(EnergyModel):
+    r"""A pairwise Boltzmann machine over named layers.
+
+    .. math:: E(s) = \sum_l \text{base}_l(s_l) - \sum_l b_l \cdot \phi(s_l) - \sum_{(l,m)} \phi(s_l)^T W_{lm} \phi(s_m)
+
+    Values are dictionaries from layer to tensor, ``(*batch, width)``; layers that a method is not given are summed out
+    or drawn, as its name says. Energies and log densities have shape ``(*batch)`` and are in nats.
+
+    :param layers: units by name, bottom to top; the first is the visible one.
+    :param connections: pairs of names; a pair of one name twice is a lateral connection (symmetric, no self-coupling).
+    :param centered: give training the centered gradient, with offsets that follow the data and posterior means.
+    :param name: prefix of the parameters' names: machines that live in one parameter store need names of their own.
+    :param init_scale: standard deviation of the weights at the start.
+    :raises ValueError: for connections of unknown layers, given twice, or without a normalisable energy.
+
+    Source: Ackley, Hinton & Sejnowski (1985); Salakhutdinov & Hinton (2009); Montavon & Mueller (2012) for centering.
+
+    >>> from pplvi.energies import BernoulliUnits
+    >>> machine = BoltzmannMachine({"v": BernoulliUnits(3), "h": BernoulliUnits(2)}, [("v", "h")], init_scale=0.0)
+    >>> abs(machine.energy({"v": torch.ones(3), "h": torch.ones(2)}).item()), round(machine.log_partition().item(), 4)
+    (0.0, 3.4657)
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Units],
+        connections: Sequence[Edge],
+        *,
+        centered: bool = True,
+        name: str = "",
+        init_scale: float = 0.01,
+    ) -> None:
+        check_graph(layers, connections)
+        super().__init__(layers, centered=centered, name=name)
+        self.connections: tuple[Edge, ...] = tuple((a, b) for a, b in connections)
+        for layer, units in layers.items():
+            self.register_parameter(f"bias_{layer}", torch.nn.Parameter(torch.zeros(units.width)))
+            start = units.mean(torch.zeros(units.width)).detach()
+            self.register_buffer(f"offset_{layer}", units.statistic(start).detach().clone())
+        for a, b in self.connections:
+            weight = init_scale * torch.randn(layers[a].width, layers[b].width)
+            self.register_parameter(f"weight_{a}_{b}", torch.nn.Parameter(weight))
+        self.classes = colour_classes(tuple(layers), self.connections)
+
+    # ------------------------------------------------------------------ parameters
+
+    def edges(self) -> dict[Edge, Tensor]:
+        """Weights by pair of layers, ``(width, width)``; of a lateral pair only the upper triangle counts."""
+        return {(a, b): self._raw(f"weight_{a}_{b}") for a, b in self.connections}
+
+    def biases(self) -> dict[str, Tensor]:
+        """Biases by layer, ``(width,)``."""
+        return {layer: self._raw(f"bias_{layer}") for layer in self.layers}
+
+    def offset(self, layer: str) -> Tensor:
+        """The mean statistic of a layer that centered gradients are taken around, ``(width,)``."""
+        return self._buffers[f"offset_{layer}"]  # type: ignore[return-value]
+
+    def _raw(self, name: str) -> Tensor:
+        value = self._parameters[name]
+        assert value is not None
+        return value
+
+    def bias(self, layer: str) -> Tensor:
+        """Biases of a layer, ``(width,)``."""
+        step = active_step()
+        return self._raw(f"bias_{layer}") if step is None else step.live(self).parameters[layer]
+
+    def weight(self, a: str, b: str) -> Tensor:
+        """Weights from layer to layer, ``(width of a, width of b)``.
+
+        :raises ValueError: if they are not connected.
+        """
+        if (a, b) in self.connections:
+            found = self._weight((a, b))
+            return _symmetric(found) if a == b else found
+        if (b, a) in self.connections:
+            return self._weight((b, a)).T
+        raise ValueError(f"layers {a!r} and {b!r} are not connected: expected one of {list(self.connections)}.")
+
+    def _weight(self, edge: Edge) -> Tensor:
+        step = active_step()
+        return self._raw(f"weight_{edge[0]}_{edge[1]}") if step is None else step.live(self).parameters[edge]
+
+    def neighbours(self, layer: str) -> tuple[str, ...]:
+        """Layers that a layer is connected with, itself among them where there are lateral connections."""
+        pairs = [(a, b) if a == layer else (b, a) for a, b in self.connections if layer in (a, b)]
+        return tuple(b for _, b in pairs)
+
+    def is_lateral(self, layer: str) -> bool:
+        """Whether a layer is connected with itself."""
+        return (layer, layer) in self.connections
+
+    # ------------------------------------------------------------------ energy and fields
+
+    def _product(self, source: str, target: str, value: Tensor) -> Tensor:
+        """``phi(s) W`` from layer to layer, ``(*batch, width of target)``."""
+        step = active_step()
+        if step is None or source == target or isinstance(self.layers[source], GaussianUnits):
+            return self.layers[source].statistic(value) @ self.weight(source, target)
+        transposed = (source, target) not in self.connections
+        edge = (target, source) if transposed else (source, target)
+        return step.live(self).product(source, target, value, self._weight(edge), transposed)
+
+    def _coupling(self, a: str, b: str, values: Values) -> Tensor:
+        """``phi(s_a)^T W phi(s_b)``, ``(*batch)``, each pair of a lateral connection once."""
+        if a == b:
+            return (self._product(a, a, values[a]) * values[a]).sum(-1) / 2
+        step = active_step()
+        if step is not None and step.live(self).knows(b, a, values[b]):
+            a, b = b, a
+        return (self._product(a, b, values[a]) * self.layers[b].statistic(values[b])).sum(-1)
+
+    def energy(self, values: Values) -> Tensor:
+        """``E(s)``, ``(*batch)``, of values of all layers; means count as values, the energy is linear in each unit.
+
+        :raises ValueError: if a layer is missing.
+        """
+        if missing := sorted(self.layers.keys() - values.keys()):
+            raise ValueError(f"no values for the layers {missing}: expected {list(self.layers)}. See log_marginal().")
+        return -self._log_density(values)
+
+    def _log_density(self, values: Values) -> Tensor:
+        """Minus the terms of the energy that touch only the given layers."""
+        total = torch.zeros(())
+        for layer, value in values.items():
+            units = self.layers[layer]
+            total = total + units.statistic(value) @ self.bias(layer) - units.base_energy(value)
+        for a, b in self.connections:
+            if a in values and b in values:
+                total = total + self._coupling(a, b, values)
+        return total
+
+    def field(self, layer: str, values: Values) -> Tensor:
+        """``b + sum_m phi(s_m) W_ml``, ``(*batch, width)``, of the neighbours among the values."""
+        parts = [self._product(other, layer, values[other]) for other in self.neighbours(layer) if other in values]
+        return sum(parts, self.bias(layer))
+
+    def conditional(self, layer: str, values: Values, beta: Beta = 1.0) -> Any:
+        """Distribution of a layer given the others, a ``TorchDistribution`` with one event dimension.
+
+        :raises ValueError: for a layer with lateral connections, whose units are not independent.
+        """
+        if self.is_lateral(layer):
+            raise ValueError(f"the units of layer {layer!r} are connected with each other: draw them with gibbs().")
+        return self.layers[layer].conditional(self.field(layer, values), beta)
+
+    # ------------------------------------------------------------------ sums over layers
+
+    def log_marginal(self, values: Values, beta: Beta = 1.0) -> Tensor:
+        """``log sum exp(-beta E)`` over the layers that are not given, ``(*batch)``, in nats: exact.
+
+        Layers that are independent given the others are summed out in closed form; if more are missing, the rest of
+        them is enumerated. Of a restricted machine's visible layer this is minus the free energy, of nothing log Z.
+
+        :raises ValueError: if more than 20 bits would have to be enumerated.
+        """
+        missing = tuple(layer for layer in self.layers if layer not in values)
+        listed = self._to_enumerate(missing)
+        if not listed:
+            return self._closed_form(values, missing, beta)
+        like = next(iter(values.values()), self.bias(self.visible))
+        batch = next((value.shape[:-1] for value in values.values()), torch.Size())
+        terms = []
+        for states in self._states(listed, like):
+            states = {n: s.reshape(len(s), *(1 for _ in batch), s.shape[-1]) for n, s in states.items()}
+            rest = tuple(layer for layer in missing if layer not in states)
+            terms.append(self._closed_form({**values, **states}, rest, beta).double().logsumexp(0))
+        total: Tensor = torch.stack(terms).logsumexp(0)
+        return total.to(like.dtype) if batch else total
+
+    def _closed_form(self, values: Values, missing: Sequence[str], beta: Beta) -> Tensor:
+        density = beta * self._log_density(values)
+        for layer in missing:
+            density = density + self.layers[layer].log_partition(self.field(layer, values), beta)
+        return density
+
+    def _to_enumerate(self, missing: tuple[str, ...]) -> tuple[str, ...]:
+        """The smallest group of layers whose values make the others of the missing ones independent."""
+        groups = (g for size in range(len(missing) + 1) for g in combinations(missing, size))
+        apart = [g for g in groups if self._independent([layer for layer in missing if layer not in g])]
+        best = min(apart, key=self._bits)
+        if self._bits(best) > MAX_BITS:
+            raise ValueError(
+                f"summing out the layers {list(missing)} exactly would enumerate {list(best)}, {self._bits(best):g} "
+                f"bits: expected at most {MAX_BITS}. Estimate log Z by annealed importance sampling instead."
+            )
+        return best
+
+    def _bits(self, layers: Sequence[str]) -> float:
+        return sum((self.layers[layer].log_states for layer in layers), 0.0)
+
+    def _independent(self, layers: Sequence[str]) -> bool:
+        return not any(a in layers and b in layers for a, b in self.connections)
+
+    def _states(self, layers: Sequence[str], like: Tensor) -> Iterator[dict[str, Tensor]]:
+        """All states of some layers together, some thousands at a time."""
+        counts = [int(self.layers[n].num_states or 0) ** self.layers[n].num_units for n in layers]
+        total = int(torch.tensor(counts).prod())
+        for start in range(0, total, _CHUNK):
+            index, states = torch.arange(start, min(start + _CHUNK, total), device=like.device), {}
+            for layer, count in zip(layers, counts, strict=True):
+                states[layer] = self.layers[layer].states(index % count, like)
+                index = index // count
+            yield states
+
+    def free_energy(self, v: Tensor, beta: Beta = 1.0) -> Tensor:
+        """``F(v) = -log sum_h exp(-beta E(v, h))``, ``(*batch)``, in nats."""
+        return -self.log_marginal({self.visible: v}, beta)
+
+    def log_partition(self, beta: Beta = 1.0) -> Tensor:
+        """``log Z``, exact, in nats (float64): the smaller side is enumerated, the other summed out.
+
+        :raises ValueError: if the smaller side has more than 20 bits.
+        """
+        return self.log_marginal({}, beta)
+
+    # ------------------------------------------------------------------ Gibbs sampling
+
+    def gibbs(
+        self, values: Values, num_sweeps: int = 1, *, clamped: Clamped = (), beta: Beta = 1.0
+    ) -> dict[str, Tensor]:
+        """Sweeps of block Gibbs sampling, one colour class after another; the first one is drawn first.
+
+        :param values: where the chains are, ``(*batch, width)`` of every layer.
+        :param clamped: layers to leave as they are, or by layer a mask of the units to leave, ``(*batch, width)`` or
+            ``(width,)``; a mask of ``None`` is all units.
+        :param beta: inverse temperature, a number or ``(*batch)``.
+        :returns: new values of every layer; the given tensors are not changed.
+        """
+        held: Mapping[str, Tensor | None] = clamped if isinstance(clamped, Mapping) else dict.fromkeys(clamped)
+        state = dict(values)
+        with torch.no_grad():
+            for _ in range(num_sweeps):
+                for layer in (layer for group in self.classes for layer in group):
+                    if not (layer in held and held[layer] is None):
+                        drawn = self.redrawn(layer, state, beta)
+                        mask = held.get(layer)
+                        state[layer] = drawn if mask is None else torch.where(mask, state[layer], drawn)
+        return state
+
+    def redrawn(self, layer: str, values: Values, beta: Beta = 1.0) -> Tensor:
+        """A draw of one layer given the values of the others, ``(*batch, width)``, without gradient."""
+        units = self.layers[layer]
+        if not self.is_lateral(layer):
+            return units.sample(self.field(layer, values), beta)
+        # Units that are connected with each other are drawn one after another.
+        others = {name: value for name, value in values.items() if name != layer}
+        outer, inner, value = self.field(layer, others), self.weight(layer, layer), values[layer].clone()
+        for i in range(units.width):
+            value[..., i] = units.sample((outer[..., i] + value @ inner[:, i]).unsqueeze(-1), beta).squeeze(-1)
+        return value
+
+
+def _symmetric(weight: Tensor) -> Tensor:
+    upper = weight.triu(1)
+    return upper + upper.T

@@ -1,0 +1,76 @@
+"""The measures that energies are densities for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Size, Tensor
+
+from pplvi.energies.units import Units
+
+
+class BaseMeasure(TorchDistribution):
+    """The measure of a layer that an energy is a density for: counting measure, or Lebesgue's; ``log_prob`` is 0.
+
+    It is no distribution: beside it a model has a factor ``exp(-E)``. Draws come from ``draw``.
+
+    :param units: the layer.
+    :param batch_shape: shape of the plates.
+    :param draw: what :meth:`sample` calls with the batch shape; by default :meth:`Units.uniform`.
+    :param checked: whether :meth:`log_prob` refuses values outside the support, under the name given here.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self, units: Units, batch_shape: tuple[int, ...], like: Tensor, draw: Any = None, checked: str | None = None
+    ) -> None:
+        self.units, self.like, self.draw, self.checked = units, like, draw, checked
+        super().__init__(Size(batch_shape), Size([units.width]), validate_args=False)
+        self._validate_args = checked is not None
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        """Whether a layer has few enough states to list."""
+        return self.units.log_states <= 20
+
+    @property
+    def support(self) -> Any:
+        """Zeros and ones, or the reals."""
+        return constraints.real_vector if self.units.num_states is None else _binary_vector
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> BaseMeasure:
+        """The same measure, more often."""
+        return BaseMeasure(self.units, tuple(batch_shape), self.like, self.draw, self.checked)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws for the site, ``(*sample_shape, *batch_shape, width)``."""
+        shape = (*sample_shape, *self.batch_shape)
+        value: Tensor = self.units.uniform(shape, self.like) if self.draw is None else self.draw(shape)
+        return value
+
+    def _validate_sample(self, value: Tensor) -> None:
+        assert self.checked is not None
+        self.units.check(value, self.checked)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Zero, ``(*batch)``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return value.new_zeros(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Every state of the layer, ``(num_states, *batch_shape, width)``."""
+        count = 2 ** round(self.units.log_states) if self.units.num_states == 2 else self._count()
+        states = self.units.states(torch.arange(count), self.like)
+        states = states.reshape(count, *(1 for _ in self.batch_shape), self.units.width)
+        return states.expand(count, *self.batch_shape, self.units.width) if expand else states
+
+    def _count(self) -> int:
+        assert self.units.num_states is not None
+        return int(self.units.num_states**self.units.num_units)
+
+
+_binary_vector = constraints.independent(constraints.boolean, 1)

@@ -1,0 +1,190 @@
+"""Energies as Pyro programs: sample sites under base measures and a factor ``exp(-E)``.
+
+:class:`EnergyModel` is what the kinds of undirected models share. A new kind brings its energy and its conditionals;
+the program, training and evaluation stay the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule, pyro_method
+from torch import Tensor
+
+from pplvi.energies.live import Reminder, active_step
+from pplvi.energies.measures import BaseMeasure
+from pplvi.energies.units import Units
+
+Values = Mapping[str, Tensor]
+Clamped = Sequence[str] | Mapping[str, Tensor | None]
+
+
+class EnergyModel(PyroModule):
+    """An unnormalised density over named layers of units.
+
+    A subclass says what its energy is, how layers are drawn given others, and what can be summed out.
+
+    :param layers: units by name, bottom to top; the first is the visible one.
+    :param centered: whether training centers the gradient.
+    :param name: prefix of the parameters' names.
+    """
+
+    def __init__(self, layers: Mapping[str, Units], *, centered: bool, name: str) -> None:
+        super().__init__(name)
+        self.layers: dict[str, Units] = dict(layers)
+        self.centered = centered
+        self._warned = False
+        for layer, units in layers.items():
+            setattr(self, f"units_{layer}", units)
+
+    @property
+    def visible(self) -> str:
+        """Name of the visible layer, the first one."""
+        return next(iter(self.layers))
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """Names of the other layers, bottom to top."""
+        return tuple(self.layers)[1:]
+
+    def energy(self, values: Values) -> Tensor:
+        """``E(s)``, ``(*batch)``, in nats, of values of all layers."""
+        raise NotImplementedError
+
+    def log_marginal(self, values: Values, beta: Any = 1.0) -> Tensor:
+        """``log sum exp(-beta E)`` over the layers that are not given, ``(*batch)``, in nats."""
+        raise NotImplementedError
+
+    def gibbs(
+        self, values: Values, num_sweeps: int = 1, *, clamped: Clamped = (), beta: Any = 1.0
+    ) -> dict[str, Tensor]:
+        """Sweeps of Gibbs sampling from given values."""
+        raise NotImplementedError
+
+    def like(self) -> Tensor:
+        """A tensor of the dtype and on the device of the parameters."""
+        return next(self.parameters())
+
+    def draw(self, shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """A start for Gibbs sampling: values of all layers, ``(*shape, width)``, from the base measures."""
+        return {layer: units.uniform(shape, self.like()) for layer, units in self.layers.items()}
+
+    def redrawn(self, layer: str, values: Values, beta: Any = 1.0) -> Tensor:
+        """A draw of one layer given the values of the others, without gradient."""
+        raise NotImplementedError
+
+    @pyro_method
+    def model(
+        self, v: Tensor | Values | None = None, *, size: int | None = None, num_draws: int = 1
+    ) -> dict[str, Tensor]:
+        """The machine as a Pyro program: plate ``"data"``, a site for every layer, and the factor ``exp(-E)``.
+
+        Unnormalised: losses other than :class:`pplvi.BoltzmannELBO` have no gradient of ``log Z``.
+
+        :param v: values of the visible layer, ``(num_data, width)``, or of several layers by name.
+        :param size: how many data there are, if ``v`` is a minibatch of them.
+        :param num_draws: size of the plate without data; the layers are drawn by Gibbs sampling then.
+        :returns: values of all layers.
+        """
+        self._announce()
+        observed = {} if v is None else {self.visible: v} if isinstance(v, Tensor) else dict(v)
+        count = next((len(value) for value in observed.values()), num_draws)
+        with data_plate(count, size):
+            values = self.sites(count, observed)
+            self.energy_site("energy", values)
+        return values
+
+    def sites(self, count: int, observed: Values) -> dict[str, Tensor]:
+        """Sample sites of all layers, top to bottom, under their base measures.
+
+        Sites that a guide or an observation does not supply are drawn from what is known by then: given the layers
+        above, or, at the top, by Gibbs sampling from nothing.
+        """
+        values: dict[str, Tensor] = {}
+        for layer in reversed(self.layers):
+            given = observed.get(layer)
+            measure = BaseMeasure(
+                self.layers[layer],
+                (count,),
+                self.like(),
+                draw=_Drawing(self, layer, values),
+                checked=None if given is None else layer,
+            )
+            values[layer] = pyro.sample(layer, measure, obs=given)
+        return values
+
+    def energy_site(self, name: str, values: Values) -> None:
+        """The factor ``exp(-E)`` at given values, as a site that tells objectives which machine it belongs to."""
+        density = -self.energy(values)
+        if active_step() is None and density.requires_grad:
+            live = [p for p in self.parameters() if p.requires_grad]
+            density = density + Reminder.apply(self._remind, density.detach(), *live)
+        infer: Any = {"energy": self}
+        pyro.sample(
+            name,
+            dist.Unit(density),
+            obs=density.new_empty((*density.shape, 0)),
+            infer=infer,
+        )
+
+    def _remind(self) -> None:
+        """Warn once that a gradient without that of log Z reaches the parameters."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the parameters of {type(self).__name__} are trained, but its energy is not normalised and this loss "
+                "leaves out the gradient of log Z: the energy of the data only falls. Train it with "
+                "pplvi.BoltzmannELBO, or freeze it with requires_grad_(False).",
+                stacklevel=2,
+            )
+
+    def _announce(self) -> None:
+        """Tell Pyro about the parameters.
+
+        :raises ValueError: if the store holds another machine's parameters under these names.
+        """
+        for module in self.modules():
+            for name, mine in module._parameters.items():
+                if mine is None or not mine.requires_grad:  # Pyro would unfreeze it
+                    continue
+                getattr(module, name)
+                known = pyro.get_param_store()._params.get(_full_name(module, name))
+                if known is not None and known is not mine:
+                    raise ValueError(
+                        f"the parameter store holds another tensor as {_full_name(module, name)!r}: expected "
+                        f"that of this {type(self).__name__}. Give each machine a name of its own (name='first'), "
+                        "train them in scopes (pyro.get_param_store().scope()), or call pyro.clear_param_store()."
+                    )
+
+
+def data_plate(count: int, size: int | None) -> Any:
+    """The plate ``"data"`` of ``count`` data, which stand for ``size`` of them."""
+    return pyro.plate("data", size or count, subsample_size=None if size is None else count, dim=-1)
+
+
+def _full_name(module: Any, name: str) -> str:
+    full: str = module._pyro_get_fullname(name)
+    return full
+
+
+class _Drawing:
+    """Draws of one layer for a program that has nothing better: given the layers above, or by Gibbs sampling."""
+
+    SWEEPS = 100
+
+    def __init__(self, machine: EnergyModel, layer: str, above: Values) -> None:
+        self.machine, self.layer, self.above = machine, layer, dict(above)
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        machine = self.machine
+        held = {n: v.detach().expand(*shape, v.shape[-1]) for n, v in self.above.items()}
+        missing = [layer for layer in machine.layers if layer not in held]
+        with torch.no_grad():
+            if missing == [self.layer]:
+                return machine.redrawn(self.layer, {**held, self.layer: machine.draw(shape)[self.layer]})
+            return machine.gibbs({**machine.draw(shape), **held}, self.SWEEPS, clamped=tuple(held))[self.layer]

@@ -1,0 +1,351 @@
+"""Units of undirected models: what a layer's values are, and everything that is known in closed form about one layer.
+
+The energy of a pairwise machine is ``sum_l base(s_l)`` less terms that are linear in every layer's statistic
+``phi(s_l)``. Given the rest of a machine, the units of a layer are therefore independent, and a layer is described by
+one vector, its *field* ``f``: ``p(s) = exp(beta (phi(s) . f - base(s))) / Z(f)``. Values are vectors of ``width``
+numbers on the last dimension; ``beta`` is an inverse temperature, a number or a tensor that broadcasts over the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from pyro.nn import PyroModule
+from torch import Size, Tensor
+from torch.nn.functional import one_hot, softplus
+
+Beta = float | Tensor
+
+
+def _times(beta: Beta, x: Tensor) -> Tensor:
+    """``beta x``, with one beta for each element of the batch."""
+    if isinstance(beta, Tensor):
+        return beta.unsqueeze(-1) * x if beta.dim() else beta * x
+    return x if beta == 1.0 else beta * x
+
+
+class Units(PyroModule):
+    """The units of one layer.
+
+    :ivar num_units: number of units.
+    :ivar width: numbers that describe the layer's value: ``num_units``, times the categories of a unit.
+    :ivar num_states: states of one unit, or ``None`` for a continuum.
+    """
+
+    num_states: int | None = None
+
+    def __init__(self, num_units: int, width: int | None = None) -> None:
+        super().__init__()
+        if not isinstance(num_units, int) or num_units < 1:
+            raise ValueError(f"num_units={num_units!r}: expected a whole number of at least 1.")
+        self.num_units = num_units
+        self.width = num_units if width is None else width
+
+    @property
+    def log_states(self) -> float:
+        """Logarithm of the number of states of the layer, in bits; infinite for a continuum."""
+        return math.inf if self.num_states is None else self.num_units * math.log2(self.num_states)
+
+    def statistic(self, value: Tensor) -> Tensor:
+        """``phi(s)``, ``(*batch, width)``: linear in the value."""
+        return value
+
+    def base_energy(self, value: Tensor) -> Tensor | float:
+        """``base(s)``, ``(*batch)``: the part of the energy that is not linear in the value."""
+        return 0.0
+
+    def mean_entropy(self, mean: Tensor) -> Tensor:
+        """Entropy (nats) of independent units with these means, less ``E[base(s)] - base(mean)``, ``(*batch)``."""
+        raise NotImplementedError
+
+    def mean(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """Mean value under a field, ``(*batch, width)``."""
+        raise NotImplementedError
+
+    def sample(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """A draw under a field, ``(*batch, width)``, without gradient."""
+        raise NotImplementedError
+
+    def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """``log Z(f)``, ``(*batch)``, in nats: the layer summed out."""
+        raise NotImplementedError
+
+    def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
+        """The distribution under a field, with one event dimension."""
+        raise NotImplementedError
+
+    def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Draws of the base measure where it is finite, else of a standard normal: ``(*shape, width)``."""
+        raise NotImplementedError
+
+    def problem(self, value: Tensor) -> str | None:
+        """What is wrong with values, if anything: a sentence that says what to do."""
+        raise NotImplementedError
+
+    def states(self, index: Tensor, like: Tensor) -> Tensor:
+        """The layer's states of these numbers, ``(*index.shape, width)``, counting with the first unit fastest."""
+        assert self.num_states is not None
+        powers = self.num_states ** torch.arange(self.num_units, device=index.device)
+        return self.encode(index.unsqueeze(-1) // powers % self.num_states).to(like.dtype)
+
+    def encode(self, levels: Tensor) -> Tensor:
+        """Values of integer levels, ``(*batch, num_units)`` to ``(*batch, width)``."""
+        return levels
+
+    def check(self, value: Tensor, name: str) -> None:
+        """Refuse values that are not in the support.
+
+        :raises ValueError: for a wrong width, an empty batch, or values outside the support.
+        """
+        if value.dim() == 0 or value.shape[-1] != self.width:
+            raise ValueError(
+                f"layer {name!r} got values of shape {tuple(value.shape)}: expected (*batch, {self.width}). Flatten "
+                "images, and put the units on the last dimension."
+            )
+        if value.numel() == 0:
+            raise ValueError(f"layer {name!r} got an empty batch, {tuple(value.shape)}: expected at least one datum.")
+        if (problem := self.problem(value)) is not None:
+            raise ValueError(f"layer {name!r} got {problem}")
+
+
+def _range_of(value: Tensor) -> str:
+    return f"values from {value.min().item():.4g} to {value.max().item():.4g}"
+
+
+class BernoulliUnits(Units):
+    """Binary units, 0 or 1: ``p(s = 1) = sigmoid(f)`` and ``log Z = sum softplus(f)``.
+
+    :param num_units: number of units.
+    :param mean_field: accept means in ``[0, 1]`` as values, such as grey levels of images.
+
+    >>> units = BernoulliUnits(2)
+    >>> units.mean(torch.zeros(2)), units.log_partition(torch.zeros(2))
+    (tensor([0.5000, 0.5000]), tensor(1.3863))
+    """
+
+    num_states = 2
+
+    def __init__(self, num_units: int, *, mean_field: bool = False) -> None:
+        super().__init__(num_units)
+        self.mean_field = mean_field
+
+    def mean(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """``sigmoid(beta f)``."""
+        return torch.sigmoid(_times(beta, field))
+
+    def sample(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """Independent coin flips."""
+        p = self.mean(field.detach(), beta)
+        return torch.lt(torch.empty_like(p).uniform_(), p).to(p.dtype)  # four times as fast as torch.bernoulli
+
+    def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """``sum softplus(beta f)``."""
+        return softplus(_times(beta, field)).sum(-1)
+
+    def mean_entropy(self, mean: Tensor) -> Tensor:
+        """``-sum mu log mu + (1 - mu) log(1 - mu)``."""
+        return -(torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum(-1)
+
+    def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
+        """Independent Bernoulli distributions."""
+        return dist.Bernoulli(logits=_times(beta, field), validate_args=False).to_event(1)
+
+    def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Fair coins."""
+        return torch.lt(like.new_empty((*shape, self.width)).uniform_(), 0.5).to(like.dtype)
+
+    def problem(self, value: Tensor) -> str | None:
+        """Refuse all but 0 and 1, or all but ``[0, 1]`` where means are accepted."""
+        if self.mean_field:
+            inside = bool(((value >= 0) & (value <= 1)).all())
+            return None if inside else f"{_range_of(value)}: expected means between 0 and 1. Rescale the data."
+        if bool((value * (value - 1) == 0).all()):
+            return None
+        return (
+            f"{_range_of(value)}: expected only 0 and 1. Binarise grey levels in [0, 1]: by threshold, "
+            "(v > 0.5).float(), or by sampling, torch.bernoulli(v), anew at every epoch; or declare that they are "
+            "means with mean_field_visible=True (mean_field=True of the units)."
+        )
+
+
+class CategoricalUnits(Units):
+    """Units with one of ``num_categories`` values: ``p(s = k) = softmax(f)_k`` (softmax units).
+
+    A layer's value is the one-hot codes of its units side by side, so ``width = num_units * num_categories``;
+    :meth:`encode` makes it from integers and :meth:`decode` goes back.
+
+    :param num_units: number of units.
+    :param num_categories: values of each unit, at least 2.
+    :raises ValueError: for fewer than two categories.
+
+    >>> units = CategoricalUnits(2, num_categories=3)
+    >>> units.encode(torch.tensor([2, 0]))
+    tensor([0., 0., 1., 1., 0., 0.])
+    """
+
+    def __init__(self, num_units: int, num_categories: int) -> None:
+        if not isinstance(num_categories, int) or num_categories < 2:
+            raise ValueError(f"num_categories={num_categories!r}: expected a whole number of at least 2.")
+        super().__init__(num_units, num_units * num_categories)
+        self.num_categories = self.num_states = num_categories
+
+    def _apart(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:-1], self.num_units, self.num_categories)
+
+    def encode(self, levels: Tensor) -> Tensor:
+        """One-hot codes side by side, ``(*batch, num_units)`` integers to ``(*batch, width)``.
+
+        :raises ValueError: for integers outside the categories.
+        """
+        if bool(((levels < 0) | (levels >= self.num_categories)).any()):
+            raise ValueError(f"{_range_of(levels)}: expected integers from 0 to {self.num_categories - 1}.")
+        return one_hot(levels.long(), self.num_categories).flatten(-2).to(torch.get_default_dtype())
+
+    def decode(self, value: Tensor) -> Tensor:
+        """Integers, ``(*batch, num_units)``, of one-hot codes or the likeliest ones of means."""
+        return self._apart(value).argmax(-1)
+
+    def mean(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """``softmax(beta f)`` of each unit."""
+        return self._apart(_times(beta, field)).softmax(-1).flatten(-2)
+
+    def sample(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """Independent one-hot draws, by the largest of ``f`` plus Gumbel noise."""
+        logits = self._apart(_times(beta, field.detach()))
+        noise = -torch.empty_like(logits).exponential_().log()
+        return one_hot((logits + noise).argmax(-1), self.num_categories).flatten(-2).to(logits.dtype)
+
+    def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """``sum logsumexp(beta f)``."""
+        return self._apart(_times(beta, field)).logsumexp(-1).sum(-1)
+
+    def mean_entropy(self, mean: Tensor) -> Tensor:
+        """``-sum mu log mu``."""
+        return -torch.xlogy(mean, mean).sum(-1)
+
+    def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
+        """Independent one-hot distributions, side by side."""
+        return _SideBySide(self._apart(_times(beta, field)))
+
+    def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Each category with the same probability."""
+        return self.sample(like.new_zeros((*shape, self.width)))
+
+    def problem(self, value: Tensor) -> str | None:
+        """Refuse what are not one-hot codes."""
+        binary = bool((value * (value - 1) == 0).all())
+        if binary and bool((self._apart(value).sum(-1) == 1).all()):
+            return None
+        return f"{_range_of(value)}: expected one-hot codes side by side. Make them from integers with units.encode()."
+
+
+class _SideBySide(TorchDistribution):
+    """Independent one-hot variables whose codes lie side by side on one event dimension."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.independent(constraints.boolean, 1)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.each = dist.OneHotCategorical(logits=logits, validate_args=False)
+        self._apart = logits.shape[-2:]
+        super().__init__(logits.shape[:-2], Size([self._apart.numel()]), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _SideBySide:
+        """The same distribution, more often."""
+        return _SideBySide(self.each.logits.expand((*batch_shape, *self._apart)))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """One-hot codes."""
+        return self.each.sample(Size(sample_shape)).flatten(-2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability of one-hot codes."""
+        density: Tensor = self.each.log_prob(value.reshape(*value.shape[:-1], *self._apart)).sum(-1)
+        return density
+
+    @property
+    def mean(self) -> Tensor:
+        """Probabilities side by side."""
+        return self.each.probs.flatten(-2)
+
+    def entropy(self) -> Tensor:
+        """Entropy, in nats."""
+        entropy: Tensor = self.each.entropy().sum(-1)
+        return entropy
+
+
+class GaussianUnits(Units):
+    """Real units with a learned precision ``t``: ``base(s) = t s^2 / 2``, ``phi(s) = t s``, so ``s ~ N(f, 1 / t)``.
+
+    :param num_units: number of units.
+    :param variance: initial variance of each unit given the others.
+    :param learn_variance: whether training moves it.
+    :raises ValueError: for a variance that is not positive.
+
+    Source: Welling, Rosen-Zvi & Hinton (2004), "Exponential family harmoniums"; Goodfellow et al. (2016), section 20.5.
+
+    >>> units = GaussianUnits(2, variance=0.25, learn_variance=False)
+    >>> units.conditional(torch.ones(2)).variance
+    tensor([0.2500, 0.2500])
+    """
+
+    def __init__(self, num_units: int, *, variance: float = 1.0, learn_variance: bool = True) -> None:
+        super().__init__(num_units)
+        if not variance > 0:
+            raise ValueError(f"variance={variance}: expected a positive number.")
+        value = torch.full((num_units,), -math.log(variance))
+        self.log_precision = torch.nn.Parameter(value, requires_grad=learn_variance)
+
+    @property
+    def precision(self) -> Tensor:
+        """Precision of each unit given the others, ``(num_units,)``."""
+        return self.log_precision.exp()
+
+    def statistic(self, value: Tensor) -> Tensor:
+        """``t s``."""
+        return self.precision * value
+
+    def base_energy(self, value: Tensor) -> Tensor:
+        """``sum t s^2 / 2``."""
+        return (self.precision * value**2).sum(-1) / 2
+
+    def mean(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """The field itself."""
+        return field
+
+    def _deviation(self, beta: Beta) -> Tensor:
+        precision = self.precision
+        if isinstance(beta, Tensor) and beta.dim():
+            beta = beta.unsqueeze(-1)
+        return (beta * precision) ** -0.5
+
+    def sample(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """``f + noise / sqrt(beta t)``."""
+        return (field + torch.randn_like(field) * self._deviation(beta)).detach()
+
+    def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
+        """``sum beta t f^2 / 2 + log(2 pi / (beta t)) / 2``."""
+        return _times(beta, self.precision * field**2).sum(-1) / 2 + self._log_volume(beta)
+
+    def _log_volume(self, beta: Beta) -> Tensor:
+        return (self._deviation(beta).log() + math.log(2 * math.pi) / 2).sum(-1)
+
+    def mean_entropy(self, mean: Tensor) -> Tensor:
+        """``sum log(2 pi / t) / 2``: the entropy of variance ``1 / t`` less one half a unit."""
+        return self._log_volume(1.0).expand(mean.shape[:-1])
+
+    def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
+        """Independent normal distributions."""
+        return dist.Normal(field, self._deviation(beta), validate_args=False).to_event(1)
+
+    def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Standard normal draws: the base measure, Lebesgue's, is not finite."""
+        return torch.randn((*shape, self.width), dtype=like.dtype, device=like.device)
+
+    def problem(self, value: Tensor) -> str | None:
+        """Refuse what is not finite."""
+        return None if bool(value.isfinite().all()) else "values that are not finite: expected real numbers."
