@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pplvi.draws import Draws
 from pplvi.runs import Plate
 from pplvi.weighted import WeightedDraws
 from pplvi.weights import pareto_k_threshold
@@ -238,6 +239,34 @@ def _describe_pareto_k(posterior: WeightedDraws, verdict: Verdict) -> str:
         return words
     above = int((pareto_k > threshold).sum())
     return f"median {pareto_k.median().item():.2f}; {above} of {pareto_k.numel()} above the threshold; largest {words}"
+
+
+def describe_parameters(count: int, draws: Draws, amortized: bool = False) -> str:
+    """How many parameters a guide has, and whether more data would give it more.
+
+    :param count: number of the guide's parameters.
+    :param draws: its draws, which say what latents are inside the plates of the data.
+    :param amortized: whether a network stands for the latents inside those plates.
+
+    >>> import torch
+    >>> z, plate = torch.zeros(4, 8), Plate("school", -1, 8, 8)
+    >>> one = Draws({"z": z}, {}, {"y": z[0]}, {}, z, z, (), {"z": (plate,), "y": (plate,)}, frozenset())
+    >>> describe_parameters(16, one)
+    "16; they grow with the data: 8 of 8 latent coordinates are in plate 'school'"
+    """
+    data = {plate.name: plate for name in draws.observed for plate in draws.plates.get(name, ())}
+    inside = {
+        name: [plate for plate in draws.plates[name] if plate.name in data]
+        for name in draws.latents
+        if any(plate.name in data for plate in draws.plates[name])
+    }
+    if amortized or not inside:
+        return f"{count:,}; they do not grow with the data"
+    sizes = {name: math.prod(value.shape[1:]) for name, value in draws.latents.items()}
+    names = sorted({plate.name for plates in inside.values() for plate in plates})
+    local = sum(sizes[name] for name in inside)
+    where = f"plate{'s' * (len(names) > 1)} {' and '.join(map(repr, names))}"
+    return f"{count:,}; they grow with the data: {local:,} of {sum(sizes.values()):,} latent coordinates are in {where}"
 
 
 def _row(label: str, value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,15 +16,19 @@ from torch import Tensor
 from pplvi.draws import Draws
 from pplvi.elbo import Loss
 from pplvi.export import to_arviz
+from pplvi.guides.amortized import AutoAmortized
+from pplvi.guides.refinement import amortization_gap
+from pplvi.handlers import parameters_of
 from pplvi.posterior import Posterior
 from pplvi.programs import Program
-from pplvi.report import report
+from pplvi.report import describe_parameters, report
 from pplvi.stopping import has_settled
 from pplvi.training import Run, ScopedProgram
 
 if TYPE_CHECKING:
     import arviz
 
+_SAMPLE = 1_000  # data on which a report measures what amortisation costs
 _REASONS = {
     "converged": "stopped at step {steps}: the objective no longer improved by more than its Monte Carlo error",
     "num_steps": "took all {steps} steps",
@@ -270,9 +275,30 @@ class Fit:
             facts["objective"] = self.objective
         if len(self.runs) > 1:
             facts["restarts"] = self._describe_restarts()
+        posterior = self._best_posterior(args, kwargs)
+        if self.mcmc is None:
+            facts |= self._describe_guide(posterior, *self._call(args, kwargs))
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = None if self.mcmc is not None else self._describe_end()
-        return report(self._best_posterior(args, kwargs), facts=facts, convergence=ended, converged=self.converged)
+        return report(posterior, facts=facts, convergence=ended, converged=self.converged)
+
+    def _describe_guide(self, posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
+        """How many parameters the guide has; of an amortised one also what one network for all data costs."""
+        run = self.runs[self.best]
+        guide = run.guide
+        amortized = isinstance(guide, AutoAmortized)
+        with run.scope():
+            count = sum(leaf.numel() for leaf in parameters_of(lambda: guide(*args, **kwargs)).values())
+            facts = {"parameters": describe_parameters(count, posterior.draws, amortized)} if count else {}
+            if isinstance(guide, AutoAmortized) and (posterior.has_weights or not posterior.draws.random):
+                facts["amortisation"] = self._describe_amortization(guide, args, kwargs)
+        return facts
+
+    def _describe_amortization(self, guide: AutoAmortized, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        if (size := math.prod(guide.structure(args, kwargs).batch_shape)) > _SAMPLE:
+            return f"not measured on all {size:,} data: call pplvi.amortization_gap with a sample of them"
+        gap = amortization_gap(guide, args, kwargs, seed=self.seed or 0)
+        return f"costs {gap.value:.3f} +- {gap.standard_error:.3f} nats for each datum"
 
     def _describe_restarts(self) -> str:
         scores = [run.score for run in self.runs]

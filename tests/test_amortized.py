@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pyro
@@ -338,3 +339,21 @@ def test_discrete_locals_and_subsampled_inner_plates_are_refused(x: Tensor) -> N
         AutoAmortized(discrete, column(), plates="data")(x)
     with pytest.raises(ValueError, match="subsampled inside"):
         AutoAmortized(inner, column(), plates="data")(x)
+
+
+def test_the_report_says_what_grows_with_the_data_and_what_amortisation_costs(x: Tensor) -> None:
+    fit = pplvi.fit(
+        normal_model,
+        lambda model: AutoAmortized(model, column(), plates="data"),
+        args=(x,),
+        num_steps=30,
+        seed=0,
+        progress=False,
+    )
+    text = fit.summary()
+    assert "they do not grow with the data" in text
+    assert re.search(r"amortisation +costs -?\d\.\d+ \+- \d\.\d+ nats for each datum", text)
+    other = pplvi.fit(normal_model, pyro.infer.autoguide.AutoNormal, args=(x,), num_steps=3, seed=0, progress=False)
+    assert "14; they grow with the data: 7 of 7 latent coordinates are in plate 'data'" in " ".join(
+        other.summary().split()
+    )
