@@ -8,7 +8,9 @@ from typing import Any
 
 import pyro
 from pyro import poutine
+from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
@@ -90,3 +92,72 @@ def parameters_of(run: Callable[[], Any]) -> dict[str, Tensor]:
     sites: dict[str, Any] = {name: site["value"] for name, site in recorder.trace.nodes.items()}
     leaves = {name: value.unconstrained() for name, value in sites.items()}
     return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Run programs for themselves inside the run of another one, without its plates; parameters are shared with it."""
+    taken, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack = taken
+
+
+class Numbered(Messenger):
+    """Add the number of a time step to the names of its sites, unless they end with it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.suffix = f"_{number}"
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["name"].endswith(self.suffix):
+            msg["name"] += self.suffix
+
+
+class Iterations(Messenger):
+    """Count the iterations of ``pyro.markov`` loops in which there are sites; loops one after another count on.
+
+    :ivar count: number of the iteration that runs; what stands before a loop belongs to its first one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._last: tuple[Any, int] = None, -1
+
+    def _pyro_sample(self, msg: Any) -> None:
+        loop = next((frame for frame in _PYRO_STACK if isinstance(frame, MarkovMessenger)), None)
+        if loop is not None and (here := (loop, loop._pos)) != self._last:
+            self.count += self._last[0] is not None
+            self._last = here
+
+
+class _Enough(Exception):
+    """The iteration that was wanted is over."""
+
+
+class OnlyIteration(Iterations):
+    """Show one iteration of a program's ``pyro.markov`` loop to the handlers around, and stop the program after it.
+
+    Earlier iterations get the values that they had, and are hidden.
+    """
+
+    def __init__(self, iteration: int, past: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.iteration, self.past = iteration, past
+
+    def _pyro_sample(self, msg: Any) -> None:
+        super()._pyro_sample(msg)
+        if self.count > self.iteration:
+            raise _Enough
+        if self.count < self.iteration:
+            if not msg["is_observed"] and msg["name"] in self.past:
+                msg["value"], msg["done"] = self.past[msg["name"]], True
+            msg["stop"] = True
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> Any:
+        super().__exit__(kind, error, traceback)
+        return kind is _Enough

@@ -168,3 +168,37 @@ class FilteringBound(Objective):
         """Value and surrogate, each of shape ``(*batch)``."""
         loss = -log_normalizer_ratio(step)
         return Terms(loss.detach(), loss)
+
+
+@dataclass(frozen=True)
+class FilteringForwardKL(Objective):
+    """Forward KL divergence of proposals and maximum likelihood for the model, step by step in time.
+
+    NASMC (Gu, Ghahramani & Turner 2015), reweighted wake-sleep over time. The value is that of
+    :class:`FilteringBound`, a lower bound of the log evidence on average. The surrogate is ``-E_B[log q] -
+    E_B[log_target_fixed] + E_A[log_initial]`` at detached draws: the first term fits the proposal. The others, summed
+    over time, are Fisher's identity for the gradient of the log evidence in the model's parameters, consistent in the
+    number of particles (the paper keeps the last step's densities only). No reparameterisation is needed. Look-ahead
+    factors are no part of a likelihood: learn them by :class:`NestedForwardKL`.
+
+    >>> step = Step.from_proposal(log_target=torch.tensor([0.0, 0.0]), log_forward=torch.zeros(2))
+    >>> FilteringForwardKL()(step).value
+    tensor(-0.)
+    """
+
+    monitor: ClassVar[Monitor] = "lower"
+
+    @property
+    def routing(self) -> Routing:
+        """Draws are detached, step by step."""
+        return Routing(detach=True, local=True)
+
+    @property
+    def min_particles(self) -> int:
+        """Self-normalised averages need two particles."""
+        return 2
+
+    def __call__(self, step: Step) -> Terms:
+        """Value and surrogate, each of shape ``(*batch)``."""
+        after, before = step.log_forward + step.log_target_fixed, step.log_initial
+        return Terms(-log_normalizer_ratio(step).detach(), _incoming(step, before) - _outgoing(step, after))

@@ -39,9 +39,9 @@ FLOORS = {
         "arguments",
     }
     | {"reweighting", "alone"},
-    2: {"objectives", "nested", "kernels", "invariant", "paths"},
-    3: {"samplers", "annealing", "guides", "energies"},
-    4: {"elbo", "nested_elbo", "tracing", "backends", "compile", "updates"},
+    2: {"objectives", "nested", "kernels", "invariant", "paths", "timesteps"},
+    3: {"samplers", "annealing", "filtering", "guides", "energies"},
+    4: {"elbo", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts", "starts"}
     | {"chains", "weighted", "loo", "posterior"},
     6: {"schema", "groups", "export", "report", "comparison", "plots"},
