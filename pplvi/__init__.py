@@ -18,6 +18,8 @@ _HOMES = {
     "RenyiELBO": "elbo",
     "ThermodynamicELBO": "elbo",
     "WeightedELBO": "elbo",
+    "ReweightedWakeSleep": "wake_sleep",
+    "WakeSleep": "wake_sleep",
     "AutoAmortized": "guides",
     "amortization_gap": "guides",
     "refine": "guides",

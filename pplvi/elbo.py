@@ -51,10 +51,10 @@ class Loss(PyroELBO):
         return run.model, run.guide
 
     def __add__(self, other: Loss) -> Loss:
-        return _Sum([(1.0, self), (1.0, other)]) if isinstance(other, Loss) else NotImplemented
+        return LossSum([(1.0, self), (1.0, other)]) if isinstance(other, Loss) else NotImplemented
 
     def __mul__(self, factor: float) -> Loss:
-        return _Sum([(float(factor), self)]) if isinstance(factor, int | float) else NotImplemented
+        return LossSum([(float(factor), self)]) if isinstance(factor, int | float) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -65,7 +65,7 @@ class Loss(PyroELBO):
         return self * (1.0 / divisor) if isinstance(divisor, int | float) else NotImplemented
 
 
-class _Sum(Loss):
+class LossSum(Loss):
     """A weighted sum of losses, each on draws of its own."""
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
@@ -77,9 +77,11 @@ class _Sum(Loss):
 
     @property
     def terms_of_sum(self) -> list[tuple[float, Loss]]:
+        """Weights and losses."""
         return self.terms
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The weighted sum of the terms' losses, in nats."""
         parts = [weight * loss.differentiable_loss(model, guide, *args, **kwargs) for weight, loss in self.terms]
         return torch.stack(parts).sum()
 
@@ -136,7 +138,7 @@ class WeightedELBO(Loss):
             )
         if num_particles < objective.min_particles:
             raise ValueError(f"num_particles={num_particles}: {objective!r} needs at least {objective.min_particles}.")
-        if num_particles < 2 and objective.self_normalised and self.sampler.proposal == "guide":
+        if num_particles < 2 and objective.self_normalised and self.sampler.proposal != "model":
             raise ValueError(f"num_particles={num_particles}: self-normalised weights need at least 2 particles.")
 
     def steps(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Iterator[Step]:

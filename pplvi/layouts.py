@@ -21,12 +21,14 @@ class Layout:
     :ivar enumerated: whether sites are enumerated.
     :ivar own_subsamples: plates to which the model itself gives indices (``pyro.plate(..., subsample=...)``).
     :ivar compared: whether particles in one call have been found to have the densities that they have alone.
+    :ivar dreams_together: whether several dreams in one call have never failed.
     """
 
     nesting: int
     enumerated: bool
     own_subsamples: frozenset[str]
     compared: bool = False
+    dreams_together: bool = True
 
 
 _LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Key, Layout]]] = WeakKeyDictionary()

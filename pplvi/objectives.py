@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pplvi.weights import logmeanexp
+from pplvi.weights import expectation, logmeanexp
 
 Monitor = Literal["lower", "upper"]
 Estimator = Literal["reparam", "score", "vimco", "stl", "dreg"]
@@ -133,7 +133,8 @@ class Objective(ABC):
     :cvar monitor: what minus the value is a bound of, ``"lower"``; the value itself an ``"upper"`` bound; or ``None``.
     :cvar linear: linear in ``log v``: the only kind that survives scales inside the densities or averaged densities.
     :cvar self_normalised: compares weights of particles, so that one particle of a guide says nothing.
-    :cvar proposals: where draws may come from: the guide (``"guide"``) or the model itself (``"model"``).
+    :cvar proposals: where draws may come from: the guide (``"guide"``), the model itself (``"model"``), or a mixture of
+        the guide with another proposal (``"mixture"``), where ``log_weight`` is not that of ``log_forward``.
     """
 
     monitor: ClassVar[Monitor | None] = None
@@ -222,7 +223,7 @@ class RenyiBound(Objective):
     def _doubly_reparameterised(self, log_weight: Tensor, step: Step) -> Tensor:
         u = torch.softmax((1.0 - self.alpha) * log_weight.detach(), 0)
         c = self.alpha * u + (1.0 - self.alpha) * u**2
-        return _weighted_sum(c, log_weight) + _weighted_sum(u - c, step.log_target_fixed)
+        return weighted_sum(c, log_weight) + weighted_sum(u - c, step.log_target_fixed)
 
     def _score_term(self, log_weight: Tensor, log_score: Tensor) -> Tensor:
         if self.estimator == "reparam":
@@ -248,7 +249,7 @@ class RenyiBound(Objective):
         return self.bound(log_weight) - self.bound(_leave_one_out(log_weight), dim=1)
 
 
-def _weighted_sum(weight: Tensor, values: Tensor) -> Tensor:
+def weighted_sum(weight: Tensor, values: Tensor) -> Tensor:
     """``sum weight * values`` over particles, where a weight of zero also silences an infinite value."""
     return (weight * values.masked_fill(weight == 0, 0.0)).sum(0)
 
@@ -273,7 +274,7 @@ class ForwardKLDivergence(Objective):
     """
 
     self_normalised: ClassVar[bool] = True
-    proposals: ClassVar[frozenset[str]] = frozenset({"guide", "model"})
+    proposals: ClassVar[frozenset[str]] = frozenset({"guide", "model", "mixture"})
 
     @property
     def routing(self) -> Routing:
@@ -282,7 +283,7 @@ class ForwardKLDivergence(Objective):
 
     def __call__(self, step: Step) -> Terms:
         """Value and surrogate, each of shape ``(*batch)``."""
-        loss = -_weighted_sum(torch.softmax(step.log_weight, 0), step.log_forward)
+        loss = -weighted_sum(torch.softmax(step.log_weight, 0), step.log_forward)
         return Terms(loss.detach(), loss)
 
 
@@ -324,3 +325,41 @@ class ThermodynamicBound(Objective):
         log_path = beta * log_weight + step.log_forward  # gamma^beta q^(1-beta), up to the incoming weight
         covariance = (weight * (log_weight.detach() - mean) * log_path).sum(0)
         return (upper - beta) * mean, (upper - beta) * ((weight * log_weight).sum(0) + covariance)
+
+
+def log_normalizer_gradient(step: Step) -> Tensor:
+    """``E_B[log_target_fixed]``, shape ``(*batch)``: its gradient is that of ``log Z`` of the step's target.
+
+    ``grad log Z = E_p[grad log gamma]`` for ``p = gamma / Z``: the negative phase of a Boltzmann machine (Hinton 2002;
+    Tieleman 2008), and what the normaliser of a learned target adds in nested variational inference.
+
+    >>> step = Step.from_proposal(log_target=torch.tensor([1.0, 3.0]), log_forward=torch.tensor([1.0, 3.0]))
+    >>> log_normalizer_gradient(step)
+    tensor(2.)
+    """
+    return expectation(step.log_weight, step.log_target_fixed)
+
+
+@dataclass(frozen=True)
+class LogPartition(Objective):
+    """The negative phase: a surrogate whose gradient is that of ``log Z``, ``E_B[log_target_fixed]``.
+
+    On draws of the target itself, such as persistent chains, or weighted for it. The value is the mean log density of
+    the draws, which is no estimate of ``log Z`` and bounds nothing.
+
+    >>> step = Step.from_proposal(log_target=torch.tensor([1.0, 3.0]), log_forward=torch.tensor([1.0, 3.0]))
+    >>> LogPartition()(step).value
+    tensor(2.)
+    """
+
+    proposals: ClassVar[frozenset[str]] = frozenset({"guide", "model", "chains"})
+
+    @property
+    def routing(self) -> Routing:
+        """Draws are detached."""
+        return Routing(detach=True)
+
+    def __call__(self, step: Step) -> Terms:
+        """Value and surrogate, each of shape ``(*batch)``."""
+        surrogate = log_normalizer_gradient(step)
+        return Terms(surrogate.detach(), surrogate)

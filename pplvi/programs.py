@@ -19,16 +19,14 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pplvi import autoguides, checks
-from pplvi.environment import preserved_parameters, preserved_rng
-from pplvi.handlers import Detach, SubsampleRecorder, Supply, Uncondition
+from pplvi import autoguides, checks, dreams
+from pplvi.environment import preserved_parameters, preserved_rng, rng_state, set_rng_state
+from pplvi.handlers import Detach, SubsampleRecorder, Supply, Uncondition, last_site
 from pplvi.layouts import Layout, recall, remember
 from pplvi.masks import balance_missing
 from pplvi.runs import (
     PARTICLES,
     Run,
-    is_deterministic,
-    is_factor,
     is_subsample,
     latent_sites,
     sample_sites,
@@ -120,7 +118,8 @@ def _renewed(
     """
     if _recording():
         raise error
-    fresh = replace(inspect(model, guide, args, kwargs), compared=layout.compared)
+    known = {"compared": layout.compared, "dreams_together": layout.dreams_together}
+    fresh = replace(inspect(model, guide, args, kwargs), **known)
     if fresh != layout:
         remember(model, guide, args, kwargs, fresh)
         return fresh
@@ -302,43 +301,82 @@ def run_model(
     return Run(poutine.Trace(), trace, num_particles, plain.nesting, enumerated)
 
 
-def dream(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
-    """Draw latents and data from the model, without gradient, and run the guide on these draws.
+def dream(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], num_dreams: int = 1
+) -> tuple[list[Run], Tensor]:
+    """Draw latents and data from the model, without gradient, and score the guide on these draws.
 
-    :raises ValueError: if the dreamed data have no way to reach the guide, or the guide cannot be scored at them.
+    The model dreams in one call, the guide is mapped over the dreams (``torch.vmap``) and sees each in the size of the
+    data. Programs with which that fails, once, dream one after another.
+
+    :returns: runs with all dreams as their particles, and the guide's log density at each, ``(num_dreams, *batch)``.
+    :raises ValueError: if the model cannot be drawn from, if the dreamed data have no way to reach the guide, or if the
+        guide cannot be scored at them.
     """
     layout = _layout(model, guide, args, kwargs)
-    with torch.no_grad(), Uncondition():
-        model_trace = _trace(model, args, kwargs)
-    dreamt = {n: s for n, s in sample_sites(model_trace) if s["infer"].pop("was_observed", False)}
-    for site in dreamt.values():
-        site["is_observed"] = True
-    dreams = {n: s["value"] for n, s in dreamt.items() if not (is_deterministic(s) or is_factor(s))}
-    args, kwargs = _with_dreams(model, args, kwargs, dreams)
-    values = {name: site["value"] for name, site in latent_sites(model_trace).items()}
-    indices: dict[str, Any] = {n: s["value"] for n, s in model_trace.nodes.items() if is_subsample(s)}
-    with Supply({**indices, **values, **autoguides.auxiliary_values(guide, values)}, but_delta=True):
-        guide_trace = _run_guide(guide, args, kwargs, _How())
-    return Run(guide_trace, model_trace, 1, layout.nesting)
+    if num_dreams > 1 and layout.dreams_together:
+        state = rng_state()
+        try:
+            run, log_forward = _dream(model, guide, args, kwargs, _How(num_dreams, layout.nesting))
+            return [run], log_forward
+        except Exception:  # a mistake in the programs is met again below
+            set_rng_state(state)
+    made = len(pyro.get_param_store())
+    alone = [_dream(model, guide, args, kwargs, _How(1, layout.nesting)) for _ in range(num_dreams)]
+    if num_dreams > 1 and len(pyro.get_param_store()) == made:  # no parameter can be made under vmap
+        remember(model, guide, args, kwargs, replace(layout, dreams_together=False))
+    return [run for run, _ in alone], torch.cat([log_forward for _, log_forward in alone])
 
 
-def _with_dreams(
-    model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], dreams: Mapping[str, Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the guide with every observed value replaced by its dream."""
-    if "observations" in kwargs:
-        return args, {**kwargs, "observations": dict(dreams)}
-    observed = {n: s["value"] for n, s in sample_sites(plain_run(model, args, kwargs).model) if n in dreams}
-    dream_of = {id(value): dreams[name] for name, value in observed.items()}
-    given = {id(value) for value in (*args, *kwargs.values())}
-    if lost := sorted(name for name, value in observed.items() if id(value) not in given):
-        raise ValueError(
-            f"the dreams of {lost} cannot reach the guide: expected the data of these sites to be arguments of the "
-            "model themselves (not copies, slices or attributes), or to come in its keyword argument `observations`, "
-            "a dict from site name to value."
-        )
-    replaced = {name: dream_of.get(id(value), value) for name, value in kwargs.items()}
-    return tuple(dream_of.get(id(value), value) for value in args), replaced
+def _dream(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> tuple[Run, Tensor]:
+    trace = _dreamt(model, args, kwargs, how)
+    observed, latents = dreams.observed(trace), latent_sites(trace)
+    indices: dict[str, Any] = {n: s["value"] for n, s in trace.nodes.items() if is_subsample(s)}
+    guide_traces: list[Trace] = []
+
+    def score(values: Mapping[str, Tensor]) -> Tensor:
+        drawn = {name: values[name] for name in latents}
+        supplied = {**indices, **drawn, **autoguides.auxiliary_values(guide, drawn)}
+        arguments = dreams.arguments(trace, observed, values, args, kwargs)
+        with Supply(supplied, but_delta=True):
+            guide_traces.append(_run_guide(guide, *arguments, _How()))
+        autoguides.check_scored(guide, latent_sites(guide_traces[-1]), latents)
+        return Run(guide_traces[-1], trace, 1, how.nesting).log_forward()[0]
+
+    sites: dict[str, Any] = {name: trace.nodes[name] for name in (*latents, *observed)}
+    if how.num_particles == 1:
+        log_forward = score({name: site["value"] for name, site in sites.items()}).unsqueeze(0)
+    else:
+        with pyro.validation_enabled(False):  # its checks branch on values
+            each = {n: dreams.separately(site, how.num_particles, how.nesting) for n, site in sites.items()}
+            log_forward = torch.vmap(score, randomness="different")(each)
+    return Run(guide_traces[-1], trace, how.num_particles, how.nesting), log_forward
+
+
+def _dreamt(model: Program, args: Any, kwargs: Any, how: _How) -> Trace:
+    """A trace of draws of the model, with its observed sites drawn too; what was observed is their ``infer["obs"]``."""
+    with last_site() as met:
+        try:
+            with torch.no_grad(), Uncondition():
+                trace = _trace(model, args, kwargs, how.particles())
+        except NotImplementedError as error:
+            raise ValueError(
+                f"the model cannot dream: its site {met[-1:]} cannot be drawn from. Expected distributions with a "
+                "sampler; train without a sleep phase, such as ReweightedWakeSleep(insomnia=1.0)."
+            ) from error
+    for _, site in sample_sites(trace):
+        site["is_observed"] |= bool(site["infer"].pop("was_observed", False))
+    return trace
+
+
+def prior_run(
+    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, values: Mapping[str, Tensor]
+) -> Run:
+    """Run the model in the place of the guide: latents are drawn from it, or the given values; data stay."""
+    layout = _layout(model, guide, args, kwargs)
+    with Supply(values):
+        trace = _trace(model, args, kwargs, _How(num_particles, layout.nesting).particles())
+    return Run(trace, trace, num_particles, layout.nesting)
 
 
 def first_bad_site(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:

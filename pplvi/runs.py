@@ -185,6 +185,11 @@ class Run:
         summed = [dim for dim in range(-self.nesting, 0) if dim not in kept]
         return (density.sum(summed) if summed else density).expand(self.shape)
 
+    def align(self, tensor: Tensor) -> Tensor:
+        """Give a tensor ``(num_particles, *batch)`` the dimensions of a density under plates, 1 where there is none."""
+        sizes = {p.dim: p.size for p in self.batch}
+        return tensor.reshape(len(tensor), *(sizes.get(dim, 1) for dim in range(-self.nesting, 0)))
+
     def site_log_prob(self, name: str, site: Site) -> Tensor:
         """Log density of one site, scaled and masked as Pyro defines it, without the batch plates' scale."""
         return scale_and_mask(_unscaled_log_prob(name, site), self._scale_of(site), site["mask"])

@@ -208,7 +208,7 @@ def test_declarations() -> None:
     assert ForwardKLDivergence().monitor is None
     assert [RenyiBound(a).linear for a in (1.0, 0.0, 0.999)] == [True, False, False]
     assert not ForwardKLDivergence().linear
-    assert ForwardKLDivergence().proposals == {"guide", "model"}
+    assert ForwardKLDivergence().proposals == {"guide", "model", "mixture"}
     assert RenyiBound(0.0).proposals == {"guide"}
     assert RenyiBound(0.0, "vimco").min_particles == ThermodynamicBound((0.0,)).min_particles == 2
     assert all(RenyiBound(0.0, e).routing.freeze for e in ("stl", "dreg"))
