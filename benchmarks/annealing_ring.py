@@ -18,17 +18,18 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor
 
 from pplvi.annealing import Annealed, Resampling
+from pplvi.compile import CompiledSVI, Mode
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels import ResidualKernel
 from pplvi.nested_elbo import NestedELBO
@@ -37,6 +38,7 @@ from pplvi.samplers import Request
 from pplvi.weights import effective_sample_size, logmeanexp
 
 BUDGET = 288
+HOW: dict[str, Mode] = {"compiled": True, "trace": "trace", "eager": False}
 METHODS = {
     "AVO": ("avo", False, False),
     "NVI": ("reverse_kl", False, False),
@@ -52,6 +54,7 @@ class Row:
 
     method: str
     num_targets: int
+    seed: int
     steps: int
     ess: float
     log_z: float
@@ -62,17 +65,21 @@ class Row:
     betas: tuple[float, ...]
 
 
+ANGLE = 2 * math.pi * torch.arange(1, 9) / 8
+MODES = dist.Normal(10 * torch.stack([ANGLE.sin(), ANGLE.cos()], -1), 0.5**0.5).to_event(1)
+ANYWHERE = dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False)
+START = dist.Normal(torch.zeros(2), 5.0).to_event(1)
+
+
 def ring() -> None:
     """Eight modes on a circle of radius 10, with a total mass of 8."""
-    angle = 2 * math.pi * torch.arange(1, 9) / 8
-    modes = dist.Normal(10 * torch.stack([angle.sin(), angle.cos()], -1), 0.5**0.5).to_event(1)
-    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(False))
-    pyro.factor("density", torch.logsumexp(modes.log_prob(x.unsqueeze(-2)), -1))
+    x = pyro.sample("x", ANYWHERE)
+    pyro.factor("density", torch.logsumexp(MODES.log_prob(x.unsqueeze(-2)), -1))
 
 
 def start() -> None:
     """The first target."""
-    pyro.sample("x", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+    pyro.sample("x", START)
 
 
 def evaluate(guide: AnnealedGuide, resample: bool, batches: int) -> tuple[float, float, float]:
@@ -85,23 +92,22 @@ def evaluate(guide: AnnealedGuide, resample: bool, batches: int) -> tuple[float,
     return float(effective_sample_size(log_weight).mean()), float(log_z.mean()), float(log_z.std())
 
 
-def measure(method: str, num_targets: int, steps: int, batches: int, seed: int) -> Row:
+def measure(method: str, num_targets: int, steps: int, batches: int, seed: int, mode: Mode) -> Row:
     """Train one row of the table and evaluate it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     divergence, resample, learn_path = METHODS[method]
     guide = AnnealedGuide(ring, start, num_targets - 1, ResidualKernel(hidden=50), learn_path=learn_path)
     loss = NestedELBO(divergence, BUDGET // num_targets, resample=resample)
-    svi = SVI(ring, guide, Adam({"lr": 1e-3}), loss)
+    svi = CompiledSVI(ring, guide, Adam({"lr": 1e-3}), loss, mode=mode)
     svi.step()
-    began = perf_counter()
-    for _ in range(steps - 1):
-        svi.step()
-    each = 1000 * (perf_counter() - began) / max(1, steps - 1)
+    began = process_time()
+    svi.run(steps - 1)
+    each = 1000 * (process_time() - began) / max(1, steps - 1)
     ess, log_z, sd = evaluate(guide, False, batches)
     ess_resampled, log_z_resampled, _ = evaluate(guide, True, batches)
     betas = tuple(round(beta, 4) for beta in guide.betas.tolist())
-    return Row(method, num_targets, steps, ess, log_z, sd, ess_resampled, log_z_resampled, each, betas)
+    return Row(method, num_targets, seed, steps, ess, log_z, sd, ess_resampled, log_z_resampled, each, betas)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -122,16 +128,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batches", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--mode", choices=list(HOW), default="compiled", help="how CompiledSVI runs a step")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    rows = []
-    for num_targets in options.targets:
-        for method in options.methods:
-            rows.append(measure(method, num_targets, options.steps, options.batches, options.seed))
-            print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    rows: list[Row] = []
+    for num_targets, method, seed in product(options.targets, options.methods, options.seeds):
+        rows.append(measure(method, num_targets, options.steps, options.batches, seed, HOW[options.mode]))
+        print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return rows
 
 

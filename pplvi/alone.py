@@ -6,18 +6,27 @@ scores a target at draws that something else has made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
+import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch import distributions as torch_dist
 
-from pplvi.handlers import Supply
-from pplvi.programs import _How, _trace
-from pplvi.runs import Run, is_enumerated, latent_sites
+from pplvi.environment import preserved_rng
+from pplvi.handlers import Detach, Supply
+from pplvi.programs import _trace
+from pplvi.runs import PARTICLES, Run, is_enumerated, latent_sites
 
 Program = Callable[..., Any]
+Values = Mapping[str, Tensor]
+Result = TypeVar("Result")
 
 
 def run_alone(
@@ -30,6 +39,7 @@ def run_alone(
     values: Mapping[str, Tensor],
     complete: bool = False,
     detach: bool = False,
+    redraw: bool = False,
 ) -> Run:
     """Run one program, all particles in one call, as the model of a run without a guide.
 
@@ -37,6 +47,7 @@ def run_alone(
     :param values: values that its latents and plates' indices take instead of being drawn.
     :param complete: every latent has to be among ``values``.
     :param detach: detach every draw at its site.
+    :param redraw: values of latents are draws of this program made before: give them their reparameterised path.
     :raises ValueError: if a latent that should have been given is not, or one is enumerated.
 
     >>> import pyro, pyro.distributions as dist
@@ -45,9 +56,9 @@ def run_alone(
     >>> run_alone(program, (), {}, num_particles=2, nesting=0, values={"z": torch.zeros(2)}).log_target()
     tensor([-0.9189, -0.9189])
     """
-    how = _How(num_particles, nesting, detach=detach)
-    with how.drawing(), Supply(values):
-        trace = _trace(program, args, kwargs, how.particles())
+    particles = _SideBySide(PARTICLES, num_particles, -nesting - 1) if num_particles > 1 else nullcontext()
+    with Detach() if detach else nullcontext(), Redraw() if redraw else nullcontext(), Supply(values):
+        trace = _trace(program, args, kwargs, particles)
     run = Run(poutine.Trace(), trace, num_particles, nesting)
     latents = latent_sites(trace)
     if complete and (drawn := sorted(latents.keys() - values.keys())):
@@ -62,6 +73,14 @@ def run_alone(
     return run
 
 
+class _SideBySide(IndepMessenger):
+    """The plate of the particles, without the index draw that a plate makes, which costs as much as a small program."""
+
+    def _process_message(self, msg: Any) -> None:
+        super()._process_message(msg)
+        BroadcastMessenger._pyro_sample(msg)
+
+
 def rescored(run: Run, values: Mapping[str, Tensor]) -> Run:
     """The same run of a program with other values at its sites, under the distributions that they were drawn from.
 
@@ -70,6 +89,88 @@ def rescored(run: Run, values: Mapping[str, Tensor]) -> Run:
     trace = run.model.copy()
     trace.nodes.update({name: {**trace.nodes[name], "value": value} for name, value in values.items()})
     return Run(run.guide, trace, run.num_particles, run.nesting)
+
+
+def redrawn(fn: Any, value: Tensor) -> Tensor:
+    """A draw made before, with the gradient path of the distribution's parameters: the noise it came from is kept.
+
+    :raises ValueError: for a distribution that does not shift, scale or transform normal noise.
+
+    >>> import pyro.distributions as dist
+    >>> loc = torch.tensor(1.0, requires_grad=True)
+    >>> redrawn(dist.LogNormal(loc, 1.0), torch.tensor(2.0))
+    tensor(2., grad_fn=<ExpBackward0>)
+    """
+    if isinstance(fn, torch_dist.Normal):
+        return fn.loc + fn.scale * ((value - fn.loc) / fn.scale).detach()
+    if isinstance(fn, torch_dist.MultivariateNormal):
+        factor = fn.scale_tril
+        noise = torch.linalg.solve_triangular(factor, (value - fn.loc).unsqueeze(-1), upper=False).detach()
+        return fn.loc + (factor @ noise).squeeze(-1)
+    if isinstance(fn, torch_dist.TransformedDistribution):
+        return _transformed(fn, value)
+    if hasattr(fn, "base_dist"):  # independent, expanded or masked
+        return redrawn(fn.base_dist, value)
+    raise ValueError(
+        f"draws of {type(fn).__name__} cannot be traced back to normal noise: expected a normal distribution, shifted, "
+        "scaled or transformed. Walk level by level instead: vectorize_levels=False."
+    )
+
+
+def _transformed(fn: Any, value: Tensor) -> Tensor:
+    with torch.no_grad():
+        for transform in reversed(fn.transforms):
+            value = transform.inv(value)
+    live = redrawn(fn.base_dist, value)
+    for transform in fn.transforms:
+        live = transform(live)
+    return live
+
+
+class Redraw(Messenger):
+    """Give supplied values the reparameterised path of the distributions that they were drawn from."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if (
+            not msg["is_observed"]
+            and msg["done"]
+            and isinstance(msg["value"], Tensor)
+            and hasattr(msg["fn"], "rsample")
+        ):
+            msg["value"] = redrawn(msg["fn"], msg["value"])
+
+
+def parameter_names(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the parameters that a program asks for, in their order; the random state is left as it was."""
+    with preserved_rng(), torch.no_grad(), poutine.block(), poutine.trace() as recorder:
+        program(*args, **kwargs)
+    return tuple(name for name, site in recorder.trace.nodes.items() if site["type"] == "param")
+
+
+def run_stacked(
+    program: Program, names: Sequence[Sequence[str]], values: Any, read: Callable[[Program, Any], Result]
+) -> Result:
+    """Run several programs that differ in nothing but their parameters as one, whose parameters are stacked.
+
+    :param program: any one of them.
+    :param names: for each program, the names of its parameters in the store, the one at hand first.
+    :param values: what they read, tensors in nested containers, stacked on dimension 0.
+    :param read: runs the program at the values of one and returns tensors; the results are stacked on dimension 0.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> a, b = pyro.param("a", torch.tensor(1.0)), pyro.param("b", torch.tensor(2.0))
+    >>> run_stacked(lambda x: x * pyro.param("a"), [["a"], ["b"]], {"x": torch.ones(2)}, lambda f, v: f(v["x"]))
+    tensor([1., 2.], grad_fn=<MulBackward0>)
+    """
+    stacks = {same[0]: torch.stack([pyro.param(name) for name in same]) for same in zip(*names, strict=True)}
+
+    def one(parameters: Values, values: Any) -> Result:
+        with poutine.block(hide_types=["param"]), poutine.substitute(data=dict(parameters)):
+            return read(program, values)
+
+    with pyro.validation_enabled(False):  # checks branch on values
+        result: Result = torch.func.vmap(one)(stacks, values)
+    return result
 
 
 def log_density_of(

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from pplvi import levels
 from pplvi.alone import rescored, run_alone
 from pplvi.invariant import Frame, InvariantMove
 from pplvi.layouts import Key
@@ -87,12 +88,17 @@ class Annealed:
     together (a kernel of several sites twice where its density is frozen).
 
     :param resampling: when and how to resample between levels; never after the last.
+    :param vectorize_levels: for objectives of one level: draw without gradient first, then score all levels at once,
+        each program in one run over levels and particles, as one step whose batch has the levels first. Results are
+        the same. ``None``: where forward and reverse kernels allow it; ``False``: level by level, which needs no more
+        memory for more levels.
     """
 
     proposal: ClassVar[str] = "guide"
 
-    def __init__(self, resampling: Resampling | None = None) -> None:
+    def __init__(self, resampling: Resampling | None = None, *, vectorize_levels: bool | None = False) -> None:
         self.resampling = Resampling() if resampling is None else resampling
+        self.vectorize_levels = vectorize_levels
 
     def __call__(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
@@ -110,7 +116,10 @@ class Annealed:
         walk = _Walk(
             model, guide.plan(args, kwargs), args, kwargs, request.num_particles, nesting, batch, request.routing
         )
-        yield from walk.steps(self.resampling)
+        if levels.wanted(self.vectorize_levels, walk, self.resampling):
+            yield levels.all_levels(walk, self.resampling)
+        else:
+            yield from walk.steps(self.resampling)
 
 
 def _check(request: Request) -> None:
@@ -266,13 +275,11 @@ class _Walk:
     def _kernel(self, level: int) -> Program:
         return self.plan.forward[level - 1]
 
-    def _run(
-        self, program: Program, values: Values, *given: Values, complete: bool = False, detach: bool = False
-    ) -> Run:
-        how: dict[str, Any] = {"complete": complete, "detach": detach, "values": values}
-        return run_alone(
-            program, (*given, *self.args), self.kwargs, num_particles=self.num_particles, nesting=self.nesting, **how
-        )
+    def _run(self, program: Program, values: Values, *given: Values, copies: int = 1, **how: Any) -> Run:
+        """Run a program at values, for all particles or for several copies of them."""
+        count = self.num_particles * copies
+        args = (*given, *self.args)
+        return run_alone(program, args, self.kwargs, num_particles=count, nesting=self.nesting, values=values, **how)
 
     def _draws(self, run: Run) -> Values:
         sites = latent_sites(run.model)
@@ -303,7 +310,9 @@ class _Walk:
     def _resampled(self, resampling: Resampling, state: _State) -> _State:
         if (found := resampling.indices(state.log_weight.detach())) is None:
             return state
-        chosen, log_weight = found
+        return self._taken(state, *found)
+
+    def _taken(self, state: _State, chosen: Tensor, log_weight: Tensor) -> _State:
         log_density = torch.take_along_dim(state.log_density, chosen, 0)
         return _State({n: self._take(v, chosen) for n, v in state.values.items()}, log_weight, log_density)
 

@@ -67,10 +67,8 @@ class Coordinates:
 
     def normal(self, mean: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Independent normal in the flat coordinates, as a distribution over the site's values."""
-        shape = (*torch.broadcast_shapes(mean.shape, scale.shape)[:-1], *self.shape)
-        mean, scale = (
-            x.expand(*shape[: len(shape) - len(self.shape)], self.size).reshape(shape) for x in (mean, scale)
-        )
+        full = (x.expand(*x.shape[:-1], self.size) for x in torch.broadcast_tensors(mean, scale))
+        mean, scale = (x.reshape((*x.shape[:-1], *self.shape)) for x in full)
         base = dist.Normal(mean, scale).to_event(len(self.shape))
         return base if _is_identity(self.transform) else dist.TransformedDistribution(base, [self.transform])
 
@@ -189,6 +187,7 @@ class ResidualProgram(PyroModule):
         super().__init__()
         self.sites = tuple(sites)
         self.offset = kernel.covariance + math.log(-math.expm1(-kernel.covariance))  # inverse of softplus
+        self.alike = kernel, self.sites  # what else than its parameters makes the program
         for index, site in enumerate(self.sites):
             inputs = sum(other.size for other in self._seen(site))
             first = torch.nn.Linear(inputs, kernel.hidden)
@@ -212,13 +211,15 @@ class ResidualProgram(PyroModule):
                 pyro.sample(site.name, site.normal(*self._moments(index, site, previous)))
 
     def _moments(self, index: int, site: Coordinates, previous: Values) -> tuple[Tensor, Tensor]:
-        free = [other.read(previous) for other in self._seen(site)]
-        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in free))
-        inputs = torch.cat([part.expand(*batch, part.shape[-1]) for part in free], -1)
+        inputs = own = site.read(previous)
+        if len(self.sites) > 1:
+            free = [other.read(previous) for other in self._seen(site)]
+            batch = torch.broadcast_shapes(*(part.shape[:-1] for part in free))
+            inputs = torch.cat([part.expand(*batch, part.shape[-1]) for part in free], -1)
         weight, bias, outputs = (getattr(self, f"{part}_{index}") for part in ("weight", "bias", "outputs"))
         hidden = torch.relu(torch.nn.functional.linear(inputs, weight, bias))
         shift, spread = torch.nn.functional.linear(hidden, outputs[:, :-1], outputs[:, -1]).chunk(2, -1)
-        return site.read(previous) + shift, softplus(spread + self.offset).sqrt()
+        return own + shift, softplus(spread + self.offset).sqrt()
 
 
 @dataclass(frozen=True)

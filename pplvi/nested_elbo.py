@@ -41,6 +41,9 @@ class NestedELBO(WeightedELBO):
     :param resample: between levels: ``True`` always, a fraction of the particles where the effective sample size falls
         below it, ``False`` never.
     :param scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
+    :param vectorize_levels: score all levels in one graph, which is faster; ``False``: level by level, with a backward
+        pass each, so that memory does not grow with their number; ``None``: all at once where the kernels allow it
+        (those of :class:`pplvi.kernels.ResidualKernel` do). Gradients are the same.
     :raises ValueError: for another divergence, fraction or scheme, or too few particles.
 
     >>> NestedELBO(divergence="reverse_kl", num_particles=36, resample=True)
@@ -54,11 +57,12 @@ class NestedELBO(WeightedELBO):
         *,
         resample: bool | float = False,
         scheme: ResamplingScheme = "systematic",
+        vectorize_levels: bool | None = None,
         **options: Any,
     ) -> None:
         if divergence not in _OBJECTIVES:
             raise ValueError(f"divergence={divergence!r}: expected one of {', '.join(map(repr, _OBJECTIVES))}.")
-        sampler = Annealed(Resampling(resample, scheme))
+        sampler = Annealed(Resampling(resample, scheme), vectorize_levels=vectorize_levels)
         super().__init__(_OBJECTIVES[divergence], sampler, num_particles, **options)
         self.divergence, self.resample = divergence, resample
         self.monitor = self.monitor if resample is False else None

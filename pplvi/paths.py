@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pyro.nn import PyroModule, PyroParam
@@ -85,6 +85,8 @@ class GeometricPath(PyroModule):
         inner = torch.softmax(self.logits, 0).cumsum(0)[:-1]
         return torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
 
+    slices: ClassVar[bool] = True
+
     def programs(self, level: int) -> tuple[Program, ...]:
         """The base at the start, the target at the end, both between."""
         target, base = self.__dict__["ends"]
@@ -92,12 +94,13 @@ class GeometricPath(PyroModule):
             return (base,)
         return (target,) if level == self.num_steps else (base, target)
 
-    def forward(self, level: int, densities: Sequence[Tensor]) -> Tensor:
-        """``log gamma[level]`` from the log densities of its programs."""
+    def forward(self, level: int | slice, densities: Sequence[Tensor]) -> Tensor:
+        """``log gamma[level]`` from the log densities of its programs; of several levels, which are dimension 0."""
         if len(densities) == 1:
             return densities[0]
         base, target = densities
         beta = self.betas[level].to(base)
+        beta = beta.reshape(*beta.shape, *[1] * (base.dim() - 1)) if isinstance(level, slice) else beta
         return (1 - beta) * base + beta * target
 
 

@@ -157,11 +157,24 @@ def reverse(k: int) -> Callable[..., None]:
     return kernel
 
 
+class Alike:
+    """A kernel that says so: all that differs between levels are its parameters."""
+
+    def __init__(self, kernel: Callable[..., None], alike: str) -> None:
+        self.kernel, self.alike = kernel, alike
+
+    def __call__(self, values: dict[str, Tensor]) -> None:
+        self.kernel(values)
+
+
 NAMES = ["theta", "shift_1", "scale_1", "shift_2", "scale_2", "rho_1", "rho_2"]
 
 
-def learned_guide() -> NestedGuide:
-    return NestedGuide(wide, [(learned_target, forward(1), reverse(1)), (final_target, forward(2), reverse(2))])
+def learned_guide(alike: bool = False) -> NestedGuide:
+    ahead, back = [forward(1), forward(2)], [reverse(1), reverse(2)]
+    if alike:
+        ahead, back = [Alike(kernel, "forward") for kernel in ahead], [Alike(kernel, "reverse") for kernel in back]
+    return NestedGuide(wide, [(learned_target, ahead[0], back[0]), (final_target, ahead[1], back[1])])
 
 
 def by_hand() -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -248,9 +261,11 @@ def gradients(loss: Any, model: Any, guide: Any, names: list[str] = NAMES) -> li
     return [torch.zeros(()) if grad is None else grad.clone() for grad in grads]
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("divergence", CLOSED_FORMS, ids=str)
-def test_gradients_of_every_level_equal_the_closed_forms(divergence: Any) -> None:
-    found = gradients(NestedELBO(divergence, K), final_target, learned_guide())
+def test_gradients_of_every_level_equal_the_closed_forms(divergence: Any, together: bool) -> None:
+    loss = NestedELBO(divergence, K, vectorize_levels=together)
+    found = gradients(loss, final_target, learned_guide(alike=together))
     pyro.set_rng_seed(3)
     levels, parameters = by_hand()
     sum(CLOSED_FORMS[divergence](level) for level in levels).backward()
@@ -275,6 +290,81 @@ def test_backward_level_by_level_equals_one_backward(divergence: Any, resample: 
         other = pyro.param(name).grad
         torch.testing.assert_close(torch.zeros(()) if other is None else other, gradient, rtol=0, atol=1e-12)
     assert float(total.detach()) == pytest.approx(value, abs=1e-12)
+
+
+def several() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Global, positive, local and simplex latents; the base."""
+
+    def model(y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.Gamma(3.0, 2.0))
+        with pyro.plate("data", len(y)):
+            mix = pyro.sample("mix", dist.Dirichlet(torch.ones(3) * (1 + scale.unsqueeze(-1))))
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(z + mix[..., 0], 1.0), obs=y)
+
+    def flat(y: Tensor) -> None:
+        pyro.sample("scale", dist.LogNormal(0.3, 0.6))
+        with pyro.plate("data", len(y)):
+            pyro.sample("mix", dist.Dirichlet(torch.ones(3) * 2.0))
+            pyro.sample("z", dist.Normal(0.0, 2.0))
+
+    return model, flat
+
+
+def only_local() -> tuple[Callable[..., None], Callable[..., None]]:
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", 2 * len(y), subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    def flat(y: Tensor) -> None:
+        with pyro.plate("data", 2 * len(y), subsample_size=len(y)):
+            pyro.sample("z", dist.Normal(0.0, 2.0))
+
+    return model, flat
+
+
+@pytest.mark.parametrize("resample", [False, True, 0.9])
+@pytest.mark.parametrize("divergence", CLOSED_FORMS, ids=str)
+@pytest.mark.parametrize("programs", [several, only_local])
+def test_all_levels_at_once_equal_one_by_one(divergence: Any, resample: bool | float, programs: Any) -> None:
+    y = torch.tensor([0.5, -1.0, 2.0])
+    model, flat = programs()
+    guide = AnnealedGuide(model, flat, 3, ResidualKernel(hidden=4, covariance=0.2), learn_path=True)
+    guide(y)
+    with torch.no_grad():  # away from the symmetric start
+        for parameter in guide.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    found = []
+    for together in (False, True):
+        loss = NestedELBO(divergence, 8, resample=resample, vectorize_levels=together)
+        for parameter in guide.parameters():
+            parameter.grad = None
+        pyro.set_rng_seed(5)
+        value = loss.loss_and_grads(model, guide, y)
+        pyro.set_rng_seed(5)
+        assert loss.loss(model, guide, y) == pytest.approx(value, rel=1e-10)
+        named = sorted(guide.named_parameters())
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in named]
+        found.append(torch.cat([torch.tensor([value]), *[g.flatten() for g in grads]]))
+    assert found[0].abs().max() > 0.1
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_kernels_of_different_size_are_grouped() -> None:
+    guide = learned_guide(alike=True)
+    one, other = guide._ahead[0], guide._ahead[1]
+    other.alike = "another kind"
+    assert one.alike != other.alike
+    loss = NestedELBO("reverse_kl", K, resample=True)
+    found = gradients(loss, final_target, guide)
+    wanted = gradients(NestedELBO("reverse_kl", K, resample=True, vectorize_levels=False), final_target, guide)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+def test_levels_at_once_are_refused_where_kernels_do_not_allow_them() -> None:
+    with pytest.raises(ValueError, match="alike"):
+        NestedELBO("reverse_kl", K, vectorize_levels=True).loss(final_target, learned_guide())
+    assert NestedELBO("reverse_kl", K).loss(final_target, learned_guide()) != 0.0
 
 
 def loss_at_seed(loss: Any, model: Any, guide: Any) -> float:
@@ -453,11 +543,12 @@ def test_one_evaluation_of_the_target_for_all_particles_of_a_level() -> None:
         ring()
 
     guide = AnnealedGuide(counted, ring_base, 7, ResidualKernel(hidden=5), learn_path=True)
-    loss = NestedELBO("reverse_kl", 12, resample=True)
-    loss.loss_and_grads(counted, guide)
-    calls.clear()
-    loss.loss_and_grads(counted, guide)
-    assert len(calls) == 7
+    for resample, together, count in ((True, False, 7), (True, True, 7), (False, False, 7), (False, True, 1)):
+        loss = NestedELBO("reverse_kl", 12, resample=resample, vectorize_levels=together)
+        loss.loss_and_grads(counted, guide)
+        calls.clear()
+        loss.loss_and_grads(counted, guide)
+        assert len(calls) == count
 
 
 # ---------------------------------------------------------------- training, and the rest of the package
@@ -507,9 +598,11 @@ def test_minibatches_share_their_indices_between_levels_and_scale_the_loss() -> 
     y = torch.linspace(-1.0, 1.0, 40)
     guide = AnnealedGuide(local_model, local_base, 2, ResidualKernel(hidden=4, covariance=0.1))
     loss = NestedELBO("avo", 5)
-    for step in loss.steps(local_model, guide, y):
-        assert step.log_weight.shape == (5, 10)
-        assert (step.scale, step.subsampled) == (4.0, ())
+    for one_by_one in (False, True):
+        steps = NestedELBO("avo", 5, vectorize_levels=not one_by_one).steps(local_model, guide, y)
+        for step in steps:
+            assert step.log_weight.shape == ((5, 10) if one_by_one else (5, 2, 10))
+            assert (step.scale, step.subsampled) == (4.0, ())
     bounds = [loss.loss(local_model, guide, y) for _ in range(60)]
     elbos = [ELBO(5).loss(local_model, guide, y) for _ in range(60)]
     gap = torch.tensor([bounds, elbos])
@@ -524,7 +617,7 @@ def test_global_latents_make_joint_weights() -> None:
 
     guide = AnnealedGuide(model, model, 2, ResidualKernel(hidden=3))
     for divergence in ("reverse_kl", "forward_kl"):
-        for step in NestedELBO(divergence, 6, resample=True).steps(model, guide):
+        for step in NestedELBO(divergence, 6, resample=True, vectorize_levels=False).steps(model, guide):
             assert step.log_weight.shape == (6,)
     log_weight = walk(model, guide, count=4000, routing=LOCAL)[-1].log_weight
     found, error = logmeanexp(log_weight).exp(), log_weight.exp().std() / 4000**0.5
@@ -658,7 +751,7 @@ def test_memory_of_the_levels_does_not_add_up() -> None:
     for num_steps in (2, 12):
         self_worst = [0]
         guide = AnnealedGuide(bimodal, base, num_steps, ResidualKernel(hidden=4), name=f"guide{num_steps}")
-        loss = NestedELBO("avo", 5)
+        loss = NestedELBO("avo", 5, vectorize_levels=False)
         loss.objective = Probe()
         loss.loss_and_grads(bimodal, guide)
         gc.collect()
