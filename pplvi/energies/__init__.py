@@ -1,5 +1,13 @@
 """Undirected models: energies as Pyro programs, their chains, guides and partition functions."""
 
+from pplvi.energies.chains import (
+    Chains,
+    ContrastiveDivergence,
+    FastPersistentChains,
+    MeanFieldContrastiveDivergence,
+    PersistentChains,
+    TemperedChains,
+)
 from pplvi.energies.factorised import ConditionalGuide, Factorised, FactorisedGuide
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.measures import BaseMeasure
@@ -12,10 +20,16 @@ __all__ = [
     "BoltzmannDistribution",
     "BoltzmannMachine",
     "CategoricalUnits",
+    "Chains",
     "ConditionalGuide",
+    "ContrastiveDivergence",
     "Factorised",
     "FactorisedGuide",
+    "FastPersistentChains",
     "GaussianUnits",
+    "MeanFieldContrastiveDivergence",
+    "PersistentChains",
     "RestrictedBoltzmannMachine",
+    "TemperedChains",
     "Units",
 ]

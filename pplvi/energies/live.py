@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Live:
     """One machine's parameters and products during a step.
 
@@ -52,13 +52,28 @@ class TrainingStep:
     """The machines that are used in one training step of a Boltzmann objective."""
 
     def __init__(self) -> None:
-        self.machines: dict[Any, Live] = {}
+        self.machines: dict[tuple[Any, bool], Live] = {}
 
     def live(self, machine: Any) -> Live:
-        """The parameters and products of a machine."""
-        if machine not in self.machines:
-            self.machines[machine] = Live(centered(machine))
-        return self.machines[machine]
+        """The parameters of a machine, with gradient where gradients are on, and its products."""
+        key = machine, torch.is_grad_enabled()
+        if key not in self.machines:
+            other = self.machines.get((machine, not key[1]))
+            self.machines[key] = Live(centered(machine), {} if other is None else other.products)
+        return self.machines[key]
+
+    @contextmanager
+    def replaced(self, machine: Any, live: Live) -> Iterator[None]:
+        """Let a machine have other parameters inside the block."""
+        key = machine, torch.is_grad_enabled()
+        before = self.machines.get(key)
+        self.machines[key] = live
+        try:
+            yield
+        finally:
+            del self.machines[key]
+            if before is not None:
+                self.machines[key] = before
 
 
 _ACTIVE: ContextVar[TrainingStep | None] = ContextVar("_ACTIVE", default=None)

@@ -65,8 +65,6 @@ class BoltzmannMachine(EnergyModel):
         self.connections: tuple[Edge, ...] = tuple((a, b) for a, b in connections)
         for layer, units in layers.items():
             self.register_parameter(f"bias_{layer}", torch.nn.Parameter(torch.zeros(units.width)))
-            start = units.mean(torch.zeros(units.width)).detach()
-            self.register_buffer(f"offset_{layer}", units.statistic(start).detach().clone())
         for a, b in self.connections:
             weight = init_scale * torch.randn(layers[a].width, layers[b].width)
             self.register_parameter(f"weight_{a}_{b}", torch.nn.Parameter(weight))
@@ -81,10 +79,6 @@ class BoltzmannMachine(EnergyModel):
     def biases(self) -> dict[str, Tensor]:
         """Biases by layer, ``(width,)``."""
         return {layer: self._raw(f"bias_{layer}") for layer in self.layers}
-
-    def offset(self, layer: str) -> Tensor:
-        """The mean statistic of a layer that centered gradients are taken around, ``(width,)``."""
-        return self._buffers[f"offset_{layer}"]  # type: ignore[return-value]
 
     def _raw(self, name: str) -> Tensor:
         value = self._parameters[name]

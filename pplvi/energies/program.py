@@ -34,6 +34,8 @@ class EnergyModel(PyroModule):
     :param name: prefix of the parameters' names.
     """
 
+    classes: tuple[tuple[str, ...], ...]
+
     def __init__(self, layers: Mapping[str, Units], *, centered: bool, name: str) -> None:
         super().__init__(name)
         self.layers: dict[str, Units] = dict(layers)
@@ -41,6 +43,9 @@ class EnergyModel(PyroModule):
         self._warned = False
         for layer, units in layers.items():
             setattr(self, f"units_{layer}", units)
+            start = units.statistic(units.mean(torch.zeros(units.width)))
+            self.register_buffer(f"offset_{layer}", start.detach().clone())
+        self.register_buffer("offset_count", torch.zeros(()))
 
     @property
     def visible(self) -> str:
@@ -51,6 +56,32 @@ class EnergyModel(PyroModule):
     def hidden(self) -> tuple[str, ...]:
         """Names of the other layers, bottom to top."""
         return tuple(self.layers)[1:]
+
+    def offset(self, layer: str) -> Tensor:
+        """The mean statistic of a layer that centered gradients are taken around, ``(width,)``."""
+        return self._kept(f"offset_{layer}")
+
+    def move_offsets(self, values: Values, rate: float) -> None:
+        """Move the offsets towards the mean statistics of data and their posterior means, in place.
+
+        ``c <- (1 - r) c + r mean``, with ``r`` the larger of the rate and one over the number of moves.
+        """
+        with torch.no_grad():
+            count = self._kept("offset_count").add_(1)
+            weight = torch.clamp(1 / count, min=rate)
+            for layer, units in self.layers.items():
+                mean = units.statistic(values[layer]).reshape(-1, units.width).mean(0)
+                self.offset(layer).lerp_(mean, weight.to(mean.dtype))
+
+    def forget_chains(self) -> None:
+        """Drop the chains of the negative phase: the next training step starts new ones."""
+        for name in [n for n in self._buffers if n.startswith(("chain_", "fast_"))]:
+            del self._buffers[name]
+
+    def _kept(self, name: str) -> Tensor:
+        value = self._buffers[name]
+        assert value is not None
+        return value
 
     def energy(self, values: Values) -> Tensor:
         """``E(s)``, ``(*batch)``, in nats, of values of all layers."""
@@ -124,7 +155,7 @@ class EnergyModel(PyroModule):
         if active_step() is None and density.requires_grad:
             live = [p for p in self.parameters() if p.requires_grad]
             density = density + Reminder.apply(self._remind, density.detach(), *live)
-        infer: Any = {"energy": self}
+        infer: Any = {"energy": self, "values": dict(values)}
         pyro.sample(
             name,
             dist.Unit(density),

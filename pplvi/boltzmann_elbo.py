@@ -1,0 +1,171 @@
+"""Training undirected models: the evidence lower bound with the gradient of log Z, as a Pyro ELBO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pplvi.alone import run_alone
+from pplvi.elbo import Loss
+from pplvi.energies.chains import (
+    Chains,
+    ContrastiveDivergence,
+    FastPersistentChains,
+    MeanFieldContrastiveDivergence,
+    PersistentChains,
+    TemperedChains,
+)
+from pplvi.energies.factorised import FactorisedGuide
+from pplvi.energies.live import training_step
+from pplvi.energies.program import EnergyModel
+from pplvi.objectives import Estimator, LogPartition, Objective, RenyiBound, Step
+from pplvi.programs import execute
+from pplvi.runs import Run, latent_sites
+
+Program = Callable[..., Any]
+Negative = Literal["persistent", "contrastive", "fast", "tempered", "mean_field"]
+
+_CHAINS: dict[str, type[Chains]] = {
+    "persistent": PersistentChains,
+    "contrastive": ContrastiveDivergence,
+    "fast": FastPersistentChains,
+    "tempered": TemperedChains,
+    "mean_field": MeanFieldContrastiveDivergence,
+}
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A factor ``exp(-E)`` of a model: its machine, the values it had, and how many copies of log Z it stands for."""
+
+    machine: EnergyModel
+    values: dict[str, Tensor]
+    copies: Tensor | float
+
+
+class BoltzmannELBO(Loss):
+    r"""Stochastic maximum likelihood for undirected models, by variational inference for their hidden layers.
+
+    .. math:: -\log p(v) \le -E_q[-E(v, h)] - H(q) + \log Z
+
+    The positive phase is the ordinary ELBO of the program, whose log density ``-E`` is not normalised; with a guide
+    that declares its factorised posterior (:class:`pplvi.energies.FactorisedGuide`) it is exact, for the energy is
+    linear in every unit, and the posterior gets no gradient. The negative phase adds the gradient of ``log Z`` of every
+    energy in the model, ``E_p[grad -E]``, on chains that only training steps move: never ``loss``. A surrogate: the
+    value is the bound less ``log Z`` plus the mean log density of the chains, and bounds nothing (``monitor`` is
+    ``None``). Losses are in nats per datum, so that learning rates are those of the literature.
+
+    :param num_chains: Markov chains of the negative phase.
+    :param sweeps: Gibbs sweeps of the chains in a step.
+    :param negative: ``"persistent"`` (PCD, SML), ``"contrastive"`` (CD-k), ``"fast"`` (fast PCD), ``"tempered"``
+        (parallel tempering), ``"mean_field"`` (mean-field CD), or chains of :mod:`pplvi.energies` with their options.
+    :param num_particles: draws of a guide that does not declare its posterior.
+    :param estimator: of the guide's gradient then, as in :class:`pplvi.ELBO`.
+    :param offset_rate: least rate at which the offsets of centered machines follow the data and posterior means.
+    :param per_datum: divide the loss by the number of data; otherwise it is the sum over the data set.
+    :raises ValueError: for another ``negative``, or numbers below 1.
+
+    Source: Younes (1989); Tieleman (2008); Salakhutdinov & Hinton (2009).
+
+    >>> import pyro
+    >>> from pplvi.energies import RestrictedBoltzmannMachine
+    >>> rbm = RestrictedBoltzmannMachine(4, 2)
+    >>> svi = pyro.infer.SVI(rbm.model, rbm.guide, pyro.optim.SGD({"lr": 0.1}), BoltzmannELBO(num_chains=20, sweeps=1))
+    >>> for _ in range(100):
+    ...     loss = svi.step(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+    >>> bool(rbm.distribution().log_prob(torch.tensor([1.0, 1.0, 0.0, 0.0])) > -1.0)
+    True
+    """
+
+    def __init__(
+        self,
+        num_chains: int = 100,
+        sweeps: int = 5,
+        *,
+        negative: Negative | Chains = "persistent",
+        num_particles: int = 2,
+        estimator: Estimator | None = None,
+        offset_rate: float = 0.01,
+        per_datum: bool = True,
+    ) -> None:
+        if not isinstance(negative, Chains) and negative not in _CHAINS:
+            raise ValueError(
+                f"negative={negative!r}: expected one of {list(_CHAINS)}, or chains such as TemperedChains."
+            )
+        if not 0 < offset_rate <= 1:
+            raise ValueError(f"offset_rate={offset_rate!r}: expected a number above 0 and at most 1.")
+        super().__init__(num_particles=num_particles)
+        self.negative = negative if isinstance(negative, Chains) else _CHAINS[negative](num_chains, sweeps)
+        self.objective: Objective = RenyiBound(1.0, estimator)
+        self.offset_rate, self.per_datum = offset_rate, per_datum
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss, in nats: with gradients switched on this is a training step, which advances the chains.
+
+        :raises ValueError: if the model has no energy.
+        """
+        with training_step():
+            run, step = self._positive(model, guide, args, kwargs)
+            total = step.scale * _differentiable(self.objective, step).sum()
+            terms = list(_energies(run))
+            if not terms:
+                raise ValueError(
+                    "the model has no energy: expected a program such as machine.model, or one with "
+                    "machine.energy_site(...). Use pplvi.ELBO for normalised models."
+                )
+            for term in terms:
+                total = total + self._negative(term)
+        return total / (step.scale * math.prod(run.shape[1:])) if self.per_datum else total
+
+    def _positive(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Run, Step]:
+        """The ordinary step of the unnormalised model, on means where the guide declares them."""
+        if isinstance(guide, FactorisedGuide):
+            with torch.no_grad():
+                posterior = guide.factorised(*args, **kwargs)
+            run = run_alone(model, args, kwargs, num_particles=1, nesting=0, values=posterior.means)
+            run = replace(run, nesting=run.deepest)
+            if drawn := sorted(latent_sites(run.model).keys() - posterior.means.keys()):
+                raise ValueError(
+                    f"the guide declares means of {sorted(posterior.means)}, but the model has {drawn} too."
+                )
+            return run, _step(run, -posterior.entropy.expand(run.shape))
+        run = execute(model, guide, args, kwargs, num_particles=self.num_particles)
+        return run, _step(run, run.log_forward(), run.log_score(detached=False))
+
+    def _negative(self, term: _Term) -> Tensor:
+        """``log Z`` as often as the factor counts; its gradient is that of the negative phase."""
+        training = torch.is_grad_enabled()
+        step = self.negative(term.machine, term.values, advance=training)
+        if training:
+            term.machine.move_offsets(term.values, self.offset_rate)
+        return term.copies * _differentiable(LogPartition(), step)
+
+    def __repr__(self) -> str:
+        return f"BoltzmannELBO(negative={self.negative!r})"
+
+
+def _step(run: Run, log_forward: Tensor, log_score: Tensor | None = None) -> Step:
+    target = run.log_target()
+    return Step.from_proposal(target, log_forward, log_score=log_score, scale=run.scale, subsampled=run.subsampled)
+
+
+def _differentiable(objective: Objective, step: Step) -> Tensor:
+    """The objective's value with the gradient of its surrogate."""
+    value, surrogate = objective(step)
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def _energies(run: Run) -> Iterator[_Term]:
+    """The energies of a run's model, each with the number of normalisers in its plates, subsample scales included."""
+    for site in run.model.nodes.values():
+        if site["type"] == "sample" and (machine := site["infer"].get("energy")) is not None:
+            factors = site["fn"].log_factor
+            copies = site["scale"] * (factors.numel() / run.num_particles)
+            if site["mask"] is not None:
+                copies = copies * torch.as_tensor(site["mask"]).expand(factors.shape).to(factors.dtype).mean()
+            yield _Term(machine, site["infer"]["values"], copies)

@@ -1,0 +1,267 @@
+"""Where the negative phase comes from: steps of Markov chains that leave a machine's distribution invariant.
+
+Each kind of chain yields one :class:`pplvi.objectives.Step` of equally weighted particles, for
+:class:`pplvi.objectives.LogPartition`. What a chain has to remember are buffers of its machine, made on first use and
+moved in place only where ``advance`` is true: that is in training steps. Of the colour class that was drawn last the
+exact conditional mean is used instead of the draw (Rao-Blackwell), which costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pplvi.energies.live import Live, active_step
+from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.program import EnergyModel, Values
+from pplvi.objectives import Step
+
+
+def _checked(name: str, count: int) -> None:
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}={count!r}: expected a whole number of at least 1.")
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Chains of block Gibbs sampling; subclasses say where they start and what is kept.
+
+    :ivar num_chains: number of chains, where it is not that of the data.
+    :ivar sweeps: Gibbs sweeps in a step.
+    """
+
+    proposal: ClassVar[str] = "chains"
+    num_chains: int = 100
+    sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        _checked("num_chains", self.num_chains)
+        _checked("sweeps", self.sweeps)
+
+    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+        """One step of the chains.
+
+        :param data: values of all layers under the data, ``(*batch, width)``.
+        :param advance: keep where the chains go.
+        """
+        raise NotImplementedError
+
+    def kept(self, machine: EnergyModel, start: Callable[[], Values], prefix: str = "chain") -> dict[str, Tensor]:
+        """The chains of a machine, as buffers, one for each layer; made by ``start`` at the first use.
+
+        :raises ValueError: if there are chains of another number or kind.
+        """
+        names = {layer: f"{prefix}_{layer}" for layer in machine.layers}
+        if any(name not in machine._buffers for name in names.values()):
+            for layer, value in start().items():
+                machine.register_buffer(names[layer], value)
+        found = {layer: machine._kept(name) for layer, name in names.items()}
+        expected = self._shape(machine)
+        for layer, value in found.items():
+            if tuple(value.shape[:-1]) != expected:
+                raise ValueError(
+                    f"the machine has chains of shape {tuple(value.shape[:-1])} in layer {layer!r}, expected "
+                    f"{expected} for {self}. Use one kind and number of chains, or start anew: machine.forget_chains()."
+                )
+        return found
+
+    def _shape(self, machine: EnergyModel) -> tuple[int, ...]:
+        return (self.num_chains,)
+
+
+def keep(chains: Values, values: Values) -> None:
+    """Write new values into the buffers of chains."""
+    with torch.no_grad():
+        for layer, value in chains.items():
+            value.copy_(values[layer])
+
+
+def equally_weighted(log_density: Tensor) -> Step:
+    """A step of draws of the target itself, ``(num_chains,)``: equal weights."""
+    zero = torch.zeros_like(log_density)
+    return Step(zero, zero.detach(), log_density, log_density, zero, zero, zero)
+
+
+def settled_density(machine: EnergyModel, values: Values) -> Tensor:
+    """Log density at the ends of chains, with the layers that were drawn last summed out, ``(*batch)``."""
+    last = machine.classes[-1]
+    alone = isinstance(machine, BoltzmannMachine) and any(machine.is_lateral(layer) for layer in last)
+    return machine.log_marginal({n: v for n, v in values.items() if alone or n not in last})
+
+
+@dataclass(frozen=True)
+class PersistentChains(Chains):
+    """Persistent contrastive divergence, stochastic maximum likelihood: chains go on from step to step.
+
+    Source: Younes (1989); Tieleman (2008).
+
+    >>> from pplvi.energies import RestrictedBoltzmannMachine
+    >>> rbm = RestrictedBoltzmannMachine(3, 2)
+    >>> PersistentChains(num_chains=5)(rbm, {}).log_weight
+    tensor([0., 0., 0., 0., 0.])
+    """
+
+    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+        """One step of ``sweeps`` sweeps."""
+        chains = self.kept(machine, lambda: machine.draw((self.num_chains,)))
+        moved = machine.gibbs(chains, self.sweeps)
+        if advance:
+            keep(chains, moved)
+        return equally_weighted(settled_density(machine, moved))
+
+
+@dataclass(frozen=True)
+class ContrastiveDivergence(Chains):
+    """Contrastive divergence, CD-k: chains start at the data, with hidden layers drawn given them.
+
+    ``num_chains`` is ignored: there is a chain for each datum. The hidden layers of a machine that is not restricted
+    are drawn by ``sweeps`` Gibbs sweeps with the data clamped.
+
+    Source: Hinton (2002), "Training products of experts by minimizing contrastive divergence".
+    """
+
+    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+        """One step of ``sweeps`` sweeps from the data."""
+        v = data[machine.visible].detach()
+        start = {**machine.draw(tuple(v.shape[:-1])), machine.visible: v}
+        settled = machine.gibbs(start, 1 if len(machine.hidden) == 1 else self.sweeps, clamped=(machine.visible,))
+        return equally_weighted(settled_density(machine, machine.gibbs(settled, self.sweeps)).reshape(-1))
+
+
+@dataclass(frozen=True)
+class MeanFieldContrastiveDivergence(Chains):
+    """Mean-field contrastive divergence: conditional means instead of draws, from the data and their posterior means.
+
+    Nothing is random; the gradient is that of no likelihood.
+
+    Source: Welling & Hinton (2002), "A new learning algorithm for mean field Boltzmann machines".
+    """
+
+    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+        """One step of ``sweeps`` sweeps of means from the data.
+
+        :raises ValueError: for a machine without fields.
+        """
+        if not isinstance(machine, BoltzmannMachine):
+            raise ValueError(f"{type(machine).__name__} has no mean field: expected a BoltzmannMachine.")
+        values = {layer: value.detach() for layer, value in data.items()}
+        with torch.no_grad():
+            for _ in range(self.sweeps):
+                for layer in (layer for group in machine.classes for layer in group):
+                    values[layer] = machine.layers[layer].mean(machine.field(layer, values))
+        return equally_weighted(settled_density(machine, values).reshape(-1))
+
+
+@dataclass(frozen=True)
+class TemperedChains(Chains):
+    """Parallel tempering: chains at several inverse temperatures that exchange their states.
+
+    After the sweeps, neighbours ``b, b'`` are exchanged with probability ``min(1, exp((b - b') (E - E')))``, the even
+    pairs and then the odd ones. The chains at ``beta = 1`` are the step.
+
+    :ivar num_temperatures: number of inverse temperatures, evenly spaced from ``lowest`` to 1.
+    :ivar lowest: the smallest inverse temperature.
+
+    Source: Swendsen & Wang (1986); Desjardins et al. (2010); Cho, Raiko & Ilin (2010).
+    """
+
+    num_temperatures: int = 10
+    lowest: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.num_temperatures, int) or self.num_temperatures < 2 or not 0 <= self.lowest < 1:
+            raise ValueError(
+                f"num_temperatures={self.num_temperatures!r}, lowest={self.lowest!r}: expected at least 2 "
+                "temperatures, from a number of at least 0 and less than 1."
+            )
+
+    def _shape(self, machine: EnergyModel) -> tuple[int, ...]:
+        return self.num_temperatures, self.num_chains
+
+    def betas(self, like: Tensor) -> Tensor:
+        """The inverse temperatures, ``(num_temperatures,)``, the coldest last."""
+        return torch.linspace(self.lowest, 1.0, self.num_temperatures, dtype=like.dtype, device=like.device)
+
+    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+        """One step of ``sweeps`` sweeps and an exchange."""
+        chains = self.kept(machine, lambda: machine.draw(self._shape(machine)))
+        betas = self.betas(machine.like())
+        with torch.no_grad():
+            moved = machine.gibbs(chains, self.sweeps, beta=betas.unsqueeze(-1))
+            for first in (0, 1):
+                moved = self._exchanged(machine, moved, betas, first)
+        if advance:
+            keep(chains, moved)
+        return equally_weighted(settled_density(machine, {n: v[-1] for n, v in moved.items()}))
+
+    def _exchanged(self, machine: EnergyModel, values: Values, betas: Tensor, first: int) -> dict[str, Tensor]:
+        energy = machine.energy(values)
+        order = torch.arange(self.num_temperatures, device=energy.device).unsqueeze(-1).expand_as(energy)
+        pairs = torch.arange(first, self.num_temperatures - 1, 2, device=energy.device)
+        gain = (betas[pairs] - betas[pairs + 1]).unsqueeze(-1) * (energy[pairs] - energy[pairs + 1])
+        swap = torch.log(torch.rand_like(gain)) < gain
+        source = order.clone()
+        source[pairs] = torch.where(swap, order[pairs + 1], order[pairs])
+        source[pairs + 1] = torch.where(swap, order[pairs], order[pairs + 1])
+        return {n: v.gather(0, source.unsqueeze(-1).expand_as(v)) for n, v in values.items()}
+
+
+@dataclass(frozen=True)
+class FastPersistentChains(Chains):
+    """Fast persistent contrastive divergence: the chains see weights that also have a fast, forgetful part.
+
+    With ``g`` the gradient of the log likelihood, ``W_fast <- decay W_fast + fast_rate g``. Chains are moved under
+    ``W + W_fast``, which drives them away from where they have been; statistics are taken under ``W``.
+
+    :ivar fast_rate: learning rate of the fast parameters.
+    :ivar decay: what is left of the fast parameters after a step.
+
+    Source: Tieleman & Hinton (2009), "Using fast weights to improve persistent contrastive divergence".
+    """
+
+    fast_rate: float = 0.01
+    decay: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.fast_rate > 0 or not 0 <= self.decay < 1:
+            raise ValueError(
+                f"fast_rate={self.fast_rate!r}, decay={self.decay!r}: expected a positive rate, and a decay of at "
+                "least 0 and less than 1."
+            )
+
+    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+        """One step of ``sweeps`` sweeps under the fast weights."""
+        assert isinstance(machine, BoltzmannMachine)
+        chains = self.kept(machine, lambda: machine.draw((self.num_chains,)))
+        slow: dict[Any, Tensor] = {**machine.edges(), **machine.biases()}
+        fast = {key: self._fast(machine, key, value) for key, value in slow.items()}
+        step = active_step()
+        with torch.no_grad():
+            if step is None:
+                raise ValueError(f"{self} outside a training step: expected pplvi.BoltzmannELBO(negative=...).")
+            with step.replaced(machine, Live({key: slow[key] + fast[key] for key in slow})):
+                moved = machine.gibbs(chains, self.sweeps)
+        density = settled_density(machine, moved)
+        if advance:
+            keep(chains, moved)
+            with torch.enable_grad():
+                gain = machine.energy({n: v.detach() for n, v in data.items()}).mean() + density.mean()
+                keys = [key for key in slow if slow[key].requires_grad]
+                moves = torch.autograd.grad(-gain, [slow[key] for key in keys], retain_graph=True)
+            with torch.no_grad():
+                for key, move in zip(keys, moves, strict=True):
+                    fast[key].mul_(self.decay).add_(move, alpha=self.fast_rate)
+        return equally_weighted(density)
+
+    @staticmethod
+    def _fast(machine: BoltzmannMachine, key: str | tuple[str, str], value: Tensor) -> Tensor:
+        name = f"fast_{key if isinstance(key, str) else '_'.join(key)}"
+        if name not in machine._buffers:
+            machine.register_buffer(name, torch.zeros_like(value))
+        return machine._kept(name)
