@@ -109,6 +109,7 @@ class Particles:
     """One pass of all particles over a course.
 
     :ivar visits: a list to be filled as steps are made, or ``None``.
+    :ivar last: the particles after the last step.
     """
 
     course: Course
@@ -121,7 +122,7 @@ class Particles:
     subsampled: frozenset[str] = frozenset()
     learn_look_ahead: bool = True
     visits: list[Visit] | None = None
-    log_joint: Tensor = field(default_factory=lambda: torch.zeros(()))
+    last: _State | None = None
 
     def steps(self, resampling: Resampling) -> Iterator[Step]:
         """The steps of all times at which something is drawn or observed."""
@@ -137,7 +138,7 @@ class Particles:
             if self.visits is not None:
                 self.visits.append(Visit(number, latent_sites(drawn.model), None if found is None else found[0]))
             state = state if found is None else self._resampled(state, *found)
-        self.log_joint = state.log_joint
+        self.last = state
 
     def _advance(self, number: int, state: _State) -> tuple[Run, _State, Step | None]:
         """Draw, then score the model at the draws; no step if the model has no site at this time."""

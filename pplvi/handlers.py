@@ -105,16 +105,20 @@ def aside() -> Iterator[None]:
         _DIM_ALLOCATOR._stack = taken
 
 
+def numbered(name: str, number: int) -> str:
+    """The name of a site at a time step: with the number of the step at its end."""
+    return name if name.endswith(f"_{number}") else f"{name}_{number}"
+
+
 class Numbered(Messenger):
     """Add the number of a time step to the names of its sites, unless they end with it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.suffix = f"_{number}"
+        self.number = number
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["name"].endswith(self.suffix):
-            msg["name"] += self.suffix
+        msg["name"] = numbered(msg["name"], self.number)
 
 
 class Iterations(Messenger):

@@ -21,7 +21,7 @@ from torch import Tensor
 from pplvi.alone import run_alone
 from pplvi.handlers import Iterations, Numbered, OnlyIteration
 from pplvi.programs import isolated
-from pplvi.runs import Run, common_plates, is_deterministic, sample_sites
+from pplvi.runs import Plate, Run, common_plates, is_deterministic, sample_sites
 
 Program = Callable[..., Any]
 Memory = dict[str, Any]
@@ -220,10 +220,15 @@ class Looped:
 
 @dataclass(frozen=True)
 class Plates:
-    """How deep the plates of a model and proposal nest, and the names of those around every site of all steps."""
+    """How deep the plates of a model and proposal nest, and those around every site of all steps."""
 
     nesting: int
-    batch: frozenset[str]
+    common: tuple[Plate, ...]
+
+    @property
+    def batch(self) -> frozenset[str]:
+        """Names of the plates around every site."""
+        return frozenset(plate.name for plate in self.common)
 
 
 def plates_of(course: Course) -> Plates:
@@ -238,7 +243,7 @@ def plates_of(course: Course) -> Plates:
             memory = course.remember(memory, values)
             traces += [drawn, scored]
     sites = [site for run in traces for _, site in sample_sites(run.model) if not is_deterministic(site)]
-    return Plates(max(run.deepest for run in traces), frozenset(plate.name for plate in common_plates(sites)))
+    return Plates(max(run.deepest for run in traces), common_plates(sites))
 
 
 def _plain(program: Program, values: Mapping[str, Tensor]) -> Run:

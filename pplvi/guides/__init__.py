@@ -4,7 +4,9 @@ from pplvi.guides._starts import start_at_pathfinder
 from pplvi.guides.amortized import AutoAmortized
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.guides.deterministic import AutoDeterministicNormal
+from pplvi.guides.filtered import FilteredGuide
 from pplvi.guides.flow import AutoFlow
+from pplvi.guides.mixture import AutoMixture
 from pplvi.guides.pathfinder import AutoPathfinder, init_to_pathfinder
 from pplvi.guides.refinement import amortization_gap, refine
 
@@ -13,7 +15,9 @@ __all__ = [
     "AutoAmortized",
     "AutoDeterministicNormal",
     "AutoFlow",
+    "AutoMixture",
     "AutoPathfinder",
+    "FilteredGuide",
     "amortization_gap",
     "init_to_pathfinder",
     "refine",
