@@ -17,7 +17,7 @@ import pplvi
 from pplvi.compile import CompiledSVI
 from pplvi.elbo import ELBO, ForwardKL, ImportanceWeightedELBO, Loss, WeightedELBO
 from pplvi.objectives import RenyiBound
-from pplvi.samplers import DefensiveMixture
+from pplvi.samplers import DefensiveMixture, _systematic
 from pplvi.wake_sleep import ReweightedWakeSleep, WakePhase, WakeSleep
 from pplvi.weights import effective_sample_size, logmeanexp
 
