@@ -1,8 +1,9 @@
 """Turning a recorded step into something fast: run it as it is, compile it, or compile a loop of many steps.
 
 A step is a graph from ``(*carried, rate, *data, *constants)`` to ``(*carried, loss)``: what is carried from step to
-step are the parameters, the optimiser's state, and buffers that the programs change. Programs write the new values into the carried tensors and return
-losses. Everything that a step needs is an input, so that one compiled program serves all runs with the same graph.
+step are the parameters, the optimiser's state, and buffers that the programs change. Programs write the new values into
+the carried tensors and return losses. Everything that a step needs is an input, so that one compiled program serves all
+runs with the same graph.
 """
 
 from __future__ import annotations

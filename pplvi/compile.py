@@ -15,13 +15,12 @@ from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor
 
 from pplvi import backends
 from pplvi.arguments import Arguments, Call, as_call, in_runs, stacked
-from pplvi.elbo import ELBO, Loss
 from pplvi.environment import buffers_of
+from pplvi.equivalents import own_loss
 from pplvi.handlers import parameters_of
 from pplvi.programs import first_bad_site
 from pplvi.tracing import Traced, Untraceable, record, unchanged
@@ -48,7 +47,8 @@ class CompiledSVI:
     :param guide: a Pyro guide.
     :param optim: a Pyro optimiser, or a callable from the list of parameters to a torch optimiser, among Adam, AdamW,
         ClippedAdam, SGD, Adagrad and AdagradRMSProp.
-    :param loss: any loss of this package; Pyro's ``Trace_ELBO`` and ``TraceEnum_ELBO`` stand for :class:`pplvi.ELBO`.
+    :param loss: any loss of this package; exactly Pyro's ``Trace_ELBO`` and ``TraceEnum_ELBO`` stand for
+        :class:`pplvi.ELBO`, and ``TraceMeanField_ELBO`` for ``pplvi.ELBO(entropy="kl")``.
     :param mode: ``True`` (inductor), ``"trace"`` (the graph run eagerly; needs no compiler), ``"max"`` (inductor, with
         a loop of steps inside for :meth:`run` and :meth:`epoch`), ``False`` (Pyro's handlers at every step), or
         ``"auto"``: ``True`` where the step can be traced and there is a compiler, and otherwise ``"trace"`` or
@@ -68,6 +68,7 @@ class CompiledSVI:
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference", for the step.
 
     >>> import pyro.distributions as dist
+    >>> from pplvi.elbo import ELBO
     >>> from pyro.infer.autoguide import AutoNormal
     >>> def model(y):
     ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
@@ -367,24 +368,6 @@ def _check_options(mode: Any, schedule: Any, last_batch: Any, chunk: Any) -> Non
         raise ValueError(f"chunk={chunk!r}: expected a whole number of steps, at least 1.")
     if schedule is not None and not callable(schedule):
         raise ValueError(f"schedule={schedule!r}: expected a function from the step to a factor, such as Cosine.")
-
-
-def own_loss(loss: Any) -> Loss:
-    """A loss that traces: one of this package, or ours for exactly Pyro's ``Trace_ELBO`` and ``TraceEnum_ELBO``.
-
-    :raises ValueError: for any other, subclasses included.
-
-    >>> own_loss(Trace_ELBO(num_particles=3))
-    ELBO(num_particles=3)
-    """
-    if isinstance(loss, Loss):
-        return loss
-    if type(loss) in (Trace_ELBO, TraceEnum_ELBO):
-        return ELBO(loss.num_particles, vectorize_particles=loss.vectorize_particles)
-    raise ValueError(
-        f"{type(loss).__name__} branches on values and cannot be traced: expected a loss of this package, or exactly "
-        "Trace_ELBO or TraceEnum_ELBO, which stand for pplvi.ELBO. Use one of these, or compile=False."
-    )
 
 
 def _without_new_parameters(step: Program) -> Program:

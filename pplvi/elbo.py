@@ -205,11 +205,14 @@ class ELBO(_Named):
 
     :param num_particles: number of draws.
     :param entropy: ``"sampled"``: ``-log q`` at the draws; ``"exact"``: the exact entropy of every guide site given the
-        draws above it (Jacobians of automatic guides stay sampled), which lowers the variance far from the optimum.
+        draws above it (Jacobians of automatic guides stay sampled), which lowers the variance far from the optimum;
+        ``"kl"``: ``KL(q || p)`` of every site that has it in closed form (:func:`pplvi.divergences.divergences`), the
+        others sampled: what Pyro's ``TraceMeanField_ELBO`` computes, and right for automatic guides too.
     :param estimator: ``None`` (pathwise where reparameterised, VIMCO elsewhere), ``"reparam"`` (refuse other sites),
         ``"score"``, ``"vimco"`` (score function without and with leave-one-out baseline), or ``"stl"`` (sticking the
         landing, Roeder et al. 2017: no variance at the exact posterior).
-    :raises ValueError: for an unknown estimator or entropy, or both ``"stl"`` and ``"exact"``.
+    :raises ValueError: for an unknown estimator or entropy, or ``"stl"`` without a sampled entropy; with ``"kl"``, for
+        models with enumerated sites.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model():
@@ -223,17 +226,17 @@ class ELBO(_Named):
     def __init__(
         self,
         num_particles: int = 1,
-        entropy: Literal["sampled", "exact"] = "sampled",
+        entropy: Literal["sampled", "exact", "kl"] = "sampled",
         *,
         estimator: Estimator | None = None,
         **options: Any,
     ) -> None:
         _check_estimator(estimator, "ELBO", ("reparam", "score", "vimco", "stl"))
-        if entropy not in ("sampled", "exact"):
-            raise ValueError(f"entropy={entropy!r}: expected 'sampled' or 'exact'.")
-        if entropy == "exact" and estimator == "stl":
-            raise ValueError("entropy='exact' leaves no sampled log q to freeze: drop estimator='stl' or the entropy.")
-        objective = RenyiBound(1.0, estimator, exact_entropy=entropy == "exact")
+        if entropy not in ("sampled", "exact", "kl"):
+            raise ValueError(f"entropy={entropy!r}: expected 'sampled', 'exact' or 'kl'.")
+        if entropy != "sampled" and estimator == "stl":
+            raise ValueError(f"entropy={entropy!r} leaves no sampled log q to freeze: drop it or estimator='stl'.")
+        objective = RenyiBound(1.0, estimator, exact_entropy=entropy == "exact", analytic_kl=entropy == "kl")
         shown = None if entropy == "sampled" else entropy
         self._set_up(objective, num_particles, options, entropy=shown, estimator=estimator)
 

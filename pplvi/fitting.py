@@ -16,9 +16,10 @@ from pyro.optim import PyroOptim
 from pplvi.batches import Batches, Call, FullData, make_batches, to_call
 from pplvi.chains import kernel_factory, run_chains
 from pplvi.checkpoint import PathLike
-from pplvi.compile import Mode, own_loss
+from pplvi.compile import Mode
 from pplvi.elbo import ELBO
 from pplvi.environment import Environment, fingerprint
+from pplvi.equivalents import own_loss
 from pplvi.optimizers import OptimLike, Update
 from pplvi.rates import Schedule
 from pplvi.restarts import Plan, Recipe, best_of, publish, scratch, train_restarts

@@ -117,6 +117,7 @@ class Routing:
     :ivar detach: draws are detached at their sample sites.
     :ivar freeze: parameters of the guide's densities are frozen, and ``log_target_fixed`` is provided.
     :ivar exact_entropy: ``-log_forward`` is the sum of the guide sites' exact entropies.
+    :ivar analytic_kl: divergences between guide and prior take the place of ``log q - log p`` where they are known.
     :ivar local: of an objective of one level among many: whether draws and weights are detached between levels, or
         stay attached back to the last resampling. ``None`` for an objective of a single step.
     """
@@ -124,6 +125,7 @@ class Routing:
     detach: bool = False
     freeze: bool = False
     exact_entropy: bool = False
+    analytic_kl: bool = False
     local: bool | None = None
 
 
@@ -179,6 +181,7 @@ class RenyiBound(Objective):
     alpha: float
     estimator: Estimator | None = None
     exact_entropy: bool = False
+    analytic_kl: bool = False
 
     @property
     def monitor(self) -> Monitor:  # type: ignore[override]
@@ -197,6 +200,7 @@ class RenyiBound(Objective):
             detach=self.estimator in ("score", "vimco"),
             freeze=self.estimator in ("stl", "dreg"),
             exact_entropy=self.exact_entropy,
+            analytic_kl=self.analytic_kl,
         )
 
     @property
@@ -237,7 +241,7 @@ class RenyiBound(Objective):
                 "at least 2 particles. Raise num_particles, or use estimator='score' (no baseline, higher variance)."
             )
         term = (self._signal(log_weight) * log_score).sum(0)
-        if not self.linear or self.exact_entropy:
+        if not self.linear or self.exact_entropy or self.analytic_kl:
             return term
         # E[grad log q] = 0: taking the pathwise -log q of these sites out again only lowers the variance.
         return term + (log_score - log_score.detach()).mean(0)

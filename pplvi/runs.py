@@ -202,6 +202,10 @@ class Run:
         sites = ((n, s) for n, s in sample_sites(trace) if not is_deterministic(s))
         return {name: self._site_to_batch(name, site, self.site_log_prob(name, site)) for name, site in sites}
 
+    def scaled_to_batch(self, name: str, site: Site, values: Tensor) -> Tensor:
+        """What stands for a site's log density, such as its entropy, scaled, masked and summed as that is."""
+        return self._site_to_batch(name, site, scale_and_mask(values, self._scale_of(site), site["mask"]))
+
     def _site_to_batch(self, name: str, site: Site, density: Tensor) -> Tensor:
         """As :meth:`to_batch`, once sure that every dimension is one of the site's plates or the particles."""
         sizes = {p.dim: p.size for p in site_plates(site)} | {-self.nesting - 1: self.num_particles}
@@ -262,8 +266,7 @@ class Run:
             if is_delta(site) or site["is_observed"]:
                 found[name] = -self._site_to_batch(name, site, self.site_log_prob(name, site))
             else:
-                entropy = scale_and_mask(_entropy(name, site), self._scale_of(site), site["mask"])
-                found[name] = self._site_to_batch(name, site, entropy)
+                found[name] = self.scaled_to_batch(name, site, _entropy(name, site))
         return found
 
 

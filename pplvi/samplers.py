@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from pplvi.divergences import divergences, without
 from pplvi.objectives import Routing, Step
 from pplvi.programs import dream, execute, guide_run, prior_run
 from pplvi.runs import Run, is_delta, latent_sites
@@ -201,14 +202,25 @@ def _live_step(
     model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values
 ) -> tuple[Step, Run]:
     run = execute(model, guide, args, kwargs, num_particles=num_particles, detach=routing.detach, values=shared)
-    log_forward = -sum(exact_entropies(run).values(), run.zeros()) if routing.exact_entropy else run.log_forward()
+    log_target, log_forward = _densities(run, routing)
     log_score = run.log_score(detached=routing.detach)
     if run.guide_enumerated and log_score is not None:
         raise ValueError(
             "the guide enumerates some sites and draws others that cannot be reparameterised: expected one or the "
             "other. Enumerate all discrete sites of the guide, or none."
         )
-    return _as_step(run, run.log_target(), log_forward, log_score=log_score), run
+    return _as_step(run, log_target, log_forward, log_score=log_score), run
+
+
+def _densities(run: Run, routing: Routing) -> tuple[Tensor, Tensor]:
+    """``log p`` and ``log q``; the second, or at some sites their difference, by its expectation."""
+    if routing.exact_entropy:
+        return run.log_target(), -sum(exact_entropies(run).values(), run.zeros())
+    if not routing.analytic_kl:
+        return run.log_target(), run.log_forward()
+    known = divergences(run)
+    log_target, log_forward = (sum(without(run.log_probs(t), known), run.zeros()) for t in (run.model, run.guide))
+    return log_target, sum(known.values(), log_forward)
 
 
 def _frozen_step(

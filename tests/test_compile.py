@@ -18,6 +18,7 @@ from pyro.infer import (
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceGraph_ELBO,
+    TraceMeanField_ELBO,
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
@@ -26,9 +27,16 @@ from torch import Tensor, nn
 
 import pplvi.backends
 import pplvi.compile
-from pplvi.compile import CompiledSVI, own_loss
-from pplvi.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
+from pplvi.annealing import Annealed, Resampling
+from pplvi.compile import CompiledSVI
+from pplvi.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO, WeightedELBO
+from pplvi.equivalents import own_loss
 from pplvi.guides import AutoFlow
+from pplvi.guides.annealed import AnnealedGuide, NestedGuide
+from pplvi.invariant import HamiltonianKernel
+from pplvi.kernels import LangevinKernel, ResidualKernel
+from pplvi.nested import FilteringBound
+from pplvi.nested_elbo import NestedELBO
 from pplvi.rates import Cosine
 from pplvi.tracing import Untraceable
 
@@ -43,6 +51,7 @@ class Case:
     make: Callable[[], tuple[Any, Any]]
     args: tuple[Any, ...] = ()
     loss: Callable[[], Any] = ELBO
+    steps: int = 2
 
 
 def with_guide(model: Any, guide: Any = AutoNormal, **options: Any) -> Callable[[], tuple[Any, Any]]:
@@ -190,6 +199,24 @@ def discrete_guide(y: Tensor) -> None:
     pyro.sample("k", dist.Bernoulli(logits=pyro.param("logit", lambda: torch.zeros(()))))
 
 
+def hierarchy(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    scale = pyro.sample("scale", dist.Gamma(2.0, 1.0))
+    with pyro.plate("groups", 2, dim=-2):
+        m = pyro.sample("m", dist.Normal(mu, 0.8))
+        with pyro.plate("rows", 3, dim=-1):
+            pyro.sample("y", dist.Normal(m, scale), obs=y)
+
+
+def hierarchy_guide(y: Tensor) -> None:
+    loc = pyro.param("loc", lambda: torch.tensor(0.3))
+    spread = pyro.param("spread", lambda: torch.full((2, 1), 0.5), constraint=dist.constraints.positive)
+    pyro.sample("mu", dist.Normal(loc, 0.7))
+    pyro.sample("scale", dist.LogNormal(0.1, spread.mean()))  # no closed form against the gamma prior
+    with pyro.plate("groups", 2, dim=-2):
+        pyro.sample("m", dist.Normal(loc, spread))
+
+
 DATA = torch.linspace(-1.0, 2.0, 20)
 CASES = {
     "nested plates": Case(with_guide(nested), (GROUPS,)),
@@ -215,12 +242,89 @@ CASES = {
         with_guide(factors), (torch.tensor(0.7),), partial(ImportanceWeightedELBO, 4, estimator="dreg")
     ),
     "exact entropy": Case(with_guide(nested), (GROUPS,), partial(ELBO, entropy="exact")),
+    "analytic divergences": Case(with_guide(nested), (GROUPS,), partial(ELBO, entropy="kl")),
+    "mean field": Case(lambda: (hierarchy, hierarchy_guide), (GROUPS,), partial(ELBO, 2, entropy="kl")),
     "Renyi": Case(with_guide(factors), (torch.tensor(0.7),), partial(RenyiELBO, 0.5, 4)),
     "chi": Case(with_guide(factors), (torch.tensor(0.7),), partial(ChiELBO, 4)),
     "thermodynamic": Case(with_guide(factors), (torch.tensor(0.7),), partial(ThermodynamicELBO, 4)),
     "forward KL": Case(with_guide(factors), (torch.tensor(0.7),), partial(ForwardKL, 4)),
     "particles one by one": Case(with_guide(nested), (GROUPS,), partial(ELBO, 2, vectorize_particles=False)),
     "sum of losses": Case(with_guide(factors), (torch.tensor(0.7),), lambda: ELBO(2) + 0.5 * ForwardKL(4)),
+}
+
+
+def ring(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    pyro.sample("y", dist.Normal(z.square().sum(-1), scale), obs=y)
+
+
+def around() -> Any:
+    def base(y: Tensor) -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+
+    return base
+
+
+def local(y: Tensor, loc: float = 0.0) -> None:
+    with pyro.plate("data", 20, subsample_size=5) as index:
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        if loc == 0.0:
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y[index])
+
+
+def annealed(model: Any, base: Any, kernel: Any, **options: Any) -> Callable[[], tuple[Any, Any]]:
+    return lambda: (model, AnnealedGuide(model, base, 2, kernel, **options))
+
+
+def own_path() -> tuple[Any, Any]:
+    def target(y: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("middle", lambda: torch.zeros(())), 1.5))
+        pyro.factor("mass", torch.tensor(0.5))
+
+    def start(y: Tensor) -> None:
+        pyro.sample("z", dist.Normal(0.0, 2.0))
+
+    def kernel(name: str) -> Any:
+        def moved(previous: dict[str, Tensor], y: Tensor) -> None:
+            factor = pyro.param(name, lambda: torch.tensor(0.8))
+            pyro.sample("z", dist.Normal(factor * previous["z"], 0.9))
+
+        return moved
+
+    def final(y: Tensor) -> None:
+        pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    return final, NestedGuide(start, [(target, kernel("a"), kernel("b")), (final, kernel("c"), kernel("d"))])
+
+
+RESIDUAL, POINT = ResidualKernel(hidden=4, covariance=0.3), (torch.tensor(1.5),)
+LEARNED = annealed(ring, around(), RESIDUAL, learn_path=True)
+CASES |= {
+    "nested, reverse KL": Case(LEARNED, POINT, partial(NestedELBO, "reverse_kl", 6)),
+    "nested, resampled": Case(LEARNED, POINT, partial(NestedELBO, "reverse_kl", 6, resample=True)),
+    "nested, adaptively resampled": Case(
+        LEARNED, POINT, partial(NestedELBO, "reverse_kl", 6, resample=0.7, scheme="stratified")
+    ),
+    "nested, forward KL": Case(LEARNED, POINT, partial(NestedELBO, ("forward_kl", "reverse_kl"), 6)),
+    "nested, variational": Case(LEARNED, POINT, partial(NestedELBO, "avo", 6)),
+    "nested, local latents": Case(
+        annealed(local, partial(local, loc=1.0), RESIDUAL), (DATA,), partial(NestedELBO, "reverse_kl", 4, resample=True)
+    ),
+    "nested, own programs": Case(own_path, POINT, partial(NestedELBO, "reverse_kl", 6)),
+    "nested, Langevin": Case(
+        annealed(ring, around(), LangevinKernel(step_size=0.05)), POINT, partial(NestedELBO, "reverse_kl", 6)
+    ),
+    "nested, invariant moves": Case(
+        annealed(ring, around(), HamiltonianKernel(0.1, 3), learn_path=True),
+        POINT,
+        partial(NestedELBO, "reverse_kl", 6),
+    ),
+    "filtering": Case(
+        LEARNED, POINT, lambda: WeightedELBO(FilteringBound(), Annealed(Resampling(True)), num_particles=6)
+    ),
+    "extended space": Case(LEARNED, POINT, partial(ELBO, 4)),
 }
 
 
@@ -241,9 +345,9 @@ def stepper(case: Case, mode: Any, **options: Any) -> tuple[Any, tuple[Any, ...]
     return CompiledSVI(model, guide, SGD, case.loss(), mode=mode, **options), args
 
 
-def trajectory(case: Case, mode: Any, steps: int = 2) -> tuple[list[float], dict[str, Tensor]]:
+def trajectory(case: Case, mode: Any) -> tuple[list[float], dict[str, Tensor]]:
     svi, args = stepper(case, mode)
-    losses = [svi.step(*args) for _ in range(steps)]
+    losses = [svi.step(*args) for _ in range(case.steps)]
     return losses, {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}
 
 
@@ -279,7 +383,12 @@ def inductor_noise():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("subsampling", torch.float32), ("flow", torch.float64), ("enumeration", torch.float64)],
+    [
+        ("subsampling", torch.float32),
+        ("flow", torch.float64),
+        ("enumeration", torch.float64),
+        ("nested, own programs", torch.float64),
+    ],
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_compiled_steps_equal_eager_ones(name, dtype, inductor_noise):
@@ -780,6 +889,14 @@ def test_particles_of_pyro_losses():
     assert (loss.num_particles, loss.vectorize_particles) == (7, True)
 
 
+@pytest.mark.parametrize("name", ["mean field", "pyro.module"])
+def test_trace_mean_field_elbo_is_ours(name):
+    case = CASES[name]
+    for count in (1, 3):
+        ours = Case(case.make, case.args, partial(TraceMeanField_ELBO, count, vectorize_particles=True))
+        assert_same(trajectory(ours, "trace"), trajectory(ours, "SVI"))
+
+
 class Mine(Trace_ELBO):
     """A subclass may change anything."""
 
@@ -789,7 +906,6 @@ OTHERS = [
     Mine(),
     pyro.infer.JitTrace_ELBO(),
     pyro.infer.RenyiELBO(),
-    pyro.infer.TraceMeanField_ELBO(),
 ]
 
 

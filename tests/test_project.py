@@ -38,10 +38,11 @@ FLOORS = {
         "draws",
         "arguments",
     }
-    | {"reweighting", "alone", "dreams"},
+    | {"reweighting", "alone", "dreams", "divergences"},
     2: {"objectives", "nested", "kernels", "invariant", "paths", "timesteps"},
     3: {"samplers", "levels", "annealing", "filtering", "guides", "energies"},
-    4: {"elbo", "wake_sleep", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"},
+    4: {"elbo", "wake_sleep", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
+    | {"equivalents"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
     | {"chains", "weighted", "loo", "posterior", "starts"},
     6: {"schema", "groups", "export", "report", "comparison", "plots"},
