@@ -21,7 +21,6 @@ from torch import distributions as torch_dist
 
 from pplvi.environment import preserved_rng
 from pplvi.handlers import Detach, Supply
-from pplvi.programs import _trace
 from pplvi.runs import PARTICLES, Run, is_enumerated, latent_sites
 
 Program = Callable[..., Any]
@@ -56,11 +55,11 @@ def run_alone(
     >>> run_alone(program, (), {}, num_particles=2, nesting=0, values={"z": torch.zeros(2)}).log_target()
     tensor([-0.9189, -0.9189])
     """
-    particles = _SideBySide(PARTICLES, num_particles, -nesting - 1) if num_particles > 1 else nullcontext()
-    with Detach() if detach else nullcontext(), Redraw() if redraw else nullcontext(), Supply(values):
-        trace = _trace(program, args, kwargs, particles)
-    run = Run(poutine.Trace(), trace, num_particles, nesting)
-    latents = latent_sites(trace)
+    recorder = _Recorder(values, detach, redraw)
+    with recorder, _SideBySide(PARTICLES, num_particles, -nesting - 1) if num_particles > 1 else nullcontext():
+        program(*args, **kwargs)
+    run = Run(poutine.Trace(), recorder.trace, num_particles, nesting)
+    latents = latent_sites(recorder.trace)
     if complete and (drawn := sorted(latents.keys() - values.keys())):
         raise ValueError(
             f"a program of the path has latent sites {drawn} that the draws {sorted(values)} do not have: expected "
@@ -71,6 +70,29 @@ def run_alone(
             f"sites {enumerated} are enumerated: expected drawn sites on a path. Draw them in the kernels."
         )
     return run
+
+
+class _Recorder(Messenger):
+    """Supply values and keep the sample sites: one handler where :mod:`pplvi.programs` needs several.
+
+    :param redraw: give supplied values the reparameterised path of the distributions that they were drawn from.
+    """
+
+    def __init__(self, values: Values, detach: bool, redraw: bool) -> None:
+        super().__init__()
+        self.supply, self.redraw = Supply(values), redraw
+        self.detach = Detach() if detach else None
+        self.trace = poutine.Trace()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        self.supply._pyro_sample(msg)
+        if self.redraw and msg["name"] in self.supply.values and hasattr(msg["fn"], "rsample"):
+            msg["value"] = redrawn(msg["fn"], msg["value"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if self.detach is not None:
+            self.detach._pyro_post_sample(msg)
+        self.trace.add_node(msg["name"], **msg)
 
 
 class _SideBySide(IndepMessenger):
@@ -125,19 +147,6 @@ def _transformed(fn: Any, value: Tensor) -> Tensor:
     for transform in fn.transforms:
         live = transform(live)
     return live
-
-
-class Redraw(Messenger):
-    """Give supplied values the reparameterised path of the distributions that they were drawn from."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if (
-            not msg["is_observed"]
-            and msg["done"]
-            and isinstance(msg["value"], Tensor)
-            and hasattr(msg["fn"], "rsample")
-        ):
-            msg["value"] = redrawn(msg["fn"], msg["value"])
 
 
 def parameter_names(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
