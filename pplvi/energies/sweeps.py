@@ -1,0 +1,105 @@
+"""One mean-field problem: a machine, what is observed of it, and the fields that its other layers have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.program import Values
+
+
+@dataclass(frozen=True)
+class MeanField:
+    """A factorised posterior of the layers that are not observed.
+
+    :ivar values: what is observed, and the means of the other layers, ``(*batch, width)`` by layer.
+    :ivar fields: fields of the other layers, which their distributions are made of, ``(*batch, width)`` by layer.
+    """
+
+    values: dict[str, Tensor]
+    fields: dict[str, Tensor]
+
+    def means(self) -> dict[str, Tensor]:
+        """Means of the layers that are not observed."""
+        return {layer: self.values[layer] for layer in self.fields}
+
+
+class Problem:
+    """A machine, what is observed of it, and the fields of the rest.
+
+    :ivar free: layers that are not, or only partly, observed.
+    :ivar order: the same, in the order in which sweeps update them: odd layers, then even ones.
+    """
+
+    def __init__(
+        self, machine: BoltzmannMachine, observed: Mapping[str, Tensor], mask: Tensor | None, count: int
+    ) -> None:
+        self.machine, self.mask = machine, mask
+        self.partly = observed.get(machine.visible) if mask is not None else None
+        if mask is not None and self.partly is None:
+            raise ValueError(f"a mask without data: expected values of layer {machine.visible!r} that it belongs to.")
+        self.known = {name: v for name, v in observed.items() if self.partly is None or name != machine.visible}
+        self.free = [layer for layer in machine.layers if layer not in self.known]
+        turns = [[layer for layer in group if layer in self.free] for group in machine.classes]
+        self.order = [layer for turn in turns[1:] + turns[:1] for layer in turn]
+        shape = next((value.shape[:-1] for value in observed.values()), torch.Size([count]))
+        self.fixed = {n: machine.field(n, self.known).expand(*shape, machine.layers[n].width) for n in self.free}
+
+    def field(self, layer: str, values: Values) -> Tensor:
+        """Field of a layer; what comes from observed layers was worked out once."""
+        field = self.fixed[layer]
+        for other in self.machine.neighbours(layer):
+            if other not in self.known:
+                field = field + self.machine._product(other, layer, values[other])
+        return field
+
+    def mean(self, layer: str, field: Tensor) -> Tensor:
+        """Means under a field, but for the units that are observed."""
+        mean, mask = self.machine.layers[layer].mean(field), self.mask_of(layer)
+        if mask is None:
+            return mean
+        assert self.partly is not None
+        return torch.where(mask, self.partly, mean)
+
+    def mask_of(self, layer: str) -> Tensor | None:
+        """Where units of a layer are observed, if only some are."""
+        return self.mask if self.partly is not None and layer == self.machine.visible else None
+
+    def one_by_one(self, layer: str, values: Values) -> tuple[Tensor, Tensor]:
+        """Fields and means of a layer with lateral connections, one unit after another."""
+        outer = self.field(layer, {**values, layer: torch.zeros_like(values[layer])})
+        weight, mask = self.machine.weight(layer, layer), self.mask_of(layer)
+        means, fields = list(values[layer].unbind(-1)), []
+        for i in range(len(means)):
+            fields.append(outer[..., i] + torch.stack(means, -1) @ weight[:, i])
+            new = self.machine.layers[layer].mean(fields[i])
+            means[i] = new if mask is None else torch.where(mask[..., i], means[i], new)
+        return torch.stack(fields, -1), torch.stack(means, -1)
+
+    def first_pass(self) -> MeanField:
+        """Bottom up, with what comes from below counted twice where a layer above is not known yet."""
+        values, fields = dict(self.known), {}
+        for layer in self.free:
+            fields[layer] = self._first_field(layer, values)
+            values[layer] = self.mean(layer, fields[layer])
+        return MeanField(values, fields)
+
+    def _first_field(self, layer: str, values: Values) -> Tensor:
+        field, missing = self.fixed[layer], [n for n in self.machine.neighbours(layer) if n not in values]
+        for other in missing:
+            field = field + self._center(other) @ self.machine.weight(other, layer)
+        for other in self.machine.neighbours(layer):
+            if other in values:
+                below = self.machine._product(other, layer, values[other])
+                field = field if other in self.known else field + below
+                if set(missing) - {layer}:
+                    field = field + below - self._center(other) @ self.machine.weight(other, layer)
+        return field
+
+    def _center(self, layer: str) -> Tensor:
+        offset = self.machine.offset(layer)
+        return offset if self.machine.centered else torch.zeros_like(offset)
