@@ -23,7 +23,7 @@ from pplvi.invariant import Frame, InvariantMove
 from pplvi.layouts import Key
 from pplvi.layouts import _key as key_of
 from pplvi.objectives import Routing, Step
-from pplvi.paths import Plan
+from pplvi.paths import Plan, sites_of_target
 from pplvi.programs import execute, isolated
 from pplvi.runs import Run, is_delta, latent_sites
 from pplvi.samplers import Importance, Request
@@ -49,7 +49,8 @@ class Resampling:
     :ivar when: ``False``: never; ``True``: at every level; a number: where the effective sample size, of each
         independent element of the data on its own, is below that fraction of the particles.
     :ivar scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
-    :raises ValueError: for a fraction outside ``(0, 1]``.
+    :ivar num_particles: how many to go on with, at least 2; as many as there are unless given. The mean weight is kept.
+    :raises ValueError: for a fraction outside ``(0, 1]``, or a number of particles where resampling is not certain.
 
     >>> chosen, log_weight = Resampling(0.5).indices(torch.tensor([0.0, 0.0, 0.0, 0.1]))  # even enough: left alone
     >>> chosen, log_weight
@@ -58,8 +59,14 @@ class Resampling:
 
     when: bool | float = False
     scheme: ResamplingScheme = "systematic"
+    num_particles: int | None = None
 
     def __post_init__(self) -> None:
+        if self.num_particles is not None and (self.when is not True or self.num_particles < 2):
+            raise ValueError(
+                f"num_particles={self.num_particles} with resample={self.when!r}: expected at least 2, and True, because "
+                "the number of particles cannot depend on a weight."
+            )
         if not isinstance(self.when, bool) and not 0 < self.when <= 1:
             raise ValueError(f"resample={self.when!r}: expected True, False, or a fraction of the particles in (0, 1].")
 
@@ -70,8 +77,8 @@ class Resampling:
         """
         if self.when is False or len(log_weight) == 1:
             return None
-        chosen = resample(log_weight, scheme=self.scheme)
-        even = logmeanexp(log_weight).expand_as(log_weight)
+        chosen = resample(log_weight, self.num_particles, scheme=self.scheme)
+        even = logmeanexp(log_weight).expand_as(chosen)
         if self.when is True:
             return chosen, even
         low = effective_sample_size(log_weight) < self.when * len(log_weight)
@@ -291,7 +298,7 @@ class _Walk:
         return {name: site["value"] for name, site in sites.items()}
 
     def _check_cover(self, reached: Values, previous: Values) -> None:
-        if reached.keys() != previous.keys():
+        if sites_of_target(reached) != sites_of_target(previous):
             raise ValueError(
                 f"a forward kernel samples {sorted(reached)}, but the draws that it moves have sites "
                 f"{sorted(previous)}: expected the same sites at every level. Sample each site of the model once."
@@ -313,12 +320,14 @@ class _Walk:
         return self._taken(state, *found)
 
     def _taken(self, state: _State, chosen: Tensor, log_weight: Tensor) -> _State:
+        self.num_particles = len(chosen)
         log_density = torch.take_along_dim(state.log_density, chosen, 0)
         return _State({n: self._take(v, chosen) for n, v in state.values.items()}, log_weight, log_density)
 
     def _take(self, value: Tensor, chosen: Tensor) -> Tensor:
         """Particles of a site's value, each batch element by its own indices."""
-        return torch.take_along_dim(value, self._align(chosen, value.dim() - self.nesting - 1).expand_as(value), 0)
+        indices = self._align(chosen, value.dim() - self.nesting - 1)
+        return torch.take_along_dim(value, indices.expand(-1, *value.shape[1:]), 0)
 
     def _align(self, tensor: Tensor, events: int) -> Tensor:
         """Give a tensor ``(num_particles, *batch)`` the dimensions of a site's value."""

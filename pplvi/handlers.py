@@ -14,7 +14,7 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
-from pplvi.runs import is_delta, is_deterministic, is_factor, is_subsample
+from pplvi.runs import is_computed, is_delta, is_deterministic, is_factor, is_subsample
 
 
 class Detach(Messenger):
@@ -22,7 +22,7 @@ class Detach(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and isinstance(msg["value"], Tensor):
-            if is_delta(msg) and msg["value"].requires_grad:
+            if (is_delta(msg) or is_computed(msg)) and msg["value"].requires_grad:
                 raise ValueError(
                     f"site {msg['name']!r} is a deterministic function of parameters, so it has no density at fixed "
                     "draws: expected a stochastic guide for this objective or estimator. Use an objective with "

@@ -7,7 +7,7 @@ business, so that each is run once a level, all particles together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
@@ -102,6 +102,15 @@ class GeometricPath(PyroModule):
         beta = self.betas[level].to(base)
         beta = beta.reshape(*beta.shape, *[1] * (base.dim() - 1)) if isinstance(level, slice) else beta
         return (1 - beta) * base + beta * target
+
+
+def sites_of_target(names: Iterable[str]) -> set[str]:
+    """Names of a program's draws without those that begin with an underscore: auxiliary ones, of a kernel's own.
+
+    >>> sorted(sites_of_target(["z", "_start_z"]))
+    ['z']
+    """
+    return {name for name in names if not name.startswith("_")}
 
 
 @dataclass(frozen=True)

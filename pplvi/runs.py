@@ -54,6 +54,11 @@ def is_delta(site: Any) -> bool:
     return type(_base_distribution(site["fn"])).__name__ == "Delta"
 
 
+def is_computed(site: Any) -> bool:
+    """Whether the site's value is computed from other draws, by a kernel that is a map, and not drawn."""
+    return bool(getattr(_base_distribution(site["fn"]), "computed", False))
+
+
 def is_subsample(site: Any) -> bool:
     """Whether the site is the index draw of a subsampled plate."""
     return site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pplvi.alone import log_density_of
 from pplvi.kernels import Kernel, ResidualKernel, coordinates_of
-from pplvi.paths import GeometricPath, Path, Plan, ProgramPath
+from pplvi.paths import GeometricPath, Path, Plan, ProgramPath, sites_of_target
 from pplvi.runs import is_subsample
 
 Program = Callable[..., Any]
@@ -131,7 +131,7 @@ class _Walked(PyroModule):
 
 
 def _check_cover(kind: str, sampled: Mapping[str, Tensor], sites: Mapping[str, Tensor]) -> None:
-    if sampled.keys() != sites.keys():
+    if sites_of_target(sampled) != sites_of_target(sites):
         raise ValueError(
             f"a {kind} kernel samples {sorted(sampled)}, but the draws have sites {sorted(sites)}: expected the "
             "model's sites in the base and in every kernel. Sample each of them once."
