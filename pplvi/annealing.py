@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -64,8 +64,8 @@ class Resampling:
     def __post_init__(self) -> None:
         if self.num_particles is not None and (self.when is not True or self.num_particles < 2):
             raise ValueError(
-                f"num_particles={self.num_particles} with resample={self.when!r}: expected at least 2, and True, because "
-                "the number of particles cannot depend on a weight."
+                f"num_particles={self.num_particles} with resample={self.when!r}: expected at least 2, and True. The "
+                "number of particles cannot depend on a weight."
             )
         if not isinstance(self.when, bool) and not 0 < self.when <= 1:
             raise ValueError(f"resample={self.when!r}: expected True, False, or a fraction of the particles in (0, 1].")
@@ -151,9 +151,12 @@ def _layout(model: Program, guide: Any, args: Any, kwargs: Any) -> _Layout:
     with suppress(KeyError, TypeError):
         return _LAYOUTS[guide][model][key_of(args, kwargs)]
     plan = guide.plan(args, kwargs)
+    start, nested = plan.initial, isinstance(plan.initial, Planned)
+    while isinstance(start, Planned):
+        start = start.plan(args, kwargs).initial
     invariant = any(isinstance(kernel, InvariantMove) for kernel in plan.forward)
     with isolated():
-        run = execute(model, plan.initial if invariant else guide, args, kwargs)
+        run = execute(model, start if invariant or nested else guide, args, kwargs)
     found = run.nesting, frozenset(plate.name for plate in run.batch)
     with suppress(TypeError):
         known = _LAYOUTS.setdefault(guide, WeakKeyDictionary()).setdefault(model, {})
@@ -186,15 +189,41 @@ class _Walk:
     scale: float = 1.0
     subsampled: frozenset[str] = frozenset()
     dims: tuple[int, ...] = ()
+    state: _State | None = None
 
     def steps(self, resampling: Resampling) -> Iterator[Step]:
         """The steps of all levels."""
-        state = self._start()
+        if isinstance(self.plan.initial, Planned):
+            inner = self._nested(self.plan.initial)
+            yield from inner.steps(resampling)
+            self.indices, self.scale, self.dims = inner.indices, inner.scale, inner.dims
+            self.state = self._picked(inner)
+        else:
+            self.state = self._start()
         for level in range(1, self.plan.path.num_steps + 1):
             if level > 1:
-                state = self._resampled(resampling, state)
-            step, state = self._move(level, state)
+                self.state = self._resampled(resampling, self.state)
+            step, self.state = self._move(level, self.state)
             yield step
+
+    def _nested(self, guide: Planned) -> _Walk:
+        """The walk of a guide whose weighted draws are the proposal of this one."""
+        plan = guide.plan(self.args, self.kwargs)
+        (target,) = plan.path.programs(plan.path.num_steps)
+        count = self.num_particles * self.plan.num_inner
+        return replace(self, model=target, plan=plan, num_particles=count, subsampled=frozenset())
+
+    def _picked(self, inner: _Walk) -> _State:
+        """One of every ``num_inner`` draws, in proportion to their weights; its weight is their mean."""
+        state = inner.state
+        assert state is not None
+        if len(state.log_weight) == self.num_particles:  # none to choose from, or as many as are wanted already
+            return state
+        groups = state.log_weight.reshape(self.num_particles, -1, *state.log_weight.shape[1:])
+        first = torch.arange(self.num_particles, device=groups.device) * groups.shape[1]
+        first = first.reshape(-1, *[1] * (groups.dim() - 2))
+        chosen = resample(groups, 1, dim=1).squeeze(1) + first
+        return self._taken(state, chosen, logmeanexp(groups, 1))
 
     def _start(self) -> _State:
         run = self._run(self.plan.initial, {}, detach=self.routing.detach or bool(self.routing.local))

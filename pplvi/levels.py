@@ -49,18 +49,22 @@ def wanted(choice: bool | None, walk: _Walk, resampling: Resampling) -> bool:
     """
     if choice is False:
         return False
-    if reason := _hindrance(walk):
+    if reason := _hindrance(walk, resampling):
         if choice:
             raise ValueError(f"vectorize_levels=True, but {reason}. Use vectorize_levels=None or False.")
         return False
     return True
 
 
-def _hindrance(walk: _Walk) -> str:
+def _hindrance(walk: _Walk, resampling: Resampling) -> str:
     if not walk.routing.local:
         return "the objective is not local: expected one whose levels pass no gradient to each other"
     if walk.num_particles == 1:
         return "there is one particle: expected at least 2"
+    if resampling.num_particles not in (None, walk.num_particles):
+        return "the number of particles changes: expected the same at every level"
+    if hasattr(walk.plan.initial, "plan"):
+        return "the first draws come from a walk of their own: expected a base that is a program"
     others = [k for k in (*walk.plan.forward, *walk.plan.reverse) if not hasattr(k, "alike")]
     if others:
         return f"{type(others[0]).__name__} has no property 'alike': expected kernels such as those of ResidualKernel"

@@ -39,7 +39,7 @@ class NestedELBO(WeightedELBO):
         targets between cancel.
     :param num_particles: number of draws, at least 2 but for ``"avo"``.
     :param resample: between levels: ``True`` always, a fraction of the particles where the effective sample size falls
-        below it, ``False`` never.
+        below it, ``False`` never; or a :class:`pplvi.annealing.Resampling`, which can change their number.
     :param scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
     :param vectorize_levels: score all levels in one graph, which is faster; ``False``: level by level, with a backward
         pass each, so that memory does not grow with their number; ``None``: all at once where the kernels allow it
@@ -55,17 +55,18 @@ class NestedELBO(WeightedELBO):
         divergence: Divergence | tuple[Divergence, Divergence] = "reverse_kl",
         num_particles: int = 10,
         *,
-        resample: bool | float = False,
+        resample: bool | float | Resampling = False,
         scheme: ResamplingScheme = "systematic",
         vectorize_levels: bool | None = None,
         **options: Any,
     ) -> None:
         if divergence not in _OBJECTIVES:
             raise ValueError(f"divergence={divergence!r}: expected one of {', '.join(map(repr, _OBJECTIVES))}.")
-        sampler = Annealed(Resampling(resample, scheme), vectorize_levels=vectorize_levels)
+        resampling = resample if isinstance(resample, Resampling) else Resampling(resample, scheme)
+        sampler = Annealed(resampling, vectorize_levels=vectorize_levels)
         super().__init__(_OBJECTIVES[divergence], sampler, num_particles, **options)
         self.divergence, self.resample = divergence, resample
-        self.monitor = self.monitor if resample is False else None
+        self.monitor = self.monitor if resampling.when is False else None
         forward = isinstance(self.objective, NestedForwardKL)
         plain = ForwardKLDivergence() if forward else RenyiBound(1.0, "stl")
         self._plain = WeightedELBO(plain, None, num_particles, **options)

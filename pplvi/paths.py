@@ -119,11 +119,13 @@ class Plan:
 
     :ivar forward: ``q[k](z[k] | z[k-1])`` for ``k = 1, ..., num_steps``, called with the previous values first.
     :ivar reverse: ``r[k-1](z[k-1] | z[k])`` likewise, called with the values that the forward kernel reached.
+    :ivar num_inner: where the first draws are those of another guide's walk: how many of them for each particle.
     """
 
     path: Path
     forward: tuple[Program, ...]
     reverse: tuple[Program, ...]
+    num_inner: int = 1
 
     @property
     def initial(self) -> Program:

@@ -19,7 +19,7 @@ from pplvi.annealing import Annealed, Resampling
 from pplvi.elbo import ELBO, ImportanceWeightedELBO, WeightedELBO
 from pplvi.fitting import fit
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
-from pplvi.kernels import LangevinKernel, ResidualKernel
+from pplvi.kernels import LangevinKernel, ResidualKernel, ResidualProgram, coordinates_of
 from pplvi.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.nested_elbo import NestedELBO
 from pplvi.objectives import RenyiBound, Routing, Step
@@ -119,6 +119,64 @@ def test_weights_are_proper(target: str, path: str, resample: bool | float) -> N
     error = found.std(0) / len(found) ** 0.5
     assert ((found.mean(0) - mass * torch.tensor([1.0, moment])).abs() < 4 * error).all(), (found.mean(0), error)
     assert (error < 0.1 * mass * torch.tensor([1.0, moment])).all(), (found.mean(0), error)
+
+
+@pytest.mark.parametrize("count", [60, 400, 1000])
+def test_weights_are_proper_when_the_number_of_particles_changes(count: int) -> None:
+    guide, estimates = guides(bimodal)["residual"], []
+    for _ in range(30):
+        seen: list[Tensor] = []
+        request = Request(400, routing=LOCAL)
+        steps = list(Annealed(Resampling(True, num_particles=count))(Recorder(bimodal, seen), guide, (), {}, request))
+        assert [len(step.log_weight) for step in steps] == [400, count, count]
+        weight = steps[-1].log_weight.exp()
+        estimates.append(torch.stack([weight.mean(), (weight * seen[-1][:, 0] ** 2).mean()]))
+    found = torch.stack(estimates)
+    error = found.std(0) / len(found) ** 0.5
+    exact = 0.5 * torch.tensor([1.0, 4.49])
+    assert ((found.mean(0) - exact).abs() < 4 * error).all(), (found.mean(0), error)
+    assert (error < 0.1 * exact).all()
+
+
+def test_training_with_fewer_particles_after_the_first_level() -> None:
+    guide = AnnealedGuide(bimodal, base, 3, ResidualKernel(hidden=4))
+    loss = NestedELBO("reverse_kl", 20, resample=Resampling(True, num_particles=8))
+    loss.loss_and_grads(bimodal, guide)
+    assert all(parameter.grad is not None for parameter in guide.parameters())
+    with pytest.raises(ValueError, match="number of particles changes"):
+        NestedELBO("avo", 20, resample=Resampling(True, num_particles=8), vectorize_levels=True).loss(bimodal, guide)
+
+
+@pytest.mark.parametrize("num_inner", [1, 6])
+@pytest.mark.parametrize("resample", [False, True])
+def test_weighted_draws_of_one_guide_are_the_proposal_of_another(num_inner: int, resample: bool) -> None:
+    inner = NestedGuide(base, [(between, shifted, shrunk), (between, shifted, shrunk)])
+    guide = NestedGuide(inner, [(gaussian, shifted, shrunk)], num_inner=num_inner)
+    estimates, spread = [], []
+    for _ in range(40):
+        log_weight, squares = last_draws(gaussian, guide, 300, resample)
+        assert len(log_weight) == 300
+        weight = log_weight.exp()
+        estimates.append(torch.stack([weight.mean(), (weight * squares).mean()]))
+        spread.append(walk(gaussian, guide, count=300, routing=LOCAL, resample=resample)[-1].log_weight_in.var())
+    found = torch.stack(estimates)
+    error = found.std(0) / len(found) ** 0.5
+    exact = 3 * torch.tensor([1.0, 1.25])
+    assert ((found.mean(0) - exact).abs() < 4 * error).all(), (found.mean(0), error)
+    assert (error < 0.1 * exact).all()
+    if not resample:  # the mean of six weights varies less than one of them
+        assert (torch.stack(spread).mean() < 0.4) == (num_inner == 6)
+
+
+def test_a_nested_sampler_trains_both_guides_and_has_no_density() -> None:
+    inner = AnnealedGuide(between, base, 2, ResidualKernel(hidden=3), name="inner")
+    kernel = ResidualProgram(ResidualKernel(hidden=3), coordinates_of(gaussian, (), {}))
+    guide = NestedGuide(inner, [(gaussian, kernel, shrunk)], num_inner=4)
+    NestedELBO("reverse_kl", 10).loss_and_grads(gaussian, guide)
+    assert len(list(guide.parameters())) == 15
+    assert all(parameter.grad is not None for parameter in guide.parameters())
+    with pytest.raises(ValueError, match="walked level by level"):
+        ELBO(3).loss(gaussian, guide)
 
 
 # ---------------------------------------------------------------- gradients of a level against the closed forms
@@ -636,6 +694,9 @@ def test_global_latents_make_joint_weights() -> None:
         (lambda: AnnealedGuide(ring, ring_base, 0), "at least one step"),
         (lambda: AnnealedGuide(ring, ring_base, 3, betas=(0.5, 0.2)), "increase strictly"),
         (lambda: NestedGuide(base, []), "at least two"),
+        (lambda: NestedGuide(base, [(gaussian, shifted, shrunk)], num_inner=3), "num_inner=3"),
+        (lambda: Resampling(0.5, num_particles=10), "num_particles=10"),
+        (lambda: Resampling(True, num_particles=1), "at least 2"),
         (lambda: LangevinKernel(step_size=0.0), "positive"),
         (lambda: ResidualKernel(hidden=0), "positive"),
     ],

@@ -117,6 +117,11 @@ class _Walked(PyroModule):
         """Draw from the guide on the extended space; the model's sites are those of the last level."""
         plan, indices = self.plan(args, kwargs), dict[str, Any]()
         last = plan.path.num_steps
+        if isinstance(plan.initial, _Walked):
+            raise ValueError(
+                "the first draws of this guide are weighted draws of another one, which have no density: expected a "
+                "guide that is walked level by level, with NestedELBO or the Annealed sampler."
+            )
         with _Level("_0", indices) as level:
             plan.initial(*args, **kwargs)
         for k in range(1, last + 1):
@@ -209,8 +214,13 @@ class NestedGuide(_Walked):
 
     All are ordinary Pyro programs with the model's site names; kernels get the values to move as first argument.
 
-    :param initial: a normalised program that the first draws come from.
+    The first draws can be those of another annealed guide, which is walked first: nested importance sampling (Naesseth
+    et al. 2015). For each particle its target's weighted draws are made ``num_inner`` times, one is taken in proportion
+    to the weights, and their mean weight goes on with it, so that weights stay proper.
+
+    :param initial: a normalised program that the first draws come from, or an annealed guide.
     :param steps: ``(target, forward, reverse)`` for each transition; the last target is the model.
+    :param num_inner: draws of the inner guide for each particle.
     :param name: prefix of the parameters of kernels that are modules.
     :raises ValueError: without any step; on the first run, for kernels that do not sample the model's sites.
 
@@ -227,9 +237,22 @@ class NestedGuide(_Walked):
     """
 
     def __init__(
-        self, initial: Program, steps: Sequence[tuple[Program, Program, Program]], *, name: str = "NestedGuide"
+        self,
+        initial: Program,
+        steps: Sequence[tuple[Program, Program, Program]],
+        *,
+        num_inner: int = 1,
+        name: str = "NestedGuide",
     ) -> None:
         super().__init__(name)
+        if num_inner < 1 or (num_inner > 1 and not isinstance(initial, _Walked)):
+            raise ValueError(
+                f"num_inner={num_inner}: expected 1, or more where initial is an annealed guide, whose draws are "
+                "weighted. Draws of a program are not."
+            )
+        self.num_inner = num_inner
+        if isinstance(initial, _Walked):
+            self.first = initial  # a part of this guide, so that its parameters have names of their own
         targets, self._ahead, self._back = [initial], [], []
         for k, (target, ahead, back) in enumerate(steps, 1):
             targets.append(target)
@@ -249,4 +272,4 @@ class NestedGuide(_Walked):
         ahead, back = (
             tuple(getattr(self, p) if isinstance(p, str) else p for p in ps) for ps in (self._ahead, self._back)
         )
-        return Plan(self._path, ahead, back)
+        return Plan(self._path, ahead, back, self.num_inner)
