@@ -316,6 +316,8 @@ def describe(thing: Any) -> str:
     if isinstance(thing, partial):
         options = [*map(describe, thing.args), *(f"{k}={describe(v)}" for k, v in thing.keywords.items())]
         return f"{describe(thing.func)}({', '.join(options)})"
+    if isinstance(thing, Mapping):
+        return f"{{{', '.join(f'{key}: {describe(value)}' for key, value in thing.items())}}}"
     if isinstance(thing, PyroOptim):
         return _describe_optim(thing)
     if hasattr(thing, "__name__"):

@@ -24,9 +24,10 @@ from torch.optim import Optimizer
 
 from pplvi.environment import clone
 from pplvi.rates import Schedule, make_clip, make_schedule
+from pplvi.roles import PerProgram
 
 Factory = Callable[[list[Tensor]], Optimizer]
-OptimLike = PyroOptim | type[Optimizer] | Factory | None
+OptimLike = PyroOptim | type[Optimizer] | Factory | Mapping[str, PyroOptim | Factory] | None
 
 DEFAULT_LR = 0.01
 
@@ -175,13 +176,16 @@ def resolve(optim: OptimLike) -> Engine:
     """
     if optim is None:
         return TorchEngine(partial(torch.optim.Adam, lr=DEFAULT_LR))
+    if isinstance(optim, Mapping):
+        return PyroEngine(PerProgram(optim))
     if isinstance(optim, PyroOptim):
         return PyroEngine(optim)
     if callable(optim) and not isinstance(optim, Optimizer):
         return TorchEngine(optim)
     raise ValueError(
-        f"optim={type(optim).__name__}: expected a pyro.optim optimiser, a torch optimiser class, or a callable that "
-        "takes the list of parameters and returns a torch optimiser (parameters exist only once the guide has run)."
+        f"optim={type(optim).__name__}: expected a pyro.optim optimiser, a torch optimiser class, a callable that "
+        "takes the list of parameters and returns a torch optimiser (parameters exist only once the guide has run), or "
+        "a dictionary of two of these, for 'model' and 'guide'."
     )
 
 
@@ -211,7 +215,8 @@ class Update(PyroOptim):
     """Clip, scale the learning rate, step: an optimiser for ``SVI`` that also goes back in time.
 
     :param optim: a Pyro optimiser, a torch optimiser class, or a callable from the list of parameters to a torch
-        optimiser; ``None`` is Adam with learning rate 0.01.
+        optimiser; ``{"model": ..., "guide": ...}`` with one of these for each; ``None`` is Adam with learning rate
+        0.01.
     :param num_steps: length of the ``"cosine"`` schedule.
     :param schedule: ``"cosine"``, ``None``, or a callable from the step to a factor of the learning rate.
     :param clip: ``"adaptive"``, ``None``, or the largest norm of the gradient of all parameters together.
@@ -262,6 +267,11 @@ class Update(PyroOptim):
     def factor(self) -> float:
         """What learning rates are multiplied with in the next step."""
         return self.backoff * (1.0 if self.schedule is None else self.schedule(self.count))
+
+    def at(self, *call: Any) -> None:
+        """Tell optimisers for model and guide the programs and the call that the next step is for."""
+        if isinstance(self.engine, PyroEngine) and isinstance(self.engine.optim, PerProgram):
+            self.engine.optim.call = call
 
     def halve(self) -> None:
         """Halve the learning rate from now on."""

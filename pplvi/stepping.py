@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from pplvi.batches import Batches, Call, FullData
 from pplvi.compile import CompiledSVI, Mode
 from pplvi.environment import clone
-from pplvi.optimizers import DEFAULT_LR, OptimLike, Update
+from pplvi.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
 from pplvi.rates import Cosine, Schedule
 
 Program = Callable[..., Any]
@@ -38,7 +38,9 @@ class CompiledUpdate(Update):
     ) -> None:
         super().__init__(optim, num_steps, schedule, clip)
         self.options = {"mode": mode, "clip": clip, "chunk": chunk}
-        self.optim = partial(torch.optim.Adam, lr=DEFAULT_LR) if optim is None else optim
+        self.optim: Any = partial(torch.optim.Adam, lr=DEFAULT_LR) if optim is None else optim
+        if isinstance(optim, Mapping) and isinstance(self.engine, PyroEngine):
+            self.optim = self.engine.optim  # the one that is told the programs
         self.svi: CompiledSVI | None = None
 
     def make_step(self, model: Program, guide: Program, objective: Any) -> CompiledStep:
@@ -98,6 +100,7 @@ class CompiledStep:
     def many(self, calls: Sequence[Call]) -> Sequence[Tensor]:
         """A step on each of these calls."""
         if self.update.count == 0:
+            self.update.at(self.svi.model, self.svi.guide, *calls[0])
             self.svi.prepare(*calls[0])
             self.update.before_first()
         losses = self.svi.steps(calls)

@@ -122,6 +122,7 @@ def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> 
     svi = SVI(model, guide, update, loss=objective)
 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
+        update.at(model, guide, args, kwargs)
         loss = svi.step(*args, **kwargs)
         return sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for model and guide
 

@@ -41,7 +41,7 @@ FLOORS = {
     | {"reweighting", "alone", "dreams", "divergences"},
     2: {"objectives", "nested", "kernels", "invariant", "transport", "paths", "timesteps"},
     3: {"samplers", "levels", "annealing", "filtering", "guides", "energies"},
-    4: {"elbo", "wake_sleep", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
+    4: {"elbo", "wake_sleep", "roles", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
     | {"equivalents"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
     | {"chains", "weighted", "loo", "posterior", "starts"},
