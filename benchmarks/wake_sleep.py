@@ -155,7 +155,9 @@ def measure(method: str, train: Tensor, test: Tensor, options: argparse.Namespac
 
 def table(rows: Sequence[Row]) -> str:
     """The end of training, and the gaps early in it."""
-    head = f"{'method':13}{'ms/step':>8}{'steps':>8}{'log p':>9}{'ELBO':>9}{'gap':>7}{'dreams':>8}  early gaps: data (dreams)"
+    head = (
+        f"{'method':13}{'ms/step':>8}{'steps':>8}{'log p':>9}{'ELBO':>9}{'gap':>7}{'dreams':>8}   early data (dreams)"
+    )
     lines = []
     for row in rows:
         last = row.curve[-1]
@@ -191,8 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     for method in options.methods:
         rows.append(measure(method, train, test, options))
         print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        if options.out:
+            options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return rows
 
 

@@ -98,7 +98,8 @@ def fit(
         which cannot, ends the training.
     :param objective: a loss of :mod:`pplvi.elbo` or of Pyro; ``ELBO()`` unless given.
     :param optim: a ``pyro.optim`` optimiser, a torch optimiser class, or a callable from the list of parameters to a
-        torch optimiser; Adam with learning rate 0.01 unless given.
+        torch optimiser; ``{"model": ..., "guide": ...}`` with one of these for each; Adam with learning rate 0.01
+        unless given.
     :param init: ``"pathfinder"`` starts an automatic guide at the Gaussian that Pathfinder finds, location and spread
         (:func:`pplvi.start_at_pathfinder`), anew for each restart; it needs all data at once.
     :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given.
