@@ -113,8 +113,8 @@ def test_it_finds_both_modes_and_their_weights() -> None:
     guide = AutoMixture(
         exact_model, num_components=2, init_scale=1.0, init_spread=3.0, full_rank=False, enumerate_components=True
     )
-    train(exact_model, guide, steps=600)
-    train(exact_model, guide, steps=100, lr=0.003)
+    for lr in (0.02, 0.02, 0.02, 0.004):
+        train(exact_model, guide, steps=150, lr=lr)
     posterior = pplvi.Posterior(exact_model, guide, (), num_draws=4000, seed=0)
     value, error = posterior.total_log_evidence
     assert value == pytest.approx(0.0, abs=4 * error + 0.01)
