@@ -7,9 +7,10 @@ Such a kernel has no density that could be evaluated, and needs none. With its o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,31 @@ class Frame:
     align: Callable[[Tensor, int], Tensor]
 
 
+class InvariantMove(ABC):
+    """A move of some of a model's sites that leaves its target invariant; the others stay as they are."""
+
+    kernel: Any
+
+    @property
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Names of the sites that are moved."""
+
+    @abstractmethod
+    def move(self, previous: Values, frame: Frame) -> Point:
+        """All values after the move, without gradient."""
+
+    def __call__(self, previous: Values, *args: Any, **kwargs: Any) -> None:
+        """Refuse to be run as a program.
+
+        :raises ValueError: always.
+        """
+        raise ValueError(
+            f"{self.kernel} leaves its target invariant and has no density: expected a guide that is walked level by "
+            "level, with NestedELBO or the Annealed sampler. Elsewhere use LangevinKernel or ResidualKernel."
+        )
+
+
 @dataclass(frozen=True)
 class HamiltonianKernel:
     """Hamiltonian Monte Carlo with a Metropolis test, ``num_moves`` moves of ``num_leapfrog`` steps.
@@ -53,6 +79,7 @@ class HamiltonianKernel:
     >>> kernel = HamiltonianKernel(step_size=0.2, num_leapfrog=5)
     """
 
+    partial: ClassVar[bool] = True
     step_size: float = 0.1
     num_leapfrog: int = 1
     num_moves: int = 1
@@ -64,37 +91,43 @@ class HamiltonianKernel:
                 "positive numbers."
             )
 
-    def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[InvariantMove, InvariantMove]:
-        """One move that is its own reversal; the target comes from the walk."""
-        move = InvariantMove(self, tuple(sites))
+    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[HamiltonianMove, HamiltonianMove]:
+        """One move that is its own reversal; the target comes from the walk.
+
+        :raises ValueError: for a model without continuous sites.
+        """
+        continuous = tuple(site for site in sites if isinstance(site, Coordinates))
+        if not continuous:
+            raise ValueError(
+                f"sites {[site.name for site in sites]} are discrete: expected continuous ones for HamiltonianKernel. "
+                "Use GibbsKernel."
+            )
+        move = HamiltonianMove(self, continuous)
         return move, move
 
 
 @dataclass(frozen=True)
-class InvariantMove:
-    """The moves of a :class:`HamiltonianKernel` on a model's sites."""
+class HamiltonianMove(InvariantMove):
+    """The moves of a :class:`HamiltonianKernel` on a model's continuous sites."""
 
     kernel: HamiltonianKernel
     sites: tuple[Coordinates, ...]
 
-    def __call__(self, previous: Values, *args: Any, **kwargs: Any) -> None:
-        """Refuse to be run as a program.
-
-        :raises ValueError: always.
-        """
-        raise ValueError(
-            f"{self.kernel} leaves its target invariant and has no density: expected a guide that is walked level by "
-            "level, with NestedELBO or the Annealed sampler. Elsewhere use LangevinKernel or ResidualKernel."
-        )
+    @property
+    def names(self) -> set[str]:
+        """Names of the continuous sites."""
+        return {site.name for site in self.sites}
 
     def move(self, previous: Values, frame: Frame) -> Point:
-        """Values after the moves, without gradient."""
+        """All values after the moves, without gradient."""
+        kept = {name: value.detach() for name, value in previous.items() if name not in self.names}
+        frame = replace(frame, log_density=_with(kept, frame.log_density)) if kept else frame
         point = {site.name: site.read(previous).detach() for site in self.sites}
         with torch.no_grad():
             log_density, slope = self._slope(point, frame)
             for _ in range(self.kernel.num_moves):
                 point, log_density, slope = self._accepted(point, log_density, slope, frame)
-            return {site.name: site.write(point[site.name]) for site in self.sites}
+            return {**kept, **{site.name: site.write(point[site.name]) for site in self.sites}}
 
     def _accepted(self, point: Point, log_density: Tensor, slope: Point, frame: Frame) -> tuple[Point, Tensor, Point]:
         momentum = {name: torch.randn_like(x) for name, x in point.items()}
@@ -129,3 +162,7 @@ class InvariantMove:
                 log_density = log_density + frame.total(site.log_jacobian(values), 0)
             gradients = torch.autograd.grad(log_density.sum(), list(leaves.values()))
         return log_density.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def _with(kept: Values, log_density: Callable[[Values], Tensor]) -> Callable[[Values], Tensor]:
+    return lambda values: log_density({**kept, **values})

@@ -125,7 +125,7 @@ def coordinates(name: str, site: Any) -> Coordinates:
     except NotImplementedError as error:
         raise ValueError(
             f"site {name!r} has support {site['fn'].support}, which has no unconstrained coordinates: expected a "
-            "continuous site. Enumerate it in the model, or write the kernel as a program of your own."
+            "continuous site. Enumerate it in the model, move it by GibbsKernel, or write a kernel of your own."
         ) from error
     events = site["fn"].event_dim
     shape = tuple(transform.inverse_shape(site["fn"].event_shape)) if events else ()

@@ -167,3 +167,37 @@ class ProgramPath:
     def __call__(self, level: int, densities: Sequence[Tensor]) -> Tensor:
         """``log gamma[level]``: the log density of the level's program."""
         return densities[0]
+
+
+@dataclass(frozen=True)
+class RepeatedPath:
+    """A path that stays at each of its targets for several transitions, so that several kernels take turns there.
+
+    :param path: the path whose targets, after the first, are repeated.
+    :param times: how often.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def normal():
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> RepeatedPath(ProgramPath((normal, normal)), 3).num_steps
+    3
+    """
+
+    path: Path
+    times: int
+
+    @property
+    def num_steps(self) -> int:
+        """Number of transitions."""
+        return self.times * self.path.num_steps
+
+    def programs(self, level: int) -> tuple[Program, ...]:
+        """The programs of the target that the level is at."""
+        return self.path.programs(self._at(level))
+
+    def __call__(self, level: int, densities: Sequence[Tensor]) -> Tensor:
+        """``log gamma`` of the target that the level is at."""
+        return self.path(self._at(level), densities)
+
+    def _at(self, level: int) -> int:
+        return -(-level // self.times)

@@ -22,8 +22,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pplvi.alone import log_density_of
+from pplvi.gibbs import sites_of
 from pplvi.kernels import Kernel, ResidualKernel, coordinates_of
-from pplvi.paths import GeometricPath, Path, Plan, ProgramPath, sites_of_target
+from pplvi.paths import GeometricPath, Path, Plan, ProgramPath, RepeatedPath, sites_of_target
 from pplvi.runs import is_subsample
 
 Program = Callable[..., Any]
@@ -153,7 +154,8 @@ class AnnealedGuide(_Walked):
     :param target: the model, with the same arguments as the guide.
     :param base: a normalised program with the model's latent sites, which is easy to draw from, such as the prior.
     :param num_steps: number of transitions.
-    :param kernel: builds the kernels of each transition.
+    :param kernel: builds the kernels of each transition; several, one after another at each target, such as a flow and
+        then moves that leave the target invariant (annealed flow transport, Arbel et al. 2021).
     :param learn_path: train the betas between 0 and 1 (they get a gradient from nested objectives, or from kernels
         that follow the targets' gradients).
     :param betas: their initial values; evenly spaced unless given.
@@ -175,7 +177,7 @@ class AnnealedGuide(_Walked):
         target: Program,
         base: Program,
         num_steps: int,
-        kernel: Kernel | None = None,
+        kernel: Kernel | Sequence[Kernel] | None = None,
         *,
         learn_path: bool = False,
         betas: Sequence[float] | None = None,
@@ -183,7 +185,7 @@ class AnnealedGuide(_Walked):
     ) -> None:
         super().__init__(name)
         self.path = GeometricPath(target, base, num_steps, learn=learn_path, betas=betas)
-        self.kernel = ResidualKernel() if kernel is None else kernel
+        self.kernels = tuple(kernel) if isinstance(kernel, Sequence) else (kernel or ResidualKernel(),)
         self._built = False
 
     @property
@@ -191,22 +193,46 @@ class AnnealedGuide(_Walked):
         """The path's betas, ``(num_steps + 1,)``."""
         return self.path.betas.detach()
 
+    @property
+    def walked(self) -> Path:
+        """The path with each target as often as there are kernels to take turns at it."""
+        return self.path if len(self.kernels) == 1 else RepeatedPath(self.path, len(self.kernels))
+
     def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         """Path and kernels; these are built for the target's sites on the first run."""
         if not self._built:
             self._build(args, kwargs)
-        steps = range(1, self.path.num_steps + 1)
+        steps = range(1, self.walked.num_steps + 1)
         ahead, back = (tuple(getattr(self, f"{way}_{k}") for k in steps) for way in ("forward", "reverse"))
-        return Plan(self.path, ahead, back)
+        return Plan(self.walked, ahead, back)
 
     def _build(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        model = self.path.programs(self.path.num_steps)[0]
         with poutine.block():  # the look at the model is no part of the guide's run
-            sites = coordinates_of(self.path.programs(self.path.num_steps)[0], args, kwargs)
-        for k in range(1, self.path.num_steps + 1):
-            ahead, back = self.kernel.build(sites, _Density(self.path, k))
+            found: list[Any] = [
+                (sites_of if _partial(kernel) else coordinates_of)(model, args, kwargs) for kernel in self.kernels
+            ]
+        for k in range(1, self.walked.num_steps + 1):
+            part = (k - 1) % len(self.kernels)
+            ahead, back = self.kernels[part].build(found[part], _Density(self.walked, k))
             setattr(self, f"forward_{k}", ahead)
             setattr(self, f"reverse_{k}", back)
+        self._check_moved({site.name for site in found[0]})
         self._built = True
+
+    def _check_moved(self, names: set[str]) -> None:
+        if all(_partial(kernel) for kernel in self.kernels):
+            moves = (getattr(self, f"forward_{k}") for k in range(1, len(self.kernels) + 1))
+            if still := sorted(names - set().union(*(move.names for move in moves))):
+                raise ValueError(
+                    f"no kernel moves sites {still}: expected kernels for all, such as kernel=(GibbsKernel(), "
+                    "HamiltonianKernel(0.1)) for a model with discrete and continuous sites."
+                )
+
+
+def _partial(kernel: Kernel) -> bool:
+    """Whether a kernel moves some of the sites only, and leaves the others as they are."""
+    return bool(getattr(kernel, "partial", False))
 
 
 class NestedGuide(_Walked):
