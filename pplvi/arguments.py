@@ -65,7 +65,7 @@ class Arguments:
 
     @cached_property
     def key(self) -> Hashable:
-        """Equal for calls that can use the same program: shapes and dtypes of tensors, values of all else."""
+        """Equal for calls that can use the same program: layouts and dtypes of tensors, values of all else."""
         return self.structure, tuple(map(_key, self.leaves))
 
     @property
@@ -95,7 +95,7 @@ def _is_long(leaf: Any, length: int | None) -> bool:
 
 def _key(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device
     if isinstance(leaf, np.ndarray):
         return leaf.shape, leaf.dtype, hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).digest()
     return (type(leaf), leaf) if isinstance(leaf, (bool, int, float, str, bytes, type(None))) else id(leaf)

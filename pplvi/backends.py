@@ -8,9 +8,12 @@ runs with the same graph.
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -24,9 +27,29 @@ Program = Callable[..., Any]
 
 # Assertions about strides in the generated code cost as much as a small kernel.
 _OPTIONS = {"size_asserts": False, "alignment_asserts": False}
-_LOOP_OPTIONS = {**_OPTIONS, "cpp_wrapper": True}
+# On the CPU a step is one C++ file. Precompiled headers and trial programs for each instruction set take longer than it
+# does, and inductor's caches keep pickles that take a second to read.
+_CPU_OPTIONS = {
+    **_OPTIONS,
+    "cpp_wrapper": True,
+    "cpp_cache_precompile_headers": False,
+    "cpp.vec_isa_ok": True,
+    "fx_graph_cache": False,
+}
 _MAX_PROGRAMS = 64
-_PROGRAMS: OrderedDict[Any, Program] = OrderedDict()
+_PROGRAMS: OrderedDict[str, Program] = OrderedDict()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's garbage collector, which takes a third of the time of tracing, compiling and their imports."""
+    active = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if active:
+            gc.enable()
 
 
 def in_place(step: Program, num_carried: int) -> Program:
@@ -54,7 +77,7 @@ def compiled(traced: Traced, num_carried: int, inputs: Sequence[Tensor]) -> Prog
     """
 
     step = in_place(traced.graph, num_carried)
-    program = _shared(traced, "step", lambda *x: (step(*x),), [*inputs, *traced.constants], _OPTIONS)
+    program = _shared(traced, "step", lambda *x: (step(*x),), [*inputs, *traced.constants])
     return lambda *inputs: program(*inputs, *traced.constants)[0]
 
 
@@ -66,9 +89,10 @@ def looped(traced: Traced, num_carried: int, inputs: Sequence[Tensor], chunk: in
     :param stacked: how many of the data tensors hold one batch for each step, along their first dimension.
     :raises ValueError: if there is no compiler, or the graph cannot be compiled.
     """
-    from torch._higher_order_ops.while_loop import while_loop_op
 
     def loop(*inputs: Tensor) -> tuple[Tensor]:
+        from torch._higher_order_ops.while_loop import while_loop_op
+
         carried, (rates, count, *data) = inputs[:num_carried], inputs[num_carried:]
 
         def more(i: Tensor, losses: Tensor, *rest: Tensor) -> Tensor:
@@ -87,7 +111,7 @@ def looped(traced: Traced, num_carried: int, inputs: Sequence[Tensor], chunk: in
             old.copy_(value)
         return (losses,)
 
-    program = _shared(traced, f"{chunk} {stacked}", loop, [*inputs, *traced.constants], _LOOP_OPTIONS)
+    program = _shared(traced, f"{chunk} {stacked}", loop, [*inputs, *traced.constants])
     return lambda *inputs: program(*inputs, *traced.constants)[0]
 
 
@@ -95,13 +119,14 @@ def _at(stack: Tensor, i: Tensor) -> Tensor:
     return stack.index_select(0, i.reshape(1)).squeeze(0)
 
 
-def _shared(traced: Traced, kind: str, function: Program, inputs: Sequence[Tensor], options: dict[str, Any]) -> Program:
-    """Compile, or take the program that was compiled for the same graph: of another restart, say."""
-    config = repr(torch._inductor.config.fallback_random), torch.get_num_threads()
-    key = (kind, traced.graph.code, tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs), config)
+def _shared(traced: Traced, kind: str, function: Program, inputs: Sequence[Tensor]) -> Program:
+    """Compile, or take the program that was compiled for the same graph: of another restart, say, or another run."""
+    key = _key(kind, traced.graph.code, tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
     if key not in _PROGRAMS:
         state = pyro.util.get_rng_state()
-        _PROGRAMS[key] = _compile(function, inputs, options)
+        with _named_failure(), torch.no_grad():
+            on_cpu = all(x.device.type == "cpu" for x in inputs)
+            _PROGRAMS[key] = _kept(key, function, inputs) if on_cpu else _compiled(function, inputs)
         pyro.util.set_rng_state(state)
     _PROGRAMS.move_to_end(key)
     while len(_PROGRAMS) > _MAX_PROGRAMS:
@@ -109,21 +134,47 @@ def _shared(traced: Traced, kind: str, function: Program, inputs: Sequence[Tenso
     return _PROGRAMS[key]
 
 
-def _compile(function: Program, inputs: Sequence[Tensor], options: dict[str, Any]) -> Program:
-    from torch._guards import TracingContext, tracing
+def _key(*graph: Any) -> str:
+    """A name for a program: equal for equal graphs under equal settings, in every process."""
+    from torch._inductor import config
+
+    settings = (torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    versions = (torch.__version__, torch.backends.cpu.get_cpu_capability(), Path(__file__).read_text())
+    return sha256(repr((graph, settings, versions, sorted(config.save_config_portable().items()))).encode()).hexdigest()
+
+
+def _kept(key: str, function: Program, inputs: Sequence[Tensor]) -> Program:
+    """The program for the CPU with this name, from inductor's folder on the disk, or compiled and put there."""
+    import torch._functorch.config
+    from torch._inductor import config
+    from torch._inductor.codecache import PyCodeCache, write_atomic
     from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    path = Path(cache_dir(), "pplvi", f"{key}.py")
+    with config.patch(_CPU_OPTIONS), torch._functorch.config.patch(enable_autograd_cache=False):
+        get_cpp_compiler()  # asked first: the error is the same, but it comes at once
+        if path.exists():
+            module = PyCodeCache.load(path.read_text())
+        else:
+            _compiled(function, inputs)
+            module = PyCodeCache.modules[-1]
+            if not any(isinstance(value, Tensor) for value in vars(module).values()):  # constants are not in its text
+                write_atomic(str(path), Path(str(module.__file__)).read_text(), make_dirs=True)
+    return lambda *tensors: module.call([*tensors])
+
+
+def _compiled(function: Program, inputs: Sequence[Tensor]) -> Program:
+    from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     # Inductor keeps compiled programs on the disk only where there is an environment of symbolic shapes.
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     copies: list[Any] = [x.detach().clone(memory_format=torch.preserve_format) for x in inputs]
-    with _named_failure(), torch.no_grad():
-        if all(x.device.type == "cpu" for x in inputs):
-            get_cpp_compiler()  # asked first: the error is the same, but it comes at once
-        graph = _recorded(function, copies)
-        with tracing(TracingContext(fake)):
-            program: Program = torch._inductor.compile(graph, copies, options=options)
+    graph = _recorded(function, copies)
+    with tracing(TracingContext(fake)):
+        program: Program = torch._inductor.compile(graph, copies, options=_OPTIONS)
     return program
 
 

@@ -222,8 +222,9 @@ class CompiledSVI:
     def _ready(self, arguments: Arguments) -> FlatParameters:
         """The parameters: materialised at the first call, which moves neither the random state nor buffers."""
         if self.parameters is None:
-            parameters = FlatParameters(self._asked_for(arguments))
-            self._update = flat_update(self.optim, parameters.named, self.clip)
+            with backends.uncollected():
+                parameters = FlatParameters(self._asked_for(arguments))
+                self._update = flat_update(self.optim, parameters.named, self.clip)
             self.state = self._update.init(parameters.flat)
             if self._waiting is not None:
                 self._put_back(parameters, self._waiting)
@@ -294,8 +295,6 @@ class CompiledSVI:
         device = self.state[0].device
         return torch.tensor(factors + [0.0] * (length - num_steps), dtype=torch.float64, device=device)
 
-    # ------------------------------------------------------------------ programs
-
     def _program(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
         key = (arguments.key, None if loop is None else loop[0])
         if key not in self._programs:
@@ -311,7 +310,8 @@ class CompiledSVI:
 
     def _built(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
         try:
-            return self._make(arguments, loop)
+            with backends.uncollected():
+                return self._make(arguments, loop)
         except ValueError as error:
             if self.mode != "auto":
                 raise

@@ -1,6 +1,8 @@
 """Compiled steps equal eager ones, draw fresh noise, resume, and refuse what cannot be recorded."""
 
+import gc
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -519,6 +521,31 @@ def test_restarts_share_one_compiled_program():
     assert not torch.isclose(first, second).any()
 
 
+@pytest.mark.parametrize("mode", [True, "max"])
+def test_other_processes_find_the_program_on_the_disk(mode, monkeypatch):
+    """What a process does that has compiled nothing yet: it records the graph, and needs no compilation."""
+    before = schools(mode).run(3, *SCHOOLS)
+    monkeypatch.setattr(pplvi.backends, "_PROGRAMS", OrderedDict())
+    monkeypatch.setattr(torch._inductor, "compile", None)
+    assert torch.equal(schools(mode).run(3, *SCHOOLS), before)
+    assert len(pplvi.backends._PROGRAMS) == 1
+
+
+def test_programs_are_told_apart_by_graph_and_settings(monkeypatch):
+    names = [pplvi.backends._key("step", "x + 1"), pplvi.backends._key("step", "x + 2")]
+    with torch._inductor.config.patch(fallback_random=True):
+        names.append(pplvi.backends._key("step", "x + 1"))
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    names.append(pplvi.backends._key("step", "x + 1"))
+    assert len(set(names)) == 4
+
+
+def test_tracing_and_compiling_leave_the_garbage_collector_as_it_was():
+    with pplvi.backends.uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
 # ---------------------------------------------------------------------- what Pyro sees
 
 
@@ -691,6 +718,8 @@ def test_recorded_anew_only_for_new_shapes_and_values(monkeypatch):
     svi.step(DATA, scale=2.0)
     svi.step(DATA, 2.0)
     assert len(made) == 4
+    svi.step(DATA.repeat_interleave(2)[::2])
+    assert len(made) == 5, "compiled programs read memory at fixed strides"
     with pytest.warns(UserWarning, match="programs were made"):
         svi.epoch(DATA[:n] for n in range(6, 12))
 
