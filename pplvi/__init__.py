@@ -25,6 +25,7 @@ _HOMES = {
     "refine": "guides",
     "AutoDeterministicNormal": "guides",
     "AutoFlow": "guides",
+    "AutoHierarchical": "guides",
     "AutoMixture": "guides",
     "AutoPathfinder": "guides",
     "init_to_pathfinder": "guides",

@@ -286,11 +286,11 @@ class Fit:
         """How many parameters the guide has; of an amortised one also what one network for all data costs."""
         run = self.runs[self.best]
         guide = run.guide
-        amortized = isinstance(guide, AutoAmortized)
+        amortized = isinstance(guide, AutoAmortized) and guide.amortized
         with run.scope():
             count = sum(leaf.numel() for leaf in parameters_of(lambda: guide(*args, **kwargs)).values())
             facts = {"parameters": describe_parameters(count, posterior.draws, amortized)} if count else {}
-            if isinstance(guide, AutoAmortized) and (posterior.has_weights or not posterior.draws.random):
+            if isinstance(guide, AutoAmortized) and amortized and (posterior.has_weights or not posterior.draws.random):
                 facts["amortisation"] = self._describe_amortization(guide, args, kwargs)
         return facts
 

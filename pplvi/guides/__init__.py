@@ -6,6 +6,7 @@ from pplvi.guides.annealed import AnnealedGuide
 from pplvi.guides.deterministic import AutoDeterministicNormal
 from pplvi.guides.filtered import FilteredGuide
 from pplvi.guides.flow import AutoFlow
+from pplvi.guides.hierarchical import AutoHierarchical
 from pplvi.guides.mixture import AutoMixture
 from pplvi.guides.pathfinder import AutoPathfinder, init_to_pathfinder
 from pplvi.guides.refinement import amortization_gap, refine
@@ -15,6 +16,7 @@ __all__ = [
     "AutoAmortized",
     "AutoDeterministicNormal",
     "AutoFlow",
+    "AutoHierarchical",
     "AutoMixture",
     "AutoPathfinder",
     "FilteredGuide",

@@ -74,6 +74,7 @@ class AutoAmortized(OwnedGuide):
     """
 
     marker = "head.weight"
+    amortized = True  # its size does not grow with the data
 
     def __init__(
         self,
@@ -105,7 +106,8 @@ class AutoAmortized(OwnedGuide):
             structure = self._read(run.model, run.given_subsamples)
             self._setup_globals(structure)
             # Shapes only: the plates' elements are the first ones.
-            features = self._encode(args, kwargs, structure, {p.name: torch.arange(p.size) for p in structure.plates})
+            drawn = {name: site["value"] for name, site in latent_sites(run.model).items()}
+            features = self._joined(self._encode(args, kwargs, structure, _all(structure)), drawn)
             where = {"device": features.device, "dtype": features.dtype}
             conditional = build_conditional(self._family, structure.size, features.shape[-1], self._init_scale, **where)
             self.conditional = conditional
@@ -174,12 +176,21 @@ class AutoAmortized(OwnedGuide):
         return features
 
     def _distribution(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Locals, indices: Mapping[str, Tensor]
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        structure: Locals,
+        indices: Mapping[str, Tensor],
+        latents: Mapping[str, Tensor],
     ) -> tuple[dist.TorchDistribution, Tensor]:
         features = self._encode(args, kwargs, structure, indices)
-        features = features.reshape(*structure.batch_shape, features.shape[-1])
+        features = self._joined(features.reshape(*structure.batch_shape, features.shape[-1]), latents)
         outputs = self._outputs(features)
         return self.conditional(outputs, features), outputs
+
+    def _joined(self, features: Tensor, latents: Mapping[str, Tensor]) -> Tensor:
+        """Features of the elements, with what the family makes of the global latents."""
+        return features
 
     def _outputs(self, features: Tensor) -> Tensor:
         """What parametrises each element's distribution, ``(*batch, num_outputs)``."""
@@ -201,7 +212,7 @@ class AutoAmortized(OwnedGuide):
         structure = self.structure(args, kwargs)
         if cut := [plate.name for plate in structure.plates if plate.size != plate.full_size]:
             raise ValueError(f"plates {cut} are subsampled: expected whole plates, with parameters for each element.")
-        _, outputs = self._distribution(args, kwargs, structure, _all(structure))
+        _, outputs = self._distribution(args, kwargs, structure, _all(structure), {})
         new = copy.deepcopy(self)
         new.table = PyroParam(outputs.detach().clone())
         return new
@@ -216,7 +227,7 @@ class AutoAmortized(OwnedGuide):
         with ExitStack() as stack:
             plates = {plate.name: _plate(plate, given.get(plate.name)) for plate in structure.plates}
             indices = {name: stack.enter_context(plate) for name, plate in plates.items()}
-            posterior, _ = self._distribution(args, kwargs, structure, indices)
+            posterior, _ = self._distribution(args, kwargs, structure, indices, latents)
             packed = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
             self._own(self.head._parameters["weight"])
             latents |= {site.name: _unpack(site, structure, packed) for site in structure.sites}
@@ -227,7 +238,7 @@ class AutoAmortized(OwnedGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> dist.TorchDistribution:
         """The posterior of every element's packed unconstrained coordinates, batch ``(*plates)``, event ``(D,)``."""
         structure = self.structure(args, kwargs)
-        return self._distribution(args, kwargs, structure, _all(structure))[0]
+        return self._distribution(args, kwargs, structure, _all(structure), {})[0]
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -240,9 +251,7 @@ class AutoAmortized(OwnedGuide):
 
         :raises ValueError: for probabilities outside ``[0, 1]``.
         """
-        probs = torch.as_tensor(quantiles)
-        if probs.dim() != 1 or not bool(((probs >= 0) & (probs <= 1)).all()):
-            raise ValueError(f"quantiles is {quantiles!r}; expected a flat list of probabilities in [0, 1]")
+        probs = self._checked(quantiles)
         structure = self.structure(args, kwargs)
         found: dict[str, Tensor] = {}
         if self._has_globals:
@@ -250,8 +259,15 @@ class AutoAmortized(OwnedGuide):
                 name: torch.as_tensor(q)
                 for name, q in self.global_guide.quantiles(probs.tolist(), *args, **kwargs).items()
             }
-        packed = self._marginal_quantiles(probs, *self._distribution(args, kwargs, structure, _all(structure)))
+        packed = self._marginal_quantiles(probs, *self._distribution(args, kwargs, structure, _all(structure), {}))
         return found | {site.name: site.write(structure.split(packed)[site.name]) for site in structure.sites}
+
+    @staticmethod
+    def _checked(quantiles: Sequence[float] | Tensor) -> Tensor:
+        probs = torch.as_tensor(quantiles)
+        if probs.dim() != 1 or not bool(((probs >= 0) & (probs <= 1)).all()):
+            raise ValueError(f"quantiles is {quantiles!r}; expected a flat list of probabilities in [0, 1]")
+        return probs
 
     def _marginal_quantiles(self, probs: Tensor, posterior: dist.TorchDistribution, outputs: Tensor) -> Tensor:
         if (moments := self.conditional.moments(outputs)) is None:
