@@ -3,6 +3,7 @@
 from pplvi.energies.chains import (
     Chains,
     ContrastiveDivergence,
+    EveryState,
     FastPersistentChains,
     MeanFieldContrastiveDivergence,
     PersistentChains,
@@ -23,6 +24,7 @@ __all__ = [
     "Chains",
     "ConditionalGuide",
     "ContrastiveDivergence",
+    "EveryState",
     "Factorised",
     "FactorisedGuide",
     "FastPersistentChains",

@@ -9,7 +9,7 @@ exact conditional mean is used instead of the draw (Rao-Blackwell), which costs 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,7 +48,17 @@ class Chains:
         :param data: values of all layers under the data, ``(*batch, width)``.
         :param advance: keep where the chains go.
         """
+        return self.step(machine.log_marginal(self.move(machine, data, advance)))
+
+    def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
+        """Where the chains go: values of all layers but those that are to be summed out, ``(*chains, width)``."""
         raise NotImplementedError
+
+    def step(self, log_density: Tensor) -> Step:
+        """The step of chains with these log densities, ``(*chains)``: draws of the target itself, equal weights."""
+        density = log_density.reshape(-1)
+        zero = torch.zeros_like(density)
+        return Step(zero, zero.detach(), density, density, zero, zero, zero)
 
     def kept(self, machine: EnergyModel, start: Callable[[], Values], prefix: str = "chain") -> dict[str, Tensor]:
         """The chains of a machine, as buffers, one for each layer; made by ``start`` at the first use.
@@ -80,17 +90,11 @@ def keep(chains: Values, values: Values) -> None:
             value.copy_(values[layer])
 
 
-def equally_weighted(log_density: Tensor) -> Step:
-    """A step of draws of the target itself, ``(num_chains,)``: equal weights."""
-    zero = torch.zeros_like(log_density)
-    return Step(zero, zero.detach(), log_density, log_density, zero, zero, zero)
-
-
-def settled_density(machine: EnergyModel, values: Values) -> Tensor:
-    """Log density at the ends of chains, with the layers that were drawn last summed out, ``(*batch)``."""
+def settled(machine: EnergyModel, values: Values) -> dict[str, Tensor]:
+    """Values at the ends of chains without the layers that were drawn last, where these are independent."""
     last = machine.classes[-1]
     alone = isinstance(machine, BoltzmannMachine) and any(machine.is_lateral(layer) for layer in last)
-    return machine.log_marginal({n: v for n, v in values.items() if alone or n not in last})
+    return {n: v for n, v in values.items() if alone or n not in last}
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,40 @@ class PersistentChains(Chains):
     tensor([0., 0., 0., 0., 0.])
     """
 
-    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+    def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """One step of ``sweeps`` sweeps."""
         chains = self.kept(machine, lambda: machine.draw((self.num_chains,)))
         moved = machine.gibbs(chains, self.sweeps)
         if advance:
             keep(chains, moved)
-        return equally_weighted(settled_density(machine, moved))
+        return settled(machine, moved)
+
+
+@dataclass(frozen=True)
+class EveryState(Chains):
+    """The exact negative phase of a tiny machine: every state of its smaller side, weighted by its probability.
+
+    ``num_chains`` and ``sweeps`` are ignored.
+
+    >>> from pplvi.energies import RestrictedBoltzmannMachine
+    >>> rbm = RestrictedBoltzmannMachine(3, 2, init_scale=0.0)
+    >>> EveryState()(rbm, {}).log_weight
+    tensor([2.0794, 2.0794, 2.0794, 2.0794])
+    """
+
+    def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
+        """One step of all states.
+
+        :raises ValueError: if there are more than 20 bits of them.
+        """
+        assert isinstance(machine, BoltzmannMachine)
+        listed = machine._to_enumerate(tuple(machine.layers))
+        parts = list(machine._states(listed, machine.like()))
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in listed}
+
+    def step(self, log_density: Tensor) -> Step:
+        """The step of states that are weighted by their probability."""
+        return replace(super().step(log_density), log_weight=log_density.detach())
 
 
 @dataclass(frozen=True)
@@ -124,12 +155,12 @@ class ContrastiveDivergence(Chains):
     Source: Hinton (2002), "Training products of experts by minimizing contrastive divergence".
     """
 
-    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+    def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """One step of ``sweeps`` sweeps from the data."""
         v = data[machine.visible].detach()
         start = {**machine.draw(tuple(v.shape[:-1])), machine.visible: v}
-        settled = machine.gibbs(start, 1 if len(machine.hidden) == 1 else self.sweeps, clamped=(machine.visible,))
-        return equally_weighted(settled_density(machine, machine.gibbs(settled, self.sweeps)).reshape(-1))
+        start = machine.gibbs(start, 1 if len(machine.hidden) == 1 else self.sweeps, clamped=(machine.visible,))
+        return settled(machine, machine.gibbs(start, self.sweeps))
 
 
 @dataclass(frozen=True)
@@ -141,7 +172,7 @@ class MeanFieldContrastiveDivergence(Chains):
     Source: Welling & Hinton (2002), "A new learning algorithm for mean field Boltzmann machines".
     """
 
-    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+    def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """One step of ``sweeps`` sweeps of means from the data.
 
         :raises ValueError: for a machine without fields.
@@ -153,7 +184,7 @@ class MeanFieldContrastiveDivergence(Chains):
             for _ in range(self.sweeps):
                 for layer in (layer for group in machine.classes for layer in group):
                     values[layer] = machine.layers[layer].mean(machine.field(layer, values))
-        return equally_weighted(settled_density(machine, values).reshape(-1))
+        return settled(machine, values)
 
 
 @dataclass(frozen=True)
@@ -187,7 +218,7 @@ class TemperedChains(Chains):
         """The inverse temperatures, ``(num_temperatures,)``, the coldest last."""
         return torch.linspace(self.lowest, 1.0, self.num_temperatures, dtype=like.dtype, device=like.device)
 
-    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+    def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """One step of ``sweeps`` sweeps and an exchange."""
         chains = self.kept(machine, lambda: machine.draw(self._shape(machine)))
         betas = self.betas(machine.like())
@@ -197,7 +228,7 @@ class TemperedChains(Chains):
                 moved = self._exchanged(machine, moved, betas, first)
         if advance:
             keep(chains, moved)
-        return equally_weighted(settled_density(machine, {n: v[-1] for n, v in moved.items()}))
+        return settled(machine, {n: v[-1] for n, v in moved.items()})
 
     def _exchanged(self, machine: EnergyModel, values: Values, betas: Tensor, first: int) -> dict[str, Tensor]:
         energy = machine.energy(values)
@@ -235,7 +266,7 @@ class FastPersistentChains(Chains):
                 "least 0 and less than 1."
             )
 
-    def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
+    def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """One step of ``sweeps`` sweeps under the fast weights."""
         assert isinstance(machine, BoltzmannMachine)
         chains = self.kept(machine, lambda: machine.draw((self.num_chains,)))
@@ -247,8 +278,8 @@ class FastPersistentChains(Chains):
                 raise ValueError(f"{self} outside a training step: expected pplvi.BoltzmannELBO(negative=...).")
             with step.replaced(machine, Live({key: slow[key] + fast[key] for key in slow})):
                 moved = machine.gibbs(chains, self.sweeps)
-        density = settled_density(machine, moved)
         if advance:
+            density = machine.log_marginal(settled(machine, moved))
             keep(chains, moved)
             with torch.enable_grad():
                 gain = machine.energy({n: v.detach() for n, v in data.items()}).mean() + density.mean()
@@ -257,7 +288,7 @@ class FastPersistentChains(Chains):
             with torch.no_grad():
                 for key, move in zip(keys, moves, strict=True):
                     fast[key].mul_(self.decay).add_(move, alpha=self.fast_rate)
-        return equally_weighted(density)
+        return settled(machine, moved)
 
     @staticmethod
     def _fast(machine: BoltzmannMachine, key: str | tuple[str, str], value: Tensor) -> Tensor:

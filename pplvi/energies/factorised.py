@@ -70,8 +70,9 @@ class ConditionalGuide:
         means = {}
         with torch.no_grad():
             for layer in machine.hidden:
-                means[layer] = machine.layers[layer].mean(machine.field(layer, values))
-                entropy = entropy + machine.layers[layer].mean_entropy(means[layer])
+                units, field = machine.layers[layer], machine.field(layer, values)
+                means[layer] = units.mean(field)
+                entropy = entropy + units.field_entropy(field, means[layer])
         return Factorised(means, entropy)
 
     def __call__(self, v: Tensor | None = None, *, size: int | None = None, num_draws: int = 1) -> None:

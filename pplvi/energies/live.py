@@ -116,17 +116,23 @@ class _Centered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        plain = dict(zip(ctx.keys, gradients, strict=True))
-        moved = dict(plain)
+        moved = dict(zip(ctx.keys, gradients, strict=True))
+        plain = {key: g for key, g in moved.items() if isinstance(key, str)}
         for edge in (key for key in ctx.keys if isinstance(key, tuple)):
             first, second = edge
             c, d = ctx.offsets[first], ctx.offsets[second]
             change = torch.stack([c, plain[first]], 1) @ torch.stack([plain[second], d])
-            weight = plain[edge] - (change.triu(1) + change.T.triu(1) if first == second else change)
-            moved[edge] = weight
-            moved[first] = moved[first] - weight @ d
-            moved[second] = moved[second] - weight.T @ c
+            moved[edge] = moved[edge] - (change.triu(1) if first == second else change)
+        centered_biases(moved, ctx.offsets)
         return None, None, *(moved[key] for key in ctx.keys)
+
+
+def centered_biases(gradients: dict[Any, Tensor], offsets: Mapping[str, Tensor]) -> None:
+    """Take from the gradients of biases what those of the centered weights add to the fields at the offsets."""
+    for edge in [key for key in gradients if isinstance(key, tuple)]:
+        first, second = edge
+        gradients[first] = gradients[first] - gradients[edge] @ offsets[second]
+        gradients[second] = gradients[second] - gradients[edge].T @ offsets[first]
 
 
 class _KnownProduct(torch.autograd.Function):

@@ -122,13 +122,17 @@ class EnergyModel(PyroModule):
         :param num_draws: size of the plate without data; the layers are drawn by Gibbs sampling then.
         :returns: values of all layers.
         """
-        self._announce()
-        observed = {} if v is None else {self.visible: v} if isinstance(v, Tensor) else dict(v)
+        self.announce()
+        observed = self.observed(v)
         count = next((len(value) for value in observed.values()), num_draws)
         with data_plate(count, size):
             values = self.sites(count, observed)
             self.energy_site("energy", values)
         return values
+
+    def observed(self, v: Tensor | Values | None) -> dict[str, Tensor]:
+        """Observed layers by name, for the argument of :meth:`model`."""
+        return {} if v is None else {self.visible: v} if isinstance(v, Tensor) else dict(v)
 
     def sites(self, count: int, observed: Values) -> dict[str, Tensor]:
         """Sample sites of all layers, top to bottom, under their base measures.
@@ -174,7 +178,8 @@ class EnergyModel(PyroModule):
                 stacklevel=2,
             )
 
-    def _announce(self) -> None:
+    @pyro_method
+    def announce(self) -> None:
         """Tell Pyro about the parameters.
 
         :raises ValueError: if the store holds another machine's parameters under these names.
