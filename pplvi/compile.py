@@ -24,7 +24,7 @@ from pplvi.equivalents import own_loss
 from pplvi.handlers import parameters_of
 from pplvi.programs import first_bad_site
 from pplvi.tracing import Traced, Untraceable, record, unchanged
-from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update, late_parameters
+from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update, without_new_parameters
 
 Program = Callable[..., Any]
 _Loop = tuple[int, Sequence[Tensor]]
@@ -273,7 +273,7 @@ class CompiledSVI:
     def _one_by_one(self, calls: Sequence[Arguments]) -> Tensor:
         with torch.no_grad():
             program = self._program(calls[0], None)
-            rates = self._rates(len(calls), len(calls)).unbind()
+            rates = self.rates(len(calls), len(calls)).unbind()
             flat = self._ready(calls[0]).flat
             losses = [program(flat, *self.state, r, *call.tensors) for r, call in zip(rates, calls, strict=True)]
         self.count += len(calls)
@@ -283,12 +283,12 @@ class CompiledSVI:
         with torch.no_grad():
             program = self._program(arguments, (stacks, data))
             steps = torch.tensor(num_steps, device=self._ready(arguments).flat.device)
-            rates = self._rates(num_steps, self.chunk)
+            rates = self.rates(num_steps, self.chunk)
             losses: Tensor = program(self._ready(arguments).flat, *self.state, rates, steps, *data)
         self.count += num_steps
         return losses[:num_steps]
 
-    def _rates(self, num_steps: int, length: int) -> Tensor:
+    def rates(self, num_steps: int, length: int) -> Tensor:
         """Factors of the learning rate for the next steps, filled up to a length."""
         steps = range(self.count, self.count + num_steps)
         factors = [1.0 if self.schedule is None else float(self.schedule(t)) for t in steps]
@@ -298,7 +298,7 @@ class CompiledSVI:
     def _program(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
         key = (arguments.key, None if loop is None else loop[0])
         if key not in self._programs:
-            self._programs[key] = self._built(arguments, loop)
+            self._programs[key] = self.settled(lambda: self._make(arguments, loop))
             self._fixed.append(arguments)
             if len(self._programs) == _MANY:
                 warnings.warn(
@@ -308,38 +308,56 @@ class CompiledSVI:
                 )
         return self._programs[key]
 
-    def _built(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
+    def settled(self, make: Callable[[], Any]) -> Any:
+        """What this makes; in mode ``"auto"`` with the first mode that it can be made in, and a warning for another."""
         try:
             with backends.uncollected():
-                return self._make(arguments, loop)
+                return make()
         except ValueError as error:
             if self.mode != "auto":
                 raise
             self.mode = False if isinstance(error, Untraceable) else "trace"
             how = "Pyro's handlers" if self.mode is False else "the graph without a compiler"
             warnings.warn(f"compile='auto' falls back to {how}: {error}", stacklevel=2)
-            return self._built(arguments, loop)
+            return self.settled(make)
 
     def _make(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
-        assert self.parameters is not None
-        step, carried = self._step_on(arguments), (self.parameters.flat, *self.state)
+        carried = self.carried()
         if self.mode is False:
-            return backends.in_place(_without_new_parameters(step), len(carried))
-        self.parameters.check(self._asked_for(arguments))
-        inputs = (*carried, torch.ones_like(self.state[0]), *arguments.tensors)
-        with self._same_buffers():
-            traced = record(step, inputs, self.parameters.places, len(carried))
-        program = self._backend(traced, (*carried, *traced.state), inputs[len(carried) :], loop)
+            return backends.in_place(without_new_parameters(self._step_on(arguments)), len(carried))
+        traced, inputs = self.recorded(arguments), (torch.ones_like(self.state[0]), *arguments.tensors)
+        program = self.backend(traced, (*carried, *traced.state), inputs, loop)
         return lambda *x: program(*x[: len(carried)], *traced.state, *x[len(carried) :])
 
-    def _backend(
+    def carried(self) -> tuple[Tensor, ...]:
+        """What goes from step to step: the parameters as one vector, and the optimiser's state."""
+        assert self.parameters is not None
+        return self.parameters.flat, *self.state
+
+    def recorded(self, arguments: Arguments) -> Traced:
+        """The step on such arguments as a graph.
+
+        :raises Untraceable: with the site and the reason.
+        """
+        assert self.parameters is not None
+        self.parameters.check(self._asked_for(arguments))
+        carried = self.carried()
+        inputs = (*carried, torch.ones_like(self.state[0]), *arguments.tensors)
+        with self._same_buffers():
+            return record(self._step_on(arguments), inputs, self.parameters.places, len(carried))
+
+    def backend(
         self, traced: Traced, carried: Sequence[Tensor], inputs: Sequence[Tensor], loop: _Loop | None
     ) -> backends.Program:
+        """A graph as a program, in this mode.
+
+        :raises ValueError: without a compiler, in modes that need one.
+        """
         if self.mode == "trace":
             return backends.as_is(traced, len(carried))
         if loop is None:
             return backends.compiled(traced, len(carried), (*carried, *inputs))
-        rates = self._rates(0, self.chunk)
+        rates = self.rates(0, self.chunk)
         given = (*carried, rates, torch.tensor(1), *loop[1])
         return backends.looped(traced, len(carried), given, self.chunk, loop[0])
 
@@ -368,16 +386,3 @@ def _check_options(mode: Any, schedule: Any, last_batch: Any, chunk: Any) -> Non
         raise ValueError(f"chunk={chunk!r}: expected a whole number of steps, at least 1.")
     if schedule is not None and not callable(schedule):
         raise ValueError(f"schedule={schedule!r}: expected a function from the step to a factor, such as Cosine.")
-
-
-def _without_new_parameters(step: Program) -> Program:
-    """A step that refuses parameters that the optimiser does not know."""
-
-    def checked(*inputs: Tensor) -> tuple[Tensor, ...]:
-        before = set(pyro.get_param_store().keys())
-        result: tuple[Tensor, ...] = step(*inputs)
-        if new := sorted(set(pyro.get_param_store().keys()) - before):
-            raise late_parameters(new)
-        return result
-
-    return checked

@@ -22,7 +22,8 @@ from pplvi.environment import Environment, fingerprint
 from pplvi.equivalents import own_loss
 from pplvi.optimizers import OptimLike, Update
 from pplvi.rates import Schedule
-from pplvi.restarts import Plan, Recipe, best_of, publish, scratch, train_restarts
+from pplvi.recipes import Recipe
+from pplvi.restarts import Plan, best_of, publish, scratch, train_restarts
 from pplvi.result import Fit
 from pplvi.starts import check_init
 from pplvi.stepping import CompiledUpdates
@@ -103,8 +104,11 @@ def fit(
     :param init: ``"pathfinder"`` starts an automatic guide at the Gaussian that Pathfinder finds, location and spread
         (:func:`pplvi.start_at_pathfinder`), anew for each restart; it needs all data at once.
     :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given.
-    :param restarts: how many seeds to train from, one after another; restart ``r`` has the seed ``seed + r``. Modules
-        are copied, so that restarts have no parameter in common. For MCMC, the number of chains.
+    :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
+        restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for
+        ``"max"``) and all data at once, as the rows of one program: then restart ``r`` is what it would be alone with
+        ``compile="trace"``, up to rounding. Programs that cannot be vectorised, such as those that draw from gamma
+        distributions, are trained side by side without that. For MCMC, the number of chains.
     :param seed: makes the result reproducible to the bit; the global random state stays as it was.
     :param schedule: ``"cosine"``, ``None``, or a function from the step to a factor of the learning rate.
     :param clip: ``"adaptive"`` cuts gradients of ten times the median norm, a number those of a greater norm.

@@ -1,4 +1,4 @@
-"""Restarts one after another, each in a parameter scope of its own, and the checkpoint that holds them all."""
+"""Restarts, each in a parameter scope of its own, and the checkpoint that holds them all."""
 
 from __future__ import annotations
 
@@ -6,84 +6,28 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from os import fspath
 from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from pplvi import checkpoint
-from pplvi.batches import Batches, Call, OneShot
+from pplvi.batches import Batches, Call, FullData, OneShot
 from pplvi.checkpoint import PathLike
-from pplvi.environment import Environment, clone, module_of, preserved_rng, rng_state, set_rng_state
+from pplvi.environment import clone, preserved_rng, rng_state, set_rng_state
+from pplvi.lockstep import Lockstep, Member
 from pplvi.optimizers import Update
 from pplvi.programs import Program, execute, isolated, plain_run
 from pplvi.progress import Progress
+from pplvi.recipes import Recipe
 from pplvi.runs import is_deterministic, sample_sites, site_plates
 from pplvi.starts import begin, searches, take_back
-from pplvi.training import Run, Trainer, TrainingError, Watch, copy_into, evaluate, unobtrusive
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the programs of a restart are made.
-
-    :ivar guide: a guide, or what makes one from the model if ``makes_guide`` is true.
-    :ivar apart: give every restart copies of the modules; otherwise they are trained in place.
-    """
-
-    model: Program
-    guide: Any
-    makes_guide: bool
-    apart: bool
-    environment: Environment
-
-    def build(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program]:
-        """Model and guide of one restart, whose modules start from ``initial``, or as they are.
-
-        :raises ValueError: if a module cannot be copied.
-        """
-        model, guide = self._copies() if self.apart else (self.model, self.guide)
-        copy_into(_tensors(model, None if self.makes_guide else guide), initial or {})
-        self.environment.move_module(model)
-        guide = guide(model) if self.makes_guide else guide
-        self.environment.move_module(guide)
-        return model, guide
-
-    def _copies(self) -> tuple[Program, Any]:
-        try:
-            return copy.deepcopy((self.model, self.guide))
-        except Exception as error:  # whatever the module's own __deepcopy__ raises
-            raise ValueError(
-                f"the model or the guide cannot be copied ({type(error).__name__}: {error}): expected modules that "
-                "copy.deepcopy takes, one for each restart. Use restarts=1."
-            ) from error
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the modules that the user passed, by role and name."""
-        return _tensors(self.model, None if self.makes_guide else self.guide)
-
-    def adopt(self, run: Run) -> None:
-        """Copy the parameters and buffers of a restart into the modules that the user passed."""
-        for mine, theirs in ((self.model, run.model), (None if self.makes_guide else self.guide, run.guide)):
-            source, target = module_of(theirs), module_of(mine)
-            if self.apart and source is not None and target is not None:
-                values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-                places = {**dict(target.named_parameters()), **dict(target.named_buffers())}
-                copy_into(places, {name: value for name, value in values.items() if name in places})
-
-
-def _tensors(model: Any, guide: Any) -> dict[str, Tensor]:
-    modules = {"model": module_of(model), "guide": module_of(guide)}
-    return {
-        f"{role}.{name}": value
-        for role, module in modules.items()
-        if module is not None
-        for name, value in (*module.named_parameters(), *module.named_buffers())
-        if not is_lazy(value)  # its first call draws it, with the seed of the restart
-    }
+from pplvi.stepping import CompiledUpdates
+from pplvi.training import Run, Trainer, TrainingError, Watch, evaluate, unobtrusive
 
 
 @dataclass(frozen=True)
@@ -114,9 +58,10 @@ class Plan:
 
 
 def train_restarts(plan: Plan) -> list[Run]:
-    """Train ``plan.restarts`` runs one after another; restart ``r`` has the seed ``plan.seed + r``.
+    """Train ``plan.restarts`` runs; restart ``r`` has the seed ``plan.seed + r``.
 
-    With a seed, the global random state is left as it was.
+    One after another, or, with compiled steps on the full data, side by side (:mod:`pplvi.lockstep`). With a seed, the
+    global random state is left as it was.
 
     :returns: the runs, fewer than asked for if the user interrupted them.
     :raises ValueError: if restarts would share parameters, for a checkpoint that does not fit, or if a loss stays
@@ -126,7 +71,7 @@ def train_restarts(plan: Plan) -> list[Run]:
     _check_data(plan)
     plan.batches.environment = plan.recipe.environment
     session = _Session(plan, checkpoint.load(plan.resume) if plan.resume is not None else {"runs": []})
-    with preserved_rng(active=plan.seed is not None):
+    with preserved_rng(active=plan.seed is not None or session.side_by_side):
         try:
             session.go()
         finally:
@@ -170,7 +115,9 @@ class _Session:
     def __init__(self, plan: Plan, content: Mapping[str, Any]) -> None:
         self.plan, self.content = plan, content
         self.runs: list[Run] = []
-        self.states: list[dict[str, Any]] = []
+        self.states: dict[int, dict[str, Any]] = {}
+        self.description: dict[str, Any] = {}
+        self.base = int(torch.randint(2**31, ())) if plan.seed is None and self.side_by_side else 0
         self.signature: dict[str, str] | None = None
         self.initial: dict[str, Tensor] = content.get("initial", clone(plan.recipe.tensors()))
         if len(content["runs"]) > plan.restarts:
@@ -187,6 +134,43 @@ class _Session:
     def go(self) -> None:
         if self.plan.recipe.apart and not self.content["runs"]:
             check_apart(self.plan)
+        if self.side_by_side:
+            self._go_side_by_side()
+        else:
+            self._go_one_by_one()
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether restarts are trained together: compiled steps on the same data, no loop inside the program."""
+        make = self.plan.make_update
+        compiled = isinstance(make, CompiledUpdates) and make.mode in ("trace", True, "auto")
+        return compiled and self.plan.restarts > 1 and isinstance(self.plan.batches, FullData)
+
+    def _go_side_by_side(self) -> None:
+        progress = Progress(self.plan.watch.num_steps, 1, self.plan.progress)
+        members: list[Member] = []
+
+        def report(run: Run) -> None:
+            if run is next((m.trainer.run for m in members if not m.trainer.run.reason), run):
+                progress(run)
+
+        try:
+            for index in range(self.plan.restarts):
+                trainer, found = self._started(index, report)
+                self.runs.append(trainer.run)
+                if not found:
+                    members.append(Member(len(members), trainer))
+            Lockstep(members, self._write).train()
+        except TrainingError as error:
+            error.runs = [run for run in self.runs if run.reason]
+            raise
+        finally:
+            progress.close()
+        if all(run.reason == "interrupted" and not run.losses for run in self.runs):
+            raise KeyboardInterrupt
+        self.runs = [run for run in self.runs if run.losses or run.reason == "found"]
+
+    def _go_one_by_one(self) -> None:
         for index in range(self.plan.restarts):
             progress = Progress(self.plan.watch.num_steps, self.plan.restarts, self.plan.progress)
             try:
@@ -203,13 +187,20 @@ class _Session:
             if run.reason == "interrupted":
                 return
 
-    def _train(self, index: int, progress: Progress) -> Run:
+    def _started(self, index: int, report: Callable[[Run], None]) -> tuple[Trainer, bool]:
+        """A restart before its next step, and whether nothing is left to train."""
         saved = self.content["runs"][index] if index < len(self.content["runs"]) else None
         run, objective, start = self._begin(index, saved)
-        watch = replace(self.plan.watch, report=progress, save=self._saver(index, start))
+        watch = replace(self.plan.watch, report=report, save=self._saver(index, start))
         with run.scope():
             trainer = self._trainer(run, objective, watch, saved)
-            if not (found := begin(trainer, self.plan.init)):
+            return trainer, begin(trainer, self.plan.init)
+
+    def _train(self, index: int, progress: Progress) -> Run:
+        trainer, found = self._started(index, progress)
+        run = trainer.run
+        with run.scope():
+            if not found:
                 trainer.train()
             if run.reason == "interrupted" and not run.losses:
                 raise KeyboardInterrupt
@@ -222,8 +213,8 @@ class _Session:
         seed = None if self.plan.seed is None else self.plan.seed + index
         if saved is not None:
             set_rng_state(saved["start"])
-        elif seed is not None:
-            pyro.set_rng_seed(seed)
+        elif seed is not None or self.side_by_side:  # streams that run side by side must not be one
+            pyro.set_rng_seed(self.base + index if seed is None else seed)
         start = rng_state()
         environment = self.plan.recipe.environment
         with environment.active():
@@ -252,19 +243,27 @@ class _Session:
         trainer.restore(saved)  # the random state comes last: building and running the guide has used it
         trainer.good = trainer.capture()
         run.reason = "" if unfinished else saved["reason"]
-        self.states.append({**saved})
+        self.states[run.index] = {**saved}
         return trainer
 
     def _saver(self, index: int, start: dict[str, Any]) -> Callable[[Trainer], None] | None:
         if self.plan.checkpoint is None:
             return None
-        path = self.plan.checkpoint
 
         def save(trainer: Trainer) -> None:
-            self.states[index:] = [{**run_state(trainer), "start": start}]
-            checkpoint.save(path, {**self._description(trainer), "runs": self.states})
+            self.states[index] = {**run_state(trainer), "start": start}
+            self.description = self._description(trainer)
+            if not self.side_by_side:
+                self._write()
 
         return save
+
+    def _write(self) -> None:
+        """Put what is new into the file; a restart that has no state yet will start anew, and those behind it too."""
+        if self.plan.checkpoint is not None and self.description:
+            states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
+            checkpoint.save(self.plan.checkpoint, {**self.description, "runs": list(states)})
+            self.description = {}
 
     def _description(self, trainer: Trainer) -> dict[str, Any]:
         if self.signature is None:

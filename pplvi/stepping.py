@@ -1,13 +1,14 @@
-"""Compiled steps for the training loop: several steps a call, saved and restored with the rest of a run."""
+"""What takes the steps of the training loop: Pyro's ``SVI``, or compiled steps, several a call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
+from pyro.infer import SVI
 from torch import Tensor
 
 from pplvi.batches import Batches, Call, FullData
@@ -17,6 +18,9 @@ from pplvi.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
 from pplvi.rates import Cosine, Schedule
 
 Program = Callable[..., Any]
+Loss = float | Tensor
+Step = Callable[[tuple[Any, ...], dict[str, Any]], Loss]
+Turns = Generator[Sequence[Call], Sequence[Loss], None]
 
 
 class CompiledUpdate(Update):
@@ -97,15 +101,48 @@ class CompiledStep:
         """One step; the loss (nats) stays on the device."""
         return self.many([(args, kwargs)])[0]
 
+    def prepare(self, call: Call) -> None:
+        """Make the parameters; before the first step they are looked at once."""
+        if self.update.count == 0:
+            self.update.at(self.svi.model, self.svi.guide, *call)
+        self.svi.prepare(*call)
+        if self.update.count == 0:
+            self.update.before_first()
+
     def many(self, calls: Sequence[Call]) -> Sequence[Tensor]:
         """A step on each of these calls."""
         if self.update.count == 0:
-            self.update.at(self.svi.model, self.svi.guide, *calls[0])
-            self.svi.prepare(*calls[0])
-            self.update.before_first()
+            self.prepare(calls[0])
         losses = self.svi.steps(calls)
         self.update.count = self.svi.count
         return losses.unbind()
+
+
+def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> Step:
+    """The core of the loop: Pyro's own ``SVI.step``, or the compiled step that the update belongs to."""
+    if isinstance(update, CompiledUpdate):
+        return update.make_step(model, guide, objective)
+    svi = SVI(model, guide, update, loss=objective)
+
+    def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
+        update.at(model, guide, args, kwargs)
+        loss = svi.step(*args, **kwargs)
+        return sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for model and guide
+
+    return step
+
+
+def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[Loss]]) -> None:
+    """Take the steps that are asked for; what is raised meanwhile is raised where they were asked for."""
+    with suppress(StopIteration):
+        calls = next(turns)
+        while True:
+            try:
+                losses = take(calls)
+            except (Exception, KeyboardInterrupt) as error:
+                calls = turns.throw(error)
+            else:
+                calls = turns.send(losses)
 
 
 def stride(step: Any, at: int, update: Update, batches: Batches, watch: Any, settle_every: int) -> int:

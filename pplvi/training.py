@@ -1,6 +1,6 @@
 """The loop of one restart: step, watch, stop, and go back when a loss is not a number.
 
-Nothing here knows about guides or ArviZ. The replaceable core is a :data:`Step`, by default :func:`svi_step`; the loop
+Nothing here knows about guides or ArviZ. The replaceable core is a :data:`pplvi.stepping.Step`; the loop
 around it keeps the trace, takes a copy of the state every :data:`SETTLE_EVERY` steps, and returns to the last copy
 when the loss or a parameter is no longer finite.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
@@ -27,12 +26,10 @@ from pplvi.batches import Batches, Call
 from pplvi.environment import Environment, buffers_of, clone, preserved_rng, rng_state, set_rng_state
 from pplvi.optimizers import Update
 from pplvi.rates import Cosine
-from pplvi.stepping import CompiledUpdate, next_calls, replayed, stride
+from pplvi.stepping import Loss, Turns, drive, next_calls, replayed, stride, svi_step
 from pplvi.stopping import Plateau
 
 Program = Callable[..., Any]
-Loss = float | Tensor
-Step = Callable[[tuple[Any, ...], dict[str, Any]], Loss]
 
 SETTLE_EVERY = 50
 MAX_ROLLBACKS = 10
@@ -113,20 +110,6 @@ class TrainingError(ValueError):
     """
 
     runs: Sequence[Run] = ()
-
-
-def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> Step:
-    """The core of the loop: Pyro's own ``SVI.step``, or the compiled step that the update belongs to."""
-    if isinstance(update, CompiledUpdate):
-        return update.make_step(model, guide, objective)
-    svi = SVI(model, guide, update, loss=objective)
-
-    def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
-        update.at(model, guide, args, kwargs)
-        loss = svi.step(*args, **kwargs)
-        return sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for model and guide
-
-    return step
 
 
 def evaluate(objective: Any, model: Program, guide: Program, call: Call) -> float:
@@ -212,31 +195,39 @@ class Trainer:
         :raises TrainingError: if the loss stays non-finite after :data:`MAX_ROLLBACKS` returns to a good state with
             half the learning rate each; the message names the first site at fault.
         """
+        drive(self.turns(), self.take)
+
+    def take(self, calls: Sequence[Call]) -> Sequence[Loss]:
+        """One step on each of these calls."""
+        return self.step.many(calls) if len(calls) > 1 else [self.step(*calls[0])]
+
+    def turns(self) -> Turns:
+        """Ask for steps on some calls, and look at the losses that are sent back, until there is a reason to end."""
         before, start = self.run.seconds, time.perf_counter()
         self.run.reason = "" if self.run.step < self.watch.num_steps else "num_steps"
         try:
             while not self.run.reason:
-                self._advance()
+                yield from self._advance()
                 self.run.seconds = before + time.perf_counter() - start
         except KeyboardInterrupt:
             self.run.reason = "interrupted"
         self._read()
 
-    def _advance(self) -> None:
+    def _advance(self) -> Turns:
         most = stride(self.step, self.run.step, self.update, self.batches, self.watch, SETTLE_EVERY)
         if not (calls := next_calls(self.batches, most)):
             self._end("data")
             return
         self.call = calls[-1]
-        if self._attempt(calls):
+        if (yield from self._attempt(calls)):
             self._after_step(self.call)
 
-    def _attempt(self, calls: Sequence[Call]) -> bool:
+    def _attempt(self, calls: Sequence[Call]) -> Generator[Sequence[Call], Sequence[Loss], bool]:
         """Take steps; false if one failed and they were taken back."""
         careful = self.capture() if self.run.rollbacks else self.good
         call = calls[0]
         try:
-            losses = self.step.many(calls) if len(calls) > 1 else [self.step(*call)]
+            losses = yield calls
         except (ValueError, LinAlgError) as error:
             if not self._is_numerical(error):
                 raise

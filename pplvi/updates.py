@@ -258,6 +258,19 @@ def late_parameters(names: list[str]) -> ValueError:
     )
 
 
+def without_new_parameters(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that refuses parameters that the optimiser does not know."""
+
+    def checked(*inputs: Tensor) -> tuple[Tensor, ...]:
+        before = set(pyro.get_param_store().keys())
+        result: tuple[Tensor, ...] = step(*inputs)
+        if new := sorted(set(pyro.get_param_store().keys()) - before):
+            raise late_parameters(new)
+        return result
+
+    return checked
+
+
 def flat_update(optim: OptimLike, named: Mapping[str, Tensor], clip: Clip = None) -> FlatUpdate:
     """The pure update of a Pyro optimiser, or of a callable from the list of parameters to a torch optimiser.
 

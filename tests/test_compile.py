@@ -322,6 +322,7 @@ CASES |= {
         annealed(ring, around(), HamiltonianKernel(0.1, 3), learn_path=True),
         POINT,
         partial(NestedELBO, "reverse_kl", 6),
+        steps=1,  # the move after the last level is not part of the loss, and a recorded step does not draw it
     ),
     "filtering": Case(
         LEARNED, POINT, lambda: WeightedELBO(FilteringBound(), Annealed(Resampling(True)), num_particles=6)
@@ -922,7 +923,8 @@ def test_particles_of_pyro_losses():
 def test_trace_mean_field_elbo_is_ours(name):
     case = CASES[name]
     for count in (1, 3):
-        ours = Case(case.make, case.args, partial(TraceMeanField_ELBO, count, vectorize_particles=True))
+        loss = partial(TraceMeanField_ELBO, count, vectorize_particles=True, max_plate_nesting=2)
+        ours = Case(case.make, case.args, loss)
         assert_same(trajectory(ours, "trace"), trajectory(ours, "SVI"))
 
 

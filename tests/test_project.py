@@ -42,8 +42,9 @@ FLOORS = {
     2: {"objectives", "nested", "kernels", "invariant", "gibbs", "transport", "paths", "timesteps"},
     3: {"samplers", "levels", "annealing", "filtering", "guides", "energies"},
     4: {"elbo", "wake_sleep", "roles", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
-    | {"equivalents"},
+    | {"equivalents", "vectorized", "together"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
+    | {"recipes", "lockstep"}
     | {"chains", "weighted", "loo", "posterior", "starts"},
     6: {"schema", "groups", "export", "report", "comparison", "plots"},
     7: {"result", "fitting"},

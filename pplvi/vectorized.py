@@ -1,0 +1,135 @@
+"""Several restarts in one program: a recorded step without its random numbers, vectorised by ``torch.func.vmap``.
+
+Random operations cannot be vectorised so that each restart keeps a stream of its own. So they are taken out of the
+graph: their results become inputs, and each restart draws its noise with its own random state, in the order in which
+its own step would. What is left is a deterministic function of parameters, optimiser state, buffers, data and noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
+
+from pplvi.environment import preserved_rng
+from pplvi.tracing import Traced
+
+aten = torch.ops.aten
+
+_LIKE = {aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype}
+
+
+class Apart(Exception):
+    """Restarts cannot share one program: the message says why."""
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """A recorded step whose random numbers are inputs.
+
+    :ivar graph: from ``(*inputs, *noise, *constants)`` to what the step returns.
+    :ivar draws: what draws each of them, from the global random state.
+    :ivar example: the noise of some step.
+    """
+
+    graph: fx.GraphModule
+    draws: tuple[Callable[[], Tensor], ...]
+    example: tuple[Tensor, ...]
+
+    def noise(self) -> list[Tensor]:
+        """The random numbers of one step: those that the recorded step would draw itself."""
+        return [draw() for draw in self.draws]
+
+
+def without_noise(traced: Traced, num_inputs: int) -> Quiet:
+    """Take the random operations out of a graph.
+
+    :param num_inputs: how many inputs come before its constants.
+    :raises Apart: for random numbers whose distribution depends on values, such as those of a gamma distribution.
+
+    >>> from pplvi.tracing import record
+    >>> quiet = without_noise(record(lambda x: (x + torch.randn(2),), [torch.zeros(2)], {}), 1)
+    >>> quiet.graph(torch.ones(2), torch.tensor([0.5, 1.0])), len(quiet.noise())
+    ((tensor([1.5000, 2.0000]),), 1)
+    """
+    graph = fx.GraphModule(traced.graph, fx.Graph())
+    graph.graph.output(graph.graph.graph_copy(traced.graph.graph, {}))
+    places = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    draws = []
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            draws.append(_draw(node))
+            with graph.graph.inserting_after(places[num_inputs + len(draws) - 2]):
+                place = graph.graph.placeholder(f"noise_{len(draws)}")
+            places.insert(num_inputs + len(draws) - 1, place)
+            node.replace_all_uses_with(place)
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    with preserved_rng():
+        example = tuple(draw() for draw in draws)
+    return Quiet(graph, tuple(draws), example)
+
+
+def _draw(node: fx.Node) -> Callable[[], Tensor]:
+    """What a random node draws, by itself; the values of its tensor arguments must not matter."""
+    function: Any = node.target
+    first, rest = (node.args[0] if node.args else None), node.args[1:]
+    others = [x for x in tree_leaves((rest, node.kwargs)) if isinstance(x, fx.Node)]
+    if not isinstance(first, fx.Node) and not others:
+        return lambda: function(*node.args, **node.kwargs)
+    overwrites = str(function).split(".")[1].endswith("_") and isinstance(first, fx.Node) and len(first.users) == 1
+    if others or not isinstance(first, fx.Node) or not (overwrites or function in _LIKE):
+        raise Apart(f"the random numbers of {function} depend on values that differ between restarts")
+    shape = first.meta["val"]
+    return lambda: function(torch.empty(shape.shape, dtype=shape.dtype, device=shape.device), *rest, **node.kwargs)
+
+
+@dataclass(frozen=True)
+class Vectorized:
+    """One step of several restarts.
+
+    :ivar traced: from ``(*carried, rates, *data, *noise, *constants)`` to ``(*carried, losses)``: what is carried, the
+        rates, the noise and the losses have one row for each restart.
+    :ivar quiet: draws the noise of one restart.
+    """
+
+    traced: Traced
+    quiet: Quiet
+
+
+def vectorized(steps: Sequence[Traced], carried: Sequence[Tensor], rates: Tensor, data: Sequence[Tensor]) -> Vectorized:
+    """One program for the recorded steps of several restarts.
+
+    :param carried: what is carried from step to step, a row for each restart.
+    :param rates: a number for each restart.
+    :param data: the arguments that all restarts share.
+    :raises Apart: if their steps differ, or cannot be vectorised, with the reason.
+    """
+    first, count = steps[0], len(carried) + 1 + len(data)
+    if any(step.graph.code != first.graph.code for step in steps):
+        raise Apart("their programs differ")
+    quiet = without_noise(first, count)
+    noise = [torch.stack([x] * len(steps)) for x in quiet.example]
+    joined = [_joined(values) for values in zip(*(step.constants for step in steps), strict=True)]
+    constants, dims = tuple(x for x, _ in joined), tuple(dim for _, dim in joined)
+    inputs = (*carried, rates, *data, *noise, *constants)
+    in_dims = (*[0] * (len(carried) + 1), *[None] * len(data), *[0] * len(noise), *dims)
+    try:
+        step = torch.func.vmap(torch.func.functionalize(quiet.graph), in_dims)
+        graph = make_fx(step)(*inputs)
+    except Exception as error:  # an operation that cannot be vectorised may fail in any way
+        raise Apart(f"{type(error).__name__}: {error}") from error
+    return Vectorized(Traced(graph, constants), quiet)
+
+
+def _joined(values: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:
+    """One constant where all restarts have the same values, else one row for each."""
+    if all(torch.equal(value, values[0]) for value in values):
+        return values[0], None
+    return torch.stack(values), 0
