@@ -171,11 +171,17 @@ def _compiled(function: Program, inputs: Sequence[Tensor]) -> Program:
 
     # Inductor keeps compiled programs on the disk only where there is an environment of symbolic shapes.
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    copies: list[Any] = [x.detach().clone(memory_format=torch.preserve_format) for x in inputs]
+    copies: list[Any] = [_same_layout(x) for x in inputs]
     graph = _recorded(function, copies)
     with tracing(TracingContext(fake)):
         program: Program = torch._inductor.compile(graph, copies, options=_OPTIONS)
     return program
+
+
+def _same_layout(x: Tensor) -> Tensor:
+    """A copy with the same strides. What is expanded would lose them, but cannot be written to, and needs no copy."""
+    copy = x.detach().clone(memory_format=torch.preserve_format)
+    return copy if copy.stride() == x.stride() else x.detach()
 
 
 def _recorded(function: Program, inputs: Sequence[Tensor]) -> fx.GraphModule:

@@ -523,6 +523,19 @@ def test_restarts_share_one_compiled_program():
 
 
 @pytest.mark.parametrize("mode", [True, "max"])
+SPREAD = dist.Normal(torch.zeros(3), 2.0)  # its scale is one number, expanded
+
+
+def expanded_model() -> None:
+    pyro.factor("target", SPREAD.log_prob(pyro.sample("z", dist.Normal(0.0, 1.0)).unsqueeze(-1)).sum(-1))
+
+
+def test_constants_that_are_expanded_keep_their_layout():
+    guide = AutoNormal(expanded_model)
+    svi = CompiledSVI(expanded_model, guide, SGD, ELBO(num_particles=2000), mode=True)
+    assert svi.step() == pytest.approx(svi.evaluate_loss(), abs=0.3)
+
+
 def test_other_processes_find_the_program_on_the_disk(mode, monkeypatch):
     """What a process does that has compiled nothing yet: it records the graph, and needs no compilation."""
     before = schools(mode).run(3, *SCHOOLS)
