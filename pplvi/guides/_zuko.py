@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, constraints
 
+from pplvi.guides._copula import gaussian_copula
+
 __all__ = ["FAMILIES", "AffineFlowTransform", "build", "import_zuko", "make_identity", "with_tensors"]
 
-# name -> (class in zuko.flows, whether drawing is the fast direction by default)
-FAMILIES: dict[str, tuple[str, bool]] = {
+# name -> (class in zuko.flows or a factory, whether drawing is the fast direction by default)
+FAMILIES: dict[str, tuple[Any, bool]] = {
     "nsf": ("NSF", True),
     "maf": ("MAF", False),
     "iaf": ("MAF", True),
     "nice": ("NICE", False),
     "coupling": ("NICE", False),
+    "copula": (gaussian_copula, True),
 }
 
 
@@ -49,7 +52,8 @@ def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
         ValueError: not a flow, a base other than the standard normal, or a flow over another number of features.
     """
     zuko = import_zuko()
-    factory = getattr(zuko.flows, FAMILIES[flow][0]) if isinstance(flow, str) else flow
+    family = FAMILIES[flow][0] if isinstance(flow, str) else flow
+    factory = getattr(zuko.flows, family) if isinstance(family, str) else family
     made = copy.deepcopy(flow) if isinstance(flow, nn.Module) else _call(factory, features, options)
     if not isinstance(made, zuko.lazy.Flow):
         raise ValueError(

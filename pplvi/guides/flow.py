@@ -40,6 +40,7 @@ class AutoFlow(ContinuousGuide):
     ``"iaf"``         affine, autoregressive                         1       0                           D + 1
     ``"maf"``         affine, autoregressive                         D + 1   0                           1
     ``"nice"``        affine, coupling; ``"coupling"`` is the same   1       0                           1
+    ``"copula"``      normal copula, a spline for each marginal      1       0                           1
     ================= ============================================== ======= =========================== ==========
 
     ``passes=2`` makes couplings of the autoregressive families: "elsewhere" and draws then cost 2 at most.
@@ -72,7 +73,7 @@ class AutoFlow(ContinuousGuide):
 
     References:
         Rezende & Mohamed 2015 (flows as guides); Kingma et al. 2016 (IAF); Papamakarios et al. 2017 (MAF);
-        Dinh et al. 2014, 2017 (NICE, RealNVP); Durkan et al. 2019 (NSF).
+        Dinh et al. 2014, 2017 (NICE, RealNVP); Durkan et al. 2019 (NSF); Tran, Blei & Airoldi 2015 (copulas).
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -119,7 +120,8 @@ class AutoFlow(ContinuousGuide):
         self._identity_init = not isinstance(flow, nn.Module) if identity_init is None else identity_init
 
     def _setup_parameters(self, loc: Tensor) -> None:
-        if self._affine == "full" or (self._affine is None and 1 < self.latent_dim <= _FULL_UP_TO):
+        whole = self._flow[0] != "copula"  # which has its correlations inside
+        if self._affine == "full" or (self._affine is None and whole and 1 < self.latent_dim <= _FULL_UP_TO):
             self._declare("scale_tril", torch.eye(self.latent_dim).to(loc), constraints.unit_lower_cholesky)
         transform = build(self._flow[0], self.latent_dim, self._options)
         if self._identity_init:
