@@ -522,7 +522,6 @@ def test_restarts_share_one_compiled_program():
     assert not torch.isclose(first, second).any()
 
 
-@pytest.mark.parametrize("mode", [True, "max"])
 SPREAD = dist.Normal(torch.zeros(3), 2.0)  # its scale is one number, expanded
 
 
@@ -536,6 +535,7 @@ def test_constants_that_are_expanded_keep_their_layout():
     assert svi.step() == pytest.approx(svi.evaluate_loss(), abs=0.3)
 
 
+@pytest.mark.parametrize("mode", [True, "max"])
 def test_other_processes_find_the_program_on_the_disk(mode, monkeypatch):
     """What a process does that has compiled nothing yet: it records the graph, and needs no compilation."""
     before = schools(mode).run(3, *SCHOOLS)
