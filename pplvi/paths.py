@@ -201,3 +201,70 @@ class RepeatedPath:
 
     def _at(self, level: int) -> int:
         return -(-level // self.times)
+
+
+@dataclass(frozen=True)
+class DataPath:
+    """One batch of data after another: ``gamma[k]`` is the model on the first ``k / num_steps`` of its data.
+
+    Iterated batch importance sampling (Chopin 2002) and sequential Monte Carlo over data: the increments of log Z are
+    the predictive densities of the batches. For latents that all data share; those of each datum would grow in number.
+
+    :param model: the model; its growing arguments have the data on their first dimension.
+    :param prior: a program with the model's latent sites and arguments, normalised: where there are no data yet.
+    :param num_steps: number of batches.
+    :param arguments: positions or names of the arguments that grow.
+    :raises ValueError: for fewer than one step; when run, for fewer data than steps.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> def prior(y):
+    ...     return pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> def model(y):
+    ...     z = prior(y)
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    >>> DataPath(model, prior, num_steps=4).num_steps
+    4
+    """
+
+    model: Program
+    prior: Program
+    num_steps: int
+    arguments: tuple[int | str, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or not self.arguments:
+            raise ValueError(
+                f"num_steps={self.num_steps}, arguments={self.arguments}: expected a batch or more, and at least one "
+                "argument that holds data."
+            )
+
+    def programs(self, level: int) -> tuple[Program, ...]:
+        """The prior at the start, the model on the first data of a level, the model at the end."""
+        if level == 0:
+            return (self.prior,)
+        return (self.model if level == self.num_steps else _Begun(self, level),)
+
+    def __call__(self, level: int, densities: Sequence[Tensor]) -> Tensor:
+        """``log gamma[level]``: the log density of the level's program."""
+        return densities[0]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A model on the first part of its data."""
+
+    path: DataPath
+    level: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        positions = {i: self._begin(arg) if i in self.path.arguments else arg for i, arg in enumerate(args)}
+        names = {name: self._begin(arg) if name in self.path.arguments else arg for name, arg in kwargs.items()}
+        return self.path.model(*positions.values(), **names)
+
+    def _begin(self, data: Any) -> Any:
+        if len(data) < self.path.num_steps:
+            raise ValueError(
+                f"{len(data)} data in {self.path.num_steps} batches: expected at least one for each. Lower num_steps."
+            )
+        return data[: -(-len(data) * self.level // self.path.num_steps)]

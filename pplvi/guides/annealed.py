@@ -184,19 +184,34 @@ class AnnealedGuide(_Walked):
         name: str = "AnnealedGuide",
     ) -> None:
         super().__init__(name)
-        self.path = GeometricPath(target, base, num_steps, learn=learn_path, betas=betas)
+        self._follow(GeometricPath(target, base, num_steps, learn=learn_path, betas=betas), kernel)
+
+    @classmethod
+    def along(
+        cls, path: Path, kernel: Kernel | Sequence[Kernel] | None = None, *, name: str = "AnnealedGuide"
+    ) -> AnnealedGuide:
+        """Anneal along another path, such as :class:`pplvi.paths.DataPath`; its last target is the model."""
+        self = cls.__new__(cls)
+        _Walked.__init__(self, name)
+        self._follow(path, kernel)
+        return self
+
+    def _follow(self, path: Path, kernel: Kernel | Sequence[Kernel] | None) -> None:
+        self.path: Any = path
         self.kernels = tuple(kernel) if isinstance(kernel, Sequence) else (kernel or ResidualKernel(),)
         self._built = False
 
     @property
     def betas(self) -> Tensor:
-        """The path's betas, ``(num_steps + 1,)``."""
-        return self.path.betas.detach()
+        """The betas of a geometric path, ``(num_steps + 1,)``."""
+        betas: Tensor = self.path.betas
+        return betas.detach()
 
     @property
     def walked(self) -> Path:
         """The path with each target as often as there are kernels to take turns at it."""
-        return self.path if len(self.kernels) == 1 else RepeatedPath(self.path, len(self.kernels))
+        path: Path = self.path
+        return path if len(self.kernels) == 1 else RepeatedPath(path, len(self.kernels))
 
     def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         """Path and kernels; these are built for the target's sites on the first run."""
