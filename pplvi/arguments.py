@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+LastBatch = Literal["compile", "drop", "pad"]
 
 
 def as_call(item: Any) -> Call:
@@ -87,6 +88,26 @@ class Arguments:
         short = self.size
         index = torch.arange(size) % (short or 1)
         return Arguments([x[index.to(x.device)] if _is_long(x, short) else x for x in self.leaves], self.structure)
+
+    def fitted(self, size: int | None, last_batch: LastBatch) -> Arguments | None:
+        """As long as ``size``: a shorter one as it is, ``None``, or padded, by choice.
+
+        >>> short = Arguments.of((torch.tensor([1, 2]),), {})
+        >>> [short.fitted(3, "compile") is short, short.fitted(3, "drop"), short.fitted(3, "pad").tensors]
+        [True, None, [tensor([1, 2, 1])]]
+        """
+        if size is None or self.size is None or self.size >= size or last_batch == "compile":
+            return self
+        return None if last_batch == "drop" else self.padded(size)
+
+
+def check_last_batch(last_batch: Any) -> None:
+    """Check an argument of this name.
+
+    :raises ValueError: for an unknown one.
+    """
+    if last_batch not in get_args(LastBatch):
+        raise ValueError(f"last_batch={last_batch!r}: expected 'compile', 'drop' or 'pad'.")
 
 
 def _is_long(leaf: Any, length: int | None) -> bool:

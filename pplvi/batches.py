@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pplvi.arguments import Arguments, LastBatch, check_last_batch
 from pplvi.environment import Environment, clone, fingerprint, preserved_rng, rng_state, set_rng_state
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -51,6 +52,8 @@ class Batches(ABC):
 
     resumable = True
     environment = Environment()
+    last_batch: LastBatch = "compile"
+    size: int | None = None  # of the first batch, once it is asked for
 
     @abstractmethod
     def start(self, restart: int, seed: int | None) -> None:
@@ -64,7 +67,12 @@ class Batches(ABC):
         """
 
     def __next__(self) -> Call:
-        return self.environment.move(to_call(self.next_item()))
+        if self.last_batch != "compile" and self.size is None:
+            self.size = Arguments.of(*self.peek()).size
+        while True:
+            arguments = Arguments.of(*self.environment.move(to_call(self.next_item())))
+            if (fitted := arguments.fitted(self.size, self.last_batch)) is not None:
+                return fitted.call(fitted.tensors)
 
     @abstractmethod
     def peek(self) -> Call:
@@ -272,14 +280,28 @@ class OneShot(Batches):
         return self.environment.move(to_call(self.first[0]))
 
 
-def make_batches(data: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], seeded: bool = False) -> Batches:
+def make_batches(
+    data: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    seeded: bool = False,
+    last_batch: LastBatch = "compile",
+) -> Batches:
     """The source for ``data``, or for the full ``args`` and ``kwargs`` if it is ``None``.
 
     :param seeded: put the random generators of a ``DataLoader`` back in the end.
-    :raises ValueError: if ``data`` cannot be iterated over.
+    :param last_batch: what to do with batches that are shorter than the first: ``"compile"`` leaves them as they are.
+    :raises ValueError: if ``data`` cannot be iterated over, or for an unknown ``last_batch``.
     """
+    check_last_batch(last_batch)
     if data is None:
         return FullData(args, kwargs)
+    batches = _source(data, seeded)
+    batches.last_batch = last_batch
+    return batches
+
+
+def _source(data: Any, seeded: bool) -> Batches:
     if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
         raise ValueError(
             f"data={type(data).__name__}: expected a DataLoader or another iterable over batches, each what the model "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pplvi import backends
-from pplvi.arguments import Arguments, Call, as_call, in_runs, stacked
+from pplvi.arguments import Arguments, Call, LastBatch, as_call, check_last_batch, in_runs, stacked
 from pplvi.environment import buffers_of
 from pplvi.equivalents import own_loss
 from pplvi.handlers import parameters_of
@@ -29,7 +29,6 @@ from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, fl
 Program = Callable[..., Any]
 _Loop = tuple[int, Sequence[Tensor]]
 Mode = Literal["trace", "max", "auto"] | bool
-LastBatch = Literal["compile", "drop", "pad"]
 
 MODES = (False, "trace", True, "max", "auto")
 _MANY = 8
@@ -162,9 +161,7 @@ class CompiledSVI:
         """The batch, dropped or padded if it is shorter than the first one."""
         arguments = Arguments.of(*as_call(batch))
         size = self._size = self._size or arguments.size
-        if size is None or arguments.size is None or arguments.size >= size or self.last_batch == "compile":
-            return arguments
-        return None if self.last_batch == "drop" else arguments.padded(size)
+        return arguments.fitted(size, self.last_batch)
 
     # ------------------------------------------------------------------ saving
 
@@ -380,8 +377,7 @@ class CompiledSVI:
 def _check_options(mode: Any, schedule: Any, last_batch: Any, chunk: Any) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {MODES}.")
-    if last_batch not in ("compile", "drop", "pad"):
-        raise ValueError(f"last_batch={last_batch!r}: expected 'compile', 'drop' or 'pad'.")
+    check_last_batch(last_batch)
     if not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk={chunk!r}: expected a whole number of steps, at least 1.")
     if schedule is not None and not callable(schedule):

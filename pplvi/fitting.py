@@ -13,6 +13,7 @@ import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 from pyro.optim import PyroOptim
 
+from pplvi.arguments import LastBatch
 from pplvi.batches import Batches, Call, FullData, make_batches, to_call
 from pplvi.chains import kernel_factory, run_chains
 from pplvi.checkpoint import PathLike
@@ -59,6 +60,7 @@ def fit(
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
     compile: Mode = False,
+    last_batch: LastBatch = "compile",
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
     held_back: Any = None,
@@ -115,6 +117,9 @@ def fit(
     :param compile: ``True``: a step that is traced once and compiled by inductor; ``"trace"``: traced, run without a
         compiler; ``"max"``: compiled with a loop of steps inside; ``"auto"``: compiled where that is possible, and
         otherwise as ``False``, Pyro's handlers at every step. See :class:`pplvi.CompiledSVI`.
+    :param last_batch: what to do with minibatches that are shorter than the first: ``"compile"`` uses them as they are
+        (which records and compiles a second step for them), ``"drop"`` leaves them out, ``"pad"`` fills them up with
+        their own first elements, which count twice in that step.
     :param stop: the rule for stopping before ``num_steps``; ``"auto"`` is ``Plateau()`` where there is a schedule, and
         ``None`` (never) otherwise. With the cosine schedule the learning rate first falls to zero within another
         quarter of the steps so far. Objectives that are no bound (``monitor`` is ``None``) never stop early unless a
@@ -166,7 +171,7 @@ def fit(
     objective = _check_loss(ELBO() if objective is None else objective, "objective")
     named = _named_monitor(monitor, held_back, environment)
     steps = num_steps or NUM_STEPS
-    batches = make_batches(data, args, kwargs, seeded=seed is not None)
+    batches = make_batches(data, args, kwargs, seed is not None, last_batch)
     recipe = _recipe(model, guide, batches, restarts, environment)
     bound = named is not None or monitor_of(objective) is not None
     rule = _stopping_rule(stop, schedule) if bound else None

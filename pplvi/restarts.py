@@ -240,6 +240,7 @@ class _Session:
         unfinished = saved["reason"] in ("", "num_steps") and run.step < self.plan.watch.num_steps
         if unfinished:
             self.plan.batches.set_state(saved["batches"])
+            self.plan.batches.size = saved.get("batch_size")
         trainer.restore(saved)  # the random state comes last: building and running the guide has used it
         trainer.good = trainer.capture()
         run.reason = "" if unfinished else saved["reason"]
@@ -290,6 +291,7 @@ def run_state(trainer: Trainer) -> dict[str, Any]:
         "seconds": run.seconds,
         "rollbacks": run.rollbacks,
         "batches": trainer.batches.get_state(),
+        "batch_size": trainer.batches.size,
     }
 
 

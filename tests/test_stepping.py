@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import pplvi.compile
 from pplvi import fit
 from pplvi.stopping import Plateau
 from pplvi.training import SETTLE_EVERY, Trainer, TrainingError
@@ -51,6 +52,44 @@ def test_traced_training_equals_the_eager_one(options):
     for mine, other in zip(ours.params, theirs.params, strict=True):
         for name, value in mine.items():
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("last_batch", "sizes"), [("compile", [4, 2]), ("drop", [4]), ("pad", [4, 4])])
+@pytest.mark.parametrize("mode", [False, "trace"])
+def test_a_short_last_minibatch(last_batch, sizes, mode, monkeypatch):
+    """Left as it is, dropped or padded; recorded once for each size."""
+    made: list[int] = []
+    record = pplvi.compile.record
+    monkeypatch.setattr(pplvi.compile, "record", lambda *a: made.append(1) or record(*a))
+    seen: list[int] = []
+
+    def counted(y: Tensor) -> None:
+        seen.append(len(y))
+        model(y)
+
+    options = {"num_steps": 10, "seed": 0, "progress": False, "compile": mode, "last_batch": last_batch}
+    result = fit(counted, AutoNormal, data=list(Y.split(4)), **options)
+    assert result.losses.shape == (1, 10)
+    assert set(seen[-20:]) == set(sizes)
+    assert len(made) == (len(set(sizes)) if mode else 0)
+
+
+def test_a_resumed_run_knows_how_long_a_batch_is(tmp_path: Path):
+    """It was interrupted right before the short one."""
+
+    def interrupt(run: Any) -> None:
+        if run.step == 51:
+            raise KeyboardInterrupt
+
+    file, options = tmp_path / "run.pt", {"args": (), "data": list(Y.split(4)), "last_batch": "pad", "num_steps": 60}
+    whole = train("trace", **options)
+    train("trace", checkpoint=file, checkpoint_every=51, callbacks=[interrupt], **options)
+    assert train("trace", resume=file, **options).runs[0].losses == whole.runs[0].losses
+
+
+def test_last_batch_is_checked():
+    with pytest.raises(ValueError, match="last_batch='keep'"):
+        train("trace", last_batch="keep")
 
 
 def test_stopping_and_cooling_are_those_of_the_eager_loop():
