@@ -24,6 +24,7 @@ _HOMES = {
     "AutoAmortized": "guides",
     "amortization_gap": "guides",
     "refine": "guides",
+    "AutoBatchAndMatch": "guides",
     "AutoDeterministicNormal": "guides",
     "AutoFlow": "guides",
     "AutoHierarchical": "guides",

@@ -10,10 +10,12 @@ from pplvi.guides.hierarchical import AutoHierarchical
 from pplvi.guides.mixture import AutoMixture
 from pplvi.guides.pathfinder import AutoPathfinder, init_to_pathfinder
 from pplvi.guides.refinement import amortization_gap, refine
+from pplvi.guides.score_matching import AutoBatchAndMatch
 
 __all__ = [
     "AnnealedGuide",
     "AutoAmortized",
+    "AutoBatchAndMatch",
     "AutoDeterministicNormal",
     "AutoFlow",
     "AutoHierarchical",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pplvi.guides._density import CHUNK, UnconstrainedDensity
 from pplvi.guides._gaussians import Gaussian, LocalGaussians, full_gaussian, standard_normal
-from pplvi.guides._lbfgs import Point, Trail
+from pplvi.guides._lbfgs import Options, Point, Trail, minimise
 from pplvi.guides._matching import MOST_DIMENSIONS
 
 _FAR, _DROP = (30.0, 1e3), 3.0  # so many standard deviations away a proper density has fallen by so many nats
@@ -91,6 +92,44 @@ class Scout:
         log_p = self.density(draws.to(self.density.dtype)).double().reshape(len(parts), -1)
         log_q = torch.stack([standard_normal(self.noise) - part.log_scale for part in parts])
         return (log_p - log_q).mean(1).nan_to_num(-math.inf, -math.inf, -math.inf).tolist()
+
+
+def explore(
+    density: UnconstrainedDensity, starts: Sequence[Tensor], options: Options, num_draws: int, *, exact: bool = True
+) -> tuple[tuple[Path, ...], list[Gaussian]]:
+    """Climb from several starts.
+
+    Args:
+        density: the target.
+        starts: vectors ``(dim,)``.
+        options: of the optimiser.
+        num_draws: draws behind each ELBO.
+        exact: have the Gaussian of the exact Hessian at the end of a path among its Gaussians.
+
+    Returns:
+        The paths, and the best Gaussians of those that have one, best first.
+
+    Raises:
+        ValueError: if there is none, or the density does not fall off around one.
+    """
+    scouts = [Scout(density, options.history, num_draws) for _ in starts]
+    trails = minimise(density.descent, starts, options, [scout.is_past for scout in scouts])
+    ends = [scout.finish(trail, exact=exact) for scout, trail in zip(scouts, trails, strict=True)]
+    kept = {scout: gaussian for scout, (_, gaussian) in zip(scouts, ends, strict=True) if gaussian is not None}
+    if not kept:
+        raise improper(f"none of {len(trails)} paths has a Gaussian: they ended by {[t.reason for t in trails]}")
+    peak = max(-point.value for trail in trails for point in trail.points)
+    for scout, gaussian in kept.items():
+        check_proper(density, gaussian, scout.hessian, peak)
+    best_first = sorted(kept, key=lambda scout: -scout.elbos[scout.best])
+    return tuple(path for path, _ in ends), [kept[scout] for scout in best_first]
+
+
+def elbos(density: UnconstrainedDensity, parts: Sequence[Gaussian], num_draws: int) -> list[float]:
+    """ELBOs of Gaussians on shared noise, in nats; ``-inf`` where the density is not finite."""
+    scout = Scout(density, 1, num_draws)
+    scout._judge(list(parts))
+    return scout.elbos
 
 
 def _laplace(mode: Point, hessian: Tensor) -> Gaussian | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, constraints
 
 from pplvi.guides._copula import gaussian_copula
+from pplvi.guides._quadratic import QuadraticFlow
 
 __all__ = ["FAMILIES", "AffineFlowTransform", "build", "import_zuko", "make_identity", "with_tensors"]
 
@@ -27,6 +28,7 @@ FAMILIES: dict[str, tuple[Any, bool]] = {
     "nice": ("NICE", False),
     "coupling": ("NICE", False),
     "copula": (gaussian_copula, True),
+    "quadratic": (QuadraticFlow, False),
 }
 
 
@@ -55,6 +57,8 @@ def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
     family = FAMILIES[flow][0] if isinstance(flow, str) else flow
     factory = getattr(zuko.flows, family) if isinstance(family, str) else family
     made = copy.deepcopy(flow) if isinstance(flow, nn.Module) else _call(factory, features, options)
+    if isinstance(made, QuadraticFlow):
+        return made
     if not isinstance(made, zuko.lazy.Flow):
         raise ValueError(
             f"flow gave {type(made).__name__}; expected a zuko.lazy.Flow (a transform and a base), for example "

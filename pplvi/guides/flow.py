@@ -40,6 +40,7 @@ class AutoFlow(ContinuousGuide):
     ``"iaf"``         affine, autoregressive                         1       0                           D + 1
     ``"maf"``         affine, autoregressive                         D + 1   0                           1
     ``"nice"``        affine, coupling; ``"coupling"`` is the same   1       0                           1
+    ``"quadratic"``   affine, coupling; quadratic forms, rotations   1       0                           1
     ``"copula"``      normal copula, a spline for each marginal      1       0                           1
     ================= ============================================== ======= =========================== ==========
 

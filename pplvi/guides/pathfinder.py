@@ -13,9 +13,9 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 from pplvi.guides._density import UnconstrainedDensity
 from pplvi.guides._found import FoundGuide
 from pplvi.guides._gaussians import Gaussian, stack
-from pplvi.guides._lbfgs import Options, minimise
+from pplvi.guides._lbfgs import Options
 from pplvi.guides._matching import match_moments
-from pplvi.guides._scouts import Path, Scout, check_proper, improper
+from pplvi.guides._scouts import Path, explore
 
 __all__ = ["AutoPathfinder", "Path", "init_to_pathfinder"]
 
@@ -97,7 +97,7 @@ class AutoPathfinder(FoundGuide):
     ) -> None:
         if isinstance(moment_matching, bool) or not isinstance(moment_matching, int) or moment_matching < 0:
             raise ValueError(f"moment_matching is {moment_matching!r}; expected a number of rounds, 0 for none")
-        _check_counts(num_paths=num_paths, history=history, max_iterations=max_iterations, elbo_draws=elbo_draws)
+        check_counts(num_paths=num_paths, history=history, max_iterations=max_iterations, elbo_draws=elbo_draws)
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._options = _options(history, max_iterations, tolerances or {})
         self._num_paths, self._elbo_draws = num_paths, elbo_draws
@@ -107,19 +107,8 @@ class AutoPathfinder(FoundGuide):
     def _find(self, density: UnconstrainedDensity) -> Gaussian:
         options = Options(**self._options, precision=torch.finfo(density.dtype).eps)
         starts = self._starts(density, self._num_paths)
-        scouts = [Scout(density, options.history, self._elbo_draws) for _ in starts]
-        trails = minimise(density.descent, starts, options, [scout.is_past for scout in scouts])
-        pairs = zip(scouts, trails, strict=True)
-        found = [scout.finish(trail, exact=self._exact_hessian) for scout, trail in pairs]
-        self._paths = tuple(path for path, _ in found)
-        kept = {scout: gaussian for scout, (_, gaussian) in zip(scouts, found, strict=True) if gaussian is not None}
-        if not kept:
-            raise improper(f"none of {len(trails)} paths has a Gaussian: they ended by {[t.reason for t in trails]}")
-        peak = max(-point.value for trail in trails for point in trail.points)
-        for scout, gaussian in kept.items():
-            check_proper(density, gaussian, scout.hessian, peak)
-        ordered = [kept[scout] for scout in sorted(kept, key=lambda scout: -scout.elbos[scout.best])]  # best first
-        return match_moments(density, stack(ordered), self._moment_matching)
+        self._paths, found = explore(density, starts, options, self._elbo_draws, exact=self._exact_hessian)
+        return match_moments(density, stack(found), self._moment_matching)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -169,7 +158,12 @@ def _options(history: int, max_iterations: int, tolerances: Mapping[str, float])
     return {"history": history, "max_iterations": max_iterations, **tolerances}
 
 
-def _check_counts(**counts: Any) -> None:
+def check_counts(**counts: Any) -> None:
+    """Check that settings are whole numbers of at least 1.
+
+    Raises:
+        ValueError: with the first that is not.
+    """
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")

@@ -1,0 +1,166 @@
+"""Batch and match: a full-rank Gaussian from the scores of the target, by updates in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplvi.guides._density import UnconstrainedDensity
+from pplvi.guides._found import FoundGuide
+from pplvi.guides._gaussians import Gaussian, full_gaussian, stack
+from pplvi.guides._lbfgs import Options
+from pplvi.guides._scouts import elbos, explore
+from pplvi.guides.pathfinder import check_counts
+
+__all__ = ["AutoBatchAndMatch"]
+
+_SCOUT_DRAWS, _JUDGE_DRAWS = 25, 500
+_AVERAGED = 0.25  # of the iterations, at the end
+
+
+class AutoBatchAndMatch(FoundGuide):
+    r"""Batch and match: the full-rank Gaussian whose score agrees best with the posterior's.
+
+    .. math:: \min_{\mu, \Sigma} E_{z \sim q_t} \| \nabla \log q(z) - \nabla \log p(x, z) \|^2_{\Sigma}
+        + \tfrac{2}{\lambda_t} KL(q_t \| q), \qquad q = \mathrm{Normal}(\mu, \Sigma)
+
+    over the latents packed into ``(latent_dim,)`` after Pyro's ``biject_to``. With the means and covariances
+    ``z, C`` of a batch of draws and ``g, G`` of their scores, the minimum is
+
+    .. math:: \Sigma_{t+1} = 2 V \big(I + (I + 4 U V)^{1/2}\big)^{-1}, \qquad
+        \mu_{t+1} = \tfrac{1}{1 + \lambda} \mu_t + \tfrac{\lambda}{1 + \lambda} (\Sigma_{t+1} \bar g + \bar z)
+
+    .. math:: U = \lambda G + \tfrac{\lambda}{1 + \lambda} \bar g \bar g^T, \qquad
+        V = \Sigma_t + \lambda C + \tfrac{\lambda}{1 + \lambda} (\mu_t - \bar z)(\mu_t - \bar z)^T
+
+    No learning rate, no entropy, no gradient of the objective: where the posterior is Gaussian it is found in a few
+    steps. It starts at the best Gaussian of Pathfinder's paths, with ``lambda = batch_size * latent_dim / (t + 1)``;
+    the last quarter of the iterations is averaged. If the Gaussian found has a smaller ELBO than the start, the start
+    is kept.
+
+    There is nothing to train: the first call runs it, :meth:`run` runs it again. After a run, ``elbo`` is its ELBO, in
+    nats.
+
+    Args:
+        model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
+        batch_size: draws in an iteration; twice the dimension, and at least 128, unless given.
+        num_iterations: how many updates.
+        num_paths: paths of Pathfinder, of which the best Gaussian is the start.
+        init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
+        init_loc_fn: start from this instead, any of Pyro's ``init_to_*``.
+        seed: makes runs reproducible and leaves the global random state as it was.
+        vectorize: run a batch in one call of the model; ``False`` for models that allow no other way.
+
+    Raises:
+        ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete ones
+            that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
+            first bad site), or whose posterior is improper as far as the paths can tell.
+
+    References:
+        Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei and Saul 2024, Batch and match: black-box variational
+        inference with a score-based divergence, ICML; Modi, Gower, Margossian, Yao, Blei and Saul 2023, Variational
+        inference with Gaussian score matching, NeurIPS.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(a + b, 0.1), obs=y)
+        >>> guide = AutoBatchAndMatch(model, seed=0).run(torch.tensor(1.0))
+        >>> guide.get_posterior().variance.round(decimals=1)  # exact: 0.5025; mean field: 0.01
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        batch_size: int | None = None,
+        num_iterations: int = 200,
+        num_paths: int = 4,
+        init_radius: float = 2.0,
+        init_loc_fn: Callable[..., Any] | None = None,
+        seed: int | None = None,
+        vectorize: bool = True,
+    ) -> None:
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 2
+        ):
+            raise ValueError(f"batch_size is {batch_size!r}; expected a whole number of at least 2, or None")
+        check_counts(num_iterations=num_iterations, num_paths=num_paths)
+        super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
+        self._batch_size, self._num_iterations, self._num_paths = batch_size, num_iterations, num_paths
+        self.elbo = float("nan")
+
+    def _find(self, density: UnconstrainedDensity) -> Gaussian:
+        options = Options(precision=torch.finfo(density.dtype).eps)
+        _, starts = explore(density, self._starts(density, self._num_paths), options, _SCOUT_DRAWS)
+        found = self._matched(density, starts[0].loc, starts[0].covariance)
+        choices = [starts[0]] if found is None else [found, starts[0]]
+        judged = elbos(density, choices, _JUDGE_DRAWS)
+        self.elbo = max(judged)
+        return stack([choices[judged.index(self.elbo)]])
+
+    def _matched(self, density: UnconstrainedDensity, loc: Tensor, covariance: Tensor) -> Gaussian | None:
+        size = self._batch_size or max(128, 2 * density.dim)
+        tail: list[tuple[Tensor, Tensor]] = []
+        for t in range(self._num_iterations):
+            tril, failed = torch.linalg.cholesky_ex(covariance)
+            if bool(failed):
+                break
+            draws = loc + torch.randn(size, density.dim).to(loc) @ tril.mT
+            value, scores = density.value_and_gradient(draws)
+            good = value.isfinite() & scores.isfinite().all(1)
+            if int(good.sum()) < 2:
+                break
+            loc, covariance = update(loc, covariance, draws[good], scores[good], size * density.dim / (t + 1))
+            tail.append((loc, covariance))
+        if not tail:
+            return None
+        last = tail[-max(1, int(_AVERAGED * len(tail))) :]
+        mean, spread = (torch.stack(column).mean(0) for column in zip(*last, strict=True))
+        return full_gaussian(mean, spread)
+
+
+def update(loc: Tensor, covariance: Tensor, draws: Tensor, scores: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """One update of batch and match.
+
+    Args:
+        loc: mean, ``(dim,)``.
+        covariance: ``(dim, dim)``.
+        draws: from that Gaussian, ``(batch, dim)``.
+        scores: gradient of the target's log density at them, ``(batch, dim)``.
+        rate: the inverse regularisation, positive.
+
+    Returns:
+        The new mean and covariance.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+        >>> target = torch.tensor([2.0, 3.0], dtype=torch.float64)  # precisions
+        >>> start = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+        >>> update(*start, z, -target * z, rate=1e6)[1].diagonal()  # to the variances of the target, in one step
+        tensor([0.5000, 0.3333], dtype=torch.float64)
+    """
+    share = rate / (1 + rate)
+    centre, force = draws.mean(0), scores.mean(0)
+    away = loc - centre
+    v = covariance + rate * (draws - centre).T @ (draws - centre) / len(draws) + share * torch.outer(away, away)
+    u = rate * (scores - force).T @ (scores - force) / len(scores) + share * torch.outer(force, force)
+    new = _solve(u, v)
+    return (loc + rate * (new @ force + centre)) / (1 + rate), new
+
+
+def _solve(u: Tensor, v: Tensor) -> Tensor:
+    """The positive definite ``S`` with ``S U S + S = V``, which is ``2 V (I + (I + 4 U V)^{1/2})^{-1}``.
+
+    With ``V = K K^T`` it is ``K 2 (I + (I + 4 K^T U K)^{1/2})^{-1} K^T``, of symmetric matrices only.
+    """
+    root = torch.linalg.cholesky(v)
+    values, vectors = torch.linalg.eigh(root.T @ u @ root)
+    shrunk = root @ (vectors * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt())).sqrt())
+    return shrunk @ shrunk.T
