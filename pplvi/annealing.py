@@ -157,6 +157,8 @@ def _layout(model: Program, guide: Any, args: Any, kwargs: Any) -> _Layout:
     invariant = any(isinstance(kernel, InvariantMove) for kernel in plan.forward)
     with isolated():
         run = execute(model, start if invariant or nested else guide, args, kwargs)
+        if not nested:
+            plan.check_supports(args, kwargs)
     found = run.nesting, frozenset(plate.name for plate in run.batch)
     with suppress(TypeError):
         known = _LAYOUTS.setdefault(guide, WeakKeyDictionary()).setdefault(model, {})

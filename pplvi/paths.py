@@ -7,7 +7,8 @@ business, so that each is run once a level, all particles together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol
@@ -15,6 +16,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
+from torch.distributions import TransformedDistribution, biject_to
+
+from pplvi.alone import run_alone
+from pplvi.invariant import InvariantMove
+from pplvi.runs import Run, latent_sites
 
 Program = Callable[..., Any]
 
@@ -131,6 +137,54 @@ class Plan:
     def initial(self) -> Program:
         """The program that the first draws come from."""
         return self.path.programs(0)[0]
+
+    def check_supports(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Run every kernel once, and check that it draws from the support of the first draws.
+
+        Otherwise a density is normalised over another set, and weights are not proper.
+
+        :raises ValueError: for a kernel with another support.
+        """
+        run = _alone(self.initial, args, kwargs)
+        first = latent_sites(run.model)
+        for ahead, back in zip(self.forward, self.reverse, strict=True):
+            if not isinstance(ahead, InvariantMove):
+                run = _alone(ahead, (_values(run), *args), kwargs)
+                for kind, kernel in (("forward", run), ("reverse", _alone(back, (_values(run), *args), kwargs))):
+                    drawn = latent_sites(kernel.model)
+                    for name in first.keys() & drawn.keys():
+                        _check_support(kind, name, first[name]["fn"], drawn[name]["fn"])
+
+
+def _alone(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+    return run_alone(program, args, kwargs, num_particles=1, nesting=0, values={})
+
+
+def _values(run: Run) -> dict[str, Tensor]:
+    return {name: site["value"] for name, site in latent_sites(run.model).items()}
+
+
+def _check_support(kind: str, name: str, first: Any, drawn: Any) -> None:
+    with suppress(NotImplementedError):  # a distribution that does not tell its support
+        if not (first.support.check(_anywhere(drawn)).all() and drawn.support.check(_anywhere(first)).all()):
+            raise ValueError(
+                f"site {name!r}: a {kind} kernel draws from {drawn.support}, but the first draws of the path come from "
+                f"{first.support}: expected the same support, otherwise weights are not proper. Use a distribution on "
+                "the site's support."
+            )
+
+
+def _anywhere(fn: Any) -> Tensor:
+    """Values from all over a distribution's support; what is transformed does not always tell it right."""
+    try:
+        if isinstance(fn, TransformedDistribution):
+            raise NotImplementedError
+        transform = biject_to(fn.support)
+    except NotImplementedError:
+        draws: Tensor = fn.sample(torch.Size((100,)))
+        return draws
+    far: Tensor = transform(4.0 * torch.randn(100, *transform.inverse_shape(fn.shape())))
+    return far
 
 
 @dataclass(frozen=True)

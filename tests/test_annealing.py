@@ -715,6 +715,25 @@ def test_kernels_have_to_cover_the_sites() -> None:
             NestedELBO("reverse_kl", 4).loss(gaussian, NestedGuide(base, steps))
 
 
+def positive() -> None:
+    pyro.sample("z", dist.LogNormal(0.0, 1.0))
+
+
+def grown(previous: dict[str, Tensor]) -> None:
+    pyro.sample("z", dist.LogNormal(previous["z"].log(), 0.5))
+
+
+def spread_out(previous: dict[str, Tensor]) -> None:
+    pyro.sample("z", dist.Normal(previous["z"], 0.5))
+
+
+def test_a_reverse_kernel_with_another_support_is_refused() -> None:
+    """Its density is normalised over more than the target has: weights would be too small."""
+    with pytest.raises(ValueError, match="a reverse kernel draws from Real"):
+        NestedELBO("reverse_kl", 4).loss(positive, NestedGuide(positive, [(positive, grown, spread_out)]))
+    NestedELBO("reverse_kl", 4).loss(positive, NestedGuide(positive, [(positive, grown, grown)]))
+
+
 def test_a_target_without_the_sites_of_the_path_is_refused() -> None:
     def other() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))
