@@ -52,7 +52,7 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def eight_schools(folder: Path, centered: bool = False) -> Target:
-    """Rubin 1981, with the half-Cauchy prior of Gelman 2006; the form with standardised effects, or the centered one."""
+    """Rubin 1981 with the half-Cauchy prior of Gelman 2006, its effects standardised or centered."""
     data = _read(folder, "eight_schools")
     y, sigma = data["y"], data["sigma"]
 

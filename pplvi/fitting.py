@@ -53,7 +53,7 @@ def fit(
     data: Iterable[Any] | None = None,
     objective: Any = None,
     optim: OptimLike = None,
-    init: Literal["pathfinder"] | None = None,
+    init: Literal["pathfinder", "match"] | None = None,
     num_steps: int | None = None,
     restarts: int = 1,
     seed: int | None = None,
@@ -104,7 +104,8 @@ def fit(
         torch optimiser; ``{"model": ..., "guide": ...}`` with one of these for each; Adam with learning rate 0.01
         unless given.
     :param init: ``"pathfinder"`` starts an automatic guide at the Gaussian that Pathfinder finds, location and spread
-        (:func:`pplvi.start_at_pathfinder`), anew for each restart; it needs all data at once.
+        (:func:`pplvi.start_at_pathfinder`), anew for each restart; ``"match"`` at that of batch and match, which is
+        nearer. Both need all data at once.
     :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given.
     :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
         restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for

@@ -13,9 +13,12 @@ from pplvi.batches import Call, FullData
 from pplvi.elbo import ELBO
 from pplvi.guides._found import FoundGuide
 from pplvi.guides._starts import start_at_pathfinder
+from pplvi.guides.pathfinder import AutoPathfinder
+from pplvi.guides.score_matching import AutoBatchAndMatch
 from pplvi.programs import plain_run
 from pplvi.training import Run, Trainer, evaluate, unobtrusive
 
+SEARCHES: dict[str, Any] = {"pathfinder": AutoPathfinder, "match": AutoBatchAndMatch}
 _SCORE_DRAWS = 1000
 
 
@@ -24,8 +27,8 @@ def check_init(init: Any) -> None:
 
     :raises ValueError: for an unknown one.
     """
-    if init not in (None, "pathfinder"):
-        raise ValueError(f"init={init!r}: expected 'pathfinder', or None for the guide's own init_loc_fn.")
+    if init is not None and init not in SEARCHES:
+        raise ValueError(f"init={init!r}: expected one of {list(SEARCHES)}, or None for the guide's own init_loc_fn.")
 
 
 def searches(guide: Any) -> bool:
@@ -46,17 +49,17 @@ def begin(trainer: Trainer, init: str | None) -> bool:
         return False
     start = time.perf_counter()
     call = trainer.call = _full_call(trainer, init)
-    done = _search(trainer, call)
+    done = _search(trainer, call, init)
     run.seconds = time.perf_counter() - start
     if done:
         _finish(trainer)
     return done
 
 
-def _search(trainer: Trainer, call: Call) -> bool:
+def _search(trainer: Trainer, call: Call, init: str | None) -> bool:
     run, guide = trainer.run, cast(Any, trainer.run.guide)
     if not searches(guide):
-        start_at_pathfinder(guide, run.model, *call)
+        start_at_pathfinder(guide, run.model, *call, search=SEARCHES[cast(str, init)])
         return False
     guide.run(*call[0], **call[1])
     if _parameters(run, call):

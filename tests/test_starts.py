@@ -157,10 +157,10 @@ def test_parts_of_a_guide_list_start_with_their_own_sites():
     assert torch.allclose(guide[1].scale[0], torch.tensor(2.0), rtol=0.05)
 
 
-@pytest.mark.parametrize("compile", [False, "trace"])
-def test_fit_starts_there(compile):
+@pytest.mark.parametrize(("init", "compile"), [("pathfinder", False), ("pathfinder", "trace"), ("match", False)])
+def test_fit_starts_there(init, compile):
     options = {"args": (Y,), "seed": 0, "num_steps": 3, "restarts": 2, "compile": compile}
-    near = fit(model, AutoMultivariateNormal, init="pathfinder", objective=pplvi.ELBO(200), **options)
+    near = fit(model, AutoMultivariateNormal, init=init, objective=pplvi.ELBO(200), **options)
     far = fit(model, AutoMultivariateNormal, objective=pplvi.ELBO(200), **options)
     assert (near.losses[:, 0] < far.losses[:, 0] - 1).all()
     best = fit(model, AutoPathfinder, args=(Y,), seed=0)

@@ -17,7 +17,9 @@ from pyro.infer.autoguide.utils import deep_setattr
 from torch import Tensor
 from torch.nn import Parameter
 
+from pplvi.guides._found import FoundGuide
 from pplvi.guides.pathfinder import AutoPathfinder
+from pplvi.guides.score_matching import AutoBatchAndMatch
 
 __all__ = ["start_at_pathfinder"]
 
@@ -25,10 +27,10 @@ __all__ = ["start_at_pathfinder"]
 class _Found:
     """A Gaussian over packed latents, by site."""
 
-    def __init__(self, pathfinder: AutoPathfinder) -> None:
-        gaussian = pathfinder._gaussians
+    def __init__(self, guide: FoundGuide) -> None:
+        gaussian = guide._gaussians
         self.loc, self.covariance = gaussian.loc[0], type(gaussian)(*(part[0] for part in gaussian)).covariance
-        sizes = {name: shape.numel() for name, shape in pathfinder._unconstrained_shapes.items()}
+        sizes = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
         places = torch.arange(len(self.loc)).split(list(sizes.values()))
         self.places = dict(zip(sizes, places, strict=True))
 
@@ -44,6 +46,8 @@ def start_at_pathfinder(
     model: Callable[..., Any],
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    search: type[AutoPathfinder] | type[AutoBatchAndMatch] = AutoPathfinder,
     **options: Any,
 ) -> None:
     r"""Set an automatic guide's parameters to the best Gaussian that Pathfinder finds, in place.
@@ -61,7 +65,8 @@ def start_at_pathfinder(
         model: the model that the guide is for.
         args: the positional arguments to fit it to.
         kwargs: the keyword arguments.
-        **options: options of :class:`AutoPathfinder`.
+        search: ``AutoPathfinder``, or ``AutoBatchAndMatch``, whose Gaussian takes more gradients and has a larger ELBO.
+        **options: options of the search.
 
     Raises:
         ValueError: for guides without a location, and where :class:`AutoPathfinder` does.
@@ -80,9 +85,9 @@ def start_at_pathfinder(
         (5.0, 0.1)
     """
     _check(guide)
-    pathfinder = AutoPathfinder(model, **options).run(*args, **(kwargs or {}))
+    found = search(model, **options).run(*args, **(kwargs or {}))
     guide(*args, **(kwargs or {}))
-    _place(guide, _Found(pathfinder))
+    _place(guide, _Found(found))
 
 
 def _check(guide: Any) -> None:
