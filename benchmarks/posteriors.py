@@ -1,0 +1,300 @@
+"""The quality of posteriors for the seconds spent: guides on targets with a known log evidence, and on posteriordb.
+
+Judges every guide by log Z - ELBO (nats), ESS/N and k-hat of 20,000 draws, by the largest errors of marginal means
+(in sds), sds (ratio - 1) and Wasserstein-1 distances (in sds) against reference draws, raw and importance-resampled, by
+gradient evaluations and by CPU seconds of the whole fit (compilation included), one thread. A marginal of a pair of
+reference samples differs too: ``floor`` is the W1 between the two halves of the reference.
+
+Compares with the gaps published or measured elsewhere (``BEST``) and with the reach that the project set itself.
+
+    python benchmarks/posteriors.py --data ../shared/data --seeds 0 1 2
+
+Results are merged into benchmarks/results/posteriors.json, so that parts can be run one after another with --targets,
+--guides and --seeds; --report only prints what is there.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from posterior_targets import TARGETS, Target
+from posteriordb_models import MODELS, posteriordb
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import Tensor
+
+import pplvi
+from pplvi import ELBO, AutoBatchAndMatch, AutoDeterministicNormal, AutoFlow, AutoPathfinder, Fit, Posterior
+
+DRAWS, CHUNK, QUANTILES = 20_000, 2_500, 2_001
+SCHOOLS = "eight_schools-eight_schools_noncentered"
+RESULTS = Path(__file__).parent / "results" / "posteriors.json"
+
+# target -> (best gap published or measured elsewhere, the reach)
+BEST: dict[str, tuple[str, str]] = {
+    "eight_schools": (".008", ".005"),
+    "eight_schools_centered": ("-", ".03"),
+    "funnel": (".014", ".007"),
+    "brownian": (".070", ".05"),
+    "brownian_increments": (".070", ".03"),
+    "seeds": (".012", ".012"),
+    "ionosphere": (".034", ".03"),
+    "sonar": (".54", ".15"),
+    "credit": (".030", "-"),
+    "many_well": ("-", "log Z to .1"),
+    "cox_process": ("about 21", "10"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fit. Pairs are (raw, importance-resampled); ``None`` where nothing is known of the target."""
+
+    target: str
+    guide: str
+    seed: int
+    gap: float | None
+    log_z_error: float | None
+    ess: float
+    pareto_k: float
+    mean_error: tuple[float, float] | None
+    sd_error: tuple[float, float] | None
+    w1: tuple[float, float] | None
+    floor: float | None
+    gradients: int
+    cpu_seconds: float
+    note: str = ""
+
+
+def _trained(kind: Any, steps: int, particles: int, rate: float, **options: Any) -> Callable[[Target, int], Fit]:
+    def run(target: Target, seed: int) -> Fit:
+        init = {} if target.multimodal else options.get("start", {})
+        settings = {k: v for k, v in options.items() if k != "start"} | init
+        objective = settings.pop("objective", ELBO(particles))
+        optim = partial(torch.optim.Adam, lr=rate)
+        return pplvi.fit(
+            target.model, kind, objective=objective, optim=optim, num_steps=steps, seed=seed, progress=False, **settings
+        )
+
+    return run
+
+
+def _found(kind: Any, **options: Any) -> Callable[[Target, int], Fit]:
+    return lambda target, seed: pplvi.fit(target.model, partial(kind, **options), seed=seed, progress=False)
+
+
+def _wide(model: Callable[[], None]) -> AutoFlow:
+    return AutoFlow(model, "nsf", passes=2, affine="diagonal", init_scale=1.5)
+
+
+def _flow(target: Target, seed: int, steps: int = 3000) -> Fit:
+    kind = _wide if target.multimodal else partial(AutoFlow, flow="quadratic")
+    start = {"start": {"init": "match"}, "compile": True, "stop": None}
+    return _trained(kind, steps, 64, 2e-3, objective=ELBO(64, estimator="stl"), **start)(target, seed)
+
+
+GUIDES: dict[str, Callable[[Target, int], Fit]] = {
+    "mean field": _trained(AutoNormal, 4000, 8, 0.02, compile="auto"),
+    "full rank": _trained(
+        AutoMultivariateNormal, 2000, 16, 0.01, compile="auto", start={"init": "pathfinder"},
+        objective=ELBO(16, estimator="stl"),
+    ),
+    "pathfinder, paper": _found(AutoPathfinder, exact_hessian=False, moment_matching=0),
+    "pathfinder": _found(AutoPathfinder),
+    "deterministic": _found(AutoDeterministicNormal),
+    "batch and match": _found(AutoBatchAndMatch),
+    "flow": _flow,
+    "auto": lambda target, seed: pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=60.0),
+}  # fmt: skip
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its children (compilers)."""
+    return sum(os.times()[:4])
+
+
+def wasserstein(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Marginal 1-Wasserstein distances ``(columns,)`` of two samples, by their quantile functions."""
+    probs = torch.linspace(0, 1, QUANTILES, dtype=ours.dtype)[1:-1]
+    return (_quantiles(ours, probs) - _quantiles(theirs, probs)).abs().mean(0)
+
+
+def _quantiles(sample: Tensor, probs: Tensor) -> Tensor:
+    place = probs * (len(sample) - 1)
+    low, ordered = place.long(), sample.sort(0).values
+    part = (place - low).unsqueeze(1)
+    return ordered[low] * (1 - part) + ordered[(low + 1).clamp(max=len(sample) - 1)] * part
+
+
+def marginals(target: Target, draws: Mapping[str, Tensor]) -> tuple[float, float, float]:
+    """Largest error of means, of sds and of marginals against the reference draws, in units of their sds."""
+    assert target.reference is not None
+    ours, reference = target.coordinates(draws), target.reference
+    sd = reference.std(0)
+    mean = (ours.mean(0) - reference.mean(0)).abs() / sd
+    found = mean, (ours.std(0) / sd - 1).abs(), wasserstein(ours, reference) / sd
+    return tuple(float(part.max()) for part in found)  # type: ignore[return-value]
+
+
+def floor(target: Target) -> float | None:
+    """Largest W1 / sd between the two halves of the reference draws."""
+    if target.reference is None:
+        return None
+    one, two = target.reference.chunk(2)
+    return float((wasserstein(one, two) / target.reference.std(0)).max())
+
+
+def gradients(fit: Fit) -> int:
+    """How many gradients of the log density a fit took."""
+    particles = getattr(fit.objective, "num_particles", 1)
+    return sum(getattr(run.guide, "num_gradients", 0) + run.step * particles for run in fit.runs)
+
+
+def judge(key: str, target: Target, guide: str, seed: int, draws: int = DRAWS) -> Row:
+    """Fit one guide and measure it."""
+    pyro.clear_param_store()
+    start = cpu_seconds()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = GUIDES[guide](target, seed)
+    seconds = cpu_seconds() - start
+    posterior = fit.posterior(draws, seed=seed + 1000, chunk_size=min(draws, CHUNK))
+    return _row(key, target, guide, seed, fit, posterior, seconds)
+
+
+def _row(key: str, t: Target, guide: str, seed: int, fit: Fit, posterior: Posterior, seconds: float) -> Row:
+    known = t.log_z is not None
+    pairs = None
+    if t.reference is not None:
+        both = [marginals(t, posterior.draws.latents), marginals(t, posterior.resample(seed=seed))]
+        pairs = [(a, b) for a, b in zip(*both, strict=True)]
+    return Row(
+        target=key,
+        guide=guide,
+        seed=seed,
+        gap=float(t.log_z - posterior.elbo[0]) if known else None,
+        log_z_error=float(posterior.log_evidence[0] - t.log_z) if known else None,
+        ess=float(posterior.ess) / posterior.num_draws,
+        pareto_k=float(posterior.pareto_k),
+        mean_error=pairs[0] if pairs else None,
+        sd_error=pairs[1] if pairs else None,
+        w1=pairs[2] if pairs else None,
+        floor=floor(t),
+        gradients=gradients(fit),
+        cpu_seconds=seconds,
+        note=fit.guide_name if guide == "auto" else "",
+    )
+
+
+def load(data: Path, key: str) -> Target:
+    """A target by its key: one of TARGETS, or a name of posteriordb."""
+    return TARGETS[key](data) if key in TARGETS else posteriordb(data, key)
+
+
+def merge(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Write rows into a file, in the place of older ones of the same target, guide and seed."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    new = [asdict(row) for row in rows]
+    done = {(r["target"], r["guide"], r["seed"]) for r in new}
+    kept = [r for r in old if (r["target"], r["guide"], r["seed"]) not in done] + new
+    kept.sort(key=lambda r: (_order(r["target"]), list(GUIDES).index(r["guide"]), r["seed"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    return kept
+
+
+def _order(key: str) -> int:
+    return [*TARGETS, SCHOOLS, *MODELS].index(key)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: the median over seeds and, in brackets, the worst."""
+    head = "| target | guide | seeds | log Z - ELBO | ESS/N | k-hat | mean err | sd err | W1 | floor | grads | CPU s |"
+    lines = [head, "|" + "---|" * 12]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["target"], row["guide"]), []).append(row)
+    last = ""
+    for (target, guide), group in groups.items():
+        best = f" (best {BEST[target][0]}, reach {BEST[target][1]})" if target in BEST and target != last else ""
+        lines.append(_line(target + best if target != last else "", guide, group))
+        last = target
+    return "\n".join(lines)
+
+
+def _line(target: str, guide: str, group: Sequence[Mapping[str, Any]]) -> str:
+    low = [min(r["ess"] for r in group)]
+    notes = sorted({r["note"] for r in group} - {""})
+    cells = [target, guide + (f" ({', '.join(notes)})" if notes else ""), str(len(group)), _cell(group, "gap", 3)]
+    cells += [f"{statistics.median(r['ess'] for r in group):.2f} ({low[0]:.2f})", _cell(group, "pareto_k", 2)]
+    for name in ("mean_error", "sd_error", "w1"):
+        pairs = [r[name] for r in group]
+        cells.append("-" if pairs[0] is None else " / ".join(f"{_median(pairs, i):.3f}" for i in (0, 1)))
+    cells += ["-" if group[0]["floor"] is None else f"{group[0]['floor']:.3f}"]
+    cells += [f"{statistics.median(r['gradients'] for r in group):,.0f}", _cell(group, "cpu_seconds", 1)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _median(pairs: Sequence[Sequence[float]], index: int) -> float:
+    return statistics.median(pair[index] for pair in pairs)
+
+
+def _cell(group: Sequence[Mapping[str, Any]], name: str, digits: int) -> str:
+    values = [r[name] for r in group]
+    if values[0] is None:
+        return "-"
+    return f"{statistics.median(values):.{digits}f} ({max(values):.{digits}f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Run parts of the table, merge them into the file, print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--targets", nargs="+", default=[*TARGETS, SCHOOLS, *MODELS])
+    parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=list(GUIDES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--report", action="store_true", help="only print what is in the file")
+    options = parser.parse_args(arguments)
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = merge(options.out, [])
+    try:
+        for key in [] if options.report else options.targets:
+            target = load(options.data, key)
+            for guide in options.guides:
+                for seed in options.seeds:
+                    rows = _run_one(key, target, guide, seed, options, rows)
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+    text = table(rows)
+    options.out.with_suffix(".md").write_text(text + "\n")
+    print(text)
+    return rows
+
+
+def _run_one(key: str, target: Target, guide: str, seed: int, options: Any, rows: list[dict[str, Any]]) -> Any:
+    start = time.perf_counter()
+    try:
+        row = judge(key, target, guide, seed, options.draws)
+    except ValueError as error:
+        print(f"{key}, {guide}, seed {seed}: {error}", flush=True)
+        return rows
+    print(f"{key}, {guide}, seed {seed}: {time.perf_counter() - start:.1f} s, {row}", flush=True)
+    return merge(options.out, [row])
+
+
+if __name__ == "__main__":
+    main()
