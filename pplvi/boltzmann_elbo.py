@@ -129,6 +129,11 @@ class BoltzmannELBO(Loss):
                 total = total + self._negative(term)
         return self._reduced(total, step.scale * math.prod(run.shape[1:]))
 
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss; its gradients are added to the parameters' ``grad``."""
+        with training_step(in_place=True):
+            return super().loss_and_grads(model, guide, *args, **kwargs)
+
     def _reduced(self, total: Tensor, num_data: float) -> Tensor:
         return total / num_data if self.per_datum else total
 

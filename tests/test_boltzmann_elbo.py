@@ -115,6 +115,17 @@ def test_the_short_way_is_the_traced_one(chains: Chains, centered: bool) -> None
     same(found[0][2], found[1][2])
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_gradients_in_place_are_added_to_those_that_are_there(centered: bool) -> None:
+    rbm = machine(centered)
+    loss = BoltzmannELBO(negative="exact")
+    expected = gradients(rbm, loss.differentiable_loss(rbm.model, rbm.guide, V))
+    rbm.offset_count.zero_()
+    for _ in range(2):
+        loss.loss_and_grads(rbm.model, rbm.guide, V)
+    same({name: p.grad for name, p in rbm.named_parameters()}, {name: 2 * g for name, g in expected.items()})
+
+
 @pytest.mark.parametrize("lateral", [False, True])
 def test_centered_gradient_is_that_of_the_centered_parameters(lateral: bool) -> None:
     """``J J^T g``, with ``J`` from centered to plain parameters, worked out by differentiation."""

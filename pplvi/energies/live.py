@@ -49,9 +49,13 @@ class Live:
 
 
 class TrainingStep:
-    """The machines that are used in one training step of a Boltzmann objective."""
+    """The machines that are used in one training step of a Boltzmann objective.
 
-    def __init__(self) -> None:
+    :ivar in_place: gradients go straight to the parameters' ``grad`` where statistics give them.
+    """
+
+    def __init__(self, in_place: bool = False) -> None:
+        self.in_place = in_place
         self.machines: dict[tuple[Any, bool], Live] = {}
 
     def live(self, machine: Any) -> Live:
@@ -85,12 +89,13 @@ def active_step() -> TrainingStep | None:
 
 
 @contextmanager
-def training_step() -> Iterator[TrainingStep]:
-    """Make machines share their products, and center their gradients, inside the block."""
-    token = _ACTIVE.set(TrainingStep())
+def training_step(*, in_place: bool = False) -> Iterator[TrainingStep]:
+    """Make machines share their products, and center their gradients, inside the block; blocks inside are one step."""
+    if (outer := _ACTIVE.get()) is not None:
+        yield outer
+        return
+    token = _ACTIVE.set(step := TrainingStep(in_place))
     try:
-        step = _ACTIVE.get()
-        assert step is not None
         yield step
     finally:
         _ACTIVE.reset(token)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.live import centered_biases
+from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import Values
 
@@ -33,20 +33,70 @@ def log_densities(machine: BoltzmannMachine, batches: Sequence[Values]) -> list[
     """
     with torch.no_grad():
         densities = [machine.log_marginal(values) for values in batches]
-        full = [_with_means(machine, values) for values in batches]
-    parameters: dict[Any, Tensor] = {**machine.edges(), **machine.biases()}
+    parameters = _parameters(machine)
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())):
         return densities
-    flat = [{n: _flat(values[n]) for n in machine.layers} for values in full]
-    offsets = {n: machine.offset(n) for n in machine.layers} if machine.centered else None
     joint = torch.cat([d.reshape(-1) for d in densities])
-    joint = _Densities.apply(joint, flat, offsets, tuple(parameters), *parameters.values())
+    joint = _Densities.apply(joint, Statistics(machine, batches), tuple(parameters), *parameters.values())
     parts = joint.split([d.numel() for d in densities])
     return [part.reshape(d.shape) for part, d in zip(parts, densities, strict=True)]
 
 
-def _flat(value: Tensor) -> Tensor:
-    return value.reshape(-1, value.shape[-1])
+def _parameters(machine: BoltzmannMachine) -> dict[Any, Tensor]:
+    return {**machine.edges(), **machine.biases()}
+
+
+class Statistics:
+    """Sufficient statistics of batches of values, around the offsets of a centered machine.
+
+    The gradients of weights are ``sum_i w_i (s_i - c) (t_i - d)^T``, those of biases ``sum_i w_i r_i (s_i - c)`` with
+    ``r_i = 1 - sum_t d . (t_i - d)`` over the neighbours ``t``: the centered gradient of :mod:`pplvi.energies.live`,
+    and without offsets the plain one.
+    """
+
+    def __init__(self, machine: BoltzmannMachine, batches: Sequence[Values]) -> None:
+        self.machine = machine
+        self.offsets = {n: machine.offset(n).clone() for n in machine.layers} if machine.centered else None
+        with torch.no_grad():
+            self.batches = [self._around(_with_means(machine, values)) for values in batches]
+
+    def _around(self, values: Values) -> dict[str, Tensor]:
+        flat = {n: v.reshape(-1, v.shape[-1]) for n, v in values.items()}
+        return flat if self.offsets is None else {n: v - self.offsets[n] for n, v in flat.items()}
+
+    def add_to(self, gradients: dict[Any, Tensor], weight: Tensor) -> None:
+        """Add the gradients for these weights of the data, ``(total size,)``, in place where there are some."""
+        sizes = [len(values[self.machine.visible]) for values in self.batches]
+        for values, part in zip(self.batches, weight.split(sizes), strict=True):
+            self._add_weights(gradients, values, part)
+            for layer, value in values.items():
+                own = part if self.offsets is None else part - part * self._reach(layer, values)
+                _add(gradients, layer, own @ value)
+
+    def _add_weights(self, gradients: dict[Any, Tensor], values: Values, weight: Tensor) -> None:
+        weighted = {b: values[b] * weight.unsqueeze(-1) for _, b in self.machine.connections}
+        for a, b in self.machine.connections:
+            if a != b:
+                _add_product(gradients, (a, b), values[a].T, weighted[b])
+                continue
+            product = (values[a].T @ weighted[a]).triu(1)
+            _add(gradients, (a, a), product)
+            if self.offsets is not None:
+                _add(gradients, a, -((product + product.T) @ self.offsets[a]))
+
+    def _reach(self, layer: str, values: Values) -> Tensor:
+        """``sum_m (t - d)^T d`` over a layer's neighbours but itself, ``(size,)``."""
+        assert self.offsets is not None
+        parts = [values[m] @ self.offsets[m] for m in self.machine.neighbours(layer) if m != layer]
+        return sum(parts, values[layer].new_zeros(()))
+
+
+def _add(gradients: dict[Any, Tensor], key: Any, term: Tensor) -> None:
+    gradients[key] = gradients[key].add_(term) if key in gradients else term
+
+
+def _add_product(gradients: dict[Any, Tensor], key: Any, left: Tensor, right: Tensor) -> None:
+    gradients[key] = gradients[key].addmm_(left, right) if key in gradients else left @ right
 
 
 def _with_means(machine: BoltzmannMachine, values: Values) -> dict[str, Tensor]:
@@ -59,42 +109,27 @@ class _Densities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        densities: Tensor,
-        batches: Sequence[Values],
-        offsets: Values | None,
-        keys: tuple[Any, ...],
-        *parameters: Tensor,
+        ctx: Any, densities: Tensor, statistics: Statistics, keys: Sequence[Any], *parameters: Tensor
     ) -> Tensor:
-        ctx.keys, ctx.needed = keys, dict(zip(keys, ctx.needs_input_grad[4:], strict=True))
-        ctx.offsets = None if offsets is None else {n: offset.clone() for n, offset in offsets.items()}
-        ctx.batches = [v if offsets is None else {n: v[n] - offsets[n] for n in v} for v in batches]
+        step = active_step()
+        ctx.statistics, ctx.keys = statistics, keys
+        ctx.leaves = dict(zip(keys, parameters, strict=True)) if step is not None and step.in_place else None
         return densities.view_as(densities)
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> Any:
+        needed = dict(zip(ctx.keys, ctx.needs_input_grad[3:], strict=True))
+        if ctx.leaves is not None:
+            _add_in_place(ctx.statistics, {key: p for key, p in ctx.leaves.items() if needed[key]}, weight)
+            return None, None, None, *(None for _ in needed)
         found: dict[Any, Tensor] = {}
-        start = 0
-        for values in ctx.batches:
-            size = len(next(iter(values.values())))
-            _add_statistics(found, ctx.keys, values, weight[start : start + size])
-            start += size
-        for edge in (key for key in ctx.keys if isinstance(key, tuple) and key[0] == key[1]):
-            found[edge] = (found[edge] + found[edge].T).triu(1) / 2
-        if ctx.offsets is not None:
-            centered_biases(found, ctx.offsets)
-        return None, None, None, None, *(found[key] if ctx.needed[key] else None for key in ctx.keys)
+        ctx.statistics.add_to(found, weight)
+        return None, None, None, *(found[key] if wanted else None for key, wanted in needed.items())
 
 
-def _add_statistics(found: dict[Any, Tensor], keys: Sequence[Any], values: Values, weight: Tensor) -> None:
-    """Add a batch's weighted statistics to those of others."""
-    weighted: dict[str, Tensor] = {}
-    for key in keys:
-        if isinstance(key, str):
-            found[key] = values[key].T @ weight if key not in found else found[key].addmv_(values[key].T, weight)
-            continue
-        first, second = key
-        if second not in weighted:
-            weighted[second] = values[second] * weight.unsqueeze(-1)
-        left, right = values[first].T, weighted[second]
-        found[key] = left @ right if key not in found else found[key].addmm_(left, right)
+def _add_in_place(statistics: Statistics, leaves: dict[Any, Tensor], weight: Tensor) -> None:
+    """Add gradients to the ``grad`` of parameters without a copy of them in between."""
+    found = {key: p.grad for key, p in leaves.items() if p.grad is not None}
+    statistics.add_to(found, weight)
+    for key, p in leaves.items():
+        p.grad = found[key]

@@ -174,7 +174,7 @@ class BernoulliUnits(Units):
         if self.mean_field:
             inside = bool(((value >= 0) & (value <= 1)).all())
             return None if inside else f"{_range_of(value)}: expected means between 0 and 1. Rescale the data."
-        if bool((value * (value - 1) == 0).all()):
+        if bool(((value == 0) | (value == 1)).all()):
             return None
         return (
             f"{_range_of(value)}: expected only 0 and 1. Binarise grey levels in [0, 1]: by threshold, "
@@ -248,7 +248,7 @@ class CategoricalUnits(Units):
 
     def problem(self, value: Tensor) -> str | None:
         """Refuse what are not one-hot codes."""
-        binary = bool((value * (value - 1) == 0).all())
+        binary = bool(((value == 0) | (value == 1)).all())
         if binary and bool((self._apart(value).sum(-1) == 1).all()):
             return None
         return f"{_range_of(value)}: expected one-hot codes side by side. Make them from integers with units.encode()."
