@@ -1,0 +1,107 @@
+"""Multi-prediction training: a Boltzmann machine as networks that predict some variables from the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplvi.elbo import Loss
+from pplvi.energies.live import training_step
+from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.mean_field import MeanFieldGuide
+from pplvi.energies.program import Values
+from pplvi.energies.sweeps import MeanField
+from pplvi.energies.units import CategoricalUnits, Units
+
+
+class MultiPrediction(Loss):
+    r"""The multi-prediction criterion: mean field predicts random subsets of the observed units from the others.
+
+    .. math:: \ell = -E_S \sum_{i \in S} \log q_i(x_i), \qquad q = \text{mean field given } x_{-S}
+
+    In nats per datum. The gradient goes back through every sweep of the guide's mean field: there is no sampling and no
+    partition function, and what is trained is the inference that fills in missing units and labels
+    (:meth:`pplvi.energies.MeanFieldGuide.fill_in`, :meth:`~pplvi.energies.MeanFieldGuide.means`). It bounds nothing
+    (``monitor`` is ``None``). Units are observed one by one, softmax units as a whole; grey levels count as soft
+    targets. Offsets of centered machines follow as under :class:`pplvi.BoltzmannELBO`.
+
+    :param keep: probability that a unit is observed.
+    :param keep_labels: the same for the layers above the visible one, such as labels; ``keep`` unless given.
+    :param offset_rate: rate at which the offsets of a centered machine follow.
+    :raises ValueError: for numbers outside their ranges.
+
+    Source: Goodfellow, Mirza, Courville & Bengio (2013), "Multi-prediction deep Boltzmann machines".
+
+    >>> import pyro
+    >>> from pplvi.energies import DeepBoltzmannMachine
+    >>> dbm, v = DeepBoltzmannMachine([4, 3, 2]), torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
+    >>> guide = MeanFieldGuide(dbm, iterations=5)
+    >>> svi = pyro.infer.SVI(dbm.model, guide, pyro.optim.Adam({"lr": 0.05}), MultiPrediction())
+    >>> losses = [svi.step(v) for _ in range(200)]
+    >>> known = torch.tensor([True, False, True, False])
+    >>> guide.fill_in(v, known).round()
+    tensor([[1., 1., 0., 0.],
+            [0., 0., 1., 1.]])
+    """
+
+    def __init__(self, keep: float = 0.5, *, keep_labels: float | None = None, offset_rate: float = 0.01) -> None:
+        super().__init__(num_particles=1, vectorize_particles=True)
+        for name, value in (("keep", keep), ("keep_labels", keep if keep_labels is None else keep_labels)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value!r}: expected a probability of at least 0 and less than 1.")
+        if not 0 < offset_rate <= 1:
+            raise ValueError(f"offset_rate={offset_rate!r}: expected a number above 0 and at most 1.")
+        self.keep, self.offset_rate = keep, offset_rate
+        self.keep_labels = keep if keep_labels is None else keep_labels
+
+    def __repr__(self) -> str:
+        return f"MultiPrediction(keep={self.keep}, keep_labels={self.keep_labels})"
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The criterion on one random subset for each datum; the model itself is not run.
+
+        :raises ValueError: for a guide that is no mean field.
+        """
+        if not isinstance(guide, MeanFieldGuide):
+            raise ValueError(
+                f"multi-prediction training goes through mean-field sweeps, got the guide {guide!r}: expected a "
+                "MeanFieldGuide."
+            )
+        with training_step():
+            return self._loss(guide, *args, **kwargs)
+
+    def _loss(self, guide: MeanFieldGuide, v: Tensor | Values, *, size: int | None = None) -> Tensor:
+        machine = guide.machine
+        machine.announce()
+        observed = guide.observed(v)
+        masks = {n: self._mask(machine.layers[n], value, n == machine.visible) for n, value in observed.items()}
+        found = guide.solve(observed, mask=masks)
+        total = torch.zeros(())
+        for layer, value in observed.items():
+            score = unit_log_probs(machine.layers[layer], found.fields[layer], value)
+            total = total - score.masked_fill(masks[layer], 0.0).sum(-1)
+        self._follow(machine, observed, found)
+        return total.mean()
+
+    def _mask(self, units: Units, value: Tensor, visible: bool) -> Tensor:
+        """Which units stay observed, ``(*batch, width)``."""
+        apart = units.width // units.num_units
+        chance = torch.rand(*value.shape[:-1], units.num_units, dtype=value.dtype, device=value.device)
+        return (chance < (self.keep if visible else self.keep_labels)).repeat_interleave(apart, -1)
+
+    def _follow(self, machine: BoltzmannMachine, observed: Values, found: MeanField) -> None:
+        if torch.is_grad_enabled() and machine.centered:
+            values = {layer: value.detach() for layer, value in {**found.values, **observed}.items()}
+            machine.move_offsets(values, self.offset_rate)
+
+
+def unit_log_probs(units: Units, field: Tensor, value: Tensor) -> Tensor:
+    """Log density of each unit under a field, in nats, ``(*batch, width)``; of a softmax unit in the column it took."""
+    if isinstance(units, CategoricalUnits):
+        apart = field.reshape(*field.shape[:-1], units.num_units, units.num_categories)
+        return value * apart.log_softmax(-1).flatten(-2)
+    each: Any = units.conditional(field)
+    density: Tensor = each.base_dist.log_prob(value)
+    return density
