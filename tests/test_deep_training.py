@@ -337,11 +337,11 @@ def test_multi_prediction_fills_in_digits_better_than_the_mean_image_and_tells_t
     digits: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     v, labels, test, truth = digits
-    dbm = DeepBoltzmannMachine([64, 60, 40], num_labels=10)
+    dbm = DeepBoltzmannMachine([64, 60, 40], num_labels=10, init_scale=0.1)
     y = dbm.layers["y"].encode(labels.unsqueeze(1))
     guide = MeanFieldGuide(dbm, 6)
-    svi = SVI(dbm.model, guide, Adam({"lr": 0.005}), MultiPrediction())
-    for _ in range(15):
+    svi = SVI(dbm.model, guide, Adam({"lr": 0.02}), MultiPrediction())
+    for _ in range(20):
         for index in torch.randperm(len(v)).split(50):
             svi.step({"v": v[index], "y": y[index]})
     mask = torch.rand(test.shape) < 0.5
@@ -351,9 +351,9 @@ def test_multi_prediction_fills_in_digits_better_than_the_mean_image_and_tells_t
         missing = p.clamp(1e-6, 1 - 1e-6)[~mask]
         return torch.nn.functional.binary_cross_entropy(missing, test[~mask]).item()
 
-    assert cross_entropy(filled) < 0.85 * cross_entropy(mean_image)
+    assert cross_entropy(filled) < 0.75 * cross_entropy(mean_image)
     predicted = guide.means(test)["y"].argmax(-1)
-    assert (predicted == truth).double().mean() > 0.6
+    assert (predicted == truth).double().mean() > 0.85
 
 
 def test_multi_prediction_refuses_other_guides() -> None:

@@ -42,13 +42,13 @@ FLOORS = {
     2: {"objectives", "nested", "kernels", "invariant", "gibbs", "transport", "paths", "timesteps"},
     3: {"samplers", "levels", "annealing", "filtering", "guides", "energies"},
     4: {"elbo", "wake_sleep", "roles", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
-    | {"equivalents", "vectorized", "together"},
+    | {"equivalents", "vectorized", "together", "boltzmann_elbo", "multi_prediction", "up_down"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
     | {"recipes", "lockstep"}
     | {"chains", "weighted", "loo", "posterior", "starts"},
     6: {"schema", "groups", "export", "report", "comparison", "plots"},
-    7: {"result", "fitting"},
-    8: {"examples", "demo", "models"},
+    7: {"result", "selection", "fitting"},
+    8: {"pretraining", "examples", "demo", "models"},
     9: {"__init__"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -14,7 +14,7 @@ from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.program import Values, data_plate
-from pplvi.energies.sweeps import MeanField
+from pplvi.energies.sweeps import Mask, MeanField, by_layer
 
 
 class GibbsGuide(FactorisedInference):
@@ -51,7 +51,7 @@ class GibbsGuide(FactorisedInference):
         self.starts = MeanFieldGuide(machine, iterations)
 
     def posterior(
-        self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Tensor | None = None, tol: float | None = None
+        self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Mask = None, tol: float | None = None
     ) -> MeanField:
         """Draws of all layers but those that are drawn last, whose fields and means are given."""
         observed = self.observed(v)
@@ -59,15 +59,15 @@ class GibbsGuide(FactorisedInference):
             start = self.starts.posterior(v, num_draws, mask=mask)
             return self._drawn(observed, mask, start, next(iter(start.values.values())).shape[:-1])
 
-    def _drawn(self, observed: Values, mask: Tensor | None, start: MeanField, shape: tuple[int, ...]) -> MeanField:
+    def _drawn(self, observed: Values, mask: Mask, start: MeanField, shape: tuple[int, ...]) -> MeanField:
         machine = self.machine
         clamped: dict[str, Tensor | None] = dict.fromkeys(observed)
         values = {layer: value.expand(*shape, value.shape[-1]) for layer, value in observed.items()}
         for layer, field in start.fields.items():
             drawn = machine.layers[layer].sample(field.expand(*shape, field.shape[-1]))
-            if mask is not None and layer == machine.visible:
-                clamped[layer] = mask.expand(drawn.shape)
-                drawn = torch.where(mask, values[layer], drawn)
+            if (known := by_layer(machine, mask).get(layer)) is not None:
+                clamped[layer] = known.expand(drawn.shape)
+                drawn = torch.where(known, values[layer], drawn)
             values[layer] = drawn
         values = machine.gibbs(values, self.num_sweeps, clamped=clamped)
         last = [layer for layer in self._last(observed) if layer not in observed]

@@ -20,7 +20,7 @@ from pplvi.energies.factorised import Factorised
 from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import Values, data_plate
-from pplvi.energies.sweeps import MeanField, Problem
+from pplvi.energies.sweeps import Mask, MeanField, Problem, by_layer
 from pplvi.energies.units import Units
 
 
@@ -35,7 +35,7 @@ class FactorisedInference:
     tol: float | None
 
     def posterior(
-        self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Tensor | None = None, tol: float | None = None
+        self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Mask = None, tol: float | None = None
     ) -> MeanField:
         """The posterior given data, ``(*batch, width)``, or values of several layers by name."""
         raise NotImplementedError
@@ -86,18 +86,16 @@ class FactorisedInference:
 
     # ------------------------------------------------------------------ what users ask for
 
-    def means(self, v: Tensor | Values | None = None, *, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def means(self, v: Tensor | Values | None = None, *, mask: Mask = None) -> dict[str, Tensor]:
         """Means of all layers, ``(*batch, width)`` by name; what is observed is as it was given.
 
         :param v: data, ``(*batch, width)``, or values of several layers by name.
-        :param mask: true where units of the visible layer are observed, ``(*batch, width)`` or ``(width,)``; the others
-            are mean-field units, and their values in ``v`` are not looked at.
+        :param mask: true where units of the visible layer are observed, ``(*batch, width)`` or ``(width,)``, or such
+            masks of several layers by name; the other units are mean-field units, whose values in ``v`` are not used.
         """
         return self._found(v, mask).values
 
-    def bound(
-        self, v: Tensor | Values | None = None, *, mask: Tensor | None = None, log_z: Tensor | float = 0.0
-    ) -> Tensor:
+    def bound(self, v: Tensor | Values | None = None, *, mask: Mask = None, log_z: Tensor | float = 0.0) -> Tensor:
         """``-E(mu) + H(mu) - log Z``, ``(*batch)``, in nats: a lower bound of the log evidence of what is observed.
 
         :param log_z: the machine's log partition function; without it the bound is one of ``log p + log Z``.
@@ -110,28 +108,27 @@ class FactorisedInference:
         """Data whose missing units, where the mask is false, have their posterior means, ``(*batch, width)``."""
         return self.means(v, mask=mask)[self.machine.visible]
 
-    def _found(self, v: Tensor | Values | None, mask: Tensor | None) -> MeanField:
+    def _found(self, v: Tensor | Values | None, mask: Mask) -> MeanField:
         with torch.no_grad():
             return self.posterior(v, mask=mask, tol=self.tol)
 
-    def entropy(self, found: MeanField, mask: Tensor | None = None) -> Tensor:
+    def entropy(self, found: MeanField, mask: Mask = None) -> Tensor:
         """Entropy of a posterior, ``(*batch)``, in nats, as :class:`pplvi.energies.Factorised` has it."""
-        total = torch.zeros(())
+        total, masks = torch.zeros(()), by_layer(self.machine, mask)
         for layer in found.fields:
             units, mean = self.machine.layers[layer], found.values[layer]
-            if mask is not None and layer == self.machine.visible:
-                mean = self._unknown(mean, mask, units)
-            total = total + units.mean_entropy(mean)
+            total = total + units.mean_entropy(_unknown(mean, masks[layer], units) if layer in masks else mean)
         return total
 
-    def _unknown(self, mean: Tensor, mask: Tensor, units: Units) -> Tensor:
-        """Means without those of observed units, which have no entropy.
 
-        :raises ValueError: for a continuum, where a unit's entropy does not vanish with its mean.
-        """
-        if units.num_states is None:
-            raise ValueError("the bound of partly observed layers is for discrete units: expected all or no values.")
-        return mean.masked_fill(mask, 0.0)
+def _unknown(mean: Tensor, mask: Tensor, units: Units) -> Tensor:
+    """Means without those of observed units, which have no entropy.
+
+    :raises ValueError: for a continuum, where a unit's entropy does not vanish with its mean.
+    """
+    if units.num_states is None:
+        raise ValueError("the bound of partly observed layers is for discrete units: expected all or no values.")
+    return mean.masked_fill(mask, 0.0)
 
 
 class MeanFieldGuide(FactorisedInference):
@@ -190,7 +187,7 @@ class MeanFieldGuide(FactorisedInference):
         return f"{type(self).__name__}({type(self.machine).__name__}, iterations={self.iterations})"
 
     def posterior(
-        self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Tensor | None = None, tol: float | None = None
+        self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Mask = None, tol: float | None = None
     ) -> MeanField:
         """The posterior after the sweeps; differentiable in the parameters where gradients are on."""
         return self.solve(self.observed(v), mask=mask, tol=tol, num_draws=num_draws)
@@ -201,7 +198,7 @@ class MeanFieldGuide(FactorisedInference):
         self,
         observed: Mapping[str, Tensor],
         *,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         start: MeanField | None = None,
         iterations: int | None = None,
         tol: float | None = None,

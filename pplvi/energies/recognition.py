@@ -11,7 +11,7 @@ from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.program import Values
-from pplvi.energies.sweeps import MeanField
+from pplvi.energies.sweeps import Mask, MeanField
 
 
 class RecognitionNetwork(PyroModule):
@@ -132,7 +132,7 @@ class RecognitionGuide(PyroModule, FactorisedInference):
         self.emit(self.posterior(v, num_draws, tol=self._tolerance()), size)
 
     def posterior(
-        self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Tensor | None = None, tol: float | None = None
+        self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Mask = None, tol: float | None = None
     ) -> MeanField:
         """The posterior after the sweeps; with a mask, for which there is no network, mean field from its own start."""
         if mask is not None:

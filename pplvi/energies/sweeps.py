@@ -11,6 +11,13 @@ from torch import Tensor
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import Values
 
+Mask = Tensor | Mapping[str, Tensor] | None
+
+
+def by_layer(machine: BoltzmannMachine, mask: Mask) -> dict[str, Tensor]:
+    """Masks of observed units by layer; a mask alone is one of the visible layer."""
+    return {} if mask is None else {machine.visible: mask} if isinstance(mask, Tensor) else dict(mask)
+
 
 @dataclass(frozen=True)
 class MeanField:
@@ -35,14 +42,12 @@ class Problem:
     :ivar order: the same, in the order in which sweeps update them: odd layers, then even ones.
     """
 
-    def __init__(
-        self, machine: BoltzmannMachine, observed: Mapping[str, Tensor], mask: Tensor | None, count: int
-    ) -> None:
-        self.machine, self.mask = machine, mask
-        self.partly = observed.get(machine.visible) if mask is not None else None
-        if mask is not None and self.partly is None:
-            raise ValueError(f"a mask without data: expected values of layer {machine.visible!r} that it belongs to.")
-        self.known = {name: v for name, v in observed.items() if self.partly is None or name != machine.visible}
+    def __init__(self, machine: BoltzmannMachine, observed: Mapping[str, Tensor], mask: Mask, count: int) -> None:
+        self.machine, self.masks = machine, by_layer(machine, mask)
+        if without := sorted(self.masks.keys() - observed.keys()):
+            raise ValueError(f"a mask without data: expected values of the layers {without} that it belongs to.")
+        self.partly = {layer: observed[layer] for layer in self.masks}
+        self.known = {layer: value for layer, value in observed.items() if layer not in self.masks}
         self.free = [layer for layer in machine.layers if layer not in self.known]
         turns = [[layer for layer in group if layer in self.free] for group in machine.classes]
         self.order = [layer for turn in turns[1:] + turns[:1] for layer in turn]
@@ -59,20 +64,13 @@ class Problem:
 
     def mean(self, layer: str, field: Tensor) -> Tensor:
         """Means under a field, but for the units that are observed."""
-        mean, mask = self.machine.layers[layer].mean(field), self.mask_of(layer)
-        if mask is None:
-            return mean
-        assert self.partly is not None
-        return torch.where(mask, self.partly, mean)
-
-    def mask_of(self, layer: str) -> Tensor | None:
-        """Where units of a layer are observed, if only some are."""
-        return self.mask if self.partly is not None and layer == self.machine.visible else None
+        mean, mask = self.machine.layers[layer].mean(field), self.masks.get(layer)
+        return mean if mask is None else torch.where(mask, self.partly[layer], mean)
 
     def one_by_one(self, layer: str, values: Values) -> tuple[Tensor, Tensor]:
         """Fields and means of a layer with lateral connections, one unit after another."""
         outer = self.field(layer, {**values, layer: torch.zeros_like(values[layer])})
-        weight, mask = self.machine.weight(layer, layer), self.mask_of(layer)
+        weight, mask = self.machine.weight(layer, layer), self.masks.get(layer)
         means, fields = list(values[layer].unbind(-1)), []
         for i in range(len(means)):
             fields.append(outer[..., i] + torch.stack(means, -1) @ weight[:, i])
@@ -101,5 +99,5 @@ class Problem:
         return field
 
     def _center(self, layer: str) -> Tensor:
-        offset = self.machine.offset(layer)
+        offset = self.machine.offset(layer).clone()  # training moves it in place, under the gradient
         return offset if self.machine.centered else torch.zeros_like(offset)

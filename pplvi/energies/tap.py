@@ -9,7 +9,7 @@ from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import MeanFieldGuide
 from pplvi.energies.program import Values
-from pplvi.energies.sweeps import MeanField, Problem
+from pplvi.energies.sweeps import Mask, MeanField, Problem, by_layer
 from pplvi.energies.units import BernoulliUnits
 
 
@@ -68,17 +68,17 @@ class TAPGuide(MeanFieldGuide):
         for other in self.machine.neighbours(layer):
             if other in problem.free:
                 squared = self.machine.weight(other, layer) ** 2
-                reaction = reaction + _variance(values[other], problem.mask_of(other)) @ squared
+                reaction = reaction + _variance(values[other], problem.masks.get(other)) @ squared
         return problem.field(layer, values) - (values[layer] - 0.5) * reaction
 
-    def entropy(self, found: MeanField, mask: Tensor | None = None) -> Tensor:
+    def entropy(self, found: MeanField, mask: Mask = None) -> Tensor:
         """Entropy and the correction of second order, ``(*batch)``, in nats, with its gradient in training."""
         with torch.set_grad_enabled(active_step() is not None):
             return super().entropy(found, mask) + self._correction(found, mask)
 
-    def _correction(self, found: MeanField, mask: Tensor | None) -> Tensor:
-        hidden = {layer: mask if layer == self.machine.visible else None for layer in found.fields}
-        variance = {layer: _variance(found.values[layer], where) for layer, where in hidden.items()}
+    def _correction(self, found: MeanField, mask: Mask) -> Tensor:
+        masks = by_layer(self.machine, mask)
+        variance = {layer: _variance(found.values[layer], masks.get(layer)) for layer in found.fields}
         total = torch.zeros(())
         for a, b in self.machine.connections:
             if a in variance and b in variance:
