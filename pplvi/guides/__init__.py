@@ -2,7 +2,7 @@
 
 from pplvi.guides._starts import start_at_pathfinder
 from pplvi.guides.amortized import AutoAmortized
-from pplvi.guides.annealed import AnnealedGuide
+from pplvi.guides.annealed import AnnealedGuide, NestedGuide
 from pplvi.guides.deterministic import AutoDeterministicNormal
 from pplvi.guides.filtered import FilteredGuide
 from pplvi.guides.flow import AutoFlow
@@ -22,6 +22,7 @@ __all__ = [
     "AutoMixture",
     "AutoPathfinder",
     "FilteredGuide",
+    "NestedGuide",
     "amortization_gap",
     "init_to_pathfinder",
     "refine",
