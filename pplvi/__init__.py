@@ -61,6 +61,7 @@ _HOMES = {
     "CompiledSVI": "compile",
     "Fit": "fitting",
     "fit": "fitting",
+    "flow_recipe": "selection",
     "Posterior": "posterior",
     "compare": "comparison",
     "plot_against_reference": "plots",

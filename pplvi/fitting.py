@@ -26,6 +26,7 @@ from pplvi.rates import Schedule
 from pplvi.recipes import Recipe
 from pplvi.restarts import Plan, best_of, publish, scratch, train_restarts
 from pplvi.result import Fit
+from pplvi.selection import select
 from pplvi.starts import check_init
 from pplvi.stepping import CompiledUpdates
 from pplvi.stopping import Plateau
@@ -72,6 +73,7 @@ def fit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     num_warmup: int | None = None,
+    budget: float | None = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -92,8 +94,9 @@ def fit(
 
     :param model: a Pyro program: a function, a module, or a method of a module.
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
-        returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"nuts"``, or
-        another MCMC kernel class or ``functools.partial`` of one, for MCMC instead of training.
+        returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"auto"``: one
+        family after another until k-hat is below 0.7, within ``budget=`` seconds (60); ``"nuts"``, or another MCMC
+        kernel class or ``functools.partial`` of one, for MCMC instead of training.
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
@@ -160,6 +163,13 @@ def fit(
     args, kwargs = _check_call(args, kwargs)
     _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
     _check_seed(seed, restarts)
+    if isinstance(guide, str) and guide == "auto":
+        given = {"data": data, "objective": objective, "optim": optim, "num_steps": num_steps, "resume": resume}
+        _refuse({**given, "init": init, "checkpoint": checkpoint}, "guide='auto'")
+        common: dict[str, Any] = {"args": args, "kwargs": kwargs, "restarts": restarts, "seed": seed, "device": device}
+        return select(partial(fit, model, **common, dtype=dtype, progress=progress), budget)
+    if budget is not None:
+        raise ValueError(f"budget={budget!r} is for guide='auto': expected that, or num_steps=.")
     environment = Environment(dtype, device)
     if (make_kernel := kernel_factory(guide)) is not None:
         unused = {"data": data, "objective": objective, "optim": optim, "monitor": monitor, "held_back": held_back}
@@ -276,7 +286,7 @@ def _recipe(model: Program, guide: Any, batches: Batches, restarts: int, environ
     if isinstance(guide, str) or not callable(guide):
         raise ValueError(
             f"guide={guide!r}: expected a guide class such as pyro.infer.autoguide.AutoNormal or pplvi.AutoFlow, a "
-            "function from the model to a guide, a guide, or 'nuts'."
+            "function from the model to a guide, a guide, 'auto', or 'nuts'."
         )
     if isinstance(guide, torch.nn.Module) and restarts > 1:
         raise ValueError(
@@ -383,9 +393,8 @@ def _check_seed(seed: Any, restarts: int) -> None:
         raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 2**32 - restarts, or None.")
 
 
-def _refuse(given: Mapping[str, Any]) -> None:
+def _refuse(given: Mapping[str, Any], what: str = "MCMC") -> None:
     found = sorted(name for name, value in given.items() if value is not None)
+    numbers = "num_steps, num_warmup" if what == "MCMC" else "budget"
     if found:
-        raise ValueError(
-            f"MCMC has no use for {found}: expected args, kwargs, num_steps, num_warmup, restarts and seed."
-        )
+        raise ValueError(f"{what} has no use for {found}: expected args, kwargs, {numbers}, restarts and seed.")

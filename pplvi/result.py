@@ -55,6 +55,7 @@ class Fit:
     :ivar objective: the objective; ``None`` for MCMC.
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
     :ivar seed: the seed of restart 0.
+    :ivar notes: what the report says besides, such as what ``"auto"`` tried.
     :ivar vectorize: whether all draws of a posterior are made in one call of the programs. An objective of
         :mod:`pplvi.elbo` decides by its ``vectorize_particles``; with another one, or MCMC, set it to ``False`` for
         programs that allow no such call.
@@ -90,6 +91,7 @@ class Fit:
     ) -> None:
         self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
+        self.notes: dict[str, str] = {}
         own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
         self.vectorize: bool = objective.vectorize_particles if own else True
 
@@ -270,7 +272,7 @@ class Fit:
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
         """
-        facts: dict[str, Any] = {"guide": self.guide_name}
+        facts: dict[str, Any] = {"guide": self.guide_name, **self.notes}
         if self.mcmc is None and self.runs[self.best].reason != "found":
             facts["objective"] = self.objective
         if len(self.runs) > 1:
