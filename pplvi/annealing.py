@@ -25,9 +25,10 @@ from pplvi.layouts import _key as key_of
 from pplvi.objectives import Routing, Step
 from pplvi.paths import Plan, sites_of_target
 from pplvi.programs import execute, isolated
+from pplvi.resampling import Resampling as Resampling
 from pplvi.runs import Run, is_delta, latent_sites
 from pplvi.samplers import Importance, Request
-from pplvi.weights import ResamplingScheme, effective_sample_size, logmeanexp, resample
+from pplvi.weights import logmeanexp, resample
 
 Program = Callable[..., Any]
 Values = dict[str, Tensor]
@@ -42,51 +43,6 @@ class Planned(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """When and how particles are drawn anew in proportion to their weights.
-
-    :ivar when: ``False``: never; ``True``: at every level; a number: where the effective sample size, of each
-        independent element of the data on its own, is below that fraction of the particles.
-    :ivar scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
-    :ivar num_particles: how many to go on with, at least 2; as many as there are unless given. The mean weight is kept.
-    :raises ValueError: for a fraction outside ``(0, 1]``, or a number of particles where resampling is not certain.
-
-    >>> chosen, log_weight = Resampling(0.5).indices(torch.tensor([0.0, 0.0, 0.0, 0.1]))  # even enough: left alone
-    >>> chosen, log_weight
-    (tensor([0, 1, 2, 3]), tensor([0.0000, 0.0000, 0.0000, 0.1000]))
-    """
-
-    when: bool | float = False
-    scheme: ResamplingScheme = "systematic"
-    num_particles: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_particles is not None and (self.when is not True or self.num_particles < 2):
-            raise ValueError(
-                f"num_particles={self.num_particles} with resample={self.when!r}: expected at least 2, and True. The "
-                "number of particles cannot depend on a weight."
-            )
-        if not isinstance(self.when, bool) and not 0 < self.when <= 1:
-            raise ValueError(f"resample={self.when!r}: expected True, False, or a fraction of the particles in (0, 1].")
-
-    def indices(self, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Which particle to take for each one, and its new log weight, ``(num_particles, *batch)``; ``None``: never.
-
-        The mean weight of each batch element is kept.
-        """
-        if self.when is False or len(log_weight) == 1:
-            return None
-        chosen = resample(log_weight, self.num_particles, scheme=self.scheme)
-        even = logmeanexp(log_weight).expand_as(chosen)
-        if self.when is True:
-            return chosen, even
-        low = effective_sample_size(log_weight) < self.when * len(log_weight)
-        own = torch.arange(len(log_weight), device=log_weight.device)
-        own = own.reshape(-1, *[1] * (log_weight.dim() - 1)).expand_as(chosen)
-        return torch.where(low, chosen, own), torch.where(low, even, log_weight)
-
-
 class Annealed:
     """Walk along the path of a guide, ``num_steps`` steps from its first target to the model.
 
@@ -99,6 +55,17 @@ class Annealed:
         each program in one run over levels and particles, as one step whose batch has the levels first. Results are
         the same. ``None``: where forward and reverse kernels allow it; ``False``: level by level, which needs no more
         memory for more levels.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> from pplvi.guides import NestedGuide
+    >>> def start():
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> def kernel(previous):
+    ...     pyro.sample("z", dist.Normal(0.6 * previous["z"], 0.8))
+    >>> guide = NestedGuide(start, [(start, kernel, kernel)])  # a kernel and its own reversal: all weights are one
+    >>> (step,) = Annealed()(start, guide, (), {}, Request(3, routing=Routing(detach=True, local=True)))
+    >>> bool((step.log_weight.abs() < 1e-6).all())
+    True
     """
 
     proposal: ClassVar[str] = "guide"
