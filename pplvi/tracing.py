@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -160,6 +161,7 @@ class _Writes(TorchDispatchMode):
         super().__init__()
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
         self.made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.fresh: set[StorageWeakRef] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})[0]
@@ -171,12 +173,14 @@ class _Writes(TorchDispatchMode):
             self._remember(x)
         result = func(*args, **kwargs)
         given = {id(x) for x in args}
-        self.made.update((x, True) for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in given)
+        results = [x for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in given]
+        self.made.update((x, True) for x in results)
+        self.fresh.update(_storages(results) - _storages(tree_leaves((args, kwargs))))
         return result, written
 
     def _remember(self, x: Any) -> None:
         """Keep the values of a tensor that is older than this; a view made meanwhile stands for what it views."""
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or _storages([x]) & self.fresh:  # a new parameter shares a new tensor's memory
             return
         whole = x._base if x in self.made and x._base is not None else x
         if whole not in self.made and id(whole) not in self.before:
@@ -192,6 +196,10 @@ class _Writes(TorchDispatchMode):
         with torch.no_grad():
             for tensor, value in self.before.values():
                 tensor.copy_(value)
+
+
+def _storages(leaves: Iterable[Any]) -> set[StorageWeakRef]:
+    return {StorageWeakRef(x.untyped_storage()) for x in leaves if isinstance(x, Tensor)}
 
 
 class _Watch(_Writes):

@@ -357,3 +357,13 @@ def test_the_report_says_what_grows_with_the_data_and_what_amortisation_costs(x:
     assert "14; they grow with the data: 7 of 7 latent coordinates are in plate 'data'" in " ".join(
         other.summary().split()
     )
+
+
+def test_parameters_that_the_first_compiled_run_makes_keep_their_initial_values(x: Tensor) -> None:
+    svi = pplvi.CompiledSVI(
+        normal_model, AutoAmortized(normal_model, column(), "data"), Adam({"lr": 0.0}), ELBO(), mode="trace"
+    )
+    svi.step(x)
+    weight = svi.guide.head.weight.detach()
+    assert torch.equal(weight[1:], torch.zeros(1, 4))
+    assert 0 < float(weight[0].abs().max()) <= 0.5
