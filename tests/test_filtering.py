@@ -13,6 +13,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from pplvi.annealing import Resampling
+from pplvi.compile import CompiledSVI
 from pplvi.elbo import WeightedELBO
 from pplvi.filtering import Filtering
 from pplvi.filtering_elbo import FilteringELBO
@@ -424,6 +425,18 @@ def test_level_gradients_agree_between_detached_and_frozen_objectives() -> None:
     log_v = normal(DECAY * z, 1.0).log_prob(moved) + normal(moved, NOISE).log_prob(YS[0]) + scale.log()
     (-log_v.mean()).backward()
     torch.testing.assert_close(found, torch.stack([weight.grad, scale.grad]), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("objective", ["bound", "forward_kl", NestedReverseKL()], ids=str)
+@pytest.mark.parametrize("form", PAIRS)
+def test_training_steps_can_be_traced(form: str, objective: Any) -> None:
+    losses = []
+    for engine, options in ((SVI, {}), (CompiledSVI, {"mode": "trace"})):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = engine(*PAIRS[form], Adam({"lr": 0.01}), FilteringELBO(10, objective, resample=0.7), **options)
+        losses.append([svi.step(YS) for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
 
 
 # ---------------------------------------------------------------- Pyro's own filter, and errors
