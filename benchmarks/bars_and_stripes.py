@@ -62,18 +62,18 @@ def batches(data: Tensor, num_steps: int, size: int) -> Iterator[tuple[Tensor]]:
         yield (data[torch.randint(len(data), (size,))],)
 
 
-def train(negative: str, centered: bool, momentum: float, seed: int, num_steps: int, batch: int, lr: float) -> float:
+def train(negative: str, centered: bool, momentum: float, seed: int, settings: argparse.Namespace) -> float:
     """Exact mean log likelihood after training, in nats."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    data = patterns()
-    rbm = RestrictedBoltzmannMachine(9, 9, centered=centered)
+    data, num_steps, batch = patterns(), settings.steps, settings.batch
+    rbm = RestrictedBoltzmannMachine(9, 9, centered=centered, init_scale=0.1)
     svi = CompiledSVI(
         rbm.model,
         rbm.guide,
-        partial(torch.optim.SGD, lr=lr, momentum=momentum),
+        partial(torch.optim.SGD, lr=settings.lr, momentum=momentum),
         BoltzmannELBO(batch, sweeps=1, negative=negative),
-        mode="trace",
+        mode=settings.compile or "trace",
         schedule=lambda t: 1.0 - t / num_steps,
     )
     svi.epoch(batches(data, num_steps, batch))
@@ -82,10 +82,7 @@ def train(negative: str, centered: bool, momentum: float, seed: int, num_steps: 
 
 def row(negative: str, centered: bool, momentum: float, settings: argparse.Namespace) -> Row:
     start = time.process_time()
-    found = [
-        train(negative, centered, momentum, seed, settings.steps, settings.batch, settings.lr)
-        for seed in range(settings.seeds)
-    ]
+    found = [train(negative, centered, momentum, seed, settings) for seed in range(settings.seeds)]
     spent = (time.process_time() - start) / settings.seeds
     mean, published = statistics.fmean(found), REACH.get((negative, centered, momentum))
     return Row(negative, centered, momentum, mean, found, published, spent)
@@ -107,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--batch", type=int, default=100, help="data, and chains, in a step")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of the first step")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
     parser.add_argument("--out", type=Path, help="where to write the table as JSON")
     settings = parser.parse_args(arguments)
     rows = [row(*kind, settings) for kind in ROWS]

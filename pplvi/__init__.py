@@ -55,6 +55,7 @@ _HOMES = {
     "pretrain": "pretraining",
     "to_classifier": "energies",
     "RestrictedBoltzmannMachine": "energies",
+    "SparsityPenalty": "sparsity",
     "FilteredGuide": "guides",
     "FilteringELBO": "filtering_elbo",
     "StateSpace": "timesteps",

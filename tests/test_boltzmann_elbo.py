@@ -22,6 +22,7 @@ from pplvi.energies import (
     RestrictedBoltzmannMachine,
     TemperedChains,
 )
+from pplvi.sparsity import SparsityPenalty
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -398,3 +399,39 @@ def test_a_model_without_energy_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no energy"):
         BoltzmannELBO().differentiable_loss(model, model)
+
+
+def test_a_sparsity_target_is_approached() -> None:
+    torch.manual_seed(0)
+    rbm = RestrictedBoltzmannMachine(4, 8, centered=False)
+    loss = BoltzmannELBO(50, 1) + 1.0 * SparsityPenalty(0.1)
+    svi = SVI(rbm.model, rbm.guide, pyro.optim.SGD({"lr": 0.1}), loss)
+    for _ in range(200):
+        svi.step(V)
+    assert (rbm.guide.factorised(V).means["h"].mean(0) < 0.25).all()
+    torch.testing.assert_close(
+        torch.autograd.grad(SparsityPenalty(0.1).differentiable_loss(rbm.model, rbm.guide, V), rbm.bias("h"))[0],
+        torch.autograd.grad(_cross_entropy(rbm), rbm.bias("h"))[0],
+    )
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        SparsityPenalty(1.0)
+    with pytest.raises(ValueError, match="factorised"):
+        SparsityPenalty().loss(traced(rbm), rbm.guide, V)
+
+
+def _cross_entropy(rbm: RestrictedBoltzmannMachine) -> Tensor:
+    q = torch.sigmoid(V @ rbm.weight("v", "h") + rbm.bias("h")).mean(0)
+    return -(0.1 * q.log() + 0.9 * (1 - q).log()).sum()
+
+
+def test_weights_are_limited_in_norm() -> None:
+    rbm = machine()
+    before = rbm.weight("v", "h").detach().clone()
+    rbm.limit_norms(1.0)
+    after = rbm.weight("v", "h")
+    assert (after.norm(dim=0) <= 1.0 + 1e-9).all()
+    assert (before.norm(dim=0) > 1.0).any()
+    small = before.norm(dim=0) <= 1.0
+    assert torch.equal(after[:, small], before[:, small])
+    with pytest.raises(ValueError, match="positive"):
+        rbm.limit_norms(0.0)

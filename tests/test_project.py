@@ -42,7 +42,7 @@ FLOORS = {
     2: {"resampling", "objectives", "nested", "kernels", "invariant", "gibbs", "transport", "paths", "timesteps"},
     3: {"samplers", "levels", "annealing", "filtering", "guides", "energies"},
     4: {"elbo", "wake_sleep", "roles", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
-    | {"equivalents", "vectorized", "together", "boltzmann_elbo", "multi_prediction", "up_down"},
+    | {"equivalents", "vectorized", "together", "boltzmann_elbo", "sparsity", "multi_prediction", "up_down"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
     | {"recipes", "lockstep"}
     | {"chains", "weighted", "loo", "posterior", "starts"},

@@ -106,6 +106,22 @@ class BoltzmannMachine(EnergyModel):
         step = active_step()
         return self._raw(f"weight_{edge[0]}_{edge[1]}") if step is None else step.live(self).parameters[edge]
 
+    def limit_norms(self, limit: float) -> None:
+        """Shrink, in place, the weights into each unit of the upper layer of a pair to a norm of at most ``limit``.
+
+        The max-norm constraint: call it after a training step, such as ``fit(..., callbacks=[lambda run:
+        machine.limit_norms(3.0)])``.
+
+        :raises ValueError: for a limit that is not positive.
+
+        Source: Srebro & Shraibman (2005); Srivastava et al. (2014).
+        """
+        if not limit > 0:
+            raise ValueError(f"limit={limit!r}: expected a positive number.")
+        with torch.no_grad():
+            for weight in self.edges().values():
+                weight.mul_((limit / weight.norm(dim=0)).clamp(max=1.0))
+
     def neighbours(self, layer: str) -> tuple[str, ...]:
         """Layers that a layer is connected with, itself among them where there are lateral connections."""
         pairs = [(a, b) if a == layer else (b, a) for a, b in self.connections if layer in (a, b)]

@@ -95,7 +95,7 @@ class Units(PyroModule):
     def states(self, index: Tensor, like: Tensor) -> Tensor:
         """The layer's states of these numbers, ``(*index.shape, width)``, counting with the first unit fastest."""
         assert self.num_states is not None
-        powers = self.num_states ** torch.arange(self.num_units, device=index.device)
+        powers = torch.tensor([self.num_states**i for i in range(self.num_units)], device=index.device)
         return self.encode(index.unsqueeze(-1) // powers % self.num_states).to(like.dtype)
 
     def encode(self, levels: Tensor) -> Tensor:
