@@ -441,6 +441,42 @@ def test_filtering_bound_without_resampling_is_the_importance_bound_of_the_path(
     assert not torch.allclose(torch.stack(local), torch.stack(end_to_end))
 
 
+def log_weight_of_the_path_by_hand(p: dict[str, Tensor]) -> Tensor:
+    """Plain torch, draws and weights attached from the first level to the last, with the noise of the seed."""
+    normal = torch.distributions.Normal
+    start, noise = torch.empty(K).normal_(), [torch.empty(K).normal_(), torch.empty(K).normal_()]
+    targets = [
+        lambda z: normal(0.0, 2.0).log_prob(z),
+        lambda z: -((z - p["theta"]) ** 2) + 0.3 * p["theta"] * z.sin(),
+        lambda z: normal(1.5, 0.7).log_prob(z) + math.log(2.0),
+    ]
+    z, log_weight = 2.0 * start, torch.zeros(K)
+    for k in (1, 2):
+        q = normal(0.8 * z + p[f"shift_{k}"], p[f"scale_{k}"])
+        moved = q.loc + q.scale * noise[k - 1]
+        back = normal(moved + p[f"rho_{k}"], 1.1).log_prob(z)
+        log_weight = log_weight + targets[k](moved) + back - targets[k - 1](z) - q.log_prob(moved)
+        z = moved
+    return log_weight
+
+
+@pytest.mark.parametrize("bound", ["ELBO", "IWAE", "FIVO"])
+def test_gradients_of_the_whole_path_equal_plain_torch(bound: str) -> None:
+    p = {"rho_1": -0.2, "rho_2": -0.2, "shift_1": 0.1, "shift_2": 0.2, "scale_1": 0.9, "scale_2": 0.9, "theta": 0.4}
+    leaves = {name: torch.tensor(value, requires_grad=True) for name, value in p.items()}
+    pyro.set_rng_seed(3)
+    log_weight = log_weight_of_the_path_by_hand(leaves)
+    (-log_weight.mean() if bound == "ELBO" else -logmeanexp(log_weight)).backward()
+    whole = {"ELBO": ELBO(K), "IWAE": ImportanceWeightedELBO(K)}
+    loss = whole.get(bound) or WeightedELBO(FilteringBound(), Annealed(), K)
+    names = NAMES[1:]  # without the target between: it cancels
+    found = gradients(loss, final_target, learned_guide(), names)
+    local = gradients(NestedELBO("reverse_kl", K), final_target, learned_guide(), names)
+    for name, gradient, nested in zip(names, found, local, strict=True):
+        torch.testing.assert_close(gradient, leaves[name].grad, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        assert abs(gradient - nested) > 1e-3  # what a level learns from its neighbours
+
+
 def test_annealed_guide_is_ordinary_variational_inference_on_the_extended_space() -> None:
     guide = learned_guide()
     values = [loss_at_seed(loss, final_target, guide) for loss in (ELBO(K), NestedELBO("avo", K))]
