@@ -472,9 +472,9 @@ def test_gradients_of_the_whole_path_equal_plain_torch(bound: str) -> None:
     names = NAMES[1:]  # without the target between: it cancels
     found = gradients(loss, final_target, learned_guide(), names)
     local = gradients(NestedELBO("reverse_kl", K), final_target, learned_guide(), names)
-    for name, gradient, nested in zip(names, found, local, strict=True):
+    for name, gradient in zip(names, found, strict=True):
         torch.testing.assert_close(gradient, leaves[name].grad, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-        assert abs(gradient - nested) > 1e-3  # what a level learns from its neighbours
+    assert abs(found[0] - local[0]) > 1e-2  # the first kernel learns from the levels after it
 
 
 def test_annealed_guide_is_ordinary_variational_inference_on_the_extended_space() -> None:
