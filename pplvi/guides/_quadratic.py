@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LIMIT = 2.0  # of a log scale
+_LIMIT = 5.0  # of a log scale
 
 
 class QuadraticFlow(nn.Module):
