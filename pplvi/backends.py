@@ -9,6 +9,7 @@ runs with the same graph.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,8 @@ def _compiled(function: Program, inputs: Sequence[Tensor]) -> Program:
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     copies: list[Any] = [_same_layout(x) for x in inputs]
     graph = _recorded(function, copies)
-    with tracing(TracingContext(fake)):
+    with tracing(TracingContext(fake)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of inductor about itself
         program: Program = torch._inductor.compile(graph, copies, options=_OPTIONS)
     return program
 
