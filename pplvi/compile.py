@@ -62,7 +62,8 @@ class CompiledSVI:
 
     A new graph is recorded for every new shape, dtype, or value of an argument that is no tensor. Python code runs only
     while recording: counters and closures of a program keep the values that they had. Parameters share the memory of
-    one vector, so that the parameter store, ``guide.median`` and ``Predictive`` see every step.
+    one vector, so that the parameter store, ``guide.median`` and ``Predictive`` see every step. Compiled programs for
+    the CPU stay in inductor's folder (``TORCHINDUCTOR_CACHE_DIR``), where other processes find them by their graph.
 
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference", for the step.
 
