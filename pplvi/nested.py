@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pplvi.objectives import Monitor, Objective, Routing, Step, Terms
+from pplvi.objectives import Monitor, Objective, Routing, Step, Terms, log_normalizer_gradient
 from pplvi.weights import expectation
 
 
@@ -97,7 +97,7 @@ class NestedReverseKL(Objective):
         log_v = step.log_increment
         mean = _incoming(step, log_v)
         signal = (log_v - mean).detach()
-        surrogate = -mean - _incoming(step, (signal + 1.0) * step.log_initial) + _outgoing(step, step.log_target_fixed)
+        surrogate = -mean - _incoming(step, (signal + 1.0) * step.log_initial) + log_normalizer_gradient(step)
         return Terms((log_normalizer_ratio(step) - mean).detach(), surrogate)
 
 

@@ -341,7 +341,7 @@ def log_normalizer_gradient(step: Step) -> Tensor:
     >>> log_normalizer_gradient(step)
     tensor(2.)
     """
-    return expectation(step.log_weight, step.log_target_fixed)
+    return expectation(step.log_weight_in + step.log_increment, step.log_target_fixed)
 
 
 @dataclass(frozen=True)

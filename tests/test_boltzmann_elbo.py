@@ -329,6 +329,27 @@ def test_fit_resumes_bit_by_bit_with_its_chains(tmp_path: Path) -> None:
     assert any(name.endswith("chain_v") for name in resumed.runs[0].buffers())
 
 
+@pytest.mark.filterwarnings("ignore:Encountered NaN")
+def test_weights_that_are_no_numbers_are_taken_back_with_the_chains() -> None:
+    torch.manual_seed(0)
+    rbm = RestrictedBoltzmannMachine(4, 3)
+    poisoned: list[int] = []
+
+    def poison(run: Any) -> None:
+        if run.step == 60 and not poisoned:
+            poisoned.append(run.step)
+            rbm.weight("v", "h").data[0, 0] = torch.nan
+
+    with pytest.warns(UserWarning, match=r"Went back to step 50"):
+        fit = pplvi.fit(
+            rbm.model, rbm.guide, args=(V,), objective=BoltzmannELBO(10, 1), optim=pyro.optim.SGD({"lr": 0.1}),
+            num_steps=120, schedule=None, progress=False, seed=0, compile=False, callbacks=[poison],
+        )  # fmt: skip
+    assert fit.runs[0].rollbacks == 1
+    assert all(p.isfinite().all() for p in rbm.parameters())
+    assert rbm.chain_v.isfinite().all()
+
+
 def test_chains_of_another_model_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     fitted(20, checkpoint=path, compile=False)

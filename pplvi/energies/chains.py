@@ -55,10 +55,10 @@ class Chains:
         raise NotImplementedError
 
     def step(self, log_density: Tensor) -> Step:
-        """The step of chains with these log densities, ``(*chains)``: draws of the target itself, equal weights."""
+        """The step of chains with these log densities, ``(*chains)``: draws of the target before and after it."""
         density = log_density.reshape(-1)
-        zero = torch.zeros_like(density)
-        return Step(zero, zero.detach(), density, density, zero, zero, zero)
+        zero = torch.zeros_like(density).detach()
+        return Step(zero, zero, density, density, zero, density.detach(), zero)
 
     def kept(self, machine: EnergyModel, start: Callable[[], Values], prefix: str = "chain") -> dict[str, Tensor]:
         """The chains of a machine, as buffers, one for each layer; made by ``start`` at the first use.
@@ -142,7 +142,8 @@ class EveryState(Chains):
 
     def step(self, log_density: Tensor) -> Step:
         """The step of states that are weighted by their probability."""
-        return replace(super().step(log_density), log_weight=log_density.detach())
+        weight = log_density.detach().reshape(-1)
+        return replace(super().step(log_density), log_weight_in=weight, log_weight=weight)
 
 
 @dataclass(frozen=True)
