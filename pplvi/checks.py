@@ -98,6 +98,29 @@ def _check_plates(run: Run) -> None:
             )
 
 
+def is_minibatch(run: Run) -> bool:
+    """Whether the guide draws from a part of a plate only."""
+    return any(p.size < p.full_size for _, s in sample_sites(run.guide) for p in site_plates(s))
+
+
+def check_minibatch(run: Run, alone: Run) -> None:
+    """Check that a plate of which the guide has a part is not whole in the model, which follows the guide's indices.
+
+    :param alone: a run of the model without the guide.
+    :raises ValueError: for a guide that goes on drawing the minibatch that it was set up with.
+    """
+    whole = {p.name: p.size for _, s in sample_sites(alone.model) for p in site_plates(s) if p.size == p.full_size}
+    for name, site in sample_sites(run.guide):
+        for p in site_plates(site):
+            if p.size < whole.get(p.name, 0):
+                raise ValueError(
+                    f"the guide has {p.size} of {p.full_size} elements of plate {p.name!r} (site {name!r}), but the "
+                    f"model with these arguments has all {whole[p.name]}, of which it would use the guide's alone. An "
+                    "automatic guide keeps the plates of its first run: set it up on the full data, "
+                    "guide(*full_args), or with create_plates=, or subsample the model in the same way."
+                )
+
+
 def _is_auxiliary(site: Site) -> bool:
     return bool(site["infer"].get("is_auxiliary"))
 

@@ -256,6 +256,8 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
     own = run.given_subsamples & frozenset(run.subsample_indices())
     with isolated():
         checks.check_pair(run)
+        if checks.is_minibatch(run):
+            checks.check_minibatch(run, plain_run(model, args, kwargs))
         if own:
             given = given_subsamples(model, args, kwargs)
             torch.rand(())  # from here on other random numbers
