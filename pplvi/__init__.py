@@ -28,6 +28,8 @@ _HOMES = {
     "AutoDeterministicNormal": "guides",
     "AutoFlow": "guides",
     "AutoHierarchical": "guides",
+    "annealed_importance_sampling": "energies",
+    "raise_bound": "energies",
     "AutoMixture": "guides",
     "AutoPathfinder": "guides",
     "init_to_pathfinder": "guides",

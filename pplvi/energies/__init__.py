@@ -18,6 +18,7 @@ from pplvi.energies.gibbs_guide import GibbsGuide
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
+from pplvi.energies.partition import PartitionEstimate, annealed_importance_sampling, raise_bound
 from pplvi.energies.rbm import BoltzmannDistribution, RestrictedBoltzmannMachine
 from pplvi.energies.recognition import RecognitionGuide, RecognitionNetwork
 from pplvi.energies.stacking import Stage, stages
@@ -49,6 +50,7 @@ __all__ = [
     "MeanField",
     "MeanFieldContrastiveDivergence",
     "MeanFieldGuide",
+    "PartitionEstimate",
     "PersistentChains",
     "RecognitionGuide",
     "RecognitionNetwork",
@@ -57,6 +59,8 @@ __all__ = [
     "TAPGuide",
     "TemperedChains",
     "Units",
+    "annealed_importance_sampling",
+    "raise_bound",
     "stages",
     "to_classifier",
 ]

@@ -1,0 +1,186 @@
+"""Machines between a base-rate model and a machine, as the path of a walk with block Gibbs moves.
+
+Every field of a machine between is ``(1 - beta) f_base + beta f``, so that at one end the units are independent. One
+colour class of layers is annealed, the other one is summed out; weights and moves need two products with each weight
+matrix a level. The walk, its weights and its resampling are those of :class:`pplvi.annealing.Annealed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pplvi.annealing import Annealed
+from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.measures import BaseMeasure
+from pplvi.energies.program import data_plate
+from pplvi.invariant import Frame, InvariantMove
+from pplvi.objectives import Routing
+from pplvi.paths import Plan
+from pplvi.samplers import Request
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass
+class Between:
+    """The machines between a base-rate model and a machine, on the layers of one colour class.
+
+    :ivar base: fields of the base-rate model by layer, ``(width,)``.
+    :ivar known: fields and biases' products at the last values, which the next level needs again.
+    """
+
+    machine: BoltzmannMachine
+    base: Mapping[str, Tensor]
+    known: list[tuple[tuple[Tensor, ...], dict[str, Tensor], tuple[Tensor, Tensor]]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The layers that are annealed."""
+        return self.machine.classes[0]
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """The layers that are summed out."""
+        return tuple(layer for layer in self.machine.layers if layer not in self.kept)
+
+    def _at(self, values: Values) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+        """Fields of the other layers, and the two ends of what is linear in beta, worked out once for each value."""
+        at = tuple(values[layer] for layer in self.kept)
+        for seen, fields, ends in self.known:
+            if all(a is b for a, b in zip(seen, at, strict=True)):
+                return fields, ends
+        given = dict(zip(self.kept, at, strict=True))
+        fields = {layer: self.machine.field(layer, given) for layer in self.summed}
+        ends = self._linear(given, self.base), self._linear(given, self.machine.biases())
+        self.known = [(at, fields, ends), *self.known[:1]]
+        return fields, ends
+
+    def _linear(self, values: Values, fields: Values) -> Tensor:
+        layers = self.machine.layers
+        parts = [layers[n].statistic(v) @ fields[n] - layers[n].base_energy(v) for n, v in values.items()]
+        return torch.stack([part.double() for part in parts]).sum(0)
+
+    def _mixed(self, layer: str, end: Tensor, beta: float) -> Tensor:
+        return torch.lerp(self.base[layer].expand_as(end), end, beta)
+
+    def log_density(self, values: Values, beta: float) -> Tensor:
+        """Log density of the kept layers, the others summed out, ``(*batch)``, unnormalised, in nats and float64."""
+        fields, (first, last) = self._at(values)
+        total = torch.lerp(first, last, beta)
+        for layer, end in fields.items():
+            total = total + self.machine.layers[layer].log_partition(self._mixed(layer, end, beta)).double()
+        return total
+
+    def sweep(self, values: Values, beta: float) -> dict[str, Tensor]:
+        """One sweep of block Gibbs sampling: the other layers, then the kept ones."""
+        layers = self.machine.layers
+        fields, _ = self._at(values)
+        other = {n: layers[n].sample(self._mixed(n, end, beta)) for n, end in fields.items()}
+        return {n: layers[n].sample(self._mixed(n, self.machine.field(n, other), beta)) for n in self.kept}
+
+    def log_base(self) -> Tensor:
+        """``log Z`` of the base-rate model, exact."""
+        parts = [units.log_partition(self.base[n]).double() for n, units in self.machine.layers.items()]
+        return torch.stack(parts).sum()
+
+    # ------------------------------------------------------------------ programs
+
+    def program(self, beta: float, count: int | None = None, start: Callable[..., Any] | None = None) -> None:
+        """The machine at an inverse temperature, as a program of its kept layers, with a plate of ``count`` data."""
+        shape = () if count is None else (count,)
+        with nullcontext() if count is None else data_plate(count, None):
+            values = {}
+            for layer in self.kept:
+                draw = None if start is None else partial(start, layer)
+                measure = BaseMeasure(self.machine.layers[layer], shape, self.machine.like(), draw=draw)
+                values[layer] = pyro.sample(layer, measure)
+            pyro.factor("energy" if start is None else "start", self.log_density(values, beta))
+
+    def base_program(self) -> None:
+        """The base-rate model, normalised."""
+        for layer in self.kept:
+            pyro.sample(layer, self.machine.layers[layer].conditional(self.base[layer]))
+
+
+@dataclass(frozen=True)
+class _Sweep(InvariantMove):
+    """One sweep at an inverse temperature."""
+
+    between: Between
+    beta: float
+
+    @property
+    def kernel(self) -> str:
+        return "block Gibbs sampling"
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.between.kept)
+
+    def move(self, previous: Values, frame: Frame) -> dict[str, Tensor]:
+        return self.between.sweep(previous, self.beta)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A guide that is only walked: from a start through machines at these inverse temperatures."""
+
+    between: Between
+    start: Callable[[], None]
+    betas: tuple[float, ...]
+    count: int | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Number of transitions."""
+        return len(self.betas)
+
+    def programs(self, level: int) -> tuple[Callable[[], None], ...]:
+        """The level's own program."""
+        return (self.start if level == 0 else self.target(level),)
+
+    def target(self, level: int) -> Callable[[], None]:
+        """The machine that a level reaches, as a program."""
+        return partial(self.between.program, self.betas[level - 1], self.count)
+
+    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        """Path and moves."""
+        moves = tuple(_Sweep(self.between, beta) for beta in self.betas)
+        return Plan(_Targets(self), moves, moves)
+
+    def __call__(self) -> None:
+        """Run the program that the first draws come from."""
+        self.start()
+
+    def walk(self, num_chains: int) -> list[tuple[Tensor, Tensor]]:
+        """Log weights before and after each level of one walk, each ``(num_chains, *batch)``, without gradient."""
+        self.between.known.clear()
+        request = Request(num_chains, routing=Routing(detach=True, local=True))
+        with torch.no_grad():
+            steps = Annealed()(self.target(self.num_steps), self, (), {}, request)
+            return [(step.log_weight_in, step.log_weight) for step in steps]
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """The path of a schedule."""
+
+    schedule: Schedule
+
+    @property
+    def num_steps(self) -> int:
+        return self.schedule.num_steps
+
+    def programs(self, level: int) -> tuple[Callable[[], None], ...]:
+        return self.schedule.programs(level)
+
+    def __call__(self, level: int, densities: Sequence[Tensor]) -> Tensor:
+        return densities[0]

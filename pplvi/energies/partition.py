@@ -1,0 +1,289 @@
+"""Partition functions by annealed importance sampling: estimates, bounds from both sides, likelihoods of data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pplvi.energies.between import Between, Schedule
+from pplvi.energies.factorised import FactorisedGuide
+from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.measures import BaseMeasure
+from pplvi.energies.program import data_plate
+from pplvi.seeding import random_state
+from pplvi.weights import effective_sample_size, log_evidence
+
+__all__ = ["PartitionEstimate", "annealed_importance_sampling", "raise_bound"]
+
+Values = Mapping[str, Tensor]
+_PILOT_CHAINS, _PILOT_BETAS = 100, 200
+
+
+@dataclass(frozen=True)
+class PartitionEstimate:
+    """An estimate of a machine's ``log Z`` and of the likelihood of data, in nats.
+
+    :ivar log_z: the estimate. Z is estimated without bias, so that ``log Z`` is too small on average, and likelihoods
+        come out too high.
+    :ivar interval: ``log`` of the estimate of Z minus and plus three standard errors.
+    :ivar ess: effective sample size of the chains.
+    :ivar log_weights: log weight of every chain, ``(num_chains,)``, float64.
+    :ivar upper_bound: from exact samples of the machine, by the reverse chains: too large on average. ``None`` without.
+    :ivar log_likelihood: mean over data of ``log p(v)`` under the estimate, with its standard error over data; with
+        hidden layers that are not independent, of a variational bound of it. ``None`` without data.
+    :ivar log_likelihood_bound: the same by RAISE: a lower bound on average, whatever the estimate of ``log Z``.
+    """
+
+    log_z: float
+    interval: tuple[float, float]
+    ess: float
+    log_weights: Tensor
+    upper_bound: float | None = None
+    log_likelihood: tuple[float, float] | None = None
+    log_likelihood_bound: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"log Z = {self.log_z:.3f} [{low:.3f}, {high:.3f}], ESS {self.ess:.0f} of {len(self.log_weights)} chains"
+
+
+def annealed_importance_sampling(
+    machine: BoltzmannMachine,
+    num_chains: int = 100,
+    num_betas: int = 1000,
+    *,
+    base_rate: Tensor | None = None,
+    betas: Tensor | Literal["adaptive"] | None = None,
+    data: Tensor | None = None,
+    samples: Tensor | Values | None = None,
+    guide: FactorisedGuide | None = None,
+    num_raise_chains: int = 10,
+    seed: int | None = None,
+) -> PartitionEstimate:
+    """Estimate ``log Z`` of a machine by annealed importance sampling (Neal 2001; Salakhutdinov & Murray 2008).
+
+    :param machine: a machine whose layers fall into two groups without connections inside, such as a restricted or a
+        deep machine.
+    :param num_chains: number of chains, at least 2.
+    :param num_betas: number of inverse temperatures from the base-rate model to the machine.
+    :param base_rate: means of the visible units under the base-rate model, ``(width,)``; by default the offsets of
+        centered training, which follow the data's mean.
+    :param betas: increasing inverse temperatures from 0 to 1; evenly spaced by default. ``"adaptive"``: so that the
+        weights' increments vary equally, by a short run first.
+    :param data: data ``(num_data, width)``, whose likelihood is estimated too.
+    :param samples: exact samples of the visible layer of the machine, ``(num_chains, width)``, or of all kept layers,
+        for reverse chains. They bound log Z from above only if they are exact.
+    :param guide: for ``data`` where hidden layers are not independent given the visible one: the guide whose bound
+        stands for the likelihood, such as ``MeanFieldGuide(machine)``.
+    :param num_raise_chains: chains of each datum for its RAISE bound.
+    :param seed: seed of the chains; the process's random state stays as it was.
+    :returns: the estimate, with its interval and its effective sample size. It warns where a few chains dominate.
+    :raises ValueError: for fewer than two chains or betas, betas that do not go from 0 to 1, lateral connections, or
+        data whose likelihood needs a guide.
+
+    Source: Burda, Grosse & Salakhutdinov (2015) for the reverse chains of data (RAISE); Grosse, Ghahramani & Adams
+    (2015) for bounds from both sides.
+
+    >>> from pplvi.energies import RestrictedBoltzmannMachine
+    >>> _ = torch.manual_seed(0)
+    >>> rbm = RestrictedBoltzmannMachine(6, 4, init_scale=0.5)
+    >>> estimate = annealed_importance_sampling(rbm, num_chains=100, num_betas=100, seed=0)
+    >>> abs(estimate.log_z - rbm.log_partition().item()) < 0.05
+    True
+    """
+    _check(machine, num_chains, num_betas)
+    with random_state(seed), torch.no_grad():
+        between = Between(machine, _base_fields(machine, base_rate))
+        chosen = _betas(between, num_betas, betas)
+        steps = Schedule(between, between.base_program, chosen[1:]).walk(num_chains)
+        log_weights = steps[-1][1]
+        upper = None if samples is None else _upper_bound(between, chosen, samples)
+        found = _estimate(log_weights, upper)
+        if data is None:
+            return found
+        likelihood = _log_likelihood(machine, data, found.log_z, guide)
+        bound = _raise(between, chosen, data, num_raise_chains, guide)
+    return replace(found, log_likelihood=_mean(likelihood), log_likelihood_bound=_mean(bound))
+
+
+def raise_bound(
+    machine: BoltzmannMachine,
+    data: Tensor,
+    num_chains: int = 10,
+    num_betas: int = 1000,
+    *,
+    base_rate: Tensor | None = None,
+    guide: FactorisedGuide | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """RAISE: a lower bound of ``log p(v)`` of each datum, on average, ``(num_data,)``, in nats.
+
+    The machine is replaced by the directed model that annealing it forward is; the likelihood of that model is
+    estimated without bias by chains that go back from the datum (Burda, Grosse & Salakhutdinov 2015).
+
+    :param data: data ``(num_data, width)``.
+    :param num_chains: chains of each datum.
+    :param num_betas: number of inverse temperatures.
+    :param base_rate: as for :func:`annealed_importance_sampling`.
+    :param guide: where hidden layers are not independent given the visible one: the guide that chains start from.
+    :param seed: seed of the chains.
+    :raises ValueError: as :func:`annealed_importance_sampling` does.
+
+    >>> from pplvi.energies import RestrictedBoltzmannMachine
+    >>> _ = torch.manual_seed(0)
+    >>> rbm = RestrictedBoltzmannMachine(4, 3, init_scale=0.5)
+    >>> v = torch.ones(1, 4)
+    >>> exact = -rbm.free_energy(v) - rbm.log_partition()
+    >>> bool(((raise_bound(rbm, v, num_chains=200, num_betas=50, seed=0) - exact).abs() < 0.1).all())
+    True
+    """
+    _check(machine, 2, num_betas)
+    with random_state(seed), torch.no_grad():
+        between = Between(machine, _base_fields(machine, base_rate))
+        return _raise(between, _betas(between, num_betas, None), data, num_chains, guide)
+
+
+def _check(machine: BoltzmannMachine, num_chains: int, num_betas: int) -> None:
+    for name, count in (("num_chains", num_chains), ("num_betas", num_betas)):
+        if not isinstance(count, int) or count < 2:
+            raise ValueError(f"{name}={count!r}: expected a whole number of at least 2.")
+    lateral = [layer for layer in machine.layers if machine.is_lateral(layer)]
+    if lateral or len(machine.classes) != 2:
+        raise ValueError(
+            f"the layers {list(machine.layers)} fall into the groups {list(machine.classes)}"
+            f"{f', with lateral connections in {lateral}' if lateral else ''}: expected two groups of layers without "
+            "connections inside, as in restricted and deep machines."
+        )
+
+
+def _base_fields(machine: BoltzmannMachine, base_rate: Tensor | None) -> dict[str, Tensor]:
+    """Fields of the base-rate model: the visible units have the base rates, hidden ones no field."""
+    fields = {layer: torch.zeros_like(machine.bias(layer)) for layer in machine.layers}
+    layer, units = machine.visible, machine.layers[machine.visible]
+    rate = machine.offset(layer) if base_rate is None else torch.as_tensor(base_rate).to(machine.like())
+    if rate.shape != (units.width,):
+        raise ValueError(
+            f"base_rate has shape {tuple(rate.shape)}: expected the visible units' means, ({units.width},)."
+        )
+    if units.num_states == 2:
+        fields[layer] = torch.logit(rate.clamp(0.01, 0.99))
+    elif units.num_states is not None:
+        fields[layer] = rate.clamp(min=0.01).log()
+    elif base_rate is not None:
+        fields[layer] = rate
+    return fields
+
+
+def _betas(between: Between, num_betas: int, given: Tensor | str | None) -> tuple[float, ...]:
+    if isinstance(given, str):
+        if given != "adaptive":
+            raise ValueError(f"betas={given!r}: expected 'adaptive', a tensor from 0 to 1, or None.")
+        return _adapted(between, num_betas)
+    found = torch.linspace(0, 1, num_betas, dtype=torch.float64) if given is None else torch.as_tensor(given).double()
+    if len(found) < 2 or found[0] != 0 or found[-1] != 1 or not bool((found.diff() > 0).all()):
+        raise ValueError(f"betas from {found[0]:g} to {found[-1]:g}: expected increasing numbers from 0 to 1.")
+    return tuple(found.tolist())
+
+
+def _adapted(between: Between, num_betas: int) -> tuple[float, ...]:
+    """Betas at equal distances in the standard deviation of the log weight's derivative, from a short run."""
+    pilot = torch.linspace(0, 1, min(num_betas, _PILOT_BETAS), dtype=torch.float64)
+    steps = Schedule(between, between.base_program, tuple(pilot.tolist()[1:])).walk(_PILOT_CHAINS)
+    spread = torch.stack([(after - before).std() for before, after in steps])
+    length = torch.cat([spread.new_zeros(1), (spread + 1e-3 * spread.mean() + 1e-12).cumsum(0)])
+    wanted = torch.linspace(0, 1, num_betas, dtype=torch.float64) * length[-1]
+    right = torch.searchsorted(length, wanted).clamp(1, len(length) - 1)
+    share = (wanted - length[right - 1]) / (length[right] - length[right - 1])
+    found = torch.lerp(pilot[right - 1], pilot[right], share)
+    found[0], found[-1] = 0.0, 1.0
+    return tuple(found.tolist())
+
+
+def _estimate(log_weights: Tensor, upper: float | None) -> PartitionEstimate:
+    log_z, error = log_evidence(log_weights)
+    ess = float(effective_sample_size(log_weights))
+    if ess < max(min(5.0, 0.2 * len(log_weights)), 0.02 * len(log_weights)):
+        warnings.warn(
+            f"a few of {len(log_weights)} chains dominate the estimate of log Z (ESS {ess:.1f}), which is then too "
+            "small, and likelihoods too high: expected more even weights. Raise num_betas, then num_chains.",
+            stacklevel=3,
+        )
+    three = 3 * error
+    low = float("-inf") if three >= 1 else float(log_z + torch.log1p(-three))
+    return PartitionEstimate(float(log_z), (low, float(log_z + torch.log1p(three))), ess, log_weights, upper)
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(float("inf"))
+    return float(values.mean()), float(error)
+
+
+def _upper_bound(between: Between, betas: tuple[float, ...], samples: Tensor | Values) -> float:
+    """Reverse chains from samples of the machine: ``log Z_0 - log mean w``."""
+    given = dict(samples) if isinstance(samples, Mapping) else {between.machine.visible: samples}
+    if missing := sorted(set(between.kept) - set(given)):
+        raise ValueError(f"samples lack the layers {missing}: expected all of {list(between.kept)}.")
+    start = partial(between.program, 1.0, None, lambda layer, shape: given[layer] if shape else given[layer][0])
+    schedule = Schedule(between, start, tuple(reversed(betas[:-1])))
+    log_weights = schedule.walk(len(given[between.kept[0]]))[-1][1]
+    return float(between.log_base() - log_evidence(log_weights)[0])
+
+
+def _needs_guide(between: Between) -> bool:
+    return between.kept != (between.machine.visible,)
+
+
+def _log_likelihood(machine: BoltzmannMachine, data: Tensor, log_z: float, guide: FactorisedGuide | None) -> Tensor:
+    if guide is not None:
+        posterior = guide.factorised(data)
+        energy = machine.energy({machine.visible: data, **posterior.means})
+        return (posterior.entropy - energy).double() - log_z
+    try:
+        return machine.log_marginal({machine.visible: data}).double() - log_z
+    except ValueError as error:
+        raise ValueError(
+            f"the likelihood of data has no closed form: {error} Pass guide=MeanFieldGuide(machine) for a bound."
+        ) from error
+
+
+def _raise(
+    between: Between, betas: tuple[float, ...], data: Tensor, num_chains: int, guide: FactorisedGuide | None
+) -> Tensor:
+    machine = between.machine
+    if _needs_guide(between) and guide is None:
+        raise ValueError(
+            f"chains that go back from data start at the layers {list(between.kept)}: expected guide=, such as "
+            "MeanFieldGuide(machine), to draw the hidden ones from."
+        )
+    machine.layers[machine.visible].check(data, machine.visible)
+    means = {} if guide is None else dict(guide.factorised(data).means)
+
+    def start() -> None:
+        with data_plate(len(data), None):
+            for layer in between.kept:
+                if layer == machine.visible:
+                    pyro.sample(layer, BaseMeasure(machine.layers[layer], (len(data),), data, draw=_fixed(data)))
+                else:
+                    pyro.sample(layer, _independent(machine, layer, means[layer]))
+
+    schedule = Schedule(between, start, tuple(reversed(betas)), len(data))
+    log_weights = schedule.walk(num_chains)[-1][1]
+    return log_evidence(log_weights)[0] - between.log_base()
+
+
+def _fixed(data: Tensor) -> Callable[[tuple[int, ...]], Tensor]:
+    return lambda shape: data.expand(*shape, data.shape[-1])
+
+
+def _independent(machine: BoltzmannMachine, layer: str, mean: Tensor) -> Any:
+    if machine.layers[layer].num_states != 2:
+        raise ValueError(f"layer {layer!r} is not binary: expected Bernoulli units to start chains of data from.")
+    return dist.Bernoulli(mean.clamp(1e-4, 1 - 1e-4), validate_args=False).to_event(1)
