@@ -46,7 +46,7 @@ FLOORS = {
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
     | {"recipes", "lockstep"}
     | {"chains", "weighted", "loo", "posterior", "starts"},
-    6: {"schema", "groups", "export", "report", "comparison", "plots"},
+    6: {"schema", "groups", "export", "report", "comparison", "plots", "pictures"},
     7: {"result", "selection", "fitting"},
     8: {"pretraining", "examples", "demo", "models"},
     9: {"__init__"},

@@ -18,6 +18,7 @@ from pplvi.energies.gibbs_guide import GibbsGuide
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
+from pplvi.energies.monitors import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
 from pplvi.energies.partition import PartitionEstimate, annealed_importance_sampling, raise_bound
 from pplvi.energies.rbm import BoltzmannDistribution, RestrictedBoltzmannMachine
 from pplvi.energies.recognition import RecognitionGuide, RecognitionNetwork
@@ -60,6 +61,10 @@ __all__ = [
     "TemperedChains",
     "Units",
     "annealed_importance_sampling",
+    "chain_mixing",
+    "free_energy_gap",
+    "inpaint",
+    "nearest_neighbours",
     "raise_bound",
     "stages",
     "to_classifier",
