@@ -85,7 +85,7 @@ class Annealed:
         if not isinstance(guide, Planned):
             yield from Importance()(model, guide, args, kwargs, request)
             return
-        _check(request)
+        check_levels(request)
         nesting, batch = _layout(model, guide, args, kwargs)
         walk = _Walk(
             model, guide.plan(args, kwargs), args, kwargs, request.num_particles, nesting, batch, request.routing
@@ -96,7 +96,8 @@ class Annealed:
             yield from walk.steps(self.resampling)
 
 
-def _check(request: Request) -> None:
+def check_levels(request: Request) -> None:
+    """Check that an objective is one of levels and wants all particles at once."""
     if request.routing.local is None:
         raise ValueError(
             "this objective sees a single step, but the sampler walks along a path: expected an objective of levels "

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pplvi.alone import rescored, run_alone
-from pplvi.annealing import Resampling
-from pplvi.annealing import _check as check_levels
+from pplvi.annealing import check_levels
 from pplvi.objectives import Routing, Step
+from pplvi.resampling import Resampling
 from pplvi.runs import Run, latent_sites, sample_sites
 from pplvi.samplers import Request
 from pplvi.timesteps import Course, Memory, Plates, course_of, plates_of
@@ -39,12 +39,18 @@ class Filtering:
 
     :param resampling: when and how to resample between time steps; never after the last.
     :param learn_look_ahead: whether the objective has a use for gradients of the look-ahead factors.
+    :raises ValueError: for resampling that changes the number of particles.
     """
 
     proposal: ClassVar[str] = "guide"
 
     def __init__(self, resampling: Resampling | None = None, *, learn_look_ahead: bool = True) -> None:
         self.resampling = Resampling() if resampling is None else resampling
+        if self.resampling.num_particles is not None:
+            raise ValueError(
+                f"{self.resampling}: a filter keeps its number of particles: expected num_particles=None. Say how many "
+                "in FilteringELBO(num_particles)."
+            )
         self.learn_look_ahead = learn_look_ahead
 
     def __call__(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pplvi.annealing import Resampling
 from pplvi.elbo import WeightedELBO
 from pplvi.filtering import Filtering
 from pplvi.nested import FilteringBound, FilteringForwardKL, IncrementalBound
 from pplvi.objectives import Objective
+from pplvi.resampling import Resampling
 from pplvi.weights import ResamplingScheme
 
 _OBJECTIVES: dict[str, Objective] = {"bound": FilteringBound(), "forward_kl": FilteringForwardKL()}

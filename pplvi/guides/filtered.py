@@ -19,10 +19,10 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pplvi.annealing import Resampling
 from pplvi.filtering import Particles, plates_found
 from pplvi.handlers import aside, numbered
 from pplvi.objectives import Routing
+from pplvi.resampling import Resampling
 from pplvi.runs import PARTICLES, Plate, site_plates
 from pplvi.timesteps import Course, Plates, course_of, has_steps
 from pplvi.weights import ResamplingScheme, logmeanexp, resample
