@@ -18,13 +18,14 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
+from torch.nn.functional import softplus
 
 import pplvi
 from pplvi import ImportanceWeightedELBO, ReweightedWakeSleep, WakeSleep
 from pplvi.weights import effective_sample_size
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
-NUM_STEPS = 40 if SMOKE else 3000
+NUM_STEPS = 40 if SMOKE else 1000
 NUM_IMAGES = 100 if SMOKE else 400
 OUT = Path("out")
 OUT.mkdir(exist_ok=True)
@@ -57,23 +58,26 @@ show(images[:10], OUT / "wake_sleep_images.png")
 # %% [markdown]
 # ## Model and guide
 #
-# Two Pyro programs. The model, or decoder: binary causes `z` with learned odds, and pixels given the causes. The guide,
-# or encoder: the odds of each cause given the image. Both draw inside a plate of images, so that every image has
-# weights of its own. The image is an argument and the observed value at once: that is how dreams will find their way
-# from the model into the guide.
+# Two Pyro programs. The model, or decoder: binary causes `z` with learned odds, rare at first, and pixels that any
+# cause can switch on, a noisy or: `p(off) = exp(-(leak + sum of the weights of the causes that are on))`. The guide, or
+# encoder: the odds of each cause given the image. Both draw inside a plate of images, so that every image has weights
+# of its own. The image is an argument and the observed value at once: that is how dreams will find their way from the
+# model into the guide.
 
 
 # %%
-def parameter(name, *shape, scale=0.0):
-    return pyro.param(name, lambda: scale * torch.randn(shape))
+def parameter(name, *shape, start=0.0, scale=0.0):
+    return pyro.param(name, lambda: start + scale * torch.randn(shape))
 
 
 def decoder(x):
-    odds = parameter("decoder.odds", CAUSES)
-    weight, bias = parameter("decoder.weight", CAUSES, SIDE**2, scale=0.5), parameter("decoder.bias", SIDE**2)
+    odds = parameter("decoder.odds", CAUSES, start=-1.0)
+    weight = softplus(parameter("decoder.weight", CAUSES, SIDE**2, start=-1.0, scale=0.5))
+    leak = softplus(parameter("decoder.leak", SIDE**2, start=-3.0))
     with pyro.plate("image", len(x)):
         z = pyro.sample("z", dist.Bernoulli(logits=odds).to_event(1))
-        pyro.sample("x", dist.Bernoulli(logits=z @ weight + bias).to_event(1), obs=x)
+        logits = (z @ weight + leak).expm1().log()
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
 
 def encoder(x):
@@ -121,13 +125,17 @@ plt.savefig(OUT / "wake_sleep_curves.png")
 # %% [markdown]
 # ## What was learned
 #
-# The picture of a cause is what it adds to the log-odds of each pixel, its title how often it is on. The second picture
-# shows what the model dreams.
+# The picture of a cause shows which pixels it switches on, its title how often it is on: nearly all are a row or a
+# column, which nobody named. The second picture shows what the model dreams.
 
 # %%
 fit = fits["reweighted"]
 found = fit.params[0]
-show(found["decoder.weight"], OUT / "wake_sleep_causes.png", [f"{p:.2f}" for p in found["decoder.odds"].sigmoid()])
+show(
+    1 - (-softplus(found["decoder.weight"])).exp(),
+    OUT / "wake_sleep_causes.png",
+    [f"{p:.2f}" for p in found["decoder.odds"].sigmoid()],
+)
 dreams = pyro.poutine.trace(pyro.poutine.uncondition(fit.model)).get_trace(images[:10]).nodes["x"]["value"]
 show(dreams, OUT / "wake_sleep_dreams.png")
 
