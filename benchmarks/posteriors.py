@@ -96,10 +96,10 @@ def _wide(model: Callable[[], None]) -> AutoFlow:
     return AutoFlow(model, "nsf", passes=2, affine="diagonal", init_scale=1.5)
 
 
-def _flow(target: Target, seed: int, steps: int = 3000) -> Fit:
-    kind = _wide if target.multimodal else partial(AutoFlow, flow="quadratic")
+def _flow(target: Target, seed: int, rotate: bool = True, rate: float = 2e-3) -> Fit:
+    kind = _wide if target.multimodal else partial(AutoFlow, flow="quadratic", rotate=rotate)
     start = {"start": {"init": "match"}, "compile": True, "stop": None}
-    return _trained(kind, steps, 64, 2e-3, objective=ELBO(64, estimator="stl"), **start)(target, seed)
+    return _trained(kind, 3000, 64, rate, objective=ELBO(64, estimator="stl"), **start)(target, seed)
 
 
 GUIDES: dict[str, Callable[[Target, int], Fit]] = {
@@ -113,6 +113,7 @@ GUIDES: dict[str, Callable[[Target, int], Fit]] = {
     "deterministic": _found(AutoDeterministicNormal),
     "batch and match": _found(AutoBatchAndMatch),
     "flow": _flow,
+    "flow, unrotated": partial(_flow, rotate=False, rate=1e-2),
     "auto": lambda target, seed: pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=60.0),
 }  # fmt: skip
 
@@ -208,8 +209,9 @@ def merge(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
     kept = [r for r in old if (r["target"], r["guide"], r["seed"]) not in done] + new
     kept.sort(key=lambda r: (_order(r["target"]), list(GUIDES).index(r["guide"]), r["seed"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1) + "\n")
-    return kept
+    text = json.dumps(kept, indent=1)
+    path.write_text(text + "\n")
+    return list(json.loads(text))
 
 
 def _order(key: str) -> int:
