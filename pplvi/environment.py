@@ -176,6 +176,25 @@ def _is_full(cell: Any) -> bool:
         return False
 
 
+@contextmanager
+def preserved_buffers(**programs: Any) -> Iterator[None]:
+    """Leave the buffers of the modules behind programs as they were, such as the statistics of batch normalisation.
+
+    >>> norm = torch.nn.BatchNorm1d(2)
+    >>> with preserved_buffers(model=norm):
+    ...     _ = norm(torch.randn(4, 2))
+    >>> norm.num_batches_tracked
+    tensor(0)
+    """
+    before = [(buffer, buffer.clone()) for buffer in buffers_of(**programs).values()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
 def buffers_of(**programs: Any) -> dict[str, Tensor]:
     """Buffers of the modules behind programs: what a training step may change beside the parameters.
 

@@ -20,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pplvi import autoguides, checks, dreams
-from pplvi.environment import preserved_parameters, preserved_rng, rng_state, set_rng_state
+from pplvi.environment import preserved_buffers, preserved_parameters, preserved_rng, rng_state, set_rng_state
 from pplvi.handlers import Detach, SubsampleRecorder, Supply, Uncondition, last_site
 from pplvi.layouts import Layout, recall, remember
 from pplvi.masks import balance_missing
@@ -88,7 +88,7 @@ def _compare_particles(model: Program, guide: Program, args: Any, kwargs: Any, l
 
     :raises ValueError: if two particles in one call have other densities than each by itself.
     """
-    with isolated():
+    with isolated(), preserved_buffers(model=model, guide=guide):
         how = _How(2, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, None))
         both = _execute(model, guide, args, kwargs, how)
         if both.guide_enumerated:  # its later draws have a dimension for each enumerated value: none is one particle's
@@ -266,7 +266,7 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
 
 
 def _plain_run(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
-    with isolated(), checks.named_errors():
+    with isolated(), preserved_buffers(model=model, guide=guide), checks.named_errors():
         run = _execute(model, guide, args, kwargs, _How())
     return replace(run, nesting=run.deepest)
 

@@ -68,6 +68,17 @@ def test_restarts_in_one_program_are_those_alone(options, shared):
     assert shared == [50, 50, 30] or shared[:2] == [10, 10]
 
 
+def test_an_optimiser_each_for_model_and_guide(shared):
+    def learned(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(pyro.param("prior", lambda: torch.tensor(0.5)), 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    optim = {"model": pyro.optim.SGD({"lr": 0.01}), "guide": pyro.optim.SGD({"lr": 0.1})}
+    same(*both(learned, optim=optim, restarts=2, num_steps=60))
+    assert sum(shared) == 60
+
+
 def test_each_stops_when_it_is_flat(shared):
     """The stopping rule, the cooling after it and the end are of one restart each."""
     options = {"stop": Plateau(min_steps=200, every=60, patience=2), "num_steps": 3000}

@@ -13,11 +13,12 @@ import torch
 from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pplvi.compile
 from pplvi import fit
+from pplvi.elbo import ELBO
 from pplvi.stopping import Plateau
 from pplvi.training import SETTLE_EVERY, Trainer, TrainingError
 
@@ -121,6 +122,54 @@ def test_resumed_training_is_the_uninterrupted_one(mode, data, tmp_path: Path):
     assert torch.equal(torch.as_tensor(whole.losses), torch.as_tensor(resumed.losses))
     for name, value in whole.params[0].items():
         assert torch.equal(value, resumed.params[0][name])
+
+
+class Autoencoder(nn.Module):
+    """Its encoder has statistics that every training step moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        self.decoder = nn.Linear(1, 3)
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def forward(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+def test_statistics_of_an_encoder_are_resumed(tmp_path: Path):
+    """Monitoring does not move them; going on after a checkpoint gives what never stopping gives, bit for bit."""
+    x = torch.linspace(-1.0, 2.0, 36).reshape(12, 3)
+
+    def autoencode(mode: Any, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+        networks = Autoencoder()
+        settings = {"data": list(x.split(4)), "num_steps": 70, "seed": 0, "progress": False, "monitor": ELBO(2)}
+        result = fit(networks.model, networks, compile=mode, **{**settings, **options})
+        return result, {name: b.clone() for name, b in networks.named_buffers()}
+
+    def interrupt(run: Any) -> None:
+        if run.step == 45:
+            raise KeyboardInterrupt
+
+    whole, buffers = autoencode("trace")
+    eager, expected = autoencode(False)
+    torch.testing.assert_close(torch.as_tensor(whole.losses), torch.as_tensor(eager.losses), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(buffers, expected, rtol=1e-4, atol=1e-4)
+    assert buffers["encoder.1.num_batches_tracked"] == 70
+    file = tmp_path / "run.pt"
+    autoencode("trace", checkpoint=file, checkpoint_every=20, callbacks=[interrupt])
+    resumed, again = autoencode("trace", resume=file)
+    assert torch.equal(torch.as_tensor(resumed.losses), torch.as_tensor(whole.losses))
+    assert all(torch.equal(value, buffers[name]) for name, value in again.items())
 
 
 def test_a_checkpoint_of_another_mode_is_refused(tmp_path: Path):
