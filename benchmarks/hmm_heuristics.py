@@ -43,6 +43,7 @@ from pplvi.weights import effective_sample_size, logmeanexp
 CENTRES = torch.tensor([-4.5, -1.5, 1.5, 4.5])
 ROWS = 1.0 + 4.0 * torch.eye(4)
 METHODS = ("none", "mixture", "learned")
+LINEAR = PyroModule[torch.nn.Linear]
 
 
 class HiddenMarkov:
@@ -104,15 +105,13 @@ class Proposal(PyroModule):
     def __init__(self, method: str) -> None:
         super().__init__(f"proposal_{method}")
         self.net = PyroModule[torch.nn.Sequential](
-            torch.nn.Linear(44, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32)
+            LINEAR(44, 64), torch.nn.ReLU(), LINEAR(64, 64), torch.nn.ReLU(), LINEAR(64, 32)
         )
         torch.nn.init.zeros_(self.net[-1].weight)
         torch.nn.init.zeros_(self.net[-1].bias)
         self.look_ahead: Any = {"none": None, "mixture": self.mixture, "learned": self.learned}[method]
         if method == "learned":
-            self.weights = PyroModule[torch.nn.Sequential](
-                torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4)
-            )
+            self.weights = PyroModule[torch.nn.Sequential](LINEAR(8, 16), torch.nn.Tanh(), LINEAR(16, 4))
             torch.nn.init.zeros_(self.weights[-1].weight)
             torch.nn.init.zeros_(self.weights[-1].bias)
 
@@ -217,13 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Print the table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--time-steps", type=int, default=50)
-    parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--time-steps", type=int, default=25)
+    parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--instances", type=int, default=20, help="simulated instances in a training step")
     parser.add_argument("--particles", type=int, default=20, help="particles in training")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--test-instances", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--test-instances", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ from pplvi.objectives import Routing, Step
 from pplvi.resampling import Resampling
 from pplvi.runs import Run, latent_sites, sample_sites
 from pplvi.samplers import Request
-from pplvi.timesteps import Course, Memory, Plates, course_of, plates_of
+from pplvi.timesteps import Course, Memory, Plates, course_of, plates_of, warn_of_untrained
 
 Program = Callable[..., Any]
 Values = dict[str, Tensor]
@@ -81,6 +81,7 @@ def plates_found(model: Any, guide: Any, course: Course) -> Plates:
     with suppress(KeyError, TypeError):
         return _PLATES[guide][model][key]
     found = plates_of(course)
+    warn_of_untrained(course, model, guide)
     with suppress(TypeError):
         _PLATES.setdefault(guide, WeakKeyDictionary()).setdefault(model, {})[key] = found
     return found

@@ -9,17 +9,19 @@ Tensors in the state have the particles leftmost, then the plates, then event di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from pplvi.alone import run_alone
-from pplvi.handlers import Iterations, Numbered, OnlyIteration
+from pplvi.handlers import Iterations, Numbered, OnlyIteration, parameters_of
 from pplvi.programs import isolated
 from pplvi.runs import Plate, Run, common_plates, is_deterministic, sample_sites
 
@@ -242,12 +244,35 @@ def plates_of(course: Course) -> Plates:
             scored = _plain(course.score(step, memory), {**drawn.subsample_indices(of_model=True), **values})
             memory = course.remember(memory, values)
             traces += [drawn, scored]
+            if step + 1 < course.num_steps:
+                course.look_ahead(step, memory)
     sites = [site for run in traces for _, site in sample_sites(run.model) if not is_deterministic(site)]
     return Plates(max(run.deepest for run in traces), common_plates(sites))
 
 
 def _plain(program: Program, values: Mapping[str, Tensor]) -> Run:
     return run_alone(program, (), {}, num_particles=1, nesting=0, values=values)
+
+
+def warn_of_untrained(course: Course, *owners: Any) -> None:
+    """Warn of plain torch modules whose parameters Pyro does not see in the first steps: nothing would train them."""
+    seen = {id(leaf) for leaf in parameters_of(lambda: plates_of(course)).values()}
+    for owner in owners:
+        modules = owner.named_modules() if isinstance(owner, torch.nn.Module) else ()
+        plain = {
+            f"{name}.{part}": leaf for name, m in modules if not isinstance(m, PyroModule) for part, leaf in _own(m)
+        }
+        if unseen := [name for name, leaf in plain.items() if leaf.requires_grad and id(leaf) not in seen]:
+            warnings.warn(
+                f"parameters {unseen} of {type(owner).__name__} are not trained, because Pyro does not see them: "
+                "expected a PyroModule with PyroModule[torch.nn.Linear](...) and the like as parts, or "
+                "pyro.module(name, part).",
+                stacklevel=2,
+            )
+
+
+def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return module.named_parameters(recurse=False)
 
 
 class StateSpace(PyroModule):

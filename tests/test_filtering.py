@@ -395,6 +395,13 @@ def test_proposals_and_look_ahead_factors_of_a_module_are_learned(objective: Any
         assert float(net.log_variance.detach()) < 2.5
 
 
+def test_parameters_that_pyro_does_not_see_are_named() -> None:
+    net = Net(look_ahead=False)
+    net.layer = torch.nn.Linear(2, 1)  # no PyroModule: SVI would train nothing of it, and say nothing
+    with pytest.warns(UserWarning, match=r"\['layer.weight', 'layer.bias'\] of Net are not trained"):
+        FilteringELBO(5).loss(Linear(), net, YS)
+
+
 @pytest.mark.parametrize("objective", ["bound", "forward_kl", IncrementalBound()], ids=str)
 def test_objectives_that_cannot_train_look_ahead_factors_refuse_them(objective: Any) -> None:
     """With resampling whose choice has no gradient, the bound would train them the wrong way."""

@@ -78,7 +78,9 @@ class Bootstrap:
 class Learned(PyroModule):
     def __init__(self, name="learned"):
         super().__init__(name)
-        self.net = PyroModule[torch.nn.Sequential](torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+        self.net = PyroModule[torch.nn.Sequential](
+            PyroModule[torch.nn.Linear](2, 16), torch.nn.Tanh(), PyroModule[torch.nn.Linear](16, 1)
+        )
         torch.nn.init.zeros_(self.net[-1].weight)
         self.scale = PyroParam(torch.tensor(0.4), dist.constraints.positive)
 
