@@ -180,6 +180,31 @@ def test_recognition_guide_keeps_its_parameters_through_state_dict_pickle_and_fi
         torch.testing.assert_close(copied.refined(0).means(v)["h2"], guide.refined(0).means(v)["h2"])
 
 
+def test_network_is_within_half_a_nat_of_mean_field_on_held_out_digits() -> None:
+    from sklearn.datasets import load_digits
+
+    images = torch.as_tensor(load_digits(return_X_y=True)[0])
+    v = (images[torch.randperm(len(images))] > 7.5).double()
+    dbm = DeepBoltzmannMachine([64, 30, 20])
+    train(dbm, MeanFieldGuide(dbm, 5), v[:1300], SGD({"lr": 0.1}), 150)
+    dbm.requires_grad_(False)
+    dbm.forget_chains()
+    guide, held_out = RecognitionGuide(dbm, 10), v[1300:]
+    full = MeanFieldGuide(dbm, 100, tol=1e-5).bound(held_out).mean()
+    untrained = full - guide.refined(0).bound(held_out).mean()
+    train(dbm, guide, v[:1300], Adam({"lr": 0.01}), 250)
+    gap = full - guide.refined(0).bound(held_out).mean()
+    assert gap < 0.5
+    assert gap < 0.5 * untrained
+    assert full - guide.refined(1).bound(held_out).mean() < gap
+
+
+def train(dbm: DeepBoltzmannMachine, guide: object, v: Tensor, optim: object, num_steps: int) -> None:
+    svi = SVI(dbm.model, guide, optim, BoltzmannELBO(50, 2))
+    for _ in range(num_steps):
+        svi.step(v[torch.randint(len(v), (50,))])
+
+
 def test_network_says_what_it_lacks() -> None:
     with pytest.raises(ValueError, match="expected data"):
         RecognitionGuide(deep()).means()
