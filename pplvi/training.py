@@ -42,7 +42,7 @@ class Run:
     :ivar losses: the objective at every step, in nats.
     :ivar monitored: a monitor named by the user, evaluated now and then, in nats; empty without one.
     :ivar reason: why training ended: ``"num_steps"``, ``"converged"``, ``"callback"``, ``"data"`` (an iterator was
-        used up) or ``"interrupted"``; empty while it goes on.
+        used up), ``"found"`` (the guide found itself) or ``"interrupted"``; empty while it goes on.
     :ivar rollbacks: how many times training went back because of a loss that was not finite.
     """
 
