@@ -265,7 +265,7 @@ def warn_of_untrained(course: Course, *owners: Any) -> None:
         if unseen := [name for name, leaf in plain.items() if leaf.requires_grad and id(leaf) not in seen]:
             warnings.warn(
                 f"parameters {unseen} of {type(owner).__name__} are not trained, because Pyro does not see them: "
-                "expected a PyroModule with PyroModule[torch.nn.Linear](...) and the like as parts, or "
+                "expected a PyroModule with parts such as PyroModule[torch.nn.Linear](...), all the way down, or "
                 "pyro.module(name, part).",
                 stacklevel=2,
             )

@@ -397,8 +397,8 @@ def test_proposals_and_look_ahead_factors_of_a_module_are_learned(objective: Any
 
 def test_parameters_that_pyro_does_not_see_are_named() -> None:
     net = Net(look_ahead=False)
-    net.layer = torch.nn.Linear(2, 1)  # no PyroModule: SVI would train nothing of it, and say nothing
-    with pytest.warns(UserWarning, match=r"\['layer.weight', 'layer.bias'\] of Net are not trained"):
+    net.layer = PyroModule[torch.nn.Sequential](torch.nn.Linear(2, 1))  # SVI would train nothing of it and say nothing
+    with pytest.warns(UserWarning, match=r"\['layer.0.weight', 'layer.0.bias'\] of Net are not trained"):
         FilteringELBO(5).loss(Linear(), net, YS)
 
 
