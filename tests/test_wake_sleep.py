@@ -206,6 +206,22 @@ def test_wake_sleep_has_the_exact_gradients() -> None:
         known.check_one(name, gradients[name], leaf.grad)
 
 
+def test_poor_dreams_mislead_a_guide_that_cannot_be_right_everywhere() -> None:
+    """One mean for all: awake it goes to the posterior of the data, (0.8 + 6) / 2, asleep to that of dreams, 0.8.
+
+    Early in training, dreams are unlike data; a guide trained on them is wrong where it matters.
+    """
+
+    def constant(y: Tensor) -> None:
+        with pyro.plate("replicas", len(y)):
+            pyro.sample("z", dist.Normal(pyro.param("b", torch.full((len(y),), 2.0)), 1.0))
+
+    for insomnia, exact in ((1.0, 2.0 - 3.4), (0.0, 2.0 - 0.8)):
+        loss = ReweightedWakeSleep(200, insomnia, 1)
+        _, gradients = value_and_gradients(loss, dreaming_model, constant, torch.full((5000,), 6.0))
+        assert gradients["b"].mean().item() == pytest.approx(exact, abs=0.06)
+
+
 # The pinned numbers.
 
 
