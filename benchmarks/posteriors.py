@@ -210,7 +210,9 @@ def merge(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
     kept.sort(key=lambda r: (_order(r["target"]), list(GUIDES).index(r["guide"]), r["seed"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(kept, indent=1)
-    path.write_text(text + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n")
+    part.replace(path)  # whole or not at all: several runs may share the file
     return list(json.loads(text))
 
 
