@@ -91,8 +91,8 @@ class SmoothProgram(PyroModule):
         self.alike = kernel, site  # what else than its parameters makes the program: levels can be run as one
         for index, inputs in enumerate((2, kernel.hidden)):
             layer = torch.nn.Linear(inputs, kernel.hidden)
-            setattr(self, f"weight_{index}", PyroParam(layer.weight.detach()))
-            setattr(self, f"bias_{index}", PyroParam(layer.bias.detach()))
+            setattr(self, f"weight_{index}", PyroParam(layer.weight.detach().clone()))
+            setattr(self, f"bias_{index}", PyroParam(layer.bias.detach().clone()))
         self.outputs = PyroParam(torch.zeros(5, kernel.hidden + 1))
 
     def forward(self, previous: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
