@@ -118,8 +118,8 @@ def _renewed(
     """
     if _recording():
         raise error
-    known = {"compared": layout.compared, "dreams_together": layout.dreams_together}
-    fresh = replace(inspect(model, guide, args, kwargs), **known)
+    fresh = inspect(model, guide, args, kwargs)
+    fresh = replace(fresh, compared=layout.compared, dreams_together=layout.dreams_together)
     if fresh != layout:
         remember(model, guide, args, kwargs, fresh)
         return fresh
