@@ -318,11 +318,14 @@ def fitted(steps: int, **options: Any) -> Any:
     )
 
 
-def test_fit_resumes_bit_by_bit_with_its_chains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compile", [False, "trace"])
+def test_fit_resumes_bit_by_bit_with_its_chains(tmp_path: Path, compile: Any) -> None:
     path = tmp_path / "run.pt"
-    whole = fitted(40, compile=False)
-    fitted(20, checkpoint=path, compile=False)
-    resumed = fitted(40, resume=path, compile=False)
+    whole = fitted(40, compile=compile)
+    pyro.clear_param_store()
+    fitted(20, checkpoint=path, compile=compile)
+    pyro.clear_param_store()
+    resumed = fitted(40, resume=path, compile=compile)
     assert whole.runs[0].losses == resumed.runs[0].losses
     same(whole.runs[0].params, resumed.runs[0].params)
     same(whole.runs[0].buffers(), resumed.runs[0].buffers())
@@ -360,6 +363,14 @@ def test_chains_of_another_model_are_refused(tmp_path: Path) -> None:
             rbm.model, rbm.guide, args=(V,), objective=BoltzmannELBO(num_chains=12, sweeps=1), num_steps=40,
             optim=pyro.optim.SGD({"lr": 0.1}), schedule=None, progress=False, seed=0, resume=path, compile=False,
         )  # fmt: skip
+
+
+def test_each_restart_has_chains_of_its_own() -> None:
+    fit = fitted(30, restarts=2, compile=False)
+    first, second = (run.buffers() for run in fit.runs)
+    chain = next(name for name in first if name.endswith("chain_v"))
+    assert first[chain] is not second[chain]
+    assert not torch.equal(first[chain], second[chain])
 
 
 def test_a_surrogate_neither_stops_training_nor_chooses() -> None:
