@@ -123,6 +123,9 @@ plt.legend()
 plt.savefig(OUT / "wake_sleep_curves.png")
 
 # %% [markdown]
+# Plain wake-sleep stays behind (about -13.6 nats an image against -8.4 after 1,000 steps): its guide learns from dreams
+# alone, and the first dreams are nothing like bars. Any share of wake-phi mends that.
+#
 # ## What was learned
 #
 # The picture of a cause shows which pixels it switches on, its title how often it is on: nearly all are a row or a
