@@ -330,6 +330,7 @@ class CompiledSVI:
     def carried(self) -> tuple[Tensor, ...]:
         """What goes from step to step: the parameters as one vector, and the optimiser's state."""
         assert self.parameters is not None
+        self.parameters.refresh()
         return self.parameters.flat, *self.state
 
     def recorded(self, arguments: Arguments) -> Traced:

@@ -18,7 +18,12 @@ from torch import Tensor
 
 def rng_state() -> dict[str, Any]:
     """State of torch's (all devices), NumPy's and Python's global random generators."""
-    state = dict(pyro.util.get_rng_state())
+    return {**pyro.util.get_rng_state(), **torch_rng_state()}
+
+
+def torch_rng_state() -> dict[str, Any]:
+    """The part of :func:`rng_state` that is torch's own."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -27,6 +32,12 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what :func:`rng_state` returned."""
     pyro.util.set_rng_state(dict(state))
+    set_torch_rng_state(state)
+
+
+def set_torch_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the part of it that is torch's own."""
+    torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from pplvi import backends
 from pplvi.arguments import Arguments
 from pplvi.compile import CompiledSVI
-from pplvi.environment import rng_state, set_rng_state
+from pplvi.environment import set_torch_rng_state, torch_rng_state
 from pplvi.tracing import Traced
 from pplvi.vectorized import Apart, Quiet, vectorized
 
 Random = dict[str, Any]
 
-_NOISE = 2**24  # numbers that are drawn ahead at most
+_NOISE, _STEPS = 2**24, 50  # numbers and steps that are drawn ahead at most
 
 
 class Together:
@@ -41,7 +41,11 @@ class Together:
         carried, rates = self._carried(), torch.ones(len(svis), dtype=torch.float64, device=svis[0].state[0].device)
         step = vectorized(steps, carried, rates, arguments.tensors)
         self.quiet: Quiet = step.quiet
-        inputs = (rates, *arguments.tensors, *self._noise({}))
+        ahead = max(1, min(_STEPS, _NOISE // max(1, len(svis) * sum(x.numel() for x in self.quiet.example))))
+        blocks = [x.new_zeros((ahead, len(svis), *x.shape)) for x in self.quiet.example]
+        self.noise = [[block[t] for block in blocks] for t in range(ahead)]
+        self.rows = [[[block[t, r] for block in blocks] for t in range(ahead)] for r in range(len(svis))]
+        inputs = (rates, *arguments.tensors, *self.noise[0])
         self.program: backends.Program = svis[0].backend(step.traced, carried, inputs, None)
 
     def __call__(self, num_steps: int, random: Mapping[int, Random]) -> tuple[dict[int, Tensor], dict[int, Random]]:
@@ -51,14 +55,14 @@ class Together:
         :returns: by restart, its losses, ``(num_steps,)``, in nats, and its random state afterwards.
         """
         carried = self._carried()
-        rates = torch.stack([svi.rates(num_steps if r in random else 0, num_steps) for r, svi in enumerate(self.svis)])
+        given = [svi.rates(num_steps if r in random else 0, num_steps) for r, svi in enumerate(self.svis)]
+        rates = torch.stack(given, 1)
         losses: list[Tensor] = []
         with torch.no_grad():
             while len(losses) < num_steps:
-                noise, random = self._drawn(min(self._ahead, num_steps - len(losses)), random)
+                noise, random = self._drawn(min(len(self.noise), num_steps - len(losses)), random)
                 for now in noise:
-                    rate = rates[:, len(losses)].contiguous()
-                    losses.append(self.program(*carried, rate, *self.arguments.tensors, *now))
+                    losses.append(self.program(*carried, rates[len(losses)], *self.arguments.tensors, *now))
             self._write_back(carried, random)
         for r in random:
             self.svis[r].count += num_steps
@@ -77,25 +81,15 @@ class Together:
                 for old, column in zip(row, carried, strict=True):
                     old.copy_(column[r])
 
-    @property
-    def _ahead(self) -> int:
-        """Steps whose noise is drawn at once."""
-        return max(1, _NOISE // max(1, sum(x.numel() for x in self._noise({}))))
-
-    def _noise(self, drawn: Mapping[int, Sequence[Tensor]]) -> list[Tensor]:
-        """The noise of one step, a row for each restart; zeros for those that draw none."""
-        blank = [torch.zeros_like(x) for x in self.quiet.example]
-        rows = [drawn.get(r, blank) for r in range(len(self.svis))]
-        return [torch.stack(column) for column in zip(*rows, strict=True)]
-
     def _drawn(self, num_steps: int, random: Mapping[int, Random]) -> tuple[list[list[Tensor]], dict[int, Random]]:
-        """The noise of several steps, and the random states of the restarts afterwards."""
-        drawn, after = {}, {}
+        """The noise of several steps, a row for each restart, and the random states of the restarts afterwards."""
+        after = {}
         for r, state in random.items():
-            set_rng_state(state)
-            drawn[r] = [self.quiet.noise() for _ in range(num_steps)]
-            after[r] = rng_state()
-        return [self._noise({r: steps[t] for r, steps in drawn.items()}) for t in range(num_steps)], after
+            set_torch_rng_state(state)
+            for rows in self.rows[r][:num_steps]:
+                self.quiet.fill(rows)
+            after[r] = {**state, **torch_rng_state()}
+        return self.noise[:num_steps], after
 
 
 __all__ = ["Apart", "Together"]

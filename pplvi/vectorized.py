@@ -21,7 +21,15 @@ from pplvi.tracing import Traced
 
 aten = torch.ops.aten
 
+Draw = Callable[[Tensor], Any]
+
 _LIKE = {aten.rand_like.default, aten.randn_like.default, aten.randint_like.default, aten.randint_like.low_dtype}
+_STANDARD: dict[Any, Draw] = {
+    aten.randn.default: Tensor.normal_,
+    aten.randn_like.default: Tensor.normal_,
+    aten.rand.default: Tensor.uniform_,
+    aten.rand_like.default: Tensor.uniform_,
+}
 
 
 class Apart(Exception):
@@ -33,17 +41,18 @@ class Quiet:
     """A recorded step whose random numbers are inputs.
 
     :ivar graph: from ``(*inputs, *noise, *constants)`` to what the step returns.
-    :ivar draws: what draws each of them, from the global random state.
+    :ivar draws: what fills each of them in, from the global random state.
     :ivar example: the noise of some step.
     """
 
     graph: fx.GraphModule
-    draws: tuple[Callable[[], Tensor], ...]
+    draws: tuple[Draw, ...]
     example: tuple[Tensor, ...]
 
-    def noise(self) -> list[Tensor]:
-        """The random numbers of one step: those that the recorded step would draw itself."""
-        return [draw() for draw in self.draws]
+    def fill(self, noise: Sequence[Tensor]) -> None:
+        """Draw the random numbers of one step: those that the recorded step would draw itself."""
+        for draw, x in zip(self.draws, noise, strict=True):
+            draw(x)
 
 
 def without_noise(traced: Traced, num_inputs: int) -> Quiet:
@@ -54,16 +63,18 @@ def without_noise(traced: Traced, num_inputs: int) -> Quiet:
 
     >>> from pplvi.tracing import record
     >>> quiet = without_noise(record(lambda x: (x + torch.randn(2),), [torch.zeros(2)], {}), 1)
-    >>> quiet.graph(torch.ones(2), torch.tensor([0.5, 1.0])), len(quiet.noise())
+    >>> quiet.graph(torch.ones(2), torch.tensor([0.5, 1.0])), len(quiet.example)
     ((tensor([1.5000, 2.0000]),), 1)
     """
     graph = fx.GraphModule(traced.graph, fx.Graph())
     graph.graph.output(graph.graph.graph_copy(traced.graph.graph, {}))
     places = [n for n in graph.graph.nodes if n.op == "placeholder"]
-    draws = []
+    draws, example = [], []
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            draws.append(_draw(node))
+            draw, some = _draw(node)
+            draws.append(draw)
+            example.append(some)
             with graph.graph.inserting_after(places[num_inputs + len(draws) - 2]):
                 place = graph.graph.placeholder(f"noise_{len(draws)}")
             places.insert(num_inputs + len(draws) - 1, place)
@@ -71,23 +82,33 @@ def without_noise(traced: Traced, num_inputs: int) -> Quiet:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    with preserved_rng():
-        example = tuple(draw() for draw in draws)
-    return Quiet(graph, tuple(draws), example)
+    return Quiet(graph, tuple(draws), tuple(example))
 
 
-def _draw(node: fx.Node) -> Callable[[], Tensor]:
-    """What a random node draws, by itself; the values of its tensor arguments must not matter."""
+def _draw(node: fx.Node) -> tuple[Draw, Tensor]:
+    """What fills a random node's result in, by itself, and an example; values of its tensor arguments must not matter.
+
+    In place where that draws the same numbers: a call for each would cost as much as a small step.
+    """
     function: Any = node.target
-    first, rest = (node.args[0] if node.args else None), node.args[1:]
-    others = [x for x in tree_leaves((rest, node.kwargs)) if isinstance(x, fx.Node)]
-    if not isinstance(first, fx.Node) and not others:
-        return lambda: function(*node.args, **node.kwargs)
+    first, rest, options = (node.args[0] if node.args else None), node.args[1:], node.kwargs
+    others = [x for x in tree_leaves((rest, options)) if isinstance(x, fx.Node)]
     overwrites = str(function).split(".")[1].endswith("_") and isinstance(first, fx.Node) and len(first.users) == 1
-    if others or not isinstance(first, fx.Node) or not (overwrites or function in _LIKE):
+    if others or (isinstance(first, fx.Node) and not (overwrites or function in _LIKE)):
         raise Apart(f"the random numbers of {function} depend on values that differ between restarts")
-    shape = first.meta["val"]
-    return lambda: function(torch.empty(shape.shape, dtype=shape.dtype, device=shape.device), *rest, **node.kwargs)
+    some = _empty(first) if isinstance(first, fx.Node) else None
+    with preserved_rng():
+        example = function(*node.args, **options) if some is None else function(some, *rest, **options)
+    if overwrites:
+        return lambda x: function(x, *rest, **options), example
+    if function in _STANDARD:
+        return _STANDARD[function], example
+    return lambda x: x.copy_(function(*([first] if some is None else [x]), *rest, **options)), example
+
+
+def _empty(node: fx.Node) -> Tensor:
+    value = node.meta["val"]
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,7 @@ class Vectorized:
 
     :ivar traced: from ``(*carried, rates, *data, *noise, *constants)`` to ``(*carried, losses)``: what is carried, the
         rates, the noise and the losses have one row for each restart.
-    :ivar quiet: draws the noise of one restart.
+    :ivar quiet: draws the noise of a restart.
     """
 
     traced: Traced
