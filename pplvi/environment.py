@@ -203,7 +203,8 @@ def preserved_buffers(**programs: Any) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffer, value in before:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # a write, even of the same value, would spoil gradients under way
+                    buffer.copy_(value)
 
 
 def buffers_of(**programs: Any) -> dict[str, Tensor]:
