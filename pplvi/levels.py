@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import pyro
@@ -20,11 +20,10 @@ from torch import Tensor
 
 from pplvi.alone import parameter_names, rescored, run_stacked
 from pplvi.objectives import Step
+from pplvi.resampling import Resampling
 from pplvi.runs import latent_sites
 
-if TYPE_CHECKING:
-    from pplvi.annealing import Resampling, _Walk
-
+_Walk = Any  # pplvi.annealing's: it imports this module
 Program = Callable[..., Any]
 Values = dict[str, Tensor]
 

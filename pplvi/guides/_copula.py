@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pplvi.guides._import_zuko import import_zuko
+
 __all__ = ["gaussian_copula"]
 
 
@@ -44,8 +46,6 @@ def gaussian_copula(features: int, bins: int = 8) -> Any:
     :param features: number of coordinates.
     :param bins: number of bins of each spline.
     """
-    from pplvi.guides._zuko import import_zuko
-
     zuko = import_zuko()
     correlate = zuko.lazy.UnconditionalTransform(_UnitLower, torch.zeros(features, features))
     shapes = [(bins,), (bins,), (bins - 1,)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, constraints
 
 from pplvi.guides._copula import gaussian_copula
+from pplvi.guides._import_zuko import import_zuko as import_zuko
 from pplvi.guides._quadratic import QuadraticFlow
 
 __all__ = ["FAMILIES", "AffineFlowTransform", "build", "import_zuko", "make_identity", "with_tensors"]
@@ -30,16 +31,6 @@ FAMILIES: dict[str, tuple[Any, bool]] = {
     "copula": (gaussian_copula, True),
     "quadratic": (QuadraticFlow, False),
 }
-
-
-def import_zuko() -> ModuleType:
-    """zuko, with torch's validation flag as it was: zuko's own import switches it off for the whole process."""
-    validate = Distribution._validate_args
-    try:
-        import zuko
-    finally:
-        Distribution.set_default_validate_args(validate)
-    return zuko
 
 
 def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
