@@ -4,8 +4,8 @@ The data are the 16 patterns of 3x3 pixels that are bars or stripes (all black a
 has a mean log likelihood above -2.5993 nats. A machine with 9 hidden units is trained on random batches with a learning
 rate that falls to zero in a line, by plain stochastic gradient descent, and evaluated exactly by enumeration.
 
-Reproduces the finding of Melchior, Fischer & Wiskott (JMLR 2016), "How to center deep Boltzmann machines", section 6.1,
-on the same data: centered gradients reach higher likelihoods than plain ones, persistent chains higher ones than chains
+Reproduces the finding of Melchior, Fischer & Wiskott (JMLR 2016), "How to center deep Boltzmann machines",
+on such data: centered gradients reach higher likelihoods than plain ones, persistent chains higher ones than chains
 that start at the data, and the exact gradient the highest.
 
     python benchmarks/bars_and_stripes.py --out benchmarks/results/bars_and_stripes.json
