@@ -1,10 +1,10 @@
 """Restricted Boltzmann machines on binary images: exact test log-likelihoods, and milliseconds an update.
 
-With 16 hidden units log Z is exact, so that nothing here is estimated. The set-ups follow
-the literature on centering (Melchior, Fischer & Wiskott, JMLR 2016, "How to center deep Boltzmann machines"), where the
-published numbers come from; they were not checked against the paper's tables again. On thresholded MNIST, 60,000 images, persistent contrastive divergence, batches of 100, learning rate
-0.01, 50 epochs, -142.56 nats, and -142.09 with the data flipped, which a centered machine does not notice. On sampled
-MNIST the learning rate falls from 0.05 to zero in 25 epochs.
+With 16 hidden units log Z is exact, so that nothing here is estimated. The set-ups follow the literature on centering
+(Melchior, Fischer & Wiskott, JMLR 2016, "How to center deep Boltzmann machines"), where the published numbers come
+from; they were not checked against the paper's tables again. On thresholded MNIST: 60,000 images, persistent
+contrastive divergence, batches of 100, learning rate 0.01, 50 epochs, -142.56 nats, and -142.09 with the data flipped,
+which a centered machine does not notice. On sampled MNIST the learning rate falls from 0.05 to zero in 25 epochs.
 
 The second table times an update of a 784-500 machine (PCD-1, batch 100, float32, CPU seconds, in turns): through
 ``SVI``, compiled, scikit-learn's ``BernoulliRBM``, a loop in bare torch, and the five matrix products that no
