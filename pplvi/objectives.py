@@ -240,6 +240,8 @@ class RenyiBound(Objective):
                 "num_particles=1 with sites that cannot be reparameterised: the leave-one-out baseline (VIMCO) needs "
                 "at least 2 particles. Raise num_particles, or use estimator='score' (no baseline, higher variance)."
             )
+        if not log_score.requires_grad:  # only the value is wanted: no K x K matrix
+            return torch.zeros_like(log_score[0])
         term = (self._signal(log_weight) * log_score).sum(0)
         if not self.linear or self.exact_entropy or self.analytic_kl:
             return term
