@@ -18,6 +18,8 @@ from pplvi.energies import (
     annealed_importance_sampling,
     raise_bound,
 )
+from pplvi.energies.averaging import averaged_machines, base_fields
+from pplvi.energies.between import Between
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +196,37 @@ def test_bad_input() -> None:
         raise_bound(machines()["dbm"], torch.zeros(2, 6))
     with pytest.raises(ValueError, match="only 0 and 1"):
         raise_bound(machine, torch.full((2, 8), 0.5))
+
+
+@pytest.mark.parametrize("kind", ["rbm", "dbm"])
+def test_the_moment_averaged_path_reaches_the_same_log_z(kind: str) -> None:
+    machine = with_biases(machines()[kind])
+    exact = machine.log_partition().item()
+    found = annealed_importance_sampling(
+        machine, 300, 100, path="moment_averaged", num_knots=3, knot_steps=150, samples=None, seed=0
+    )
+    low, high = found.interval
+    assert low < exact < high
+    assert found.ess > 150
+
+
+def test_knots_have_averaged_moments() -> None:
+    machine = with_biases(machines()["rbm"])
+    base = Between(machine, base_fields(machine, None))
+    with torch.no_grad():
+        (knot,) = averaged_machines(base, 1, 1500)
+        mean = {}
+        for name, each in {"knot": knot, "machine": machine}.items():
+            states = each.distribution().enumerate_support()
+            weights = (-each.free_energy(states)).softmax(0)
+            mean[name] = weights @ states
+    assert torch.allclose(mean["knot"], (0.5 + mean["machine"]) / 2, atol=0.03)
+
+
+def test_paths_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="path='arithmetic'"):
+        annealed_importance_sampling(machines()["rbm"], path="arithmetic")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not all binary"):
+        annealed_importance_sampling(machines()["gaussian"], path="moment_averaged")
+    with pytest.raises(ValueError, match="num_knots=0"):
+        annealed_importance_sampling(machines()["rbm"], path="moment_averaged", num_knots=0)

@@ -27,19 +27,22 @@ from pplvi.paths import Plan
 from pplvi.samplers import Request
 
 Values = Mapping[str, Tensor]
+Ends = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Between:
-    """The machines between a base-rate model and a machine, on the layers of one colour class.
+    """The machines between a base-rate model, or a first machine, and a machine, on the layers of one colour class.
 
     :ivar base: fields of the base-rate model by layer, ``(width,)``.
+    :ivar first: the machine to begin with in the place of the base-rate model.
     :ivar known: fields and biases' products at the last values, which the next level needs again.
     """
 
     machine: BoltzmannMachine
     base: Mapping[str, Tensor]
-    known: list[tuple[tuple[Tensor, ...], dict[str, Tensor], tuple[Tensor, Tensor]]] = field(default_factory=list)
+    first: BoltzmannMachine | None = None
+    known: list[tuple[tuple[Tensor, ...], dict[str, Ends], Ends]] = field(default_factory=list)
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -51,40 +54,43 @@ class Between:
         """The layers that are summed out."""
         return tuple(layer for layer in self.machine.layers if layer not in self.kept)
 
-    def _at(self, values: Values) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """Fields of the other layers, and the two ends of what is linear in beta, worked out once for each value."""
+    def _fields(self, layer: str, values: Values) -> Ends:
+        """The field of a layer at both ends."""
+        last = self.machine.field(layer, values)
+        return self.base[layer].expand_as(last) if self.first is None else self.first.field(layer, values), last
+
+    def _at(self, values: Values) -> tuple[dict[str, Ends], Ends]:
+        """Fields of the other layers, and what is linear in beta, at both ends: worked out once for each value."""
         at = tuple(values[layer] for layer in self.kept)
-        for seen, fields, ends in self.known:
+        for seen, fields, linear in self.known:
             if all(a is b for a, b in zip(seen, at, strict=True)):
-                return fields, ends
+                return fields, linear
         given = dict(zip(self.kept, at, strict=True))
-        fields = {layer: self.machine.field(layer, given) for layer in self.summed}
-        ends = self._linear(given, self.base), self._linear(given, self.machine.biases())
-        self.known = [(at, fields, ends), *self.known[:1]]
-        return fields, ends
+        fields = {layer: self._fields(layer, given) for layer in self.summed}
+        start = self.base if self.first is None else self.first.biases()
+        linear = self._linear(given, start), self._linear(given, self.machine.biases())
+        self.known = [(at, fields, linear), *self.known[:1]]
+        return fields, linear
 
     def _linear(self, values: Values, fields: Values) -> Tensor:
         layers = self.machine.layers
         parts = [layers[n].statistic(v) @ fields[n] - layers[n].base_energy(v) for n, v in values.items()]
         return torch.stack([part.double() for part in parts]).sum(0)
 
-    def _mixed(self, layer: str, end: Tensor, beta: float) -> Tensor:
-        return torch.lerp(self.base[layer].expand_as(end), end, beta)
-
     def log_density(self, values: Values, beta: float) -> Tensor:
         """Log density of the kept layers, the others summed out, ``(*batch)``, unnormalised, in nats and float64."""
-        fields, (first, last) = self._at(values)
-        total = torch.lerp(first, last, beta)
-        for layer, end in fields.items():
-            total = total + self.machine.layers[layer].log_partition(self._mixed(layer, end, beta)).double()
+        fields, linear = self._at(values)
+        total = torch.lerp(*linear, beta)
+        for layer, ends in fields.items():
+            total = total + self.machine.layers[layer].log_partition(torch.lerp(*ends, beta)).double()
         return total
 
     def sweep(self, values: Values, beta: float) -> dict[str, Tensor]:
         """One sweep of block Gibbs sampling: the other layers, then the kept ones."""
         layers = self.machine.layers
         fields, _ = self._at(values)
-        other = {n: layers[n].sample(self._mixed(n, end, beta)) for n, end in fields.items()}
-        return {n: layers[n].sample(self._mixed(n, self.machine.field(n, other), beta)) for n in self.kept}
+        other = {n: layers[n].sample(torch.lerp(*ends, beta)) for n, ends in fields.items()}
+        return {n: layers[n].sample(torch.lerp(*self._fields(n, other), beta)) for n in self.kept}
 
     def log_base(self) -> Tensor:
         """``log Z`` of the base-rate model, exact."""
@@ -131,17 +137,19 @@ class _Sweep(InvariantMove):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A guide that is only walked: from a start through machines at these inverse temperatures."""
+    """A guide that is only walked: from a start through machines at inverse temperatures.
 
-    between: Between
+    :ivar levels: the machines between which a level's target lies, and how far it has come.
+    """
+
     start: Callable[[], None]
-    betas: tuple[float, ...]
+    levels: tuple[tuple[Between, float], ...]
     count: int | None = None
 
     @property
     def num_steps(self) -> int:
         """Number of transitions."""
-        return len(self.betas)
+        return len(self.levels)
 
     def programs(self, level: int) -> tuple[Callable[[], None], ...]:
         """The level's own program."""
@@ -149,11 +157,12 @@ class Schedule:
 
     def target(self, level: int) -> Callable[[], None]:
         """The machine that a level reaches, as a program."""
-        return partial(self.between.program, self.betas[level - 1], self.count)
+        between, beta = self.levels[level - 1]
+        return partial(between.program, beta, self.count)
 
     def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         """Path and moves."""
-        moves = tuple(_Sweep(self.between, beta) for beta in self.betas)
+        moves = tuple(_Sweep(*level) for level in self.levels)
         return Plan(_Targets(self), moves, moves)
 
     def __call__(self) -> None:
@@ -162,7 +171,8 @@ class Schedule:
 
     def walk(self, num_chains: int) -> list[tuple[Tensor, Tensor]]:
         """Log weights before and after each level of one walk, each ``(num_chains, *batch)``, without gradient."""
-        self.between.known.clear()
+        for between, _ in self.levels:
+            between.known.clear()
         request = Request(num_chains, routing=Routing(detach=True, local=True))
         with torch.no_grad():
             steps = Annealed()(self.target(self.num_steps), self, (), {}, request)

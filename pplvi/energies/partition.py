@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pplvi.energies.averaging import Route, averaged_machines, base_fields
 from pplvi.energies.between import Between, Schedule
 from pplvi.energies.factorised import FactorisedGuide
 from pplvi.energies.machine import BoltzmannMachine
@@ -66,6 +67,9 @@ def annealed_importance_sampling(
     samples: Tensor | Values | None = None,
     guide: FactorisedGuide | None = None,
     num_raise_chains: int = 10,
+    path: Literal["geometric", "moment_averaged"] = "geometric",
+    num_knots: int = 9,
+    knot_steps: int = 1000,
     seed: int | None = None,
 ) -> PartitionEstimate:
     """Estimate ``log Z`` of a machine by annealed importance sampling (Neal 2001; Salakhutdinov & Murray 2008).
@@ -84,6 +88,10 @@ def annealed_importance_sampling(
     :param guide: for ``data`` where hidden layers are not independent given the visible one: the guide whose bound
         stands for the likelihood, such as ``MeanFieldGuide(machine)``.
     :param num_raise_chains: chains of each datum for its RAISE bound.
+    :param path: ``"geometric"``, or ``"moment_averaged"``: through machines whose mean statistics lie evenly between
+        those of the base-rate model and of the machine (Grosse, Maddison & Salakhutdinov 2013).
+    :param num_knots: of the latter: number of machines between; from one to the next the path is geometric.
+    :param knot_steps: of the latter: training steps of each of them.
     :param seed: seed of the chains; the process's random state stays as it was.
     :returns: the estimate, with its interval and its effective sample size. It warns where a few chains dominate.
     :raises ValueError: for fewer than two chains or betas, betas that do not go from 0 to 1, lateral connections, or
@@ -100,17 +108,20 @@ def annealed_importance_sampling(
     True
     """
     _check(machine, num_chains, num_betas)
+    if path not in ("geometric", "moment_averaged"):
+        raise ValueError(f"path={path!r}: expected 'geometric' or 'moment_averaged'.")
     with random_state(seed), torch.no_grad():
-        between = Between(machine, _base_fields(machine, base_rate))
-        chosen = _betas(between, num_betas, betas)
-        steps = Schedule(between, between.base_program, chosen[1:]).walk(num_chains)
+        base = Between(machine, base_fields(machine, base_rate))
+        chosen = _betas(base, num_betas, betas)
+        route = Route.through(base, () if path == "geometric" else averaged_machines(base, num_knots, knot_steps))
+        steps = Schedule(base.base_program, route.levels(chosen[1:])).walk(num_chains)
         log_weights = steps[-1][1]
-        upper = None if samples is None else _upper_bound(between, chosen, samples)
+        upper = None if samples is None else _upper_bound(route, chosen, samples)
         found = _estimate(log_weights, upper)
         if data is None:
             return found
         likelihood = _log_likelihood(machine, data, found.log_z, guide)
-        bound = _raise(between, chosen, data, num_raise_chains, guide)
+        bound = _raise(route, chosen, data, num_raise_chains, guide)
     return replace(found, log_likelihood=_mean(likelihood), log_likelihood_bound=_mean(bound))
 
 
@@ -147,8 +158,8 @@ def raise_bound(
     """
     _check(machine, 2, num_betas)
     with random_state(seed), torch.no_grad():
-        between = Between(machine, _base_fields(machine, base_rate))
-        return _raise(between, _betas(between, num_betas, None), data, num_chains, guide)
+        base = Between(machine, base_fields(machine, base_rate))
+        return _raise(Route.through(base, ()), _betas(base, num_betas, None), data, num_chains, guide)
 
 
 def _check(machine: BoltzmannMachine, num_chains: int, num_betas: int) -> None:
@@ -162,24 +173,6 @@ def _check(machine: BoltzmannMachine, num_chains: int, num_betas: int) -> None:
             f"{f', with lateral connections in {lateral}' if lateral else ''}: expected two groups of layers without "
             "connections inside, as in restricted and deep machines."
         )
-
-
-def _base_fields(machine: BoltzmannMachine, base_rate: Tensor | None) -> dict[str, Tensor]:
-    """Fields of the base-rate model: the visible units have the base rates, hidden ones no field."""
-    fields = {layer: torch.zeros_like(machine.bias(layer)) for layer in machine.layers}
-    layer, units = machine.visible, machine.layers[machine.visible]
-    rate = machine.offset(layer) if base_rate is None else torch.as_tensor(base_rate).to(machine.like())
-    if rate.shape != (units.width,):
-        raise ValueError(
-            f"base_rate has shape {tuple(rate.shape)}: expected the visible units' means, ({units.width},)."
-        )
-    if units.num_states == 2:
-        fields[layer] = torch.logit(rate.clamp(0.01, 0.99))
-    elif units.num_states is not None:
-        fields[layer] = rate.clamp(min=0.01).log()
-    elif base_rate is not None:
-        fields[layer] = rate
-    return fields
 
 
 def _betas(between: Between, num_betas: int, given: Tensor | str | None) -> tuple[float, ...]:
@@ -196,7 +189,8 @@ def _betas(between: Between, num_betas: int, given: Tensor | str | None) -> tupl
 def _adapted(between: Between, num_betas: int) -> tuple[float, ...]:
     """Betas at equal distances in the standard deviation of the log weight's derivative, from a short run."""
     pilot = torch.linspace(0, 1, min(num_betas, _PILOT_BETAS), dtype=torch.float64)
-    steps = Schedule(between, between.base_program, tuple(pilot.tolist()[1:])).walk(_PILOT_CHAINS)
+    levels = tuple((between, beta) for beta in pilot.tolist()[1:])
+    steps = Schedule(between.base_program, levels).walk(_PILOT_CHAINS)
     spread = torch.stack([(after - before).std() for before, after in steps])
     length = torch.cat([spread.new_zeros(1), (spread + 1e-3 * spread.mean() + 1e-12).cumsum(0)])
     wanted = torch.linspace(0, 1, num_betas, dtype=torch.float64) * length[-1]
@@ -226,15 +220,15 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(error)
 
 
-def _upper_bound(between: Between, betas: tuple[float, ...], samples: Tensor | Values) -> float:
+def _upper_bound(route: Route, betas: tuple[float, ...], samples: Tensor | Values) -> float:
     """Reverse chains from samples of the machine: ``log Z_0 - log mean w``."""
-    given = dict(samples) if isinstance(samples, Mapping) else {between.machine.visible: samples}
-    if missing := sorted(set(between.kept) - set(given)):
-        raise ValueError(f"samples lack the layers {missing}: expected all of {list(between.kept)}.")
-    start = partial(between.program, 1.0, None, lambda layer, shape: given[layer] if shape else given[layer][0])
-    schedule = Schedule(between, start, tuple(reversed(betas[:-1])))
-    log_weights = schedule.walk(len(given[between.kept[0]]))[-1][1]
-    return float(between.log_base() - log_evidence(log_weights)[0])
+    (last, _), kept = route.at(1.0), route.base.kept
+    given = dict(samples) if isinstance(samples, Mapping) else {route.base.machine.visible: samples}
+    if missing := sorted(set(kept) - set(given)):
+        raise ValueError(f"samples lack the layers {missing}: expected all of {list(kept)}.")
+    start = partial(last.program, 1.0, None, lambda layer, shape: given[layer] if shape else given[layer][0])
+    log_weights = Schedule(start, route.levels(betas[-2::-1])).walk(len(given[kept[0]]))[-1][1]
+    return float(route.base.log_base() - log_evidence(log_weights)[0])
 
 
 def _needs_guide(between: Between) -> bool:
@@ -255,9 +249,9 @@ def _log_likelihood(machine: BoltzmannMachine, data: Tensor, log_z: float, guide
 
 
 def _raise(
-    between: Between, betas: tuple[float, ...], data: Tensor, num_chains: int, guide: FactorisedGuide | None
+    route: Route, betas: tuple[float, ...], data: Tensor, num_chains: int, guide: FactorisedGuide | None
 ) -> Tensor:
-    machine = between.machine
+    between, machine = route.base, route.base.machine
     if _needs_guide(between) and guide is None:
         raise ValueError(
             f"chains that go back from data start at the layers {list(between.kept)}: expected guide=, such as "
@@ -274,8 +268,7 @@ def _raise(
                 else:
                     pyro.sample(layer, _independent(machine, layer, means[layer]))
 
-    schedule = Schedule(between, start, tuple(reversed(betas)), len(data))
-    log_weights = schedule.walk(num_chains)[-1][1]
+    log_weights = Schedule(start, route.levels(betas[::-1]), len(data)).walk(num_chains)[-1][1]
     return log_evidence(log_weights)[0] - between.log_base()
 
 
