@@ -75,7 +75,7 @@ class Shear(Transform):
 class SmoothKernel:
     """A residual kernel of our own: two smooth hidden layers, and a covariance that need not be diagonal."""
 
-    hidden: int = 64
+    hidden: int = 96
 
     def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[Program, Program]:
         """Two programs with parameters of their own."""
