@@ -89,8 +89,8 @@ print(pplvi.compare(fits).to_string())
 # %% [markdown]
 # ## Pictures that tell them apart
 #
-# The weights first: a guide that fits has equal weights, and a k-hat at the bottom. A Gaussian cannot follow the neck of
-# the funnel; where it has too little mass the log weights have a long right tail.
+# The weights first: a guide that fits has equal weights, and a k-hat at the bottom. A Gaussian cannot follow the neck
+# of the funnel; where it has too little mass the log weights have a long right tail.
 
 # %%
 figure, axes = plt.subplots(len(fits), 2, figsize=(9, 2.4 * len(fits)), squeeze=False)
@@ -130,7 +130,7 @@ plt.savefig(OUT / "awkward_forest.png")
 # Pyro's own reparameterisation, which leaves a deterministic `theta`.
 
 # %%
-from pyro.infer.reparam import LocScaleReparam  # noqa: E402
+from pyro.infer.reparam import LocScaleReparam
 
 easier = pyro.poutine.reparam(schools, config={"theta": LocScaleReparam(0.0)})
 nuts = pplvi.fit(easier, "nuts", args=(sigma, y), num_steps=NUM_DRAWS, seed=0, progress=False)
@@ -142,8 +142,8 @@ plt.savefig(OUT / "awkward_reference.png")
 # %% [markdown]
 # ## Let it choose
 #
-# `"auto"` climbs the same ladder by itself, within a budget of seconds, and says in its report what was tried and why it
-# stopped. And the lesson of the awkward posterior: the easier form of the model needs only the first rung.
+# `"auto"` climbs the same ladder by itself, within a budget of seconds, and says in its report what was tried and why
+# it stopped. And the lesson of the awkward posterior: the easier form of the model needs only the first rung.
 
 # %%
 chosen = pplvi.fit(easier, "auto", args=(sigma, y), seed=0, progress=False, budget=5.0 if SMOKE else 60.0)
