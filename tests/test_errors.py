@@ -334,7 +334,7 @@ def test_masked_nan_is_fine(kind):
         (lambda: pplvi.RenyiELBO(1.5), r"alpha=1.5: expected an order between 0 .* and 1"),
         (lambda: pplvi.ThermodynamicELBO(2, betas=(0.1,)), "expected increasing values that start at 0"),
         (lambda: pplvi.ELBO(estimator="dreg"), "ELBO has no estimator='dreg': expected one of None, 'reparam'"),
-        (lambda: pplvi.ELBO(entropy="some"), "entropy='some': expected 'sampled' or 'exact'"),
+        (lambda: pplvi.ELBO(entropy="some"), "entropy='some': expected 'sampled', 'exact' or 'kl'"),
         (
             lambda: pplvi.WeightedELBO(RenyiBound(1.0), Ancestral(), 3),
             "RenyiBound cannot use draws from the model: expected draws from guide. Choose another sampler",

@@ -206,7 +206,7 @@ def test_an_instance_is_trained_in_place():
         fit(model, guide, args=(Y,), num_steps=30, restarts=2)
 
 
-@pytest.mark.parametrize("guide", ["auto", 3, None])
+@pytest.mark.parametrize("guide", ["best", 3, None])
 def test_other_guides_are_refused(guide):
     with pytest.raises(ValueError, match=r"AutoNormal or pplvi.AutoFlow.*'nuts'"):
         fit(model, guide, args=(Y,))

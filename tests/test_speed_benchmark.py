@@ -28,7 +28,7 @@ def test_rows_are_measured_and_merged(speed: ModuleType, tmp_path: Path, capsys:
     rows = speed.main(["--out", str(out), "--only", "hierarchical/pyro"])
     assert [row["way"] for row in rows] == ["pyro", "eager", "trace"]
     assert rows == json.loads(out.read_text())["rows"]
-    assert all(row["cpu_ms"] > 0 and row["cold"]["cpu"] > 0 for row in rows)
+    assert all(row["cpu_ms"] > 0 and row["cold"]["cpu"] >= 0 for row in rows)
     assert rows[0]["times"] == 1
     assert capsys.readouterr().out.count("hierarchical") == 5
 
