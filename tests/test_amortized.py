@@ -22,6 +22,8 @@ from pplvi.objectives import ForwardKLDivergence
 from pplvi.programs import execute
 from pplvi.samplers import Ancestral
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def normal_model(x: Tensor, size: int | None = None, mask: Tensor | None = None) -> None:
     """``z ~ N(0, 1)``, ``x ~ N(z, 1)``: posterior ``N(x / 2, 1 / 2)``."""
@@ -38,15 +40,6 @@ def column(inputs: int = 1) -> nn.Module:
 @pytest.fixture
 def x() -> Tensor:
     return torch.linspace(-2.0, 2.0, 7)
-
-
-@pytest.fixture(autouse=True)
-def double() -> Any:
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def train(model: Any, guide: Any, *args: Any, steps: int = 600, lr: float = 0.02, loss: Any = None) -> None:

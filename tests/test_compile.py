@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import SCHOOLS, eight_schools
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -447,20 +448,6 @@ def test_looped_steps_equal_eager_ones(inductor_noise):
         return losses, svi.parameters.flat.clone()
 
     torch.testing.assert_close(train("max"), train(False), rtol=1e-5, atol=1e-6)
-
-
-def eight_schools(y: Tensor, sigma: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", 8):
-        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * effect, sigma), obs=y)
-
-
-SCHOOLS = (
-    torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),
-    torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]),
-)
 
 
 def schools(mode: Any, lr: float = 1e-3, seed: int = 3, **options: Any) -> CompiledSVI:

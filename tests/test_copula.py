@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,14 +14,7 @@ from pplvi import AutoFlow
 from pplvi.elbo import ELBO
 from pplvi.guides._copula import gaussian_copula
 
-
-@pytest.fixture(autouse=True)
-def double() -> Any:
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def model() -> None:

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import Collinear, correlated
 from torch.distributions import constraints
 
 from pplvi import Posterior
@@ -16,20 +17,14 @@ from pplvi.guides.deterministic import AutoDeterministicNormal
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def correlated(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(dim)
-    factor = torch.randn(dim, dim, generator=generator)
-    return 3 * torch.randn(dim, generator=generator), factor @ factor.T + 0.1 * torch.eye(dim)
-
-
 def gaussian(dim: int):
-    loc, covariance = correlated(dim)
+    loc, covariance = correlated(dim, seed=dim)
     return lambda: pyro.sample("x", dist.MultivariateNormal(loc, covariance))
 
 
 @pytest.mark.parametrize("dim", [1, 4, 15])
 def test_a_gaussian_posterior_is_found_exactly(dim):
-    loc, covariance = correlated(dim)
+    loc, covariance = correlated(dim, seed=dim)
     guide = AutoDeterministicNormal(gaussian(dim), seed=0).run()
     posterior = guide.get_posterior()
     assert torch.allclose(posterior.mean, loc, atol=1e-5)
@@ -41,7 +36,7 @@ def test_a_gaussian_posterior_is_found_exactly(dim):
 
 def test_mean_field_is_the_optimum_of_the_elbo():
     """For a Gaussian target the mean-field variances are 1 / precision, up to the error of the fixed draws."""
-    _, covariance = correlated(4)
+    _, covariance = correlated(4, seed=4)
     options = {"num_draws": 2000, "linear_response": False}
     guide = AutoDeterministicNormal(gaussian(4), seed=0, **options).run()
     precision = torch.linalg.inv(covariance)
@@ -52,18 +47,8 @@ def test_mean_field_is_the_optimum_of_the_elbo():
 
 
 def test_a_collinear_regression_agrees_with_its_closed_form():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(100, generator=generator)
-    design = torch.stack([torch.ones(100), x, x + 0.01 * torch.randn(100, generator=generator)], 1)
-    y = 2 + design[:, 1] + 0.5 * torch.randn(100, generator=generator)
-
-    def model() -> None:
-        w = pyro.sample("w", dist.Normal(torch.zeros(3), 10.0).to_event(1))
-        with pyro.plate("data", 100):
-            pyro.sample("y", dist.Normal((design * w).sum(-1), 0.5), obs=y)
-
-    covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(3) / 100)
-    mean, sd = covariance @ design.T @ y / 0.25, covariance.diagonal().sqrt()
+    known = Collinear()
+    model, mean, sd = known.model, known.mean, known.sd
     posterior = AutoDeterministicNormal(model, seed=0).run().get_posterior()
     assert ((posterior.mean - mean).abs() < 0.01 * sd).all()
     assert torch.allclose(posterior.variance.sqrt(), sd, rtol=0.01)

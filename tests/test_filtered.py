@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import Proposal, Walk
 from pyro.optim import Adam
 from torch import Tensor
 
@@ -20,26 +21,6 @@ from pplvi.timesteps import StateSpace
 pytestmark = pytest.mark.usefixtures("float64")
 
 YS = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64)
-
-
-class Walk:
-    """z[0] ~ N(0, 1), z[t] ~ N(z[t-1], 1), y[t] ~ N(z[t], 1)."""
-
-    def init(self, state: dict[str, Tensor]) -> None:
-        state["z"] = pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    def step(self, state: dict[str, Tensor], y: Any = None) -> None:
-        state["z"] = pyro.sample("z", dist.Normal(state["z"], 1.0))
-        pyro.sample("y", dist.Normal(state["z"], 1.0), obs=y)
-
-
-class Proposal:
-    def init(self, state: dict[str, Tensor]) -> None:
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    def step(self, state: dict[str, Tensor], y: Any = None) -> None:
-        weight = pyro.param("weight", torch.tensor(0.4))
-        pyro.sample("z", dist.Normal(state["z"] + weight * (y - state["z"]), 0.8))
 
 
 def loop(ys: Tensor, proposal: bool = False) -> None:

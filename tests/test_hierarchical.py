@@ -19,16 +19,9 @@ from pplvi import AutoHierarchical
 from pplvi.elbo import ELBO
 from pplvi.programs import execute
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 Y = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def double() -> Any:
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def gaussian(y: Tensor, size: int | None = None) -> None:

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import Chains
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.optim import ClippedAdam
@@ -295,17 +296,6 @@ def test_eight_schools_centered_is_flagged_where_the_guide_cannot() -> None:
     assert posterior.pareto_k > 0.7
     with pytest.warns(UserWarning, match="Pareto k is above"):
         assert posterior.loo()["warning"]
-
-
-class Chains:
-    """What ``Posterior.from_mcmc`` reads of an MCMC run, with draws made by hand."""
-
-    def __init__(self, **samples: Tensor) -> None:
-        self.samples = samples
-
-    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
-        assert group_by_chain
-        return self.samples
 
 
 def mean_program(y: Tensor) -> None:

@@ -19,14 +19,7 @@ from pplvi.elbo import ELBO
 from pplvi.guides._mixtures import Component, StratifiedCategorical, mixture
 from pplvi.programs import execute
 
-
-@pytest.fixture(autouse=True)
-def double() -> Any:
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def test_density_is_that_of_the_mixture_whatever_the_component() -> None:

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import Proposal, Walk
 from torch import Tensor
 
 from pplvi.annealing import Annealed, Resampling
@@ -85,24 +86,6 @@ def test_row_estimates_the_evidence_and_trains(name: str) -> None:
         loss.loss_and_grads(model, annealed, Y)
         moved = [parameter.grad.abs().sum() > 0 for parameter in annealed.parameters() if parameter.grad is not None]
         assert any(moved)
-
-
-class Walk:
-    def init(self, state: dict[str, Tensor]) -> None:
-        state["z"] = pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    def step(self, state: dict[str, Tensor], y: Any = None) -> None:
-        state["z"] = pyro.sample("z", dist.Normal(state["z"], 1.0))
-        pyro.sample("y", dist.Normal(state["z"], 1.0), obs=y)
-
-
-class Proposal:
-    def init(self, state: dict[str, Tensor]) -> None:
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    def step(self, state: dict[str, Tensor], y: Any = None) -> None:
-        weight = pyro.param("weight", torch.tensor(0.4))
-        pyro.sample("z", dist.Normal(state["z"] + weight * (y - state["z"]), 0.8))
 
 
 @pytest.mark.parametrize("name", ["FIVO", "NASMC", "VSMC"])

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import Collinear, correlated
 from pyro.infer import SVI, Predictive, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, init_to_value
 from torch.distributions import constraints
@@ -52,14 +53,8 @@ def eight_schools_by_quadrature() -> tuple[torch.Tensor, torch.Tensor, float]:
     return first, (second - first**2).sqrt(), log_z
 
 
-def correlated(dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    factor = torch.randn(dim, dim, generator=generator)
-    return 3 * torch.randn(dim, generator=generator), factor @ factor.T + 0.1 * torch.eye(dim)
-
-
 def gaussian(dim: int):
-    loc, covariance = correlated(dim)
+    loc, covariance = correlated(dim, seed=0)
     return lambda: pyro.sample("x", dist.MultivariateNormal(loc, covariance))
 
 
@@ -82,7 +77,7 @@ def improper() -> dist.Distribution:
 
 @pytest.mark.parametrize("dim", [1, 3, 10, 30])
 def test_a_gaussian_posterior_is_found_exactly(dim):
-    loc, covariance = correlated(dim)
+    loc, covariance = correlated(dim, seed=0)
     guide = AutoPathfinder(gaussian(dim), seed=0, moment_matching=0, num_paths=2).run()
     best = max(guide.paths, key=lambda path: path.elbos[-1])
     assert best.elbos[-1] == pytest.approx(0.0, abs=1e-6)  # log Z = 0: the Gaussian of the Hessian is the posterior
@@ -97,7 +92,7 @@ def test_a_gaussian_posterior_is_found_exactly(dim):
 
 @pytest.mark.parametrize("dim", [2, 5])
 def test_the_papers_pathfinder_is_exact_after_resampling(dim):
-    loc, covariance = correlated(dim)
+    loc, covariance = correlated(dim, seed=0)
     guide = AutoPathfinder(gaussian(dim), seed=1, history=12, **PAPER).run()
     posterior = Posterior(gaussian(dim), guide, num_draws=20_000, seed=0)
     assert posterior.pareto_k < 0.7
@@ -124,18 +119,8 @@ def test_eight_schools_agree_with_quadrature():
 
 
 def test_a_collinear_regression_agrees_with_its_closed_form():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(100, generator=generator)
-    design = torch.stack([torch.ones(100), x, x + 0.01 * torch.randn(100, generator=generator)], 1)
-    y = 2 + design[:, 1] + 0.5 * torch.randn(100, generator=generator)
-
-    def model() -> None:
-        w = pyro.sample("w", dist.Normal(torch.zeros(3), 10.0).to_event(1))
-        with pyro.plate("data", 100):
-            pyro.sample("y", dist.Normal((design * w).sum(-1), 0.5), obs=y)
-
-    covariance = torch.linalg.inv(design.T @ design / 0.25 + torch.eye(3) / 100)
-    mean, sd = covariance @ design.T @ y / 0.25, covariance.diagonal().sqrt()
+    known = Collinear()
+    model, mean, sd = known.model, known.mean, known.sd
     posterior = Posterior(model, AutoPathfinder(model, seed=0).run(), num_draws=10_000, seed=1)
     draws = posterior.resample(seed=2)["w"]
     assert posterior.pareto_k < 0.5
@@ -234,7 +219,7 @@ def test_lbfgs_finds_the_minimum_of_rosenbrock_from_all_starts():
 def test_local_gaussian_is_the_dense_bfgs_inverse_hessian():
     torch.manual_seed(0)
     dim = 7
-    hessian = torch.linalg.inv(correlated(dim)[1])
+    hessian = torch.linalg.inv(correlated(dim, seed=0)[1])
     pairs = [(s, hessian @ s) for s in torch.randn(3, dim)]
     alpha = torch.rand(dim) + 0.5
     dense = alpha.diag()

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import Chains
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -450,17 +451,6 @@ def test_unknown_new_sites_are_refused() -> None:
 
 
 # --- MCMC -----------------------------------------------------------------------------------------------------------
-
-
-class Chains:
-    """What ``Posterior.from_mcmc`` reads of an MCMC run, with draws made by hand."""
-
-    def __init__(self, **samples: Tensor) -> None:
-        self.samples = samples
-
-    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
-        assert group_by_chain
-        return self.samples
 
 
 def test_mcmc_draws_are_scored_and_have_no_weights() -> None:

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import correlated
 
 from pplvi import Posterior
 from pplvi.guides import AutoBatchAndMatch
@@ -16,16 +17,10 @@ from pplvi.guides.score_matching import update
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def correlated(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(dim)
-    factor = torch.randn(dim, dim, generator=generator)
-    return 3 * torch.randn(dim, generator=generator), factor @ factor.T + 0.1 * torch.eye(dim)
-
-
 def test_an_update_solves_its_quadratic_equation():
     """The covariance S of the minimum satisfies S U S + S = V, with the paper's U and V."""
     torch.manual_seed(0)
-    loc, covariance = correlated(4)
+    loc, covariance = correlated(4, seed=4)
     z, g, rate = torch.randn(10, 4), torch.randn(10, 4), 3.0
     mean, s = update(loc, covariance, z, g, rate)
     share = rate / (1 + rate)
@@ -38,7 +33,7 @@ def test_an_update_solves_its_quadratic_equation():
 
 @pytest.mark.parametrize("dim", [2, 10])
 def test_updates_alone_find_a_gaussian(dim):
-    target_loc, target = correlated(dim)
+    target_loc, target = correlated(dim, seed=dim)
     precision = torch.linalg.inv(target)
     loc, covariance = torch.zeros(dim), torch.eye(dim)
     torch.manual_seed(0)
@@ -50,7 +45,7 @@ def test_updates_alone_find_a_gaussian(dim):
 
 
 def test_a_gaussian_posterior_is_found_exactly():
-    loc, covariance = correlated(6)
+    loc, covariance = correlated(6, seed=6)
     model = lambda: pyro.sample("x", dist.MultivariateNormal(loc, covariance))  # noqa: E731
     guide = AutoBatchAndMatch(model, seed=0).run()
     posterior = Posterior(model, guide, num_draws=1000, seed=0)

@@ -1,0 +1,78 @@
+"""Small programs with their data that several tests run."""
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pplvi.examples.eight_schools import EFFECTS, STANDARD_ERRORS
+
+SCHOOLS = (torch.tensor(EFFECTS), torch.tensor(STANDARD_ERRORS))
+
+
+def eight_schools(y: Tensor, sigma: Tensor) -> None:
+    """Rubin 1981, its effects standardised."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", 8):
+        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu + tau * effect, sigma), obs=y)
+
+
+def correlated(dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of a Gaussian that is no product."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(dim, dim, generator=generator)
+    return 3 * torch.randn(dim, generator=generator), factor @ factor.T + 0.1 * torch.eye(dim)
+
+
+class Collinear:
+    """A regression whose two predictors are nearly the same, with the exact mean, sd and covariance of its weights."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(100, generator=generator)
+        self.design = torch.stack([torch.ones(100), x, x + 0.01 * torch.randn(100, generator=generator)], 1)
+        self.y = 2 + self.design[:, 1] + 0.5 * torch.randn(100, generator=generator)
+        covariance = torch.linalg.inv(self.design.T @ self.design / 0.25 + torch.eye(3) / 100)
+        self.mean, self.sd = covariance @ self.design.T @ self.y / 0.25, covariance.diagonal().sqrt()
+
+    def model(self) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 10.0).to_event(1))
+        with pyro.plate("data", 100):
+            pyro.sample("y", dist.Normal((self.design * w).sum(-1), 0.5), obs=self.y)
+
+
+class Walk:
+    """z[0] ~ N(0, 1), z[t] ~ N(z[t-1], 1), y[t] ~ N(z[t], 1), as a state-space model."""
+
+    def init(self, state: dict[str, Tensor]) -> None:
+        state["z"] = pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def step(self, state: dict[str, Tensor], y: Any = None) -> None:
+        state["z"] = pyro.sample("z", dist.Normal(state["z"], 1.0))
+        pyro.sample("y", dist.Normal(state["z"], 1.0), obs=y)
+
+
+class Proposal:
+    """A proposal for :class:`Walk` that moves towards what was observed."""
+
+    def init(self, state: dict[str, Tensor]) -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def step(self, state: dict[str, Tensor], y: Any = None) -> None:
+        weight = pyro.param("weight", torch.tensor(0.4))
+        pyro.sample("z", dist.Normal(state["z"] + weight * (y - state["z"]), 0.8))
+
+
+class Chains:
+    """What ``Posterior.from_mcmc`` reads of an MCMC run, with draws made by hand."""
+
+    def __init__(self, **samples: Tensor) -> None:
+        self.samples = samples
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        assert group_by_chain
+        return self.samples
