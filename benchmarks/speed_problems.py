@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 from pplvi.elbo import ELBO, Loss
+from pplvi.examples.eight_schools import EFFECTS, STANDARD_ERRORS
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels import ResidualKernel
 from pplvi.nested_elbo import NestedELBO
@@ -27,10 +28,7 @@ def eight_schools(y: Tensor, sigma: Tensor) -> None:
         pyro.sample("y", dist.Normal(mu + tau * effect, sigma), obs=y)
 
 
-SCHOOLS = (
-    torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]),
-    torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]),
-)
+SCHOOLS = (torch.tensor(EFFECTS), torch.tensor(STANDARD_ERRORS))
 
 
 def logistic(x: Tensor, y: Tensor) -> None:
