@@ -228,7 +228,8 @@ class CategoricalUnits(Units):
         """Independent one-hot draws, by the largest of ``f`` plus Gumbel noise."""
         logits = self._apart(_times(beta, field.detach()))
         noise = -torch.empty_like(logits).exponential_().log()
-        return one_hot((logits + noise).argmax(-1), self.num_categories).flatten(-2).to(logits.dtype)
+        largest = (logits + noise).argmax(-1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(-1, largest, 1.0).flatten(-2)  # one_hot() looks at values
 
     def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """``sum logsumexp(beta f)``."""
