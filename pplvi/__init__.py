@@ -44,6 +44,7 @@ _HOMES = {
     "ResidualKernel": "kernels",
     "LangevinKernel": "kernels",
     "HamiltonianKernel": "invariant",
+    "ControlledLangevinKernel": "controlled",
     "BoltzmannELBO": "boltzmann_elbo",
     "BoltzmannMachine": "energies",
     "DeepBeliefNetwork": "energies",

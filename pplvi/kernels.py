@@ -142,6 +142,18 @@ def _to_event(transform: Transform, events: int) -> Transform:
     return IndependentTransform(transform, missing) if missing else transform
 
 
+def seen_by(site: Coordinates, sites: Sequence[Coordinates]) -> list[Coordinates]:
+    """The site itself and those outside its plates, whose values broadcast into them."""
+    around = {plate.name for plate in site.plates}
+    return [other for other in sites if {plate.name for plate in other.plates} <= around]
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate on the last dimension; the others broadcast."""
+    batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+
+
 class Kernel(Protocol):
     """Builds the forward and the reverse program of one transition."""
 
@@ -189,7 +201,7 @@ class ResidualProgram(PyroModule):
         self.offset = kernel.covariance + math.log(-math.expm1(-kernel.covariance))  # inverse of softplus
         self.alike = kernel, self.sites  # what else than its parameters makes the program
         for index, site in enumerate(self.sites):
-            inputs = sum(other.size for other in self._seen(site))
+            inputs = sum(other.size for other in seen_by(site, self.sites))
             first = torch.nn.Linear(inputs, kernel.hidden)
             outputs = torch.zeros(2 * site.size, kernel.hidden + 1)
             self._declare(index, first.weight.detach(), first.bias.detach(), outputs)
@@ -197,11 +209,6 @@ class ResidualProgram(PyroModule):
     def _declare(self, index: int, weight: Tensor, bias: Tensor, outputs: Tensor) -> None:
         for part, value in (("weight", weight), ("bias", bias), ("outputs", outputs)):
             setattr(self, f"{part}_{index}", PyroParam(value.clone(), constraints.real))
-
-    def _seen(self, site: Coordinates) -> list[Coordinates]:
-        """The site itself and those outside its plates, whose values broadcast into them."""
-        around = {plate.name for plate in site.plates}
-        return [other for other in self.sites if {plate.name for plate in other.plates} <= around]
 
     def forward(self, previous: Values, *args: Any, **kwargs: Any) -> None:
         """Sample every site around its previous value."""
@@ -213,9 +220,7 @@ class ResidualProgram(PyroModule):
     def _moments(self, index: int, site: Coordinates, previous: Values) -> tuple[Tensor, Tensor]:
         inputs = own = site.read(previous)
         if len(self.sites) > 1:
-            free = [other.read(previous) for other in self._seen(site)]
-            batch = torch.broadcast_shapes(*(part.shape[:-1] for part in free))
-            inputs = torch.cat([part.expand(*batch, part.shape[-1]) for part in free], -1)
+            inputs = side_by_side([other.read(previous) for other in seen_by(site, self.sites)])
         weight, bias, outputs = (getattr(self, f"{part}_{index}") for part in ("weight", "bias", "outputs"))
         hidden = torch.relu(torch.nn.functional.linear(inputs, weight, bias))
         shift, spread = torch.nn.functional.linear(hidden, outputs[:, :-1], outputs[:, -1]).chunk(2, -1)

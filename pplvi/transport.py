@@ -19,7 +19,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from pplvi.kernels import Coordinates, LogDensity, log_density_gradient
+from pplvi.kernels import Coordinates, LogDensity, log_density_gradient, seen_by, side_by_side
 
 Values = Mapping[str, Tensor]
 Point = dict[str, Tensor]
@@ -142,9 +142,7 @@ class _Update:
         """The network's inputs: a constant, the other half, and the sites around."""
         own = free[self.site.name]
         parts = [torch.ones_like(own[..., :1]), own[..., list(self.fixed)]]
-        parts += [free[other.name] for other in self.seen]
-        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+        return side_by_side([*parts, *(free[other.name] for other in self.seen)])
 
     def write(self, free: Point, moved: Tensor) -> Point:
         """The point with other values in the half that is moved."""
@@ -199,8 +197,7 @@ class FlowProgram(PyroModule):
 def _updates(sites: Sequence[Coordinates]) -> Iterator[_Update]:
     """The updates of one layer."""
     for site in sites:
-        around = {plate.name for plate in site.plates}
-        seen = tuple(o for o in sites if o is not site and {plate.name for plate in o.plates} <= around)
+        seen = tuple(other for other in seen_by(site, sites) if other is not site)
         halves = tuple(range(0, site.size, 2)), tuple(range(1, site.size, 2))
         yield from (_Update(site, a, b, seen) for a, b in (halves, halves[::-1]) if a)
 

@@ -12,6 +12,7 @@ from programs import Proposal, Walk
 from torch import Tensor
 
 from pplvi.annealing import Annealed, Resampling
+from pplvi.controlled import ControlledLangevinKernel
 from pplvi.elbo import ELBO
 from pplvi.filtering_elbo import FilteringELBO
 from pplvi.gibbs import GibbsKernel
@@ -59,6 +60,8 @@ ROWS: dict[str, tuple[Any, Any, Any]] = {
     "DAIS": (lambda: guide(UncorrectedHamiltonianKernel(0.3, 2)), False, ELBO(5)),
     "UHA": (lambda: guide(UncorrectedHamiltonianKernel(0.3, 1, keep=0.5)), False, ELBO(5)),
     "MCVAE": (lambda: guide(LangevinKernel(0.05)), False, ELBO(5)),
+    "MCD": (lambda: guide(ControlledLangevinKernel(0.05, control="reverse")), False, ELBO(5)),
+    "CMCD": (lambda: guide(ControlledLangevinKernel(0.05)), False, ELBO(5)),
     "AFT": (lambda: guide((FlowKernel(hidden=4), MOVES)), 0.5, NestedELBO("reverse_kl", 20, resample=0.5)),
     "AVO": (lambda: guide(ResidualKernel(hidden=4, covariance=0.1)), False, NestedELBO("avo", 20)),
     "NVI": (

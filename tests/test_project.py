@@ -39,7 +39,8 @@ FLOORS = {
         "arguments",
     }
     | {"reweighting", "alone", "dreams", "divergences"},
-    2: {"resampling", "objectives", "nested", "kernels", "invariant", "gibbs", "transport", "paths", "timesteps"},
+    2: {"resampling", "objectives", "nested", "kernels", "invariant", "gibbs", "transport", "paths", "timesteps"}
+    | {"controlled"},
     3: {"samplers", "levels", "annealing", "filtering", "guides", "energies"},
     4: {"elbo", "wake_sleep", "roles", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
     | {"equivalents", "vectorized", "together", "boltzmann_elbo", "sparsity", "multi_prediction", "up_down"},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pplvi.annealing import Annealed, Resampling
+from pplvi.controlled import ControlledLangevinKernel
 from pplvi.gibbs import GibbsKernel
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
 from pplvi.invariant import HamiltonianKernel
@@ -111,6 +112,7 @@ CONTINUOUS = {
     "hamiltonian": HamiltonianKernel(0.3, 3),
     "uncorrected": UncorrectedHamiltonianKernel(0.3, 2),
     "kept momenta": UncorrectedHamiltonianKernel(0.3, 2, keep=0.6),
+    "controlled": ControlledLangevinKernel(0.1, 3),
     "flow": FlowKernel(hidden=3),
     "flow, then moves": (FlowKernel(hidden=3), HamiltonianKernel(0.5)),
 }
@@ -128,7 +130,7 @@ def test_weights_are_proper(target: str, path: str, kernel: str, resample: bool 
     with torch.no_grad():
         guide.plan((DATA[target],), {})
         for name, parameter in guide.named_parameters():
-            if "second" in name:  # of a flow, which would be the identity
+            if "second" in name or (kernel == "controlled" and "outputs" in name):  # flow or control would do nothing
                 parameter.normal_(0.0, 0.05)
         request = Request(PARTICLES, routing=Routing(detach=True, local=True))
         steps = list(Annealed(Resampling(resample))(model, guide, (DATA[target],), {}, request))
