@@ -12,16 +12,21 @@ from programs import correlated
 
 from pplvi import Posterior
 from pplvi.guides import AutoBatchAndMatch
+from pplvi.guides._density import UnconstrainedDensity
+from pplvi.guides._gaussians import full_gaussian
+from pplvi.guides._lbfgs import Options, minimise
+from pplvi.guides._scouts import elbos
 from pplvi.guides.score_matching import update
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def test_an_update_solves_its_quadratic_equation():
-    """The covariance S of the minimum satisfies S U S + S = V, with the paper's U and V."""
+@pytest.mark.parametrize("dim", [4, 30])
+def test_an_update_solves_its_quadratic_equation(dim):
+    """The covariance S of the minimum satisfies S U S + S = V, with the paper's U and V, of full rank and of less."""
     torch.manual_seed(0)
-    loc, covariance = correlated(4, seed=4)
-    z, g, rate = torch.randn(10, 4), torch.randn(10, 4), 3.0
+    loc, covariance = correlated(dim, seed=4)
+    z, g, rate = torch.randn(10, dim), torch.randn(10, dim), 3.0
     mean, s = update(loc, covariance, z, g, rate)
     share = rate / (1 + rate)
     u = rate * g.T.cov(correction=0) + share * torch.outer(g.mean(0), g.mean(0))
@@ -52,6 +57,25 @@ def test_a_gaussian_posterior_is_found_exactly():
     assert posterior.gap[0] < 1e-3
     assert guide.elbo == pytest.approx(0.0, abs=1e-3)
     assert torch.allclose(guide.get_posterior().variance, covariance.diagonal(), rtol=1e-2)
+
+
+def test_in_many_dimensions_small_batches_beat_the_laplace_approximation():
+    """A log-Gaussian Cox process with nearly no counts: the mode is far from the mean in all of its 300 dimensions."""
+    place = torch.arange(300.0)
+    tril = torch.linalg.cholesky(2 * (-(place[:, None] - place).abs() / 2).exp())
+
+    def model() -> None:
+        f = pyro.sample("z", dist.Normal(torch.zeros(300), 1.0).to_event(1)) @ tril.T
+        pyro.factor("y", -0.3 * f.exp().sum(-1))
+
+    guide = AutoBatchAndMatch(model, seed=0, num_paths=1, num_iterations=60).run()
+    with torch.no_grad():
+        density = UnconstrainedDensity(model)
+        (trail,) = minimise(density.descent, [torch.full((300,), 0.1)], Options())
+        laplace = full_gaussian(
+            trail.points[-1].position, -torch.linalg.inv(density.hessian(trail.points[-1].position))
+        )
+    assert guide.elbo > elbos(density, [laplace], 500)[0] + 5.0
 
 
 def skewed() -> None:
