@@ -66,6 +66,7 @@ _HOMES = {
     "Fit": "fitting",
     "fit": "fitting",
     "flow_recipe": "selection",
+    "noncentered": "reparametrization",
     "Posterior": "posterior",
     "compare": "comparison",
     "plot_against_reference": "plots",

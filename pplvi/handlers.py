@@ -165,3 +165,9 @@ class OnlyIteration(Iterations):
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> Any:
         super().__exit__(kind, error, traceback)
         return kind is _Enough
+
+
+def rewritten(program: Callable[..., Any], configure: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A program whose sample sites are rewritten by ``pyro.infer.reparam``: ``configure`` has the rule for each."""
+    found: Callable[..., Any] = poutine.reparam(program, config=configure)
+    return found

@@ -38,7 +38,7 @@ FLOORS = {
         "draws",
         "arguments",
     }
-    | {"reweighting", "alone", "dreams", "divergences"},
+    | {"reweighting", "alone", "dreams", "divergences", "reparametrization"},
     2: {"resampling", "objectives", "nested", "kernels", "invariant", "gibbs", "transport", "paths", "timesteps"}
     | {"controlled"},
     3: {"samplers", "levels", "annealing", "filtering", "guides", "energies"},
