@@ -3,12 +3,14 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim import SGD
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pplvi
 from pplvi.boltzmann_elbo import BoltzmannELBO
@@ -260,6 +262,27 @@ def test_training_from_a_random_start_raises_the_likelihood() -> None:
         svi.step(v)
     assert before < -4.0
     assert exact_log_likelihood(dbm, v) > -1.6
+
+
+class Products(TorchDispatchMode):
+    """Count matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default):
+            self.count += min(args[-2].shape) > 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_has_no_more_products_than_its_sweeps_and_its_gradient() -> None:
+    """Guide, chains and energy share their products; both phases of the gradient are one product a weight matrix."""
+    dbm, v = DeepBoltzmannMachine([6, 5, 4]), binary(7, 6)
+    svi = SVI(dbm.model, MeanFieldGuide(dbm, iterations=10), SGD({"lr": 0.1}), BoltzmannELBO(num_chains=7, sweeps=5))
+    svi.step(v)
+    with Products() as products:
+        svi.step(v)
+    assert products.count == 2 + 10 * 2 + 5 * 4 + 2  # first pass, sweeps of mean field, sweeps of chains, gradient
 
 
 def test_fit_posterior_arviz_and_checkpoints(tmp_path: Path) -> None:

@@ -203,6 +203,8 @@ def test_a_second_machine_of_one_name_is_refused() -> None:
         (torch.full((2, 4), torch.nan), "expected only 0 and 1"),
         (torch.ones(2, 5), r"\(2, 5\).*\(\*batch, 4\)"),
         (torch.ones(0, 4), "empty batch"),
+        (torch.full((2, 4), torch.inf), "expected only 0 and 1"),
+        (torch.ones(2, 4, dtype=torch.uint8), r"torch\.uint8.*float\(\)"),
     ],
 )
 def test_data_outside_the_support_are_refused(values: Tensor, message: str) -> None:

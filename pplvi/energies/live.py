@@ -1,7 +1,7 @@
 """What machines share during one training step: products that are worked out once, and the centered gradient.
 
 While a :class:`TrainingStep` is active, every machine that is used reads its parameters through it. Products of a value
-with a weight matrix are kept by the identity of the value, so that guide, energy and chains do not repeat them, and the
+with a weight matrix are kept while the value lives, so that guide, energy and chains do not repeat them, and the
 gradient that reaches the parameters is the centered one:
 
 Parameters ``W, a, b`` of ``E = -a.s - b.t - s W t`` are moved as those of ``-(s - c) W (t - d) - a'.(s - c) - b'.(t -
@@ -12,14 +12,19 @@ The energy itself has no offsets, so that moving them changes no distribution.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+Products = defaultdict[tuple[str, str], WeakTensorKeyDictionary]
 
 
 @dataclass(frozen=True)
@@ -27,25 +32,26 @@ class Live:
     """One machine's parameters and products during a step.
 
     :ivar parameters: its weights by edge and biases by layer, the gradient centered behind them.
-    :ivar products: products of a value with the weights of an edge, with the value, which keeps its identity alive.
+    :ivar products: by source and target, products of values with weights, each for as long as its value lives: those
+        of passing sweeps make room at once.
     """
 
     parameters: Mapping[Any, Tensor]
-    products: dict[tuple[str, str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    products: Products = field(default_factory=lambda: defaultdict(WeakTensorKeyDictionary))
 
     def product(self, source: str, target: str, value: Tensor, weight: Tensor, transposed: bool) -> Tensor:
         """``value @ weight`` (or with the weight transposed), worked out once for each value."""
-        key = (source, target, id(value))
-        if key not in self.products:
+        known: Tensor | None = self.products[source, target].get(value)
+        if known is None:
             with torch.no_grad():
-                self.products[key] = value, value @ (weight.T if transposed else weight)
-        known = self.products[key][1]
+                known = value @ (weight.T if transposed else weight)
+            self.products[source, target][value] = known
         needed = torch.is_grad_enabled() and (weight.requires_grad or value.requires_grad)
         return _KnownProduct.apply(value, weight, known, transposed) if needed else known
 
     def knows(self, source: str, target: str, value: Tensor) -> bool:
         """Whether the product was worked out already."""
-        return (source, target, id(value)) in self.products
+        return value in self.products[source, target]
 
 
 class TrainingStep:
@@ -63,7 +69,8 @@ class TrainingStep:
         key = machine, torch.is_grad_enabled()
         if key not in self.machines:
             other = self.machines.get((machine, not key[1]))
-            self.machines[key] = Live(centered(machine), {} if other is None else other.products)
+            plain = Live(centered(machine))
+            self.machines[key] = plain if other is None else replace(plain, products=other.products)
         return self.machines[key]
 
     @contextmanager

@@ -29,17 +29,27 @@ def has_statistics(machine: Any) -> bool:
 def log_densities(machine: BoltzmannMachine, batches: Sequence[Values]) -> list[Tensor]:
     """``log_marginal`` of several batches of values, each ``(*batch,)``, with a common gradient.
 
-    :param batches: values of all layers, or of so many that the others are independent.
+    :param batches: values of all layers, or of so many that the others are independent given them.
     """
     with torch.no_grad():
-        densities = [machine.log_marginal(values) for values in batches]
+        found = [_completed(machine, values) for values in batches]
+    densities = [density for density, _ in found]
     parameters = _parameters(machine)
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())):
         return densities
-    joint = torch.cat([d.reshape(-1) for d in densities])
-    joint = _Densities.apply(joint, Statistics(machine, batches), tuple(parameters), *parameters.values())
+    joint, statistics = torch.cat([d.reshape(-1) for d in densities]), Statistics(machine, [v for _, v in found])
+    joint = _Densities.apply(joint, statistics, tuple(parameters), *parameters.values())
     parts = joint.split([d.numel() for d in densities])
     return [part.reshape(d.shape) for part, d in zip(parts, densities, strict=True)]
+
+
+def _completed(machine: BoltzmannMachine, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
+    """``log_marginal`` of values, and the values with the conditional means of what they lack."""
+    fields = {n: machine.field(n, values) for n in machine.layers if n not in values}
+    density = machine._log_density(values)
+    for layer, field in fields.items():
+        density = density + machine.layers[layer].log_partition(field)
+    return density, {**values, **{n: machine.layers[n].mean(field) for n, field in fields.items()}}
 
 
 def _parameters(machine: BoltzmannMachine) -> dict[Any, Tensor]:
@@ -58,37 +68,35 @@ class Statistics:
         self.machine = machine
         self.offsets = {n: machine.offset(n).clone() for n in machine.layers} if machine.centered else None
         with torch.no_grad():
-            self.batches = [self._around(_with_means(machine, values)) for values in batches]
+            self.values = {n: self._around(n, [values[n] for values in batches]) for n in machine.layers}
 
-    def _around(self, values: Values) -> dict[str, Tensor]:
-        flat = {n: v.reshape(-1, v.shape[-1]) for n, v in values.items()}
-        return flat if self.offsets is None else {n: v - self.offsets[n] for n, v in flat.items()}
+    def _around(self, layer: str, values: Sequence[Tensor]) -> Tensor:
+        rows = torch.cat([v.reshape(-1, v.shape[-1]) for v in values])
+        return rows if self.offsets is None else rows.sub_(self.offsets[layer])
 
     def add_to(self, gradients: dict[Any, Tensor], weight: Tensor) -> None:
         """Add the gradients for these weights of the data, ``(total size,)``, in place where there are some."""
-        sizes = [len(values[self.machine.visible]) for values in self.batches]
-        for values, part in zip(self.batches, weight.split(sizes), strict=True):
-            self._add_weights(gradients, values, part)
-            for layer, value in values.items():
-                own = part if self.offsets is None else part - part * self._reach(layer, values)
-                _add(gradients, layer, own @ value)
+        self._add_weights(gradients, weight)
+        for layer, value in self.values.items():
+            own = weight if self.offsets is None else weight - weight * self._reach(layer)
+            _add(gradients, layer, own @ value)
 
-    def _add_weights(self, gradients: dict[Any, Tensor], values: Values, weight: Tensor) -> None:
-        weighted = {b: values[b] * weight.unsqueeze(-1) for _, b in self.machine.connections}
+    def _add_weights(self, gradients: dict[Any, Tensor], weight: Tensor) -> None:
+        weighted = {b: self.values[b] * weight.unsqueeze(-1) for _, b in self.machine.connections}
         for a, b in self.machine.connections:
             if a != b:
-                _add_product(gradients, (a, b), values[a].T, weighted[b])
+                _add_product(gradients, (a, b), self.values[a].T, weighted[b])
                 continue
-            product = (values[a].T @ weighted[a]).triu(1)
+            product = (self.values[a].T @ weighted[a]).triu(1)
             _add(gradients, (a, a), product)
             if self.offsets is not None:
                 _add(gradients, a, -((product + product.T) @ self.offsets[a]))
 
-    def _reach(self, layer: str, values: Values) -> Tensor:
-        """``sum_m (t - d)^T d`` over a layer's neighbours but itself, ``(size,)``."""
+    def _reach(self, layer: str) -> Tensor | float:
+        """``sum_m (t - d)^T d`` over a layer's neighbours but itself, ``(total size,)``."""
         assert self.offsets is not None
-        parts = [values[m] @ self.offsets[m] for m in self.machine.neighbours(layer) if m != layer]
-        return sum(parts, values[layer].new_zeros(()))
+        neighbours = (m for m in self.machine.neighbours(layer) if m != layer)
+        return sum((self.values[m] @ self.offsets[m] for m in neighbours), 0.0)
 
 
 def _add(gradients: dict[Any, Tensor], key: Any, term: Tensor) -> None:
@@ -97,11 +105,6 @@ def _add(gradients: dict[Any, Tensor], key: Any, term: Tensor) -> None:
 
 def _add_product(gradients: dict[Any, Tensor], key: Any, left: Tensor, right: Tensor) -> None:
     gradients[key] = gradients[key].addmm_(left, right) if key in gradients else left @ right
-
-
-def _with_means(machine: BoltzmannMachine, values: Values) -> dict[str, Tensor]:
-    missing = [layer for layer in machine.layers if layer not in values]
-    return {**values, **{n: machine.layers[n].mean(machine.field(n, values)) for n in missing}}
 
 
 class _Densities(torch.autograd.Function):
