@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-
 Products = defaultdict[tuple[str, str], WeakTensorKeyDictionary]
 
 
