@@ -21,7 +21,7 @@ from torch import distributions as torch_dist
 
 from pplvi.environment import preserved_rng
 from pplvi.handlers import Detach, Supply
-from pplvi.runs import PARTICLES, Run, is_enumerated, latent_sites
+from pplvi.runs import PARTICLES, Run, is_enumerated, is_subsample, latent_sites
 
 Program = Callable[..., Any]
 Values = Mapping[str, Tensor]
@@ -92,7 +92,8 @@ class _Recorder(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if self.detach is not None:
             self.detach._pyro_post_sample(msg)
-        self.trace.add_node(msg["name"], **msg)
+        if not (is_subsample(msg) and msg["name"] in self.trace):  # inside a density that a kernel follows
+            self.trace.add_node(msg["name"], **msg)
 
 
 class _SideBySide(IndepMessenger):
@@ -187,7 +188,8 @@ def log_density_of(
 ) -> Tensor:
     """Log density of a program at given values, summed over everything: for gradients in the values.
 
-    Sample statements are hidden from whatever handlers run around; parameters are not, so that they are trained.
+    Sample statements are hidden from whatever handlers run around; parameters are not, so that they are trained, nor
+    are the indices of subsampled plates, so that the density is that of the minibatch that the draws belong to.
 
     >>> import pyro, pyro.distributions as dist
     >>> def program():
@@ -195,5 +197,5 @@ def log_density_of(
     >>> log_density_of(program, (), {}, {"z": torch.zeros(2)})
     tensor(-1.8379)
     """
-    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Supply(values):
+    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and not is_subsample(msg)), Supply(values):
         return torch.as_tensor(poutine.trace(program).get_trace(*args, **kwargs).log_prob_sum())

@@ -65,6 +65,12 @@ class Coordinates:
         """The value of the site at flat unconstrained coordinates."""
         return self.transform(free.reshape((*free.shape[:-1], *self.shape)))
 
+    def copies(self, values: Values) -> float:
+        """How many elements of the site's plates each one stands for: more than one where they are subsampled."""
+        shape, events = values[self.name].shape, self.transform.codomain.event_dim
+        cut = (plate for plate in self.plates if plate.full_size != plate.size)
+        return math.prod(plate.full_size / shape[plate.dim - events] for plate in cut)
+
     def normal(self, mean: Tensor, scale: Tensor) -> dist.TorchDistribution:
         """Independent normal in the flat coordinates, as a distribution over the site's values."""
         full = (x.expand(*x.shape[:-1], self.size) for x in torch.broadcast_tensors(mean, scale))
@@ -281,9 +287,10 @@ def log_density_gradient(
 ) -> dict[str, Tensor]:
     """Gradient of a log density, Jacobian included, in the sites' flat unconstrained coordinates.
 
-    It is differentiable itself where gradients are on, for kernels whose draws carry a path through it.
+    It is differentiable itself where gradients are on, for kernels whose draws carry a path through it. The scale of a
+    site's subsampled plates is taken out: a kernel moves an element by that element's own density.
 
-    :param log_density: of constrained values, summed over everything.
+    :param log_density: of constrained values, summed over everything, subsampled plates scaled.
 
     >>> site = Coordinates("z", (), (), torch.distributions.identity_transform)
     >>> with torch.no_grad():
@@ -294,6 +301,7 @@ def log_density_gradient(
     with torch.enable_grad():
         points = {name: x if live and x.requires_grad else x.detach().requires_grad_() for name, x in free.items()}
         values = {site.name: site.write(points[site.name]) for site in sites}
-        total = log_density(values) + sum(site.log_jacobian(values).sum() for site in sites)
+        copies = {site.name: site.copies(values) for site in sites}
+        total = log_density(values) + sum(copies[site.name] * site.log_jacobian(values).sum() for site in sites)
         gradients = torch.autograd.grad(total, list(points.values()), create_graph=live)
-    return dict(zip(points, gradients, strict=True))
+    return {name: slope / copies.get(name, 1.0) for name, slope in zip(points, gradients, strict=True)}

@@ -42,17 +42,49 @@ class Path(Protocol):
         ...
 
 
-class GeometricPath(PyroModule):
-    """Geometric path, ``log gamma[k] = (1 - beta[k]) log base + beta[k] log target``, with ``0 = beta[0] < ... <= 1``.
+class Betas(PyroModule):
+    """Inverse temperatures, ``0 = beta[0] < ... < beta[num_steps] = 1``.
 
     Learned betas are cumulative sums of a softmax, so that they stay ordered, evenly spaced at first or
     as in ``betas``.
-    Neal 2001; learned by Zimmermann et al. 2021.
+
+    :param num_steps: number of transitions.
+    :param learn: train the betas between the two ends.
+    :param betas: their initial values, increasing, without the two ends; evenly spaced unless given.
+    :raises ValueError: for fewer than one step, or betas that do not increase strictly between 0 and 1.
+
+    >>> Betas(2, betas=(0.1,)).betas
+    tensor([0.0000, 0.1000, 1.0000])
+    """
+
+    def __init__(self, num_steps: int, *, learn: bool = False, betas: Sequence[float] | None = None) -> None:
+        super().__init__()
+        inner = [level / num_steps for level in range(1, num_steps)] if betas is None and num_steps > 0 else betas or ()
+        ends = torch.tensor([0.0, *inner, 1.0])
+        if num_steps < 1 or len(ends) != num_steps + 1 or any(a >= b for a, b in pairwise(ends.tolist())):
+            raise ValueError(
+                f"num_steps={num_steps} and betas={betas}: expected at least one step (two targets), and num_steps - 1 "
+                "betas that increase strictly between 0 and 1."
+            )
+        self.num_steps, self.learn = num_steps, learn
+        self.logits: Any = PyroParam(ends.diff().log()) if learn else ends.diff().log()
+
+    @property
+    def betas(self) -> Tensor:
+        """``beta[0], ..., beta[num_steps]``."""
+        inner = torch.softmax(self.logits, 0).cumsum(0)[:-1]
+        return torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
+
+
+class GeometricPath(Betas):
+    """Geometric path, ``log gamma[k] = (1 - beta[k]) log base + beta[k] log target``, with ``0 = beta[0] < ... <= 1``.
+
+    Neal 2001; learned betas by Zimmermann et al. 2021.
 
     :param target: the program that is wanted, at ``beta = 1``.
     :param base: a normalised program with the same latent sites, at ``beta = 0``.
     :param num_steps: number of transitions; the path has one target more.
-    :param learn: train the betas between the two ends.
+    :param learn: train the betas between the two ends; they stay ordered.
     :param betas: their initial values, increasing, without the two ends; evenly spaced unless given.
     :raises ValueError: for fewer than one step, or betas that do not increase strictly between 0 and 1.
 
@@ -64,6 +96,8 @@ class GeometricPath(PyroModule):
     tensor([0.0000, 0.2500, 0.5000, 0.7500, 1.0000])
     """
 
+    slices: ClassVar[bool] = True
+
     def __init__(
         self,
         target: Program,
@@ -73,25 +107,8 @@ class GeometricPath(PyroModule):
         learn: bool = False,
         betas: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
-        inner = [level / num_steps for level in range(1, num_steps)] if betas is None and num_steps > 0 else betas or ()
-        ends = torch.tensor([0.0, *inner, 1.0])
-        if num_steps < 1 or len(ends) != num_steps + 1 or any(a >= b for a, b in pairwise(ends.tolist())):
-            raise ValueError(
-                f"num_steps={num_steps} and betas={betas}: expected at least one step (two targets), and num_steps - 1 "
-                "betas that increase strictly between 0 and 1."
-            )
-        self.num_steps, self.learn = num_steps, learn
+        super().__init__(num_steps, learn=learn, betas=betas)
         self.__dict__["ends"] = target, base  # programs that are modules stay what they are: no part of this one
-        self.logits: Any = PyroParam(ends.diff().log()) if learn else ends.diff().log()
-
-    @property
-    def betas(self) -> Tensor:
-        """``beta[0], ..., beta[num_steps]``."""
-        inner = torch.softmax(self.logits, 0).cumsum(0)[:-1]
-        return torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
-
-    slices: ClassVar[bool] = True
 
     def programs(self, level: int) -> tuple[Program, ...]:
         """The base at the start, the target at the end, both between."""

@@ -25,6 +25,7 @@ from pplvi.alone import log_density_of
 from pplvi.gibbs import sites_of
 from pplvi.kernels import Kernel, ResidualKernel, coordinates_of
 from pplvi.paths import GeometricPath, Path, Plan, ProgramPath, RepeatedPath, sites_of_target
+from pplvi.programs import plain_run
 from pplvi.runs import is_subsample
 
 Program = Callable[..., Any]
@@ -97,12 +98,23 @@ class _Backward(_Level):
 
 @dataclass(frozen=True)
 class _Density:
-    """``log gamma[level]`` for kernels that follow its gradient; copied together with its guide."""
+    """``log gamma[level]`` for kernels that follow its gradient; copied together with its guide.
+
+    :ivar subsampled: plates whose minibatch the density of draws outside them depends on.
+    """
 
     path: Path
     level: int
+    subsampled: tuple[str, ...] = ()
 
     def __call__(self, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        if self.subsampled:
+            raise ValueError(
+                f"plates {list(self.subsampled)} are subsampled, and this kernel would move draws outside them by a "
+                "minibatch's density: bounds would no longer be bounds on average. Expected a target that is the same "
+                "for every minibatch: pass a surrogate of the model as target, such as the likelihood of some of the "
+                "data with learned weights, or anneal only what is inside the plates, by AutoSemiDAIS."
+            )
         programs = self.path.programs(self.level)
         return self.path(self.level, [log_density_of(program, args, kwargs, values) for program in programs])
 
@@ -227,9 +239,10 @@ class AnnealedGuide(_Walked):
             found: list[Any] = [
                 (sites_of if _partial(kernel) else coordinates_of)(model, args, kwargs) for kernel in self.kernels
             ]
+            subsampled = plain_run(model, args, kwargs).subsampled
         for k in range(1, self.walked.num_steps + 1):
             part = (k - 1) % len(self.kernels)
-            ahead, back = self.kernels[part].build(found[part], _Density(self.walked, k))
+            ahead, back = self.kernels[part].build(found[part], _Density(self.walked, k, subsampled))
             setattr(self, f"forward_{k}", ahead)
             setattr(self, f"reverse_{k}", back)
         self._check_moved({site.name for site in found[0]})
