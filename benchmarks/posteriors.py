@@ -3,11 +3,12 @@
 Judges every guide by log Z - ELBO (nats), ESS/N and k-hat of 20,000 draws, by the largest errors of marginal means
 (in sds), sds (ratio - 1) and Wasserstein-1 distances (in sds) against reference draws, raw and importance-resampled, by
 gradient evaluations and by CPU seconds of the whole fit (compilation included), one thread. A marginal of a pair of
-reference samples differs too: ``floor`` is the W1 between the two halves of the reference.
+reference samples differs too: the floors are the same errors between the two halves of the reference.
 
-Compares with the gaps published or measured elsewhere (``BEST``) and with the reach that the project set itself.
+Compares with the gaps published or measured elsewhere (``BEST``), with the reach that the project set itself, and,
+where NumPyro is installed, with NumPyro's guides on the targets that numpyro_guides.py has.
 
-    python benchmarks/posteriors.py --data ../shared/data --seeds 0 1 2
+    python benchmarks/posteriors.py --data ../shared/data --seeds 0 1 2 3 4
 
 Results are merged into benchmarks/results/posteriors.json, so that parts can be run one after another with --targets,
 --guides and --seeds; --report only prints what is there.
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpyro_guides
 import pyro
 import torch
 from posterior_targets import TARGETS, Target
@@ -33,7 +35,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 import pplvi
-from pplvi import ELBO, AutoBatchAndMatch, AutoDeterministicNormal, AutoFlow, AutoPathfinder, Fit, Posterior
+from pplvi import ELBO, AutoBatchAndMatch, AutoDeterministicNormal, AutoFlow, AutoPathfinder, Fit
+from pplvi.weighted import WeightedDraws
 
 DRAWS, CHUNK, QUANTILES = 20_000, 2_500, 2_001
 SCHOOLS = "eight_schools-eight_schools_noncentered"
@@ -73,6 +76,8 @@ class Row:
     gradients: int
     cpu_seconds: float
     note: str = ""
+    mean_floor: float | None = None
+    sd_floor: float | None = None
 
 
 def _trained(kind: Any, steps: int, particles: int, rate: float, **options: Any) -> Callable[[Target, int], Fit]:
@@ -110,12 +115,14 @@ GUIDES: dict[str, Callable[[Target, int], Fit]] = {
     ),
     "pathfinder, paper": _found(AutoPathfinder, exact_hessian=False, moment_matching=0),
     "pathfinder": _found(AutoPathfinder),
+    "mean field, deterministic": _found(AutoDeterministicNormal, linear_response=False),
     "deterministic": _found(AutoDeterministicNormal),
     "batch and match": _found(AutoBatchAndMatch),
     "flow": _flow,
     "flow, unrotated": partial(_flow, rotate=False, rate=1e-2),
     "auto": lambda target, seed: pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=60.0),
 }  # fmt: skip
+ALL = [*GUIDES, *numpyro_guides.GUIDES]
 
 
 def cpu_seconds() -> float:
@@ -139,19 +146,22 @@ def _quantiles(sample: Tensor, probs: Tensor) -> Tensor:
 def marginals(target: Target, draws: Mapping[str, Tensor]) -> tuple[float, float, float]:
     """Largest error of means, of sds and of marginals against the reference draws, in units of their sds."""
     assert target.reference is not None
-    ours, reference = target.coordinates(draws), target.reference
+    return _errors(target.coordinates(draws), target.reference)
+
+
+def _errors(ours: Tensor, reference: Tensor) -> tuple[float, float, float]:
     sd = reference.std(0)
     mean = (ours.mean(0) - reference.mean(0)).abs() / sd
     found = mean, (ours.std(0) / sd - 1).abs(), wasserstein(ours, reference) / sd
     return tuple(float(part.max()) for part in found)  # type: ignore[return-value]
 
 
-def floor(target: Target) -> float | None:
-    """Largest W1 / sd between the two halves of the reference draws."""
+def floors(target: Target) -> tuple[float | None, float | None, float | None]:
+    """The same errors of one half of the reference draws against the other."""
     if target.reference is None:
-        return None
+        return None, None, None
     one, two = target.reference.chunk(2)
-    return float((wasserstein(one, two) / target.reference.std(0)).max())
+    return _errors(one, two)
 
 
 def gradients(fit: Fit) -> int:
@@ -160,20 +170,39 @@ def gradients(fit: Fit) -> int:
     return sum(getattr(run.guide, "num_gradients", 0) + run.step * particles for run in fit.runs)
 
 
-def judge(key: str, target: Target, guide: str, seed: int, draws: int = DRAWS) -> Row:
+def judge(key: str, target: Target, guide: str, seed: int, draws: int = DRAWS, data: Path = Path()) -> Row:
     """Fit one guide and measure it."""
-    pyro.clear_param_store()
-    start = cpu_seconds()
+    fit = _fit_numpyro if guide in numpyro_guides.GUIDES else _fit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit = GUIDES[guide](target, seed)
+        seconds, count, note, posterior = fit(key, target, guide, seed, draws, data)
+    return _row(key, target, guide, seed, posterior, gradients=count, cpu_seconds=seconds, note=note)
+
+
+Measured = tuple[float, int, str, WeightedDraws]
+
+
+def _fit(key: str, target: Target, guide: str, seed: int, draws: int, data: Path) -> Measured:
+    pyro.clear_param_store()
+    start = cpu_seconds()
+    fit = GUIDES[guide](target, seed)
     seconds = cpu_seconds() - start
     posterior = fit.posterior(draws, seed=seed + 1000, chunk_size=min(draws, CHUNK))
-    return _row(key, target, guide, seed, fit, posterior, seconds)
+    return seconds, gradients(fit), fit.guide_name if guide == "auto" else "", posterior
 
 
-def _row(key: str, t: Target, guide: str, seed: int, fit: Fit, posterior: Posterior, seconds: float) -> Row:
+def _fit_numpyro(key: str, target: Target, guide: str, seed: int, draws: int, data: Path) -> Measured:
+    if key not in numpyro_guides.PROGRAMS or not numpyro_guides.is_available():
+        raise ValueError("no such program, or NumPyro is not installed")
+    start = cpu_seconds()
+    trained = numpyro_guides.train(key, guide, data, seed)
+    seconds = cpu_seconds() - start
+    return seconds, trained.gradients, "", trained.posterior(draws, seed + 1000, min(draws, CHUNK))
+
+
+def _row(key: str, t: Target, guide: str, seed: int, posterior: WeightedDraws, **rest: Any) -> Row:
     known = t.log_z is not None
+    mean_floor, sd_floor, floor = floors(t)
     pairs = None
     if t.reference is not None:
         both = [marginals(t, posterior.draws.latents), marginals(t, posterior.resample(seed=seed))]
@@ -189,10 +218,10 @@ def _row(key: str, t: Target, guide: str, seed: int, fit: Fit, posterior: Poster
         mean_error=pairs[0] if pairs else None,
         sd_error=pairs[1] if pairs else None,
         w1=pairs[2] if pairs else None,
-        floor=floor(t),
-        gradients=gradients(fit),
-        cpu_seconds=seconds,
-        note=fit.guide_name if guide == "auto" else "",
+        floor=floor,
+        mean_floor=mean_floor,
+        sd_floor=sd_floor,
+        **rest,
     )
 
 
@@ -207,7 +236,7 @@ def merge(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
     new = [asdict(row) for row in rows]
     done = {(r["target"], r["guide"], r["seed"]) for r in new}
     kept = [r for r in old if (r["target"], r["guide"], r["seed"]) not in done] + new
-    kept.sort(key=lambda r: (_order(r["target"]), list(GUIDES).index(r["guide"]), r["seed"]))
+    kept.sort(key=lambda r: (_order(r["target"]), _place(r["guide"]), r["seed"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(kept, indent=1)
     part = path.with_suffix(".part")
@@ -220,10 +249,14 @@ def _order(key: str) -> int:
     return [*TARGETS, SCHOOLS, *MODELS].index(key)
 
 
+def _place(guide: str) -> int:
+    return ALL.index(guide) if guide in ALL else len(ALL)  # rows of a guide that another version of this file knows
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: the median over seeds and, in brackets, the worst."""
-    head = "| target | guide | seeds | log Z - ELBO | ESS/N | k-hat | mean err | sd err | W1 | floor | grads | CPU s |"
-    lines = [head, "|" + "---|" * 12]
+    """Markdown: the median over seeds and, in brackets, the worst; errors raw / importance-resampled."""
+    head = "| target | guide | seeds | log Z - ELBO | log Z err | ESS/N | k-hat | mean err | sd err | W1 | floors |"
+    lines = [head + " grads | CPU s |", "|" + "---|" * 13]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["target"], row["guide"]), []).append(row)
@@ -236,27 +269,26 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _line(target: str, guide: str, group: Sequence[Mapping[str, Any]]) -> str:
-    low = [min(r["ess"] for r in group)]
     notes = sorted({r["note"] for r in group} - {""})
-    cells = [target, guide + (f" ({', '.join(notes)})" if notes else ""), str(len(group)), _cell(group, "gap", 3)]
-    cells += [f"{statistics.median(r['ess'] for r in group):.2f} ({low[0]:.2f})", _cell(group, "pareto_k", 2)]
+    cells = [target, guide + (f" ({', '.join(notes)})" if notes else ""), str(len(group))]
+    cells += [_cell([r["gap"] for r in group], 3), _cell([_size(r["log_z_error"]) for r in group], 3)]
+    cells += [_cell([r["ess"] for r in group], 2, worst=min), _cell([r["pareto_k"] for r in group], 2)]
     for name in ("mean_error", "sd_error", "w1"):
-        pairs = [r[name] for r in group]
-        cells.append("-" if pairs[0] is None else " / ".join(f"{_median(pairs, i):.3f}" for i in (0, 1)))
-    cells += ["-" if group[0]["floor"] is None else f"{group[0]['floor']:.3f}"]
-    cells += [f"{statistics.median(r['gradients'] for r in group):,.0f}", _cell(group, "cpu_seconds", 1)]
+        pairs = [r[name] or (None, None) for r in group]
+        cells.append(" / ".join(_cell([pair[i] for pair in pairs], 3) for i in (0, 1)))
+    floor = [group[-1].get(name) for name in ("mean_floor", "sd_floor", "floor")]
+    cells += [" / ".join("-" if value is None else f"{value:.3f}" for value in floor)]
+    cells += [f"{statistics.median(r['gradients'] for r in group):,.0f}", _cell([r["cpu_seconds"] for r in group], 1)]
     return "| " + " | ".join(cells) + " |"
 
 
-def _median(pairs: Sequence[Sequence[float]], index: int) -> float:
-    return statistics.median(pair[index] for pair in pairs)
+def _size(value: float | None) -> float | None:
+    return None if value is None else abs(value)
 
 
-def _cell(group: Sequence[Mapping[str, Any]], name: str, digits: int) -> str:
-    values = [r[name] for r in group]
-    if values[0] is None:
-        return "-"
-    return f"{statistics.median(values):.{digits}f} ({max(values):.{digits}f})"
+def _cell(values: Sequence[float | None], digits: int, worst: Callable[[list[float]], float] = max) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.{digits}f} ({worst(known):.{digits}f})" if known else "-"
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -264,8 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--targets", nargs="+", default=[*TARGETS, SCHOOLS, *MODELS])
-    parser.add_argument("--guides", nargs="+", default=list(GUIDES), choices=list(GUIDES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--guides", nargs="+", default=ALL, choices=ALL)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--draws", type=int, default=DRAWS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--report", action="store_true", help="only print what is in the file")
@@ -292,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def _run_one(key: str, target: Target, guide: str, seed: int, options: Any, rows: list[dict[str, Any]]) -> Any:
     start = time.perf_counter()
     try:
-        row = judge(key, target, guide, seed, options.draws)
+        row = judge(key, target, guide, seed, options.draws, options.data)
     except ValueError as error:
         print(f"{key}, {guide}, seed {seed}: {error}", flush=True)
         return rows

@@ -144,14 +144,22 @@ class UnconstrainedDensity:
     def hessian(self, u: Tensor) -> Tensor | None:
         """Hessian ``(dim, dim)`` at ``u``, of shape ``(dim,)``, in float64, from one run over ``dim`` rows; ``None``
         where the model has no second derivatives."""
+        found = self.hessians(u[None])
+        return None if found is None else found[0]
+
+    def hessians(self, u: Tensor) -> Tensor | None:
+        """Hessians ``(S, dim, dim)`` at rows ``(S, dim)``, as :meth:`hessian`."""
+        self.gradients += u.numel()
         with torch.enable_grad():
-            leaf = u.detach().to(self.device, self.dtype).expand(self.dim, -1).clone().requires_grad_()
+            leaf = u.detach().to(self.device, self.dtype).repeat_interleave(self.dim, 0).requires_grad_()
             try:
                 (gradient,) = torch.autograd.grad(self(leaf).sum(), leaf, create_graph=True)
-                (rows,) = torch.autograd.grad(gradient.diagonal().sum(), leaf, materialize_grads=True)
+                diagonals = gradient.reshape(len(u), self.dim, self.dim).diagonal(dim1=-2, dim2=-1)
+                (rows,) = torch.autograd.grad(diagonals.sum(), leaf, materialize_grads=True)
             except RuntimeError:  # some operations of torch are differentiable only once
                 return None
-        return 0.5 * (rows + rows.T).double()
+        found = rows.reshape(len(u), self.dim, self.dim).double()
+        return 0.5 * (found + found.mT)
 
     def unpack(self, u: Tensor) -> dict[str, Tensor]:
         """Constrained values of the sites, each ``(S, *shape of the site)``, at rows ``(S, dim)``."""

@@ -84,7 +84,7 @@ def minimise(
     function: Callable[[Tensor], tuple[Tensor, Tensor]],
     starts: Sequence[Tensor],
     options: Options,
-    stops: Sequence[Callable[[Trail], bool]] = (),
+    stops: Sequence[Callable[[Trail], str]] = (),
 ) -> list[Trail]:
     """Minimise a function from several starts.
 
@@ -92,7 +92,7 @@ def minimise(
         function: rows ``(S, dim)`` to values ``(S,)`` and gradients ``(S, dim)``; a value that is not finite is a wall.
         starts: vectors ``(dim,)`` at which the function is finite.
         options: settings.
-        stops: for each start, whether to stop its path, asked after every iteration.
+        stops: for each start, why to end its path, asked after every iteration; empty to go on. It may add points.
 
     Returns:
         One trail for each start.
@@ -103,7 +103,7 @@ def minimise(
         >>> minimise(bowl, [torch.zeros(2, dtype=torch.float64)], Options())[0].points[-1].position
         tensor([3., 3.], dtype=torch.float64)
     """
-    asks = stops or [lambda trail: False] * len(starts)
+    asks = stops or [lambda trail: ""] * len(starts)
     walks = [_walk(start.double(), options, stop) for start, stop in zip(starts, asks, strict=True)]
     asked = {i: next(walk) for i, walk in enumerate(walks)}
     trails: dict[int, Trail] = {}
@@ -125,7 +125,7 @@ def _evaluate(function: Callable[[Tensor], tuple[Tensor, Tensor]], asked: dict[i
     return {i: Point(*row) for i, row in zip(asked, rows, strict=True)}
 
 
-def _walk(start: Tensor, options: Options, stop: Callable[[Trail], bool]) -> Asking:
+def _walk(start: Tensor, options: Options, stop: Callable[[Trail], str]) -> Asking:
     point = yield start
     trail, pairs = Trail([point]), deque[tuple[Tensor, Tensor]](maxlen=options.history)
     while not trail.reason:
@@ -145,7 +145,7 @@ def _walk(start: Tensor, options: Options, stop: Callable[[Trail], bool]) -> Ask
                 pairs.append((step, change))
             trail.points.append(found)
             converged = _converged(point, found, pairs, options)
-            trail.reason = "converged" if converged else "stopped" if stop(trail) else ""
+            trail.reason = "converged" if converged else stop(trail)
             point = found
     return trail
 

@@ -13,6 +13,7 @@ from pplvi.guides._density import CHUNK, UnconstrainedDensity
 from pplvi.guides._gaussians import Gaussian, LocalGaussians, full_gaussian, standard_normal
 from pplvi.guides._lbfgs import Options, Point, Trail, minimise
 from pplvi.guides._matching import MOST_DIMENSIONS
+from pplvi.guides._newton import newton
 
 _FAR, _DROP = (30.0, 1e3), 3.0  # so many standard deviations away a proper density has fallen by so many nats
 _MOST_AXES = 256
@@ -45,8 +46,8 @@ class Path:
 class Scout:
     """The local Gaussians of one path and their ELBOs, computed as the path goes on."""
 
-    def __init__(self, density: UnconstrainedDensity, history: int, num_draws: int) -> None:
-        self.density, self.local = density, LocalGaussians(history)
+    def __init__(self, density: UnconstrainedDensity, history: int, num_draws: int, *, exact: bool = False) -> None:
+        self.density, self.local, self.exact = density, LocalGaussians(history), exact
         self.noise = torch.randn(num_draws, density.dim, dtype=torch.float64, device=density.device)
         self.found: list[Gaussian | None] = []
         self.elbos: list[float] = []
@@ -57,24 +58,39 @@ class Scout:
         """Index of the best Gaussian so far."""
         return max(range(len(self.elbos)), key=self.elbos.__getitem__, default=0)
 
-    def is_past(self, trail: Trail) -> bool:
-        """Whether a path has left its best Gaussian far behind: densities without a mode are climbed for ever."""
+    def end(self, trail: Trail) -> str:
+        """Why a path ends here, if it does, asked of long ones only. It has left its best Gaussian far behind, as
+        densities without a mode are climbed for ever; or Newton's method, with exact Hessians, finds its end at once.
+        """
         if len(trail.points) % _LOOK:
-            return False
+            return ""
         self.look(trail)
-        return len(self.elbos) - self.best > _PATIENCE
+        if len(self.elbos) - self.best > _PATIENCE:
+            return "stopped"
+        return "converged" if self.exact and self._leap(trail) else ""
+
+    def _leap(self, trail: Trail) -> bool:
+        if self.density.dim > MOST_DIMENSIONS:
+            return False
+        found = newton(self.density.descent, self._curvature, trail.points[-1], torch.finfo(self.density.dtype).eps)
+        trail.points += found
+        return bool(found)
+
+    def _curvature(self, position: Tensor) -> Tensor | None:
+        hessian = self.density.hessian(position)
+        return None if hessian is None else -hessian
 
     def look(self, trail: Trail) -> None:
         """Judge the points that are new."""
         self._judge(self.local.advance(trail))
 
-    def finish(self, trail: Trail, *, exact: bool) -> tuple[Path, Gaussian | None]:
-        """The summary of a path that has ended and its best Gaussian, with ``exact`` that of the Hessian among them."""
+    def finish(self, trail: Trail) -> tuple[Path, Gaussian | None]:
+        """The summary of a path that has ended and its best Gaussian, if exact that of the Hessian among them."""
         self.look(trail)
         end = trail.points[-1]
         if trail.reason == "converged" and self.density.dim <= MOST_DIMENSIONS:
             self.hessian = self.density.hessian(end.position)
-        if exact and self.hessian is not None:
+        if self.exact and self.hessian is not None:
             self._judge([_laplace(end, self.hessian)])
         path = Path(tuple(self.elbos), tuple(-p.value for p in trail.points), self.best, trail.reason)
         return path, self.found[path.best] if path.elbo > -math.inf else None
@@ -104,7 +120,8 @@ def explore(
         starts: vectors ``(dim,)``.
         options: of the optimiser.
         num_draws: draws behind each ELBO.
-        exact: have the Gaussian of the exact Hessian at the end of a path among its Gaussians.
+        exact: have the Gaussian of the exact Hessian at the end of a path among its Gaussians, and end paths of more
+            than 50 iterations by Newton's method where that converges.
 
     Returns:
         The paths, and the best Gaussians of those that have one, best first.
@@ -112,9 +129,9 @@ def explore(
     Raises:
         ValueError: if there is none, or the density does not fall off around one.
     """
-    scouts = [Scout(density, options.history, num_draws) for _ in starts]
-    trails = minimise(density.descent, starts, options, [scout.is_past for scout in scouts])
-    ends = [scout.finish(trail, exact=exact) for scout, trail in zip(scouts, trails, strict=True)]
+    scouts = [Scout(density, options.history, num_draws, exact=exact) for _ in starts]
+    trails = minimise(density.descent, starts, options, [scout.end for scout in scouts])
+    ends = [scout.finish(trail) for scout, trail in zip(scouts, trails, strict=True)]
     kept = {scout: gaussian for scout, (_, gaussian) in zip(scouts, ends, strict=True) if gaussian is not None}
     if not kept:
         raise improper(f"none of {len(trails)} paths has a Gaussian: they ended by {[t.reason for t in trails]}")

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.guides._density import UnconstrainedDensity
+from pplvi.guides._density import CHUNK, UnconstrainedDensity
 from pplvi.guides._found import FoundGuide
 from pplvi.guides._gaussians import Gaussian, full_gaussian, stack
-from pplvi.guides._lbfgs import Options, minimise
+from pplvi.guides._lbfgs import Options, Point, Trail, minimise
+from pplvi.guides._matching import MOST_DIMENSIONS
+from pplvi.guides._newton import newton
 from pplvi.guides._scouts import check_proper, improper
 
 __all__ = ["AutoDeterministicNormal"]
 
 _NEWTON_STEPS = 100
+_LOOK = 50  # iterations
 
 
 class AutoDeterministicNormal(FoundGuide):
@@ -28,10 +31,11 @@ class AutoDeterministicNormal(FoundGuide):
 
     with ``l`` the unconstrained log density of the model, ``x_m`` standard normal draws that are taken once, in pairs
     ``x, -x``, and ``H`` the Hessian of the objective at its minimum. As the objective is a plain function it is
-    minimised to the end, by L-BFGS and then by a trust-region Newton method with Hessian-vector products: no learning
-    rate, no noise, no tuning. Mean field underestimates spread; the linear response, how the means move when the model
-    is tilted, corrects it and restores correlations. The guide is ``Normal(mu, Sigma_LR)``: exact where the posterior
-    is Gaussian. (Pairs of draws are not in the paper; they make its mean exact there too.)
+    minimised to the end, by L-BFGS and then by Newton's method, with exact Hessians in up to 100 dimensions and by
+    Hessian-vector products in a trust region in more: no learning rate, no noise, no tuning. Mean field underestimates
+    spread; the linear response, how the means move when the model is tilted, corrects it and restores correlations. The
+    guide is ``Normal(mu, Sigma_LR)``: exact where the posterior is Gaussian. (Pairs of draws are not in the paper; they
+    make its mean exact there too.)
 
     There is nothing to train: the first call runs it, :meth:`run` runs it again. After a run, ``elbo`` is the ELBO of
     the mean field on the fixed draws, in nats.
@@ -93,6 +97,11 @@ class AutoDeterministicNormal(FoundGuide):
         minimum = objective.minimise(torch.cat([loc, torch.full_like(loc, self._log_scale)]))
         self.elbo = -objective.value_and_gradient(minimum)[0]
         hessian = objective.hessian(minimum)
+        if hessian is None:
+            raise ValueError(
+                "the log density of the model has no second derivatives: expected operations that torch can "
+                "differentiate twice; use AutoPathfinder or an ordinary guide."
+            )
         gaussian = objective.response(minimum, hessian) if self._linear_response else objective.mean_field(minimum)
         check_proper(density, gaussian, -hessian[: density.dim, : density.dim], float(density(gaussian.loc[None])))
         return stack([gaussian])
@@ -134,38 +143,54 @@ class _Objective:
 
         return product
 
-    def hessian(self, eta: Tensor) -> Tensor:
-        """The Hessian, ``(2 * dim, 2 * dim)``.
-
-        Raises:
-            ValueError: where the model has no second derivatives.
-        """
-        try:
-            product = self.curvature(eta)
-            rows = torch.stack([product(row) for row in torch.eye(len(eta)).to(eta)])
-        except RuntimeError as error:
-            raise ValueError(
-                f"the log density of the model has no second derivatives: {error}. Expected operations that torch can "
-                "differentiate twice; use AutoPathfinder or an ordinary guide."
-            ) from error
-        return 0.5 * (rows + rows.T)
+    def hessian(self, eta: Tensor) -> Tensor | None:
+        """The Hessian, ``(2 * dim, 2 * dim)``, from those of the log density at the draws, or ``None`` without any."""
+        loc, log_scale = eta.chunk(2)
+        moves = log_scale.exp() * self.noise
+        _, scores = self.density.value_and_gradient(loc + moves)
+        total = torch.diag(torch.cat([torch.zeros_like(loc), (scores * moves).sum(0)]))
+        size = max(CHUNK // len(loc), 1)
+        for move in moves.split(size):
+            each = self.density.hessians(loc + move)
+            if each is None:
+                return None
+            both = torch.cat([torch.ones_like(move), move], 1)
+            tiled = each.repeat(1, 2, 2)
+            total = total + (both.unsqueeze(2) * tiled * both.unsqueeze(1)).sum(0)
+        return -total / len(moves)
 
     def minimise(self, start: Tensor) -> Tensor:
-        """The minimum: L-BFGS, then Newton steps in a trust region.
+        """The minimum: L-BFGS, then Newton steps.
 
         Raises:
             ValueError: if there is none.
         """
-        (trail,) = minimise(self._rows, [start], Options(precision=torch.finfo(self.density.dtype).eps))
+        precision = torch.finfo(self.density.dtype).eps
+        (trail,) = minimise(self._rows, [start], Options(precision=precision), [self._leap])
         end = trail.points[-1]
         if trail.reason == "converged":
-            return self._polish(end.position)
+            return self._polish(end)
         raise improper(
             f"the objective has no minimum that L-BFGS can find: it ended by {trail.reason!r} after "
             f"{len(trail.points) - 1} iterations at {end.value:.6g} nats"
         )
 
-    def _polish(self, eta: Tensor) -> Tensor:
+    def _leap(self, trail: Trail) -> str:
+        """End a path by Newton's method, which ill-conditioned objectives want, where it converges."""
+        if len(trail.points) % _LOOK or self.density.dim > MOST_DIMENSIONS:
+            return ""
+        found = newton(self._rows, self.hessian, trail.points[-1], torch.finfo(self.density.dtype).eps)
+        trail.points += found
+        return "converged" if found else ""
+
+    def _polish(self, end: Point) -> Tensor:
+        if self.density.dim <= MOST_DIMENSIONS and (
+            found := newton(self._rows, self.hessian, end, torch.finfo(self.density.dtype).eps)
+        ):
+            return found[-1].position
+        return self._trust_region(end.position)
+
+    def _trust_region(self, eta: Tensor) -> Tensor:
         from scipy.optimize import minimize  # not at import: it is slow to load
 
         def function(x: Any) -> tuple[float, Any]:

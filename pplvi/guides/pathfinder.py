@@ -47,8 +47,8 @@ class AutoPathfinder(FoundGuide):
         history: how many pairs the inverse Hessian keeps.
         max_iterations: the most iterations of a path.
         elbo_draws: draws ``K`` behind each ELBO.
-        exact_hessian: give a converged path one Gaussian more, that of the exact Hessian at its end, in up to 100
-            dimensions. ``False`` is the paper.
+        exact_hessian: give a converged path one Gaussian more, that of the exact Hessian at its end, and let Newton's
+            method end a path of more than 50 iterations, in up to 100 dimensions. ``False`` is the paper.
         moment_matching: rounds of adaptive importance sampling, from the mixture of the paths to the Gaussian with the
             moments of the posterior, in up to 100 dimensions; the result replaces the mixture only where it has more
             effective draws. 0 is the paper.
