@@ -11,7 +11,6 @@ from typing import Any, Literal
 import pyro.infer
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
-from pyro.optim import PyroOptim
 
 from pplvi.arguments import LastBatch
 from pplvi.batches import Batches, Call, FullData, make_batches, to_call
@@ -21,7 +20,9 @@ from pplvi.compile import Mode
 from pplvi.elbo import ELBO
 from pplvi.environment import Environment, fingerprint
 from pplvi.equivalents import own_loss
+from pplvi.naming import describe
 from pplvi.optimizers import OptimLike, Update
+from pplvi.originals import Originals
 from pplvi.rates import Schedule
 from pplvi.recipes import Recipe
 from pplvi.restarts import Plan, best_of, publish, scratch, train_restarts
@@ -95,7 +96,8 @@ def fit(
     :param model: a Pyro program: a function, a module, or a method of a module.
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
         returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"auto"``: one
-        family after another until k-hat is below 0.7, within ``budget=`` seconds (60); ``"nuts"``, or another MCMC
+        family after another until k-hat is below 0.7, within ``budget=`` seconds (60), on whichever is easier of the
+        model as written and its non-centered forms (:func:`pplvi.noncentered`); ``"nuts"``, or another MCMC
         kernel class or ``functools.partial`` of one, for MCMC instead of training.
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
@@ -163,17 +165,18 @@ def fit(
     args, kwargs = _check_call(args, kwargs)
     _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
     _check_seed(seed, restarts)
+    environment = Environment(dtype, device)
+    unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "monitor": monitor, "init": init}
+    unused |= {"held_back": held_back, "callbacks": callbacks or None, "checkpoint": checkpoint, "resume": resume}
     if isinstance(guide, str) and guide == "auto":
-        given = {"data": data, "objective": objective, "optim": optim, "num_steps": num_steps, "resume": resume}
-        _refuse({**given, "init": init, "checkpoint": checkpoint}, "guide='auto'")
-        common: dict[str, Any] = {"args": args, "kwargs": kwargs, "restarts": restarts, "seed": seed, "device": device}
-        return select(partial(fit, model, **common, dtype=dtype, progress=progress), budget)
+        _refuse({**unused, "num_steps": num_steps, "num_warmup": num_warmup}, "guide='auto'")
+        same: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "dtype": dtype}
+        originals = Originals(model, args, kwargs, environment)
+        return select(partial(fit, args=args, kwargs=kwargs, progress=progress, **same), model, originals, budget)
     if budget is not None:
         raise ValueError(f"budget={budget!r} is for guide='auto': expected that, or num_steps=.")
-    environment = Environment(dtype, device)
     if (make_kernel := kernel_factory(guide)) is not None:
-        unused = {"data": data, "objective": objective, "optim": optim, "monitor": monitor, "held_back": held_back}
-        _refuse({**unused, "init": init, "callbacks": callbacks or None, "checkpoint": checkpoint, "resume": resume})
+        _refuse(unused)
         recipe = Recipe(model, make_kernel, True, False, environment)
         return _fit_chains(recipe, (args, kwargs), num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress)
     check_init(init)
@@ -325,33 +328,6 @@ def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     except TypeError:
         return False
     return True
-
-
-def describe(thing: Any) -> str:
-    """A readable name that is the same in every process.
-
-    Example:
-        >>> describe(partial(torch.optim.Adam, lr=0.1)), describe(None), describe(ELBO())
-        ('Adam(lr=0.1)', 'None', 'ELBO(num_particles=1)')
-    """
-    if isinstance(thing, partial):
-        options = [*map(describe, thing.args), *(f"{k}={describe(v)}" for k, v in thing.keywords.items())]
-        return f"{describe(thing.func)}({', '.join(options)})"
-    if isinstance(thing, Mapping):
-        return f"{{{', '.join(f'{key}: {describe(value)}' for key, value in thing.items())}}}"
-    if isinstance(thing, PyroOptim):
-        return _describe_optim(thing)
-    if hasattr(thing, "__name__"):
-        return str(thing.__name__)
-    plain = isinstance(thing, torch.nn.Module) or " object at 0x" in repr(thing)
-    return type(thing).__name__ if plain else repr(thing)
-
-
-def _describe_optim(optim: Any) -> str:
-    options = optim.pt_optim_args
-    inner = f"{describe(optim.pt_optim_constructor)}({options if isinstance(options, dict) else describe(options)})"
-    outer = getattr(optim, "pt_scheduler_constructor", None)
-    return inner if outer is None else f"{describe(outer)}({inner}, {optim.kwargs})"
 
 
 def _check_loss(loss: Any, name: str) -> Any:

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
+from pyro.distributions import ImproperUniform
 from pyro.poutine.markov_messenger import MarkovMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pplvi.runs import is_computed, is_delta, is_deterministic, is_factor, is_subsample
 
@@ -51,6 +54,17 @@ class Uncondition(UnconditionMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not (is_deterministic(msg) or is_factor(msg)):
             super()._pyro_sample(msg)
+
+
+class Somewhere(Messenger):
+    """Give latents that cannot be drawn, those with improper priors, values anywhere in their supports."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if isinstance(fn, ImproperUniform) and not msg["is_observed"] and msg["value"] is None:
+            transform = biject_to(fn.support)
+            free = 2 * torch.rand(transform.inverse_shape(fn.shape())) - 1
+            msg["value"], msg["done"] = transform(free).expand(fn.shape()), True
 
 
 class SubsampleRecorder(Messenger):

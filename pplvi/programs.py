@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pplvi import autoguides, checks, dreams
 from pplvi.environment import preserved_buffers, preserved_parameters, preserved_rng, rng_state, set_rng_state
-from pplvi.handlers import Detach, SubsampleRecorder, Supply, Uncondition, last_site
+from pplvi.handlers import Detach, Somewhere, SubsampleRecorder, Supply, Uncondition, last_site
 from pplvi.layouts import Layout, recall, remember
 from pplvi.masks import balance_missing
 from pplvi.runs import (
@@ -273,7 +273,8 @@ def _plain_run(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
 
 def plain_run(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
     """One run of a model alone, without particles, that leaves the random state as it was."""
-    return _plain_run(model, _no_guide, args, kwargs)
+    with Somewhere():
+        return _plain_run(model, _no_guide, args, kwargs)
 
 
 def _no_guide(*args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,8 @@ from pplvi.runs import latent_sites
 
 __all__ = ["Reparametrized", "noncentered"]
 
+_FORMS = {"non-centered": 0.0, "half centered": 0.5}
+
 
 class Reparametrized:
     """A program with some of its latent sites in non-centered form: what :func:`noncentered` returns.
@@ -81,9 +83,10 @@ def noncentered(model: Program, *, sites: Iterable[str] | None = None, centered:
     depends on how much the data say of each element. ``fit(model, "auto")`` tries both.
 
     Rewritten are, unless ``sites`` names others, the latents with a location-scale family on the real line (normal,
-    Student's t, Laplace, ...), invertible transforms of these (log-normal; they get ``x_base`` in between), and, at
-    :math:`\lambda = 0`, multivariate normals, such as Gaussian processes:
-    :math:`x = \mu + L \tilde x`. What depends on other latents is seen by running the model twice, at the first call.
+    Student's t, Laplace, ...), invertible transforms of these (log-normal; they get ``x_base`` in between), and
+    multivariate normals such as Gaussian processes, whatever :math:`\lambda`: :math:`x = \mu + L \tilde x`. What
+    depends on other latents is seen by running the model twice, at the first call. The form that ``"auto"`` took is
+    its ``fit.model``, to which richer guides can be fitted: ``fit(easier.model, AutoFlow, **flow_recipe())``.
 
     Args:
         model: a Pyro program: a function, a module, or a method of one. Condition it before, not after.
@@ -122,15 +125,28 @@ def noncentered(model: Program, *, sites: Iterable[str] | None = None, centered:
     return Reparametrized(model, None if centered is None else float(centered), found)
 
 
+def forms_of(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Program]:
+    """The non-centered forms of a model to try beside the written one, by name; none where nothing would change."""
+    found = _dependent(model, args, kwargs)
+    whole = all(isinstance(_inner(fn), MultivariateNormal) for fn in found.values())
+    sizes = {name: size for name, size in _FORMS.items() if not (whole and size)}
+    return {name: Reparametrized(model, size, frozenset(found)) for name, size in sizes.items()} if found else {}
+
+
 def dependent_sites(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
     """Latents of a location-scale family whose location or scale depends on other latents: two runs differ in them."""
+    return frozenset(_dependent(model, args, kwargs))
+
+
+def _dependent(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Their distributions, by name."""
     with aside(), isolated():
         run = plain_run(model, args, kwargs)
         torch.rand(())  # from here on other random numbers, but for the minibatch
         with Supply(run.subsample_indices(of_model=True)):
             second = latent_sites(plain_run(model, args, kwargs).model)
-    first = latent_sites(run.model)
-    return frozenset(name for name in first if name in second and _varies(first[name]["fn"], second[name]["fn"]))
+    first = {name: site["fn"] for name, site in latent_sites(run.model).items()}
+    return {name: fn for name, fn in first.items() if name in second and _varies(fn, second[name]["fn"])}
 
 
 def _varies(one: Any, other: Any) -> bool:

@@ -30,7 +30,7 @@ class Verdict:
 
 _RICHER = (
     "a richer guide: AutoNormal, then AutoMultivariateNormal, then pplvi.AutoFlow",
-    "an easier posterior: reparameterise hierarchies (pyro.infer.reparam.LocScaleReparam), scale the predictors",
+    "an easier posterior: reparameterise hierarchies (pplvi.noncentered), scale the predictors",
     "an objective that covers the tails: pplvi.ImportanceWeightedELBO(num_particles=16), pplvi.RenyiELBO(alpha=0.5)",
 )
 _NUTS = 'a reference run with pplvi.fit(model, "nuts", ...), if the model is small enough'

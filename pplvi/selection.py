@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pplvi.elbo import ELBO
 from pplvi.guides.deterministic import AutoDeterministicNormal
 from pplvi.guides.flow import AutoFlow
 from pplvi.guides.pathfinder import AutoPathfinder
 from pplvi.guides.score_matching import AutoBatchAndMatch
+from pplvi.originals import Originals
+from pplvi.programs import Program
+from pplvi.reparametrization import forms_of
 from pplvi.restarts import publish
 from pplvi.result import Fit
 
 GOOD_ENOUGH = 0.7
 BUDGET = 60.0  # seconds
 _DRAWS = 4000
-_LEAST_STEPS, _TIMED_STEPS = 200, 10
+_LEAST_STEPS, _TIMED_STEPS = 200, 12
 
 FitFunction = Callable[..., Fit]
+Recipe = Callable[[int], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A family of guides: its name, what makes it, and, if trained, arguments of ``fit`` for a number of steps."""
+
+    name: str
+    guide: Any
+    recipe: Recipe | None = None
+    steps: int = 2000
 
 
 @dataclass(frozen=True)
@@ -31,21 +46,32 @@ class Attempt:
     """One family that was tried.
 
     :ivar name: of the family.
+    :ivar form: of the model: ``"as written"``, or how much of it is centered.
     :ivar fit: its fit, ``None`` if there is none.
     :ivar pareto_k: the largest k-hat of 4,000 draws of its best restart; infinite without a fit.
+    :ivar elbo: of these draws, in nats; minus infinite without a fit.
     :ivar seconds: that it took.
+    :ivar state: what the model's parameters are worth after it.
     :ivar failure: why there is no fit, or empty.
     """
 
     name: str
+    form: str
     fit: Fit | None
     pareto_k: float
+    elbo: float
     seconds: float
+    state: list[torch.Tensor]
     failure: str = ""
 
     def __str__(self) -> str:
         outcome = self.failure or f"k-hat {self.pareto_k:.2f}"
-        return f"{self.name}: {outcome} ({self.seconds:.1f} s)"
+        return f"{self.title}: {outcome} ({self.seconds:.1f} s)"
+
+    @property
+    def title(self) -> str:
+        """The family and, if it is not as written, the form of the model."""
+        return self.name if self.form == _WRITTEN else f"{self.name}, {self.form}"
 
 
 def flow_recipe(num_steps: int = 2000, learning_rate: float = 2e-3, num_particles: int = 64) -> dict[str, Any]:
@@ -74,85 +100,142 @@ def flow_recipe(num_steps: int = 2000, learning_rate: float = 2e-3, num_particle
     }
 
 
-def select(fit: FitFunction, budget: float | None) -> Fit:
+def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
+    return {"objective": ELBO(16, estimator="stl"), "init": "pathfinder", "num_steps": num_steps}
+
+
+_WRITTEN = "as written"
+_FOUND = (
+    Rung("AutoPathfinder", AutoPathfinder),
+    Rung("AutoBatchAndMatch", AutoBatchAndMatch),
+    Rung("AutoDeterministicNormal", AutoDeterministicNormal),
+)
+# A search cannot move the parameters of a model.
+_TRAINED = (
+    Rung("AutoNormal", AutoNormal, _gaussian_recipe, 5000),
+    Rung("AutoMultivariateNormal", AutoMultivariateNormal, _gaussian_recipe, 5000),
+)
+_FLOWS = (
+    Rung("AutoFlow('quadratic')", partial(AutoFlow, flow="quadratic"), flow_recipe),
+    Rung("AutoFlow('nsf')", partial(AutoFlow, flow="nsf", passes=2), flow_recipe),
+)
+
+
+def select(fit: FitFunction, model: Program, originals: Originals, budget: float | None) -> Fit:
     """The cheapest family whose k-hat is below 0.7, or that with the least k-hat within the budget.
 
-    :param fit: :func:`pplvi.fit` with everything given but the guide and how to train it.
+    The first family is tried on every form of the model (:func:`pplvi.noncentered`); the others on that with the
+    largest ELBO, which bounds the same evidence in all of them. A model with parameters of its own is trained anew with
+    each family, from where it was before, and is left with the parameters of the family that is taken.
+
+    :param fit: :func:`pplvi.fit` with everything given but model, guide and how to train it.
+    :param model: a Pyro program.
+    :param originals: the model's parameters.
     :param budget: seconds, 60 unless given.
     :raises ValueError: for a budget that is no positive number, and the first error if every family fails.
     """
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0):
         raise ValueError(f"budget={budget!r}: expected a positive number of seconds.")
-    ladder = _Ladder(fit, time.perf_counter() + (BUDGET if budget is None else budget))
-    reason = ladder.climb()
-    done = [attempt for attempt in ladder.attempts if attempt.fit is not None]
-    if not done:
+    ladder = _Ladder(fit, originals, time.perf_counter() + (BUDGET if budget is None else budget))
+    forms = originals.look(forms_of, model)
+    reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
+    if not ladder.done:
         raise ladder.errors[0]
-    best = min(done, key=lambda attempt: attempt.pareto_k)
+    best = ladder.best
     assert best.fit is not None
+    originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
-    best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.name}, as {reason}"}
+    best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
+    if len(forms):
+        best.fit.notes["parametrisation"] = ladder.comparison
     return best.fit
 
 
 class _Ladder:
-    """What was tried so far, and how long there is left."""
+    """What was tried so far, and how long there is left.
 
-    def __init__(self, fit: FitFunction, deadline: float) -> None:
-        self.fit, self.deadline = fit, deadline
+    :ivar form: of the model, ``None`` until the first family was tried on all of them.
+    """
+
+    def __init__(self, fit: FitFunction, originals: Originals, deadline: float) -> None:
+        self.fit, self.originals, self.deadline = fit, originals, deadline
         self.attempts: list[Attempt] = []
         self.errors: list[ValueError] = []
+        self.form: str | None = None
 
     @property
     def left(self) -> float:
         return self.deadline - time.perf_counter()
 
-    def climb(self) -> str:
+    @property
+    def done(self) -> list[Attempt]:
+        return [attempt for attempt in self.attempts if attempt.fit is not None]
+
+    @property
+    def best(self) -> Attempt:
+        """The attempt with the least k-hat, in the form that was chosen."""
+        return min(self.done, key=lambda attempt: (attempt.form != self.form, attempt.pareto_k))
+
+    @property
+    def comparison(self) -> str:
+        first = [attempt for attempt in self.attempts if attempt.name == self.attempts[0].name]
+        others = ", ".join(f"{a.elbo:.2f} {a.form}" for a in first if a.form != self.form)
+        (chosen,) = (attempt for attempt in first if attempt.form == self.form)
+        return f"{chosen.form}, by its ELBO of {chosen.elbo:.2f} nats in {chosen.name}" + (f"; {others}" * bool(others))
+
+    def climb(self, forms: Mapping[str, Program], rungs: tuple[Rung, ...]) -> str:
         """Try one family after another; why it ended."""
-        for kind in (AutoPathfinder, AutoBatchAndMatch, AutoDeterministicNormal):
-            if self._is_good(kind.__name__, partial(self.fit, kind)):
+        for rung in rungs:
+            chosen = forms if self.form is None else {self.form: forms[self.form]}
+            for number, (form, model) in enumerate(chosen.items()):
+                if self.attempts and self.left <= 0:
+                    break
+                if not self._try(rung, form, model, share=1 / (len(chosen) - number)):
+                    return f"the time left was too short for {rung.name}, and it has the least k-hat"
+            if self.form is None:
+                self.form = max(self.attempts, key=lambda attempt: attempt.elbo).form
+            if self.done and self.best.pareto_k < GOOD_ENOUGH:
                 return f"its k-hat is below {GOOD_ENOUGH}"
             if self.left <= 0:
                 return "the time was over, and it has the least k-hat"
-        for flow in ("quadratic", "nsf"):
-            if not self._try_flow(flow):
-                return f"the time left was too short for AutoFlow({flow!r}), and it has the least k-hat"
-            if self.attempts[-1].pareto_k < GOOD_ENOUGH:
-                return f"its k-hat is below {GOOD_ENOUGH}"
         return "every family was tried, and it has the least k-hat"
 
-    def _is_good(self, name: str, make: Callable[[], Fit]) -> bool:
-        start = time.perf_counter()
-        try:
-            found: Fit | None = make()
-            assert found is not None
-            pareto_k, failure = float(found.posterior(_DRAWS).pareto_k.max()), ""
-        except ValueError as error:
-            found, pareto_k, failure = None, float("inf"), str(error).split(":")[0].split(";")[0]
-            self.errors.append(error)
-        self.attempts.append(Attempt(name, found, pareto_k, time.perf_counter() - start, failure))
-        return pareto_k < GOOD_ENOUGH
-
-    def _try_flow(self, flow: str) -> bool:
-        """Train a flow for as many steps as the time allows; false if that is too few."""
-        options: dict[str, Any] = {"passes": 2} if flow == "nsf" else {}
-        train = partial(self.fit, partial(AutoFlow, flow=flow, **options))
-        compile, seconds = self._timed(train)
-        steps = min(2000, int(0.8 * self.left / seconds))
-        if steps < _LEAST_STEPS:
+    def _try(self, rung: Rung, form: str, model: Program, share: float) -> bool:
+        """Fit a family, trained for as many steps as its share of the time allows; false if that is too few."""
+        make = partial(self.fit, model, rung.guide)
+        if rung.recipe is None:
+            self._note(rung.name, form, make)
+            return True
+        compile, seconds = self._timed(make, rung.recipe)
+        steps = min(rung.steps, int(0.8 * share * self.left / seconds))
+        if steps < _LEAST_STEPS and self.attempts:
             return False
-        self._is_good(f"AutoFlow({flow!r})", partial(train, **flow_recipe(steps), compile=compile))
+        recipe = rung.recipe(max(steps, _LEAST_STEPS))
+        self._note(rung.name, form, partial(make, **recipe, compile=compile))
         return True
 
-    def _timed(self, train: FitFunction) -> tuple[Any, float]:
+    def _note(self, name: str, form: str, make: Callable[[], Fit]) -> None:
+        start = time.perf_counter()
+        self.originals.restore()
+        found, pareto_k, elbo, failure = None, float("inf"), -float("inf"), ""
+        try:
+            found = make()
+            posterior = found.posterior(_DRAWS)
+            pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
+        except ValueError as error:
+            found, failure = None, str(error).split(":")[0].split(";")[0]
+            self.errors.append(error)
+        seconds = time.perf_counter() - start
+        self.attempts.append(Attempt(name, form, found, pareto_k, elbo, seconds, self.originals.state(), failure))
+
+    def _timed(self, train: FitFunction, recipe: Recipe) -> tuple[Any, float]:
         """How to run the steps, and the seconds that one of them takes."""
-        recipe = {**flow_recipe(_TIMED_STEPS), "init": None}
         for compile in ("trace", False):
+            stamps: list[float] = []
+            options = {**recipe(_TIMED_STEPS), "init": None, "compile": compile}
             try:
-                train(**{**recipe, "num_steps": 1}, compile=compile)
-                start = time.perf_counter()
-                train(**recipe, compile=compile)
+                train(**options, callbacks=[lambda run, stamps=stamps: stamps.append(time.perf_counter())])
             except ValueError:
                 continue
-            return compile, (time.perf_counter() - start) / _TIMED_STEPS
+            return compile, (stamps[-1] - stamps[0]) / (len(stamps) - 1)
         return False, float("inf")

@@ -45,7 +45,7 @@ FLOORS = {
     4: {"elbo", "wake_sleep", "roles", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
     | {"equivalents", "vectorized", "together", "boltzmann_elbo", "sparsity", "multi_prediction", "up_down"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
-    | {"recipes", "lockstep"}
+    | {"recipes", "lockstep", "originals", "naming"}
     | {"chains", "weighted", "loo", "posterior", "starts"},
     6: {"schema", "groups", "export", "report", "comparison", "plots", "pictures"},
     7: {"result", "selection", "fitting"},

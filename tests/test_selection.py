@@ -10,7 +10,10 @@ import torch
 
 import pplvi
 from pplvi import AutoFlow
+from pplvi.environment import Environment
+from pplvi.originals import Originals
 from pplvi.selection import flow_recipe, select
+from pplvi.weighted import Estimate
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -30,6 +33,10 @@ def crooked():
         pyro.sample("x", dist.Normal(0.0, (0.5 * v).exp()))
 
 
+def plain():
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
 def test_pathfinder_is_taken_where_it_is_good_enough():
     x = torch.linspace(-1, 1, 20)
     result = fit(regression, "auto", args=(x, 2 * x), seed=0)
@@ -41,30 +48,140 @@ def test_pathfinder_is_taken_where_it_is_good_enough():
     assert result.to_arviz().posterior.sizes["chain"] == 1
 
 
+class Fitted:
+    """What the ladder reads of a fit."""
+
+    def __init__(self, name, pareto_k, elbo=0.0):
+        self.guide_name, self.pareto_k, self.elbo = name, pareto_k, elbo
+        self.runs, self.best, self.notes = [None], 0, {}
+
+    def posterior(self, num_draws):
+        return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), "elbo": Estimate(self.elbo, 0.0)})
+
+
+def name_of(guide):
+    return getattr(guide, "__name__", "flow")
+
+
+def originals(model):
+    return Originals(model, (), {}, Environment())
+
+
 def test_richer_families_are_tried_one_after_another_until_one_is_good(monkeypatch):
     ks = iter([0.9, 0.8, 1.2, 0.4])
     names = []
-
-    class Fitted:
-        def __init__(self, guide):
-            self.guide_name = getattr(guide, "__name__", "flow")
-            self.runs, self.best = [None], 0
-
-        def posterior(self, num_draws):
-            return type("P", (), {"pareto_k": torch.tensor(next(ks))})
-
     monkeypatch.setattr("pplvi.selection.publish", lambda run: None)
 
-    def fake(guide, **options):
-        names.append((getattr(guide, "__name__", "flow"), options.get("num_steps")))
-        return Fitted(guide)
+    def fake(model, guide, callbacks=(), **options):
+        for callback in callbacks:
+            callback(None), callback(None)
+        if not callbacks:
+            names.append((name_of(guide), options.get("num_steps")))
+        return Fitted(name_of(guide), 1.0 if callbacks else next(ks))
 
-    best = select(fake, budget=30.0)
+    best = select(fake, plain, originals(plain), budget=30.0)
     assert [name for name, _ in names[:3]] == ["AutoPathfinder", "AutoBatchAndMatch", "AutoDeterministicNormal"]
     assert names[-1] == ("flow", 2000)
     assert best.guide_name == "flow"
     assert best.notes["taken"] == "AutoFlow('quadratic'), as its k-hat is below 0.7"
     assert best.notes["tried"].count("k-hat") == 4
+
+
+def test_the_form_with_the_best_bound_is_kept(monkeypatch):
+    monkeypatch.setattr("pplvi.selection.publish", lambda run: None)
+    tried = []
+
+    def fake(model, guide, **options):
+        written = model is crooked
+        tried.append((name_of(guide), written))
+        if name_of(guide) != "AutoPathfinder":
+            return Fitted(name_of(guide), 0.6)
+        return Fitted(name_of(guide), 0.71 if written else 0.8, elbo=-9.0 if written else -2.0)
+
+    best = select(fake, crooked, originals(crooked), budget=30.0)
+    assert tried == [("AutoPathfinder", True)] + [("AutoPathfinder", False)] * 2 + [("AutoBatchAndMatch", False)]
+    assert best.notes["taken"] == "AutoBatchAndMatch, non-centered, as its k-hat is below 0.7"
+    expected = "non-centered, by its ELBO of -2.00 nats in AutoPathfinder; -9.00 as written, -2.00 half centered"
+    assert best.notes["parametrisation"] == expected
+
+
+def test_a_funnel_is_fitted_in_its_easy_form():
+    result = fit(crooked, "auto", seed=0)
+    assert result.notes["taken"] == "AutoPathfinder, non-centered, as its k-hat is below 0.7"
+    assert "parametrisation   non-centered, by its ELBO of" in result.summary()
+    assert result.model.sites == {"x"}
+    posterior = result.posterior(4000)
+    assert abs(posterior.log_evidence[0]) < 0.01
+    assert float(posterior.ess) > 3800
+    assert result.to_arviz().posterior["x"].dims == ("chain", "draw", "many")
+    written = fit(crooked, pplvi.AutoPathfinder, seed=0).posterior(4000)
+    assert posterior.gap[0] < 0.01 * written.gap[0]
+
+
+def test_a_well_informed_hierarchy_stays_as_it_is_written():
+    y = torch.linspace(-5.0, 5.0, 20)
+
+    def informed():
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("group", 20):
+            pyro.sample("y", dist.Normal(pyro.sample("x", dist.Normal(mu, tau)), 0.01), obs=y)
+
+    result = fit(informed, "auto", seed=0)
+    assert result.model is informed
+    assert result.notes["parametrisation"].startswith("as written, by its ELBO of")
+
+
+# --- models with parameters ---
+
+
+def with_parameter(y):
+    loc = pyro.param("loc", torch.tensor(0.0))
+    z = pyro.sample("z", dist.Normal(loc, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+class Module(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, y):
+        pyro.module("model", self)
+        pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(self.loc, 1.0)), 1.0), obs=y)
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_the_parameters_of_a_model_are_trained_with_the_guide(kind):
+    model = with_parameter if kind == "function" else Module()
+    result = fit(model, "auto", args=(torch.tensor(3.0),), seed=0)
+    assert result.notes["tried"].startswith("AutoNormal")
+    name = "loc" if kind == "function" else "model$$$loc"
+    assert pyro.param(name).item() == pytest.approx(3.0, abs=0.2)  # the evidence N(y; loc, 2) is largest there
+    assert result.params[0][name].item() == pyro.param(name).item()
+    if kind == "module":
+        assert model.loc.item() == pyro.param(name).item()
+    assert result.posterior().log_evidence[0] == pytest.approx(-0.5 * math.log(4 * math.pi), abs=0.05)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_each_family_starts_from_the_first_parameters_and_those_of_the_taken_one_are_left(taken, monkeypatch):
+    monkeypatch.setattr("pplvi.selection.publish", lambda run: None)
+    module, starts = Module(), []
+
+    def fake(model, guide, callbacks=(), **options):
+        if callbacks:  # to see how long a step takes
+            callbacks[0](None), callbacks[0](None)
+        else:
+            starts.append(module.loc.item())
+        with torch.no_grad():
+            module.loc.fill_(-1.0 if callbacks else 10.0 * len(starts))
+        return Fitted(name_of(guide), 0.8 if len(starts) == taken + 1 else 0.9)
+
+    best = select(fake, module, Originals(module, (torch.tensor(1.0),), {}, Environment()), budget=30.0)
+    assert best.pareto_k == 0.8
+    assert starts == [0.0] * 4
+    assert module.loc.item() == 10.0 * (taken + 1)
 
 
 def test_the_budget_ends_the_search_with_the_best_so_far():
@@ -77,12 +194,12 @@ def test_the_budget_ends_the_search_with_the_best_so_far():
 def test_a_family_that_fails_is_passed_over_and_all_failing_is_an_error():
     calls = []
 
-    def fake(guide, **options):
+    def fake(model, guide, **options):
         calls.append(guide)
         raise ValueError(f"no {len(calls)}: expected another")
 
     with pytest.raises(ValueError, match="no 1"):
-        select(fake, budget=5.0)
+        select(fake, plain, originals(plain), budget=5.0)
     assert len(calls) >= 3
     with pytest.raises(ValueError, match="discrete sample site 'k'"):
         fit(lambda: pyro.sample("k", dist.Poisson(3.0)), "auto", seed=0)
@@ -107,6 +224,8 @@ def test_the_recipe_trains_a_flow():
         ({"budget": True}, "positive number of seconds"),
         ({"num_steps": 10}, "guide='auto' has no use for"),
         ({"data": [torch.zeros(3)]}, "guide='auto' has no use for"),
+        ({"monitor": pplvi.ELBO()}, "guide='auto' has no use for"),
+        ({"callbacks": [print]}, "guide='auto' has no use for"),
     ],
 )
 def test_what_auto_has_no_use_for_is_refused(options, words):
