@@ -41,7 +41,7 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
         ``elbo``, ``log_evidence``,         of all data, in nats, with the standard error of the log evidence; missing
         ``log_evidence_error``              for MCMC
         ``seconds``                         time of training, all restarts together; missing for a posterior
-        ``guide``, ``objective``            their names
+        ``guide``, ``objective``            their names; "-" for a guide that was found and not trained
         ==================================  ======================================================================
 
     Raises:
@@ -157,7 +157,9 @@ def _bulk_ess(posterior: Posterior) -> float:
 
 def _facts(fit: Any, posterior: Posterior) -> dict[str, Any]:
     guide = "MCMC" if posterior.guide is None else name_of(posterior.guide)
-    objective = getattr(fit, "objective", None)
+    objective, reasons = getattr(fit, "objective", None), getattr(fit, "reasons", None)
+    if reasons and reasons[fit.best] == "found":
+        objective = "-"
     return {
         "seconds": float(getattr(fit, "seconds", math.nan)),
         "guide": str(getattr(fit, "guide_name", guide)),

@@ -10,8 +10,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide import AutoDelta
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 
+import pplvi
+from pplvi import AutoBatchAndMatch, AutoPathfinder
 from pplvi.comparison import compare
 from pplvi.posterior import Posterior
 
@@ -171,3 +173,16 @@ def test_ambiguous_sites_are_refused_with_the_name_of_the_fit():
     with pytest.raises(ValueError, match=r"leave-one-out of 'two'.*var_name"):
         compare({"two": both})
     assert math.isfinite(compare({"two": both}, var_name="again").loc["two", "elpd_loo"])
+
+
+@pytest.mark.filterwarnings("ignore:Pareto k is above")
+def test_a_guide_that_was_found_was_trained_by_no_objective():
+    options = {"args": (torch.tensor(Y),), "seed": 0, "progress": False}
+    table = compare(
+        {
+            "found": pplvi.fit(normal_mean, AutoPathfinder, **options),
+            "matched": pplvi.fit(normal_mean, AutoBatchAndMatch, **options),
+            "trained": pplvi.fit(normal_mean, AutoNormal, num_steps=5, **options),
+        }
+    )
+    assert dict(table["objective"]) == {"found": "-", "matched": "-", "trained": "ELBO(num_particles=1)"}
