@@ -1,6 +1,6 @@
 """Deep Boltzmann machines: where training starts, what it optimises, centering, recognition networks, labels, speed.
 
-Five tables, on scikit-learn's digits (8x8, thresholded) or on binary MNIST:
+Four tables, on scikit-learn's digits (8x8, thresholded) or on binary MNIST:
 
 - ``training``: a random start, plain and centered, pretraining by layers, and multi-prediction, with the same CPU time;
   test bound and log likelihood (log Z by enumeration where the machine allows it), error of inferred labels,
@@ -8,28 +8,26 @@ Five tables, on scikit-learn's digits (8x8, thresholded) or on binary MNIST:
 - ``hessian``: condition numbers of an enumerable machine, centered or not (Montavon & Mueller 2012).
 - ``recognition``: bound and time of a recognition network against mean field to convergence, with one-step and
   ten-step targets (Salakhutdinov & Larochelle 2010).
-- ``labels``: errors after fine-tuning on all, 1,000 and 100 labels, from a machine's weights or a random start
-  (Salakhutdinov & Hinton 2009: 0.95 % of all of MNIST's).
 - ``speed``: milliseconds of an update of 784-500-1000, 10 mean-field and 5 Gibbs sweeps, batch 100, through ``SVI``,
   against bare torch and the matrix products alone.
 
+A machine of full size and classifiers that start from it are in ``deep_boltzmann_large.py``.
+
     python benchmarks/deep_boltzmann.py --out benchmarks/results/deep_boltzmann.json
-    python benchmarks/deep_boltzmann.py --tables training labels --data ../shared/data/mnist --widths 784 500 500
+    python benchmarks/deep_boltzmann.py --tables training --data ../shared/data/mnist --widths 784 500 500
 """
 
 import argparse
-import copy
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from boltzmann_training import Data, load
 from pyro.infer import SVI
 from pyro.optim import SGD, Adam
 from torch import Tensor, nn
@@ -42,41 +40,11 @@ from pplvi import (
     MultiPrediction,
     RecognitionGuide,
     pretrain,
-    to_classifier,
 )
 from pplvi.energies.partition import annealed_importance_sampling
 
 Row = dict[str, Any]
 BATCH = 100
-
-
-@dataclass(frozen=True)
-class Data:
-    """Binary images and labels."""
-
-    name: str
-    v: Tensor
-    y: Tensor
-    test_v: Tensor
-    test_y: Tensor
-
-
-def load(folder: str | None) -> Data:
-    """Digits, or MNIST binarised by threshold from a folder with ``mnist_threshold.npz``."""
-    if folder is None:
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        v, y = (torch.as_tensor(images)[order] > 7.5).float(), torch.as_tensor(labels)[order]
-        return Data("digits", v[:1300], y[:1300], v[1300:], y[1300:])
-    import numpy as np
-
-    with np.load(Path(folder) / "mnist_threshold.npz") as file:
-        parts = {key: torch.as_tensor(file[key]) for key in file}
-    v = torch.cat([parts["train.data"], parts["valid.data"]]).float()
-    y = torch.cat([parts["train.lbl"], parts["valid.lbl"]]).long()
-    return Data("mnist", v, y, parts["test.data"].float(), parts["test.lbl"].long())
 
 
 def cpu(call: Callable[[], Any]) -> float:
@@ -105,26 +73,42 @@ def machine(widths: Sequence[int], *, centered: bool, scale: float = 0.01) -> De
     return DeepBoltzmannMachine(widths, num_labels=10, centered=centered, init_scale=scale)
 
 
-def training(data: Data, widths: Sequence[int], seconds: float, lr: float) -> list[Row]:
-    """Each row has the same CPU time, pretraining included."""
+STARTS = (("random start", "likelihood"), ("pretrained", "likelihood"), ("centered", "likelihood"))
+
+
+def training(data: Data, widths: Sequence[int], seconds: float, lr: float, seeds: int) -> list[Row]:
+    """Each row has the same CPU time, pretraining included; means over seeds, and the range of the bound."""
     rows = []
-    for name, centered in (("random start", False), ("pretrained", False), ("centered", True)):
-        torch.manual_seed(0)
-        dbm, before = machine(widths, centered=centered), 0.0
-        if name == "pretrained":
-            before = cpu(lambda dbm=dbm: by_layers(dbm, data.v, seconds / 2))
-        svi = SVI(dbm.model, MeanFieldGuide(dbm, 10), SGD({"lr": lr}), BoltzmannELBO(BATCH, sweeps=5))
-        steps = train(svi, labelled(dbm, data), len(data.v), seconds - before)
-        rows.append({"start": name, "objective": "likelihood", "steps": steps, **judged(dbm, data)})
-    torch.manual_seed(0)
-    dbm = machine(widths, centered=True, scale=0.1)
-    svi = SVI(dbm.model, MeanFieldGuide(dbm, 6), Adam({"lr": 0.01}), MultiPrediction())
-    steps = train(svi, labelled(dbm, data), len(data.v), seconds)
-    rows.append({"start": "centered", "objective": "multi-prediction", "steps": steps, **judged(dbm, data)})
+    for start, objective in (*STARTS, ("centered", "multi-prediction")):
+        found = [one_start(data, widths, seconds, lr, start, objective, seed) for seed in range(seeds)]
+        means = {key: mean([each[key] for each in found]) for key in found[0]}
+        bounds = [each["bound"] for each in found]
+        rows.append({"start": start, "objective": objective, **means, "lowest": min(bounds), "highest": max(bounds)})
     return rows
 
 
-def by_layers(dbm: DeepBoltzmannMachine, v: Tensor, seconds: float) -> None:
+def mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def one_start(
+    data: Data, widths: Sequence[int], seconds: float, lr: float, start: str, objective: str, seed: int
+) -> Row:
+    """Updates and results of one machine."""
+    torch.manual_seed(seed)
+    likelihood, before = objective == "likelihood", 0.0
+    dbm = machine(widths, centered=start == "centered", scale=0.01 if likelihood else 0.1)
+    if start == "pretrained":
+        before = cpu(lambda: by_layers(dbm, data.v, seconds / 2, seed))
+    if likelihood:
+        svi = SVI(dbm.model, MeanFieldGuide(dbm, 10), SGD({"lr": lr}), BoltzmannELBO(BATCH, sweeps=5))
+    else:
+        svi = SVI(dbm.model, MeanFieldGuide(dbm, 6), Adam({"lr": 0.01}), MultiPrediction())
+    return {"steps": train(svi, labelled(dbm, data), len(data.v), seconds - before), **judged(dbm, data)}
+
+
+def by_layers(dbm: DeepBoltzmannMachine, v: Tensor, seconds: float, seed: int = 0) -> None:
     share = seconds / dbm.depth
 
     class Clock:
@@ -138,7 +122,7 @@ def by_layers(dbm: DeepBoltzmannMachine, v: Tensor, seconds: float) -> None:
             self.step = run.step
             return time.process_time() - self.first > share
 
-    pretrain(dbm, v, num_steps=10**6, batch_size=BATCH, seed=0, callbacks=[Clock()], schedule=None)
+    pretrain(dbm, v, num_steps=10**6, batch_size=BATCH, seed=seed, callbacks=[Clock()], schedule=None)
 
 
 def labelled(dbm: DeepBoltzmannMachine, data: Data) -> Callable[[Tensor], dict[str, Tensor]]:
@@ -251,39 +235,6 @@ def recognition(data: Data, widths: Sequence[int], seconds: float, lr: float) ->
     return rows
 
 
-# ---------------------------------------------------------------------- labels
-
-
-def labels(data: Data, widths: Sequence[int], seconds: float, lr: float, epochs: int) -> list[Row]:
-    """Test errors of classifiers that start from a machine trained on all images, and from a random start."""
-    dbm = trained(data, widths, seconds, lr)
-    rows = []
-    for count in (len(data.v), 1000, 100):
-        errors = {}
-        for name, start in (("machine", dbm), ("random", DeepBoltzmannMachine(widths, init_scale=0.1))):
-            runs = [tuned(start, data, count, epochs, seed) for seed in range(3)]
-            errors[name] = statistics.mean(runs)
-        rows.append({"labels": count, **errors})
-    return rows
-
-
-def tuned(start: DeepBoltzmannMachine, data: Data, count: int, epochs: int, seed: int) -> float:
-    """Test error after fine-tuning on some labels, the same number of each class as far as there are so many."""
-    torch.manual_seed(seed)
-    chosen = torch.randperm(len(data.v))[:count]
-    classifier = to_classifier(copy.deepcopy(start), 10, iterations=10)
-    inputs, target = classifier.augment(data.v[chosen]), data.y[chosen]
-    optimiser = torch.optim.Adam([p for p in classifier.parameters() if p.requires_grad], lr=1e-3)
-    size = 20 if count <= 2000 else BATCH
-    for _ in range(max(epochs, math.ceil(epochs * 1000 / count))):  # as many updates for few labels
-        for index in torch.randperm(count).split(size):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(classifier(*(x[index] for x in inputs)), target[index]).backward()
-            optimiser.step()
-    with torch.no_grad():
-        return (classifier(data.test_v).argmax(-1) != data.test_y).float().mean().item()
-
-
 # ---------------------------------------------------------------------- speed
 
 
@@ -373,30 +324,37 @@ def show(name: str, rows: list[Row]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
+def write(options: argparse.Namespace, data: str, name: str, rows: list[Row]) -> None:
+    """A table with its settings, beside what the file has of other tables."""
+    tables = json.loads(options.out.read_text()) if options.out.exists() else {}
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "tables", "data")}
+    tables[name] = {"data": data, "settings": settings, "rows": rows}
+    options.out.write_text(json.dumps(tables, indent=1) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Print the tables, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["training", "hessian", "recognition", "labels", "speed"]
+    names = ["training", "hessian", "recognition", "speed"]
     parser.add_argument("--tables", nargs="+", default=names, choices=names)
     parser.add_argument("--data", help="folder with mnist_threshold.npz; digits unless given")
-    parser.add_argument("--widths", type=int, nargs="+", help="of recognition and labels: 64 100 100 for digits")
+    parser.add_argument("--widths", type=int, nargs="+", help="of recognition: 64 100 100 for digits")
     parser.add_argument("--small", type=int, nargs="+", help="of training: 64 16 40, whose log Z is exact")
     parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds of training a machine")
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=1, help="of training")
     parser.add_argument("--speed-widths", type=int, nargs=3, default=[784, 500, 1000])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    data = load(options.data)
+    data = load(options.data, "threshold")
     size = data.v.shape[1]
     widths, small = options.widths or [size, 100, 100], options.small or options.widths or [size, 16, 40]
     makers: dict[str, Callable[[], list[Row]]] = {
-        "training": lambda: training(data, small, options.seconds, options.lr),
+        "training": lambda: training(data, small, options.seconds, options.lr, options.seeds),
         "hessian": hessian,
         "recognition": lambda: recognition(data, widths, options.seconds, options.lr),
-        "labels": lambda: labels(data, widths, options.seconds, options.lr, options.epochs),
         "speed": lambda: speed(options.speed_widths, options.repeats),
     }
     found: dict[str, list[Row]] = {}
@@ -404,9 +362,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
         found[name] = makers[name]()
         show(f"{name} ({data.name})", found[name])
         if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            content = {"data": data.name, "settings": {**vars(options), "out": None}, **found}
-            options.out.write_text(json.dumps(content, indent=1) + "\n")
+            write(options, data.name, name, found[name])
     return found
 
 

@@ -16,7 +16,10 @@ def test_every_table_has_its_rows(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert {row["table"] for row in rows} == {"large", "partition", "speed"}
-    assert len(rows) == 1 + 1 + 6
-    (large,) = (row for row in rows if row["table"] == "large")
-    assert large["interval"][0] <= large["log_likelihood"] <= large["interval"][1]
+    assert len(rows) == 2 + 1 + 6
+    large = [row for row in rows if row["table"] == "large"]
+    assert [row["what"].split(", ")[-1] for row in large] == ["averaged parameters", "last parameters"]
+    for row in large:
+        assert row["interval"][0] <= row["log_likelihood"] <= row["interval"][1]
+    assert large[0]["log_likelihood"] != large[1]["log_likelihood"]
     assert all(row["chain_betas_a_second"] > 0 for row in rows if row["table"] == "speed")
