@@ -75,6 +75,7 @@ class AutoHierarchical(AutoAmortized):
         self._globals: tuple[Coordinates, ...] = ()
 
     def _setup_globals(self, structure: Locals) -> None:
+        self._claim_name()  # before the elements are read from the store
         super()._setup_globals(structure)
         trace: Any = self.prototype_trace
         local = {site.name for site in structure.sites}
@@ -90,8 +91,9 @@ class AutoHierarchical(AutoAmortized):
             [site.read({site.name: sites[site.name]["value"]}) for site in self._globals] or [torch.zeros(0)]
         )
         self.elements: Any = PyroParam(0.1 * torch.randn(*sizes, width, dtype=like.dtype, device=like.device))
-        self.network = nn.Sequential(nn.Linear(width + like.shape[-1], self._hidden), nn.Tanh()).to(like)
-        to_pyro_module_(self.network)
+        network = nn.Sequential(nn.Linear(width + like.shape[-1], self._hidden), nn.Tanh()).to(like)
+        to_pyro_module_(network)
+        self.network = network
 
     def _encode(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], structure: Locals, indices: Mapping[str, Tensor]
