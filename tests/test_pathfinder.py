@@ -516,3 +516,29 @@ def test_a_density_without_a_mode_does_not_run_for_ever():
     guide = AutoPathfinder(centered, seed=0, num_paths=2, **PAPER).run()
     assert all(path.reason == "stopped" and len(path.elbos) < 200 for path in guide.paths)
     assert all(math.isfinite(path.elbo) for path in guide.paths)
+
+
+def banana() -> None:
+    """A posterior that no Gaussian comes near to."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.sample("b", dist.Normal(a**2, 0.3))
+
+
+def test_mixtures_follow_a_bent_posterior():
+    found = {}
+    for size in (1, 8):
+        guide = AutoPathfinder(banana, seed=0, num_components=size).run()
+        found[size] = Posterior(banana, guide, num_draws=10_000, seed=0)
+    assert found[8].ess > 2 * found[1].ess
+    assert found[8].pareto_k < 0.7 < found[1].pareto_k
+    assert found[8].log_evidence[0] == pytest.approx(0.0, abs=0.05)
+    assert guide.best_values()["b"] < 1.0  # of the component where the density is highest
+
+
+def test_where_a_gaussian_will_do_there_is_no_mixture():
+    assert len(AutoPathfinder(gaussian(3), seed=0).run().loc) <= 4  # the paths, or one
+
+
+def test_guides_that_start_at_it_start_at_one_gaussian():
+    value = init_to_pathfinder(banana, seed=0)
+    assert value({"name": "b", "fn": dist.Normal(0.0, 1.0)}).shape == ()

@@ -1,4 +1,4 @@
-"""Moment matching: one Gaussian with the mean and covariance of the target, from importance-weighted draws."""
+"""Adaptive importance sampling: the Gaussian with the moments of the target, and mixtures where one is too few."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from pplvi.guides._density import UnconstrainedDensity
 from pplvi.guides._gaussians import Gaussian, GaussianMixture, full_gaussian, stack
 from pplvi.weights import effective_sample_size, log_evidence, normalize, pareto_smooth
 
 MOST_DIMENSIONS = 100
+MOST_MIXED = 20  # dimensions in which mixtures of full covariances are worth their draws
 _ENOUGH = 20  # effective draws for each dimension, below which the weights are tempered
+_GOOD = 0.9  # of the draws are effective: no mixture is needed
+_HEAVY, _WIDE = 0.7, 2.0  # k-hat that a mixture may not have more of, and variances of its widest component
+_EM_STEPS, _EM_ROUNDS, _LEAST_MIXED = 20, 3, 4_000
 
 
 class _Judged(NamedTuple):
@@ -21,12 +26,13 @@ class _Judged(NamedTuple):
     draws: Tensor
     log_weight: Tensor
     ess: float
+    pareto_k: float
     evidence: float
     error: float
 
 
 @torch.no_grad()
-def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int) -> Gaussian:
+def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, components: int = 1) -> Gaussian:
     r"""Improve an approximation by adaptive importance sampling.
 
     .. math:: \mu = \textstyle\sum_s \bar w_s z_s, \qquad \Sigma = \sum_s \bar w_s (z_s - \mu)(z_s - \mu)^T, \qquad
@@ -34,11 +40,13 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int) -
 
     with Pareto-smoothed weights and the largest ``beta <= 1`` that leaves enough effective draws for a covariance. A
     round counts only if it raises the effective sample size without losing evidence; two in a row that do not, end it.
+    In up to 20 dimensions mixtures of 2, 4, ... Gaussians follow, each by weighted EM on the draws of the last.
 
     Args:
         density: the target, over ``dim`` coordinates.
         start: components, with one leading dimension, of an equal mixture.
         rounds: the most rounds.
+        components: the most Gaussians of a mixture; 1 for none.
 
     Returns:
         The best found, which may be ``start``; one leading dimension as well.
@@ -57,18 +65,61 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int) -
         current = _judge(density, proposal)
         better = _is_better(current, best)
         best, wasted = (current, 0) if better else (best, wasted + 1)
-    return best.mixture.parts
+    return _mixed(density, best, components).mixture.parts
 
 
-def _judge(density: UnconstrainedDensity, parts: Gaussian) -> _Judged:
+def _mixed(density: UnconstrainedDensity, best: _Judged, components: int) -> _Judged:
+    """Mixtures of 2, 4, ... components, each as long as it gets better."""
+    if components < 2 or density.dim > MOST_MIXED or best.ess > _GOOD:
+        return best
+    best = _judge(density, best.mixture.parts, _LEAST_MIXED)
+    size = 2
+    while size <= components:
+        for _ in range(_EM_ROUNDS):
+            current = _judge(density, _fitted(best, size), _LEAST_MIXED)
+            if _is_better(current, best) and current.pareto_k < max(_HEAVY, best.pareto_k):
+                best = current
+        size *= 2
+    return best
+
+
+def _fitted(found: _Judged, size: int) -> Gaussian:
+    """An equal mixture fitted to weighted draws by EM, and a wide component for the tails in it; covariances are drawn
+    a little towards the common one."""
+    count, dim = found.draws.shape
+    weight = normalize(_tempered(found.log_weight, min(_ENOUGH * dim * size, count / 2)))
+    common = _covariance(weight, found.draws)
+    prior, effective = dim + 2.0, float(1 / weight.square().sum())
+    locs = found.draws[torch.multinomial(weight, size - 1)]
+    covariances = common.expand(size - 1, -1, -1)
+    for _ in range(_EM_STEPS):
+        each = MultivariateNormal(locs, covariances, validate_args=False).log_prob(found.draws.unsqueeze(1))
+        share = each.softmax(1) * weight.unsqueeze(1)
+        total = share.sum(0) + 1e-12
+        locs = (share.T @ found.draws) / total.unsqueeze(1)
+        centred = found.draws.unsqueeze(1) - locs
+        scatter = effective * torch.einsum("sk,ski,skj->kij", share, centred, centred)
+        covariances = (scatter + prior * size ** (-2 / dim) * common) / (effective * total + prior).reshape(-1, 1, 1)
+    highest = MultivariateNormal(locs, covariances, validate_args=False).log_prob(locs.unsqueeze(1)).logsumexp(1)
+    parts = [full_gaussian(locs[k], covariances[k]) for k in highest.argsort(descending=True).tolist()]
+    parts.append(full_gaussian(weight @ found.draws, _WIDE * common))
+    return stack([part for part in parts if part is not None])
+
+
+def _covariance(weight: Tensor, draws: Tensor) -> Tensor:
+    centred = draws - weight @ draws
+    return (weight.unsqueeze(-1) * centred).T @ centred
+
+
+def _judge(density: UnconstrainedDensity, parts: Gaussian, least: int = 1000) -> _Judged:
     mixture = GaussianMixture(parts, validate_args=False)
-    draws = mixture.sample((min(max(200 * density.dim, 1000), 10_000),))
+    draws = mixture.sample((min(max(200 * density.dim, least), 10_000),))
     log_weight = density(draws.to(density.dtype)).double() - mixture.log_prob(draws)
     log_weight = log_weight.nan_to_num(-math.inf, -math.inf, -math.inf)
-    smoothed, _ = pareto_smooth(log_weight)
+    smoothed, pareto_k = pareto_smooth(log_weight)
     evidence, error = log_evidence(log_weight)
     ess = float(effective_sample_size(log_weight)) / len(draws)
-    return _Judged(mixture, draws, smoothed, ess, float(evidence), float(error))
+    return _Judged(mixture, draws, smoothed, ess, float(pareto_k), float(evidence), float(error))
 
 
 def _is_better(new: _Judged, old: _Judged) -> bool:
@@ -78,10 +129,7 @@ def _is_better(new: _Judged, old: _Judged) -> bool:
 
 def _moments(found: _Judged) -> Gaussian | None:
     weight = normalize(_tempered(found.log_weight, _ENOUGH * found.draws.shape[1]))
-    loc = weight @ found.draws
-    centred = found.draws - loc
-    covariance = (weight.unsqueeze(-1) * centred).T @ centred
-    gaussian = full_gaussian(loc, covariance)
+    gaussian = full_gaussian(weight @ found.draws, _covariance(weight, found.draws))
     return None if gaussian is None else stack([gaussian])
 
 

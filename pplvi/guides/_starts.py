@@ -85,7 +85,8 @@ def start_at_pathfinder(
         (5.0, 0.1)
     """
     _check(guide)
-    found = search(model, **options).run(*args, **(kwargs or {}))
+    one = {"num_components": 1} if issubclass(search, AutoPathfinder) else {}  # a Gaussian is what guides can start at
+    found = search(model, **{**one, **options}).run(*args, **(kwargs or {}))
     guide(*args, **(kwargs or {}))
     _place(guide, _Found(found))
 
