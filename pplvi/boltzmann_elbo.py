@@ -142,13 +142,14 @@ class BoltzmannELBO(Loss):
     ) -> Tensor:
         """The loss of a machine's own program, without running it: the same value and gradient at half the cost."""
         machine.announce()
-        observed = machine.observed(v)
+        observed = machine.observed(v, kwargs.get("mask"))
         for layer, value in observed.items():
             machine.layers[layer].validate(value, layer)
         with torch.no_grad():
             posterior = guide.factorised(v, size=size, **kwargs)
         data = {**observed, **posterior.means}
-        _check_complete(posterior.means, machine.layers.keys() - observed.keys())
+        partly = machine.masks(kwargs.get("mask"), observed).keys()
+        _check_complete(posterior.means, partly | (machine.layers.keys() - observed.keys()))
         draws = self.negative.move(machine, data, torch.is_grad_enabled())
         log_data, log_draws = log_densities(machine, [data, draws])
         self._follow(machine, data)

@@ -11,9 +11,9 @@ from pplvi.elbo import Loss
 from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import MeanFieldGuide
-from pplvi.energies.program import Values
+from pplvi.energies.program import Mask, Values
 from pplvi.energies.sweeps import MeanField
-from pplvi.energies.units import CategoricalUnits, Units
+from pplvi.energies.units import Units
 
 
 class MultiPrediction(Loss):
@@ -25,7 +25,11 @@ class MultiPrediction(Loss):
     partition function, and what is trained is the inference that fills in missing units and labels
     (:meth:`pplvi.energies.MeanFieldGuide.fill_in`, :meth:`~pplvi.energies.MeanFieldGuide.means`). It bounds nothing
     (``monitor`` is ``None``). Units are observed one by one, softmax units as a whole; grey levels count as soft
-    targets. Offsets of centered machines follow as under :class:`pplvi.BoltzmannELBO`.
+    targets. Offsets of centered machines follow as under :class:`pplvi.BoltzmannELBO`. Units that are missing in the
+    data (``mask=``, as for :meth:`pplvi.energies.BoltzmannMachine.model`) are neither given nor asked for.
+
+    Labels are a layer like any other: train on ``{"v": v, "y": y}``, infer them by ``guide.means(v)["y"]``, from parts
+    of the data too by ``guide.means(v, mask=mask)["y"]``.
 
     :param keep: probability that a unit is observed.
     :param keep_labels: the same for the layers above the visible one, such as labels; ``keep`` unless given.
@@ -72,17 +76,18 @@ class MultiPrediction(Loss):
         with training_step():
             return self._loss(guide, *args, **kwargs)
 
-    def _loss(self, guide: MeanFieldGuide, v: Tensor | Values, *, size: int | None = None) -> Tensor:
+    def _loss(self, guide: MeanFieldGuide, v: Tensor | Values, *, mask: Mask = None, size: int | None = None) -> Tensor:
         machine = guide.machine
         machine.announce()
-        observed = guide.observed(v)
-        masks = {n: self._mask(machine.layers[n], value, n == machine.visible) for n, value in observed.items()}
-        found = guide.solve(observed, mask=masks)
+        observed = machine.observed(v, mask)
+        seen = {n: torch.ones_like(x, dtype=torch.bool) for n, x in observed.items()} | machine.masks(mask, observed)
+        keep = {n: self._mask(machine.layers[n], value, n == machine.visible) for n, value in observed.items()}
+        found = guide.solve(observed, mask={n: seen[n] & keep[n] for n in observed})
         total = torch.zeros(())
         for layer, value in observed.items():
-            score = unit_log_probs(machine.layers[layer], found.fields[layer], value)
-            total = total - score.masked_fill(masks[layer], 0.0).sum(-1)
-        self._follow(machine, observed, found)
+            score = machine.layers[layer].log_probs(found.fields[layer], value)
+            total = total - score.masked_fill(keep[layer] | ~seen[layer], 0.0).sum(-1)
+        self._follow(machine, {n: torch.where(seen[n], x, found.values[n]) for n, x in observed.items()}, found)
         return total.mean()
 
     def _mask(self, units: Units, value: Tensor, visible: bool) -> Tensor:
@@ -95,13 +100,3 @@ class MultiPrediction(Loss):
         if torch.is_grad_enabled() and machine.centered:
             values = {layer: value.detach() for layer, value in {**found.values, **observed}.items()}
             machine.move_offsets(values, self.offset_rate)
-
-
-def unit_log_probs(units: Units, field: Tensor, value: Tensor) -> Tensor:
-    """Log density of each unit under a field, in nats, ``(*batch, width)``; of a softmax unit in the column it took."""
-    if isinstance(units, CategoricalUnits):
-        apart = field.reshape(*field.shape[:-1], units.num_units, units.num_categories)
-        return value * apart.log_softmax(-1).flatten(-2)
-    each: Any = units.conditional(field)
-    density: Tensor = each.base_dist.log_prob(value)
-    return density

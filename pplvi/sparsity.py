@@ -53,7 +53,7 @@ class SparsityPenalty(Loss):
         machine.announce()
         with training_step():
             with torch.no_grad():
-                values = {**machine.observed(args[0]), **guide.factorised(*args, **kwargs).means}
+                values = {**machine.observed(args[0], kwargs.get("mask")), **guide.factorised(*args, **kwargs).means}
             layers = [n for n in machine.hidden if isinstance(machine.layers[n], BernoulliUnits)]
             return torch.stack([self._penalty(machine, layer, values) for layer in layers]).sum()
 

@@ -26,7 +26,7 @@ from pplvi.energies import (
     stages,
     to_classifier,
 )
-from pplvi.multi_prediction import MultiPrediction, unit_log_probs
+from pplvi.multi_prediction import MultiPrediction
 from pplvi.pretraining import pretrain
 from pplvi.up_down import UpDown
 
@@ -301,9 +301,7 @@ def test_unit_log_probs_are_the_conditionals() -> None:
     for units in (BernoulliUnits(4), CategoricalUnits(2, 3), GaussianUnits(4, variance=0.3)):
         field = torch.randn(5, units.width)
         value = units.sample(field)
-        torch.testing.assert_close(
-            unit_log_probs(units, field, value).sum(-1), units.conditional(field).log_prob(value)
-        )
+        torch.testing.assert_close(units.log_probs(field, value).sum(-1), units.conditional(field).log_prob(value))
 
 
 def test_gradient_of_multi_prediction_is_that_of_its_value() -> None:

@@ -200,7 +200,7 @@ def test_a_second_machine_of_one_name_is_refused() -> None:
     ("values", "message"),
     [
         (torch.full((2, 4), 0.5), r"threshold.*torch\.bernoulli.*mean_field_visible=True"),
-        (torch.full((2, 4), torch.nan), "expected only 0 and 1"),
+        (torch.full((2, 4), torch.nan), r"NaN.*mask=~v\.isnan\(\)"),
         (torch.ones(2, 5), r"\(2, 5\).*\(\*batch, 4\)"),
         (torch.ones(0, 4), "empty batch"),
         (torch.full((2, 4), torch.inf), "expected only 0 and 1"),

@@ -66,6 +66,13 @@ class CopiedUnits(Units):
         """That of one layer, times the number of copies."""
         return self.copies * self.units.log_partition(field, beta)
 
+    def entropies(self, mean: Tensor) -> Tensor:
+        """Refused: what copies make of their sum is known for all units together.
+
+        :raises ValueError: always.
+        """
+        raise ValueError("copies of a layer are observed together or not at all: expected no mask of them.")
+
     def mean_entropy(self, mean: Tensor) -> Tensor:
         """Entropy of all copies, less what :meth:`base_energy` counts at the mean."""
         one = mean / self.copies

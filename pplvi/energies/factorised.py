@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import data_plate
+from pplvi.energies.program import Mask, data_plate
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,12 @@ class ConditionalGuide:
             )
         self.machine = machine
 
-    def factorised(self, v: Tensor, **kwargs: Any) -> Factorised:
-        """The posterior of data ``(num_data, width)``, without gradient."""
+    def factorised(self, v: Tensor, *, mask: Mask = None, size: int | None = None, num_draws: int = 1) -> Factorised:
+        """The posterior of data ``(num_data, width)``, without gradient.
+
+        :raises ValueError: with a mask: units that are missing tie the hidden ones together.
+        """
+        _refuse(mask)
         machine = self.machine
         values, entropy = {machine.visible: v}, torch.zeros(())
         means = {}
@@ -75,8 +79,11 @@ class ConditionalGuide:
                 entropy = entropy + units.field_entropy(field, means[layer])
         return Factorised(means, entropy)
 
-    def __call__(self, v: Tensor | None = None, *, size: int | None = None, num_draws: int = 1) -> None:
+    def __call__(
+        self, v: Tensor | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+    ) -> None:
         """Sample sites of the hidden layers in plate ``"data"``; from their base measures without data."""
+        _refuse(mask)
         machine = self.machine
         count = num_draws if v is None else len(v)
         with data_plate(count, size):
@@ -84,3 +91,11 @@ class ConditionalGuide:
                 given = {} if v is None else {machine.visible: v}
                 field = machine.field(layer, given) if given else machine.draw((count,))[layer]
                 pyro.sample(layer, machine.layers[layer].conditional(field))
+
+
+def _refuse(mask: Mask) -> None:
+    if mask is not None:
+        raise ValueError(
+            "a mask with the exact posterior of the hidden layers: where visible units are missing it is not "
+            "factorised. Use MeanFieldGuide(machine), or GibbsGuide(machine)."
+        )

@@ -13,8 +13,8 @@ from pplvi.energies.factorised import Factorised
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
-from pplvi.energies.program import Values, data_plate
-from pplvi.energies.sweeps import Mask, MeanField, by_layer
+from pplvi.energies.program import Mask, Values, data_plate
+from pplvi.energies.sweeps import MeanField
 
 
 class GibbsGuide(FactorisedInference):
@@ -54,25 +54,26 @@ class GibbsGuide(FactorisedInference):
         self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Mask = None, tol: float | None = None
     ) -> MeanField:
         """Draws of all layers but those that are drawn last, whose fields and means are given."""
-        observed = self.observed(v)
+        observed = self.machine.observed(v, mask)
         with torch.no_grad():
             start = self.starts.posterior(v, num_draws, mask=mask)
-            return self._drawn(observed, mask, start, next(iter(start.values.values())).shape[:-1])
+            return self._drawn(observed, start, next(iter(start.values.values())).shape[:-1])
 
-    def _drawn(self, observed: Values, mask: Mask, start: MeanField, shape: tuple[int, ...]) -> MeanField:
+    def _drawn(self, observed: Values, start: MeanField, shape: tuple[int, ...]) -> MeanField:
         machine = self.machine
         clamped: dict[str, Tensor | None] = dict.fromkeys(observed)
         values = {layer: value.expand(*shape, value.shape[-1]) for layer, value in observed.items()}
         for layer, field in start.fields.items():
             drawn = machine.layers[layer].sample(field.expand(*shape, field.shape[-1]))
-            if (known := by_layer(machine, mask).get(layer)) is not None:
-                clamped[layer] = known.expand(drawn.shape)
-                drawn = torch.where(known, values[layer], drawn)
+            if layer in start.masks:
+                clamped[layer] = start.masks[layer]
+                drawn = torch.where(start.masks[layer], values[layer], drawn)
             values[layer] = drawn
         values = machine.gibbs(values, self.num_sweeps, clamped=clamped)
         last = [layer for layer in self._last(observed) if layer not in observed]
         fields = {layer: machine.field(layer, values) for layer in last}
-        return MeanField({**values, **{n: machine.layers[n].mean(f) for n, f in fields.items()}}, fields)
+        means = {n: machine.layers[n].mean(f) for n, f in fields.items()}
+        return MeanField({**values, **means}, fields)
 
     def _last(self, observed: Values) -> list[str]:
         """Layers that are independent given the others and are drawn last, unless they have lateral connections."""
@@ -81,22 +82,25 @@ class GibbsGuide(FactorisedInference):
         return [] if any(self.machine.is_lateral(layer) for layer in last) else last
 
     def factorised(
-        self, v: Tensor | Values | None = None, *, size: int | None = None, num_draws: int = 1
+        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
     ) -> Factorised:
         """Draws, and conditional means of the layers drawn last, with the entropy of these."""
-        found = self.posterior(v, num_draws)
-        hidden = {n: x for n, x in found.values.items() if n not in self.observed(v)}
-        return Factorised(hidden, self.entropy(found))
+        observed = self.machine.observed(v, mask)
+        known = observed.keys() - self.machine.masks(mask, observed)
+        found = self.posterior(v, num_draws, mask=mask)
+        return Factorised({n: x for n, x in found.values.items() if n not in known}, self.entropy(found))
 
-    def __call__(self, v: Tensor | Values | None = None, *, size: int | None = None, num_draws: int = 1) -> None:
-        """Sample sites of the layers that are not observed, in plate ``"data"``.
+    def __call__(
+        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+    ) -> None:
+        """Sample sites of the layers that are not, or only partly, observed, in plate ``"data"``.
 
         The sites of layers that are drawn have log density 0, an upper bound of their own.
         """
-        observed = self.observed(v)
+        observed = self.machine.observed(v, mask)
         with torch.no_grad():
-            start = self.starts.posterior(v, num_draws)
-        drawing, values = _Drawing(lambda shape: self._drawn(observed, None, start, shape)), dict(observed)
+            start = self.starts.posterior(v, num_draws, mask=mask)
+        drawing, values = _Drawing(lambda shape: self._drawn(observed, start, shape)), dict(observed)
         last, count = self._last(observed), len(next(iter(start.values.values())))
         with data_plate(count, size):
             for layer in (layer for layer in start.fields if layer not in last):

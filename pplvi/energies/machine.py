@@ -274,21 +274,25 @@ class BoltzmannMachine(EnergyModel):
             for _ in range(num_sweeps):
                 for layer in (layer for group in self.classes for layer in group):
                     if not (layer in held and held[layer] is None):
-                        drawn = self.redrawn(layer, state, beta)
-                        mask = held.get(layer)
-                        state[layer] = drawn if mask is None else torch.where(mask, state[layer], drawn)
+                        state[layer] = self.redrawn(layer, state, beta, held=held.get(layer))
         return state
 
-    def redrawn(self, layer: str, values: Values, beta: Beta = 1.0) -> Tensor:
-        """A draw of one layer given the values of the others, ``(*batch, width)``, without gradient."""
+    def redrawn(self, layer: str, values: Values, beta: Beta = 1.0, *, held: Tensor | None = None) -> Tensor:
+        """A draw of one layer given the values of the others, ``(*batch, width)``, without gradient.
+
+        :param held: true where units keep the values that they have.
+        """
         units = self.layers[layer]
         if not self.is_lateral(layer):
-            return units.sample(self.field(layer, values), beta)
+            drawn = units.sample(self.field(layer, values), beta)
+            return drawn if held is None else torch.where(held, values[layer], drawn)
         # Units that are connected with each other are drawn one after another.
         others = {name: value for name, value in values.items() if name != layer}
         outer, inner, value = self.field(layer, others), self.weight(layer, layer), values[layer].clone()
+        held = None if held is None else held.expand_as(value)
         for i in range(units.width):
-            value[..., i] = units.sample((outer[..., i] + value @ inner[:, i]).unsqueeze(-1), beta).squeeze(-1)
+            drawn = units.sample((outer[..., i] + value @ inner[:, i]).unsqueeze(-1), beta).squeeze(-1)
+            value[..., i] = drawn if held is None else torch.where(held[..., i], value[..., i], drawn)
         return value
 
 

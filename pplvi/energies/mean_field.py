@@ -19,9 +19,9 @@ from torch import Tensor
 from pplvi.energies.factorised import Factorised
 from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import Values, data_plate
-from pplvi.energies.sweeps import Mask, MeanField, Problem, by_layer
-from pplvi.energies.units import Units
+from pplvi.energies.measures import PartlyObserved
+from pplvi.energies.program import Mask, Values, data_plate
+from pplvi.energies.sweeps import MeanField, Problem
 
 
 class FactorisedInference:
@@ -43,19 +43,21 @@ class FactorisedInference:
     # ------------------------------------------------------------------ as a guide
 
     def factorised(
-        self, v: Tensor | Values | None = None, *, size: int | None = None, num_draws: int = 1
+        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
     ) -> Factorised:
         """The posterior for the arguments of the model, without gradient."""
         tol = self._tolerance()
         with torch.no_grad():
-            found = self.posterior(v, num_draws, tol=tol)
+            found = self.posterior(v, num_draws, mask=mask, tol=tol)
             return Factorised(found.means(), self.entropy(found))
 
-    def __call__(self, v: Tensor | Values | None = None, *, size: int | None = None, num_draws: int = 1) -> None:
-        """Sample sites of the layers that are not observed, in plate ``"data"``."""
+    def __call__(
+        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+    ) -> None:
+        """Sample sites of the layers that are not, or only partly, observed, in plate ``"data"``."""
         tol = self._tolerance()
         with torch.no_grad():
-            found = self.posterior(v, num_draws, tol=tol)
+            found = self.posterior(v, num_draws, mask=mask, tol=tol)
         self.emit(found, size)
 
     def _tolerance(self) -> float | None:
@@ -66,23 +68,11 @@ class FactorisedInference:
         """Sample sites of a posterior's layers, in plate ``"data"``."""
         with data_plate(len(next(iter(found.values.values()))), size):
             for layer, field in found.fields.items():
-                pyro.sample(layer, self.machine.layers[layer].conditional(field))
-
-    def observed(self, v: Tensor | Values | None) -> dict[str, Tensor]:
-        """The observed layers by name.
-
-        :raises ValueError: for unknown layers or values of another width.
-        """
-        given = {} if v is None else {self.machine.visible: v} if isinstance(v, Tensor) else dict(v)
-        for layer, value in given.items():
-            if layer not in self.machine.layers:
-                raise ValueError(f"values of an unknown layer {layer!r}: expected some of {list(self.machine.layers)}.")
-            width = self.machine.layers[layer].width
-            if value.dim() == 0 or value.shape[-1] != width:
-                raise ValueError(
-                    f"layer {layer!r} got values of shape {tuple(value.shape)}: expected (*batch, {width})."
-                )
-        return given
+                units = self.machine.layers[layer]
+                density = units.conditional(field)
+                if layer in found.masks:
+                    density = PartlyObserved(units, field, found.masks[layer], found.values[layer])
+                pyro.sample(layer, density)
 
     # ------------------------------------------------------------------ what users ask for
 
@@ -102,7 +92,7 @@ class FactorisedInference:
         """
         found = self._found(v, mask)
         with torch.no_grad():
-            return -self.machine.energy(found.values) + self.entropy(found, mask) - log_z
+            return -self.machine.energy(found.values) + self.entropy(found) - log_z
 
     def fill_in(self, v: Tensor, mask: Tensor) -> Tensor:
         """Data whose missing units, where the mask is false, have their posterior means, ``(*batch, width)``."""
@@ -112,23 +102,16 @@ class FactorisedInference:
         with torch.no_grad():
             return self.posterior(v, mask=mask, tol=self.tol)
 
-    def entropy(self, found: MeanField, mask: Mask = None) -> Tensor:
+    def entropy(self, found: MeanField) -> Tensor:
         """Entropy of a posterior, ``(*batch)``, in nats, as :class:`pplvi.energies.Factorised` has it."""
-        total, masks = torch.zeros(()), by_layer(self.machine, mask)
+        total = torch.zeros(())
         for layer in found.fields:
             units, mean = self.machine.layers[layer], found.values[layer]
-            total = total + units.mean_entropy(_unknown(mean, masks[layer], units) if layer in masks else mean)
+            if layer in found.masks:
+                total = total + units.entropies(mean).masked_fill(found.masks[layer], 0.0).sum(-1)
+            else:
+                total = total + units.mean_entropy(mean)
         return total
-
-
-def _unknown(mean: Tensor, mask: Tensor, units: Units) -> Tensor:
-    """Means without those of observed units, which have no entropy.
-
-    :raises ValueError: for a continuum, where a unit's entropy does not vanish with its mean.
-    """
-    if units.num_states is None:
-        raise ValueError("the bound of partly observed layers is for discrete units: expected all or no values.")
-    return mean.masked_fill(mask, 0.0)
 
 
 class MeanFieldGuide(FactorisedInference):
@@ -171,17 +154,19 @@ class MeanFieldGuide(FactorisedInference):
             raise ValueError(f"iterations={iterations!r}: expected a whole number of sweeps, 0 or more.")
         if not 0 <= damping < 1:
             raise ValueError(f"damping={damping}: expected a number in [0, 1).")
-        if damping and not (parallel or self._may_damp):
-            raise ValueError(
-                f"damping={damping} slows alternating updates, which raise the bound as they are, and mends nothing: "
-                "expected parallel=True with it."
-            )
         if tol is not None and not tol > 0:
             raise ValueError(f"tol={tol}: expected a positive number, or None for all {iterations} sweeps.")
         self.machine, self.iterations, self.tol = machine, iterations, tol
         self.parallel, self.damping = parallel, damping
+        self._check()
 
-    _may_damp = False
+    def _check(self) -> None:
+        """Refuse what these sweeps are not for."""
+        if self.damping and not self.parallel:
+            raise ValueError(
+                f"damping={self.damping} slows alternating updates, which raise the bound as they are, and mends "
+                "nothing: expected parallel=True with it."
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.machine).__name__}, iterations={self.iterations})"
@@ -190,7 +175,7 @@ class MeanFieldGuide(FactorisedInference):
         self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Mask = None, tol: float | None = None
     ) -> MeanField:
         """The posterior after the sweeps; differentiable in the parameters where gradients are on."""
-        return self.solve(self.observed(v), mask=mask, tol=tol, num_draws=num_draws)
+        return self.solve(self.machine.observed(v, mask), mask=mask, tol=tol, num_draws=num_draws)
 
     # ------------------------------------------------------------------ the sweeps
 
@@ -221,11 +206,11 @@ class MeanFieldGuide(FactorisedInference):
             for layer in old.fields:
                 fields[layer] = self._damped(self.field(problem, layer, old.values), old.fields[layer])
                 values[layer] = problem.mean(layer, fields[layer])
-            return MeanField(values, fields)
+            return MeanField(values, fields, old.masks)
         values, fields = dict(old.values), dict(old.fields)
         for layer in problem.order:
             fields[layer], values[layer] = self._updated(problem, layer, values, old.fields[layer])
-        return MeanField(values, fields)
+        return MeanField(values, fields, old.masks)
 
     def _updated(self, problem: Problem, layer: str, values: Values, old: Tensor) -> tuple[Tensor, Tensor]:
         if self.machine.is_lateral(layer):

@@ -73,4 +73,54 @@ class BaseMeasure(TorchDistribution):
         return int(self.units.num_states**self.units.num_units)
 
 
+class PartlyObserved(TorchDistribution):
+    """Units of one layer under a field, of which some were observed: these have their values, with probability 1.
+
+    :param units: the layer.
+    :param field: fields of its units, ``(*batch, width)``.
+    :param mask: true where a unit was observed; broadcasts to the field.
+    :param value: values of the observed units, ``(*batch, width)``.
+
+    >>> from pplvi.energies import BernoulliUnits
+    >>> known = torch.tensor([True, False])
+    >>> layer = PartlyObserved(BernoulliUnits(2), torch.zeros(2), known, torch.ones(2))
+    >>> layer.sample()[0], layer.log_prob(torch.ones(2))
+    (tensor(1.), tensor(-0.6931))
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, units: Units, field: Tensor, mask: Tensor, value: Tensor) -> None:
+        self.units, self.field, self.seen, self.value = units, field, mask, value
+        self.under = units.conditional(field)
+        super().__init__(field.shape[:-1], field.shape[-1:], validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether the missing units have a reparameterised path."""
+        return bool(self.under.has_rsample)
+
+    @property
+    def support(self) -> Any:
+        """That of the layer."""
+        return self.under.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> PartlyObserved:
+        """The same distribution, more often."""
+        shape = (*batch_shape, self.units.width)
+        return PartlyObserved(self.units, self.field.expand(shape), self.seen, self.value.expand(shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws of the missing units, beside the observed ones."""
+        return torch.where(self.seen, self.value, self.under.sample(Size(sample_shape)))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """The same with a gradient path."""
+        return torch.where(self.seen, self.value, self.under.rsample(Size(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of the missing units, ``(*batch)``."""
+        return self.units.log_probs(self.field, value).masked_fill(self.seen, 0.0).sum(-1)
+
+
 _binary_vector = constraints.independent(constraints.boolean, 1)

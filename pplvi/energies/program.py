@@ -21,6 +21,7 @@ from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.units import Units
 
 Values = Mapping[str, Tensor]
+Mask = Tensor | Mapping[str, Tensor] | None
 Clamped = Sequence[str] | Mapping[str, Tensor | None]
 
 
@@ -105,52 +106,92 @@ class EnergyModel(PyroModule):
         """A start for Gibbs sampling: values of all layers, ``(*shape, width)``, from the base measures."""
         return {layer: units.uniform(shape, self.like()) for layer, units in self.layers.items()}
 
-    def redrawn(self, layer: str, values: Values, beta: Any = 1.0) -> Tensor:
-        """A draw of one layer given the values of the others, without gradient."""
+    def redrawn(self, layer: str, values: Values, beta: Any = 1.0, *, held: Tensor | None = None) -> Tensor:
+        """A draw of one layer given the values of the others, without gradient; ``held`` units stay as they are."""
         raise NotImplementedError
 
     @pyro_method
     def model(
-        self, v: Tensor | Values | None = None, *, size: int | None = None, num_draws: int = 1
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
     ) -> dict[str, Tensor]:
         """The machine as a Pyro program: plate ``"data"``, a site for every layer, and the factor ``exp(-E)``.
 
         Unnormalised: losses other than :class:`pplvi.BoltzmannELBO` have no gradient of ``log Z``.
 
         :param v: values of the visible layer, ``(num_data, width)``, or of several layers by name.
+        :param mask: which units were observed, if some are missing: true there, ``(num_data, width)`` or ``(width,)``,
+            for the visible layer or by layer. A layer with missing units is a latent site, whose observed units have
+            their values in every draw; what ``v`` has in the place of missing ones, such as NaN, is not looked at.
         :param size: how many data there are, if ``v`` is a minibatch of them.
         :param num_draws: size of the plate without data; the layers are drawn by Gibbs sampling then.
         :returns: values of all layers.
         """
         self.announce()
-        observed = self.observed(v)
+        observed = self.observed(v, mask)
         count = next((len(value) for value in observed.values()), num_draws)
         with data_plate(count, size):
-            values = self.sites(count, observed)
+            values = self.sites(count, observed, mask)
             self.energy_site("energy", values)
         return values
 
-    def observed(self, v: Tensor | Values | None) -> dict[str, Tensor]:
-        """Observed layers by name, for the argument of :meth:`model`."""
-        return {} if v is None else {self.visible: v} if isinstance(v, Tensor) else dict(v)
+    def observed(self, v: Tensor | Values | None, mask: Mask = None) -> dict[str, Tensor]:
+        """Observed layers by name, ``(*batch, width)``, with a value of the support where a unit is missing.
 
-    def sites(self, count: int, observed: Values) -> dict[str, Tensor]:
+        :param v: values of the visible layer, or of several layers by name.
+        :param mask: which of their units were observed, as in :meth:`model`.
+        :raises ValueError: for unknown layers or values of another width.
+        """
+        given = {} if v is None else {self.visible: v} if isinstance(v, Tensor) else dict(v)
+        for layer, value in given.items():
+            if layer not in self.layers:
+                raise ValueError(f"values of an unknown layer {layer!r}: expected some of {list(self.layers)}.")
+            self.layers[layer].check_width(value, layer)
+        for layer, known in self.masks(mask, given).items():
+            given[layer] = torch.where(known, given[layer], self.layers[layer].first_state(given[layer]))
+        return given
+
+    def masks(self, mask: Mask, given: Values) -> dict[str, Tensor]:
+        """Masks by layer; a mask alone is one of the visible layer.
+
+        :raises ValueError: for masks of layers without values, of another type, or of another shape.
+        """
+        found = {} if mask is None else {self.visible: mask} if isinstance(mask, Tensor) else dict(mask)
+        if without := sorted(found.keys() - given.keys()):
+            raise ValueError(f"a mask without data: expected values of the layers {without} that it belongs to.")
+        for layer, known in found.items():
+            shape = tuple(given[layer].shape)
+            if known.dtype != torch.bool or known.dim() > len(shape) or not _broadcasts(known.shape, shape):
+                raise ValueError(
+                    f"the mask of layer {layer!r} has dtype {known.dtype} and shape {tuple(known.shape)}: expected "
+                    f"booleans of shape {shape} or {shape[-1:]}, true where a unit was observed."
+                )
+        return found
+
+    def sites(self, count: int, observed: Values, mask: Mask = None) -> dict[str, Tensor]:
         """Sample sites of all layers, top to bottom, under their base measures.
 
         Sites that a guide or an observation does not supply are drawn from what is known by then: given the layers
-        above, or, at the top, by Gibbs sampling from nothing.
+        above, or, at the top, by Gibbs sampling from nothing. Of partly observed layers only what is missing is.
         """
         values: dict[str, Tensor] = {}
+        masks = self.masks(mask, observed)
         for layer in reversed(self.layers):
-            given = observed.get(layer)
+            given, known = observed.get(layer), masks.get(layer)
+            pinned = None if known is None or given is None else (known, given)
             measure = BaseMeasure(
                 self.layers[layer],
                 (count,),
                 self.like(),
-                draw=_Drawing(self, layer, values),
-                checked=None if given is None else layer,
+                draw=_Drawing(self, layer, values, pinned),
+                checked=None if given is None or pinned else layer,
             )
-            values[layer] = pyro.sample(layer, measure, obs=given)
+            value = pyro.sample(layer, measure, obs=None if pinned else given)
+            values[layer] = torch.where(*pinned, value) if pinned else value
         return values
 
     def energy_site(self, name: str, values: Values) -> None:
@@ -213,14 +254,23 @@ class _Drawing:
 
     SWEEPS = 100
 
-    def __init__(self, machine: EnergyModel, layer: str, above: Values) -> None:
-        self.machine, self.layer, self.above = machine, layer, dict(above)
+    def __init__(
+        self, machine: EnergyModel, layer: str, above: Values, pinned: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.machine, self.layer, self.above, self.pinned = machine, layer, dict(above), pinned
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         machine = self.machine
         held = {n: v.detach().expand(*shape, v.shape[-1]) for n, v in self.above.items()}
-        missing = [layer for layer in machine.layers if layer not in held]
+        start, clamped = {**machine.draw(shape), **held}, dict.fromkeys(held)
+        if self.pinned is not None:
+            start[self.layer] = torch.where(*self.pinned, start[self.layer])
+            clamped[self.layer] = self.pinned[0]
         with torch.no_grad():
-            if missing == [self.layer]:
-                return machine.redrawn(self.layer, {**held, self.layer: machine.draw(shape)[self.layer]})
-            return machine.gibbs({**machine.draw(shape), **held}, self.SWEEPS, clamped=tuple(held))[self.layer]
+            if set(machine.layers) == {*held, self.layer}:
+                return machine.redrawn(self.layer, start, held=clamped.get(self.layer))
+            return machine.gibbs(start, self.SWEEPS, clamped=clamped)[self.layer]
+
+
+def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    return all(mine in (1, other) for mine, other in zip(reversed(shape), reversed(to), strict=False))

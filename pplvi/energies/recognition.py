@@ -10,8 +10,8 @@ from pplvi.energies.factorised import Factorised
 from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
-from pplvi.energies.program import Values
-from pplvi.energies.sweeps import Mask, MeanField
+from pplvi.energies.program import Mask, Values
+from pplvi.energies.sweeps import MeanField
 
 
 class RecognitionNetwork(PyroModule):
@@ -127,9 +127,11 @@ class RecognitionGuide(PyroModule, FactorisedInference):
         """The same network with another number of sweeps from its guess."""
         return RecognitionGuide(self.machine, iterations, tol=self.tol, network=self.network)
 
-    def forward(self, v: Tensor | Values | None = None, *, size: int | None = None, num_draws: int = 1) -> None:
-        """Sample sites of the layers that are not observed, in plate ``"data"``."""
-        self.emit(self.posterior(v, num_draws, tol=self._tolerance()), size)
+    def forward(
+        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+    ) -> None:
+        """Sample sites of the layers that are not, or only partly, observed, in plate ``"data"``."""
+        self.emit(self.posterior(v, num_draws, mask=mask, tol=self._tolerance()), size)
 
     def posterior(
         self, v: Tensor | Values | None, num_draws: int = 1, *, mask: Mask = None, tol: float | None = None
@@ -137,15 +139,20 @@ class RecognitionGuide(PyroModule, FactorisedInference):
         """The posterior after the sweeps; with a mask, for which there is no network, mean field from its own start."""
         if mask is not None:
             return self.sweeper.posterior(v, mask=mask, tol=tol)
-        observed = self.observed(v)
+        observed = self.machine.observed(v)
         return self.sweeper.solve(observed, start=self.network.guess(observed), tol=tol)
 
     @pyro_method
     def factorised(
-        self, v: Tensor | Values | None = None, *, size: int | None = None, num_draws: int = 1
+        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
     ) -> Factorised:
-        """The posterior without gradient; in a training step its entropy has the gradient of the divergence."""
-        observed = self.observed(v)
+        """The posterior without gradient; in a training step its entropy has the gradient of the divergence.
+
+        With a mask, for which there is no network, it is mean field from its own start, and the network learns nothing.
+        """
+        if mask is not None:
+            return self.sweeper.factorised(v, mask=mask, size=size, num_draws=num_draws)
+        observed = self.machine.observed(v)
         with torch.set_grad_enabled(active_step() is not None):
             guess = self.network.guess(observed)
         with torch.no_grad():
@@ -160,9 +167,10 @@ class RecognitionGuide(PyroModule, FactorisedInference):
 
     def divergence(self, v: Tensor | Values) -> Tensor:
         """``KL(q_mu || q_nu)`` of the refined posterior to the network's guess, ``(*batch)``, in nats."""
-        guess = self.network.guess(self.observed(v))
+        observed = self.machine.observed(v)
+        guess = self.network.guess(observed)
         with torch.no_grad():
-            found = self.sweeper.solve(self.observed(v), start=guess)
+            found = self.sweeper.solve(observed, start=guess)
         return self._divergence(found, guess)
 
     def _divergence(self, found: MeanField, guess: MeanField) -> Tensor:

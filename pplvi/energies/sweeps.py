@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import Values
-
-Mask = Tensor | Mapping[str, Tensor] | None
-
-
-def by_layer(machine: BoltzmannMachine, mask: Mask) -> dict[str, Tensor]:
-    """Masks of observed units by layer; a mask alone is one of the visible layer."""
-    return {} if mask is None else {machine.visible: mask} if isinstance(mask, Tensor) else dict(mask)
+from pplvi.energies.program import Mask, Values
 
 
 @dataclass(frozen=True)
@@ -25,10 +18,12 @@ class MeanField:
 
     :ivar values: what is observed, and the means of the other layers, ``(*batch, width)`` by layer.
     :ivar fields: fields of the other layers, which their distributions are made of, ``(*batch, width)`` by layer.
+    :ivar masks: of partly observed layers, which are among the others, where units are observed.
     """
 
     values: dict[str, Tensor]
     fields: dict[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def means(self) -> dict[str, Tensor]:
         """Means of the layers that are not observed."""
@@ -43,9 +38,7 @@ class Problem:
     """
 
     def __init__(self, machine: BoltzmannMachine, observed: Mapping[str, Tensor], mask: Mask, count: int) -> None:
-        self.machine, self.masks = machine, by_layer(machine, mask)
-        if without := sorted(self.masks.keys() - observed.keys()):
-            raise ValueError(f"a mask without data: expected values of the layers {without} that it belongs to.")
+        self.machine, self.masks = machine, machine.masks(mask, observed)
         self.partly = {layer: observed[layer] for layer in self.masks}
         self.known = {layer: value for layer, value in observed.items() if layer not in self.masks}
         self.free = [layer for layer in machine.layers if layer not in self.known]
@@ -71,6 +64,7 @@ class Problem:
         """Fields and means of a layer with lateral connections, one unit after another."""
         outer = self.field(layer, {**values, layer: torch.zeros_like(values[layer])})
         weight, mask = self.machine.weight(layer, layer), self.masks.get(layer)
+        mask = None if mask is None else mask.expand_as(outer)
         means, fields = list(values[layer].unbind(-1)), []
         for i in range(len(means)):
             fields.append(outer[..., i] + torch.stack(means, -1) @ weight[:, i])
@@ -84,7 +78,7 @@ class Problem:
         for layer in self.free:
             fields[layer] = self._first_field(layer, values)
             values[layer] = self.mean(layer, fields[layer])
-        return MeanField(values, fields)
+        return MeanField(values, fields, self.masks)
 
     def _first_field(self, layer: str, values: Values) -> Tensor:
         field, missing = self.fixed[layer], [n for n in self.machine.neighbours(layer) if n not in values]

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.live import active_step
-from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import MeanFieldGuide
 from pplvi.energies.program import Values
-from pplvi.energies.sweeps import Mask, MeanField, Problem, by_layer
+from pplvi.energies.sweeps import MeanField, Problem
 from pplvi.energies.units import BernoulliUnits
 
 
@@ -43,23 +42,12 @@ class TAPGuide(MeanFieldGuide):
     True
     """
 
-    _may_damp = True
-
-    def __init__(
-        self,
-        machine: BoltzmannMachine,
-        iterations: int = 10,
-        *,
-        tol: float | None = None,
-        parallel: bool = False,
-        damping: float = 0.0,
-    ) -> None:
-        super().__init__(machine, iterations, tol=tol, parallel=parallel, damping=damping)
-        other = [layer for layer in machine.hidden if not isinstance(machine.layers[layer], BernoulliUnits)]
-        if other:
+    def _check(self) -> None:
+        machine = self.machine
+        if other := [layer for layer in machine.hidden if not isinstance(machine.layers[layer], BernoulliUnits)]:
             raise ValueError(f"the TAP equations here are for Bernoulli units, but layers {other} have others.")
         lateral = [layer for layer in machine.layers if machine.is_lateral(layer)]
-        if lateral and not parallel:
+        if lateral and not self.parallel:
             raise ValueError(f"layers {lateral} have lateral connections: expected parallel=True, with damping.")
 
     def field(self, problem: Problem, layer: str, values: Values) -> Tensor:
@@ -71,14 +59,13 @@ class TAPGuide(MeanFieldGuide):
                 reaction = reaction + _variance(values[other], problem.masks.get(other)) @ squared
         return problem.field(layer, values) - (values[layer] - 0.5) * reaction
 
-    def entropy(self, found: MeanField, mask: Mask = None) -> Tensor:
+    def entropy(self, found: MeanField) -> Tensor:
         """Entropy and the correction of second order, ``(*batch)``, in nats, with its gradient in training."""
         with torch.set_grad_enabled(active_step() is not None):
-            return super().entropy(found, mask) + self._correction(found, mask)
+            return super().entropy(found) + self._correction(found)
 
-    def _correction(self, found: MeanField, mask: Mask) -> Tensor:
-        masks = by_layer(self.machine, mask)
-        variance = {layer: _variance(found.values[layer], masks.get(layer)) for layer in found.fields}
+    def _correction(self, found: MeanField) -> Tensor:
+        variance = {layer: _variance(found.values[layer], found.masks.get(layer)) for layer in found.fields}
         total = torch.zeros(())
         for a, b in self.machine.connections:
             if a in variance and b in variance:

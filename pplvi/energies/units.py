@@ -59,9 +59,13 @@ class Units(PyroModule):
         """``base(s)``, ``(*batch)``: the part of the energy that is not linear in the value."""
         return 0.0
 
-    def mean_entropy(self, mean: Tensor) -> Tensor:
-        """Entropy (nats) of independent units with these means, less ``E[base(s)] - base(mean)``, ``(*batch)``."""
+    def entropies(self, mean: Tensor) -> Tensor:
+        """Entropy (nats) of units with these means, less ``E[base(s)] - base(mean)``, ``(*batch, width)``."""
         raise NotImplementedError
+
+    def mean_entropy(self, mean: Tensor) -> Tensor:
+        """:meth:`entropies` of all units together, ``(*batch)``."""
+        return self.entropies(mean).sum(-1)
 
     def field_entropy(self, field: Tensor, mean: Tensor) -> Tensor:
         """:meth:`mean_entropy` of the units under a field, with their means: ``log Z(f) - phi(mu) . f + base(mu)``."""
@@ -84,6 +88,12 @@ class Units(PyroModule):
         """The distribution under a field, with one event dimension."""
         raise NotImplementedError
 
+    def log_probs(self, field: Tensor, value: Tensor) -> Tensor:
+        """Log density of each unit under a field, ``(*batch, width)``, in nats: to add up."""
+        each: Any = self.conditional(field)
+        density: Tensor = each.base_dist.log_prob(value)
+        return density
+
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Draws of the base measure where it is finite, else of a standard normal: ``(*shape, width)``."""
         raise NotImplementedError
@@ -102,26 +112,39 @@ class Units(PyroModule):
         """Values of integer levels, ``(*batch, num_units)`` to ``(*batch, width)``."""
         return levels
 
+    def first_state(self, like: Tensor) -> Tensor:
+        """A value of the support: level 0 of every unit, ``(width,)``."""
+        return self.encode(torch.zeros(self.num_units, device=like.device)).to(like.dtype)
+
     def validate(self, value: Tensor, name: str) -> None:
         """:meth:`check`, where torch's validation is on."""
         if Distribution._validate_args:
             self.check(value, name)
 
-    def check(self, value: Tensor, name: str) -> None:
-        """Refuse values that are not in the support.
+    def check_width(self, value: Tensor, name: str) -> None:
+        """Refuse values of another width.
 
-        :raises ValueError: for a wrong width, an empty batch, or values outside the support.
+        :raises ValueError: then.
         """
         if value.dim() == 0 or value.shape[-1] != self.width:
             raise ValueError(
                 f"layer {name!r} got values of shape {tuple(value.shape)}: expected (*batch, {self.width}). Flatten "
                 "images, and put the units on the last dimension."
             )
+
+    def check(self, value: Tensor, name: str) -> None:
+        """Refuse values that are not in the support.
+
+        :raises ValueError: for a wrong width, an empty batch, or values outside the support.
+        """
+        self.check_width(value, name)
         if not value.is_floating_point():
             raise ValueError(f"layer {name!r} got values of {value.dtype}: expected real numbers. Use value.float().")
         if value.numel() == 0:
             raise ValueError(f"layer {name!r} got an empty batch, {tuple(value.shape)}: expected at least one datum.")
         if (problem := self.problem(value)) is not None:
+            if bool(value.isnan().any()):
+                problem = "NaN: expected numbers. If these units are missing, say so: mask=~v.isnan()."
             raise ValueError(f"layer {name!r} got {problem}")
 
 
@@ -159,9 +182,9 @@ class BernoulliUnits(Units):
         """``sum softplus(beta f)``."""
         return softplus(_times(beta, field)).sum(-1)
 
-    def mean_entropy(self, mean: Tensor) -> Tensor:
-        """``-sum mu log mu + (1 - mu) log(1 - mu)``."""
-        return -(torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean)).sum(-1)
+    def entropies(self, mean: Tensor) -> Tensor:
+        """``-mu log mu - (1 - mu) log(1 - mu)``."""
+        return -(torch.xlogy(mean, mean) + torch.xlogy(1 - mean, 1 - mean))
 
     def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
         """Independent Bernoulli distributions."""
@@ -237,9 +260,13 @@ class CategoricalUnits(Units):
         """``sum logsumexp(beta f)``."""
         return self._apart(_times(beta, field)).logsumexp(-1).sum(-1)
 
-    def mean_entropy(self, mean: Tensor) -> Tensor:
-        """``-sum mu log mu``."""
-        return -torch.xlogy(mean, mean).sum(-1)
+    def entropies(self, mean: Tensor) -> Tensor:
+        """``-mu log mu`` of each category."""
+        return -torch.xlogy(mean, mean)
+
+    def log_probs(self, field: Tensor, value: Tensor) -> Tensor:
+        """Log probability of each unit in the column that it took; grey values count as soft ones."""
+        return value * self._apart(field).log_softmax(-1).flatten(-2)
 
     def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
         """Independent one-hot distributions, side by side."""
@@ -343,14 +370,14 @@ class GaussianUnits(Units):
 
     def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """``sum beta t f^2 / 2 + log(2 pi / (beta t)) / 2``."""
-        return _times(beta, self.precision * field**2).sum(-1) / 2 + self._log_volume(beta)
+        return _times(beta, self.precision * field**2).sum(-1) / 2 + self._log_volume(beta).sum(-1)
 
     def _log_volume(self, beta: Beta) -> Tensor:
-        return (self._deviation(beta).log() + math.log(2 * math.pi) / 2).sum(-1)
+        return self._deviation(beta).log() + math.log(2 * math.pi) / 2
 
-    def mean_entropy(self, mean: Tensor) -> Tensor:
-        """``sum log(2 pi / t) / 2``: the entropy of variance ``1 / t`` less one half a unit."""
-        return self._log_volume(1.0).expand(mean.shape[:-1])
+    def entropies(self, mean: Tensor) -> Tensor:
+        """``log(2 pi / t) / 2``: the entropy of variance ``1 / t`` less one half."""
+        return self._log_volume(1.0).expand(mean.shape)
 
     def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
         """Independent normal distributions."""
