@@ -78,3 +78,10 @@ def test_the_paper_has_no_newton_steps():
     model = lambda: pyro.sample("x", dist.Normal(torch.zeros(60), scale).to_event(1))  # noqa: E731
     long, short = (AutoPathfinder(model, seed=0, exact_hessian=e, moment_matching=0).run() for e in (False, True))
     assert min(len(p.elbos) for p in long.paths) > 1.2 * max(len(p.elbos) for p in short.paths)
+
+
+def test_a_start_where_the_density_explodes_finds_its_way():
+    """The gradient at the start is of the order of 1e30: a thousandth of it leads out of the world."""
+    model = lambda: pyro.factor("f", -((10 * pyro.sample("x", dist.Normal(0.0, 1.0))) ** 20))  # noqa: E731
+    guide = AutoPathfinder(model, seed=0, init_loc_fn=lambda site: torch.tensor(3.0)).run()
+    assert guide.best_values()["x"].abs() < 0.1

@@ -49,7 +49,8 @@ class Options:
     :ivar tol_rel_grad: squared norm of the gradient in the metric of the inverse Hessian, relative to the function, in
         units of the machine precision.
     :ivar tol_param: norm of the step.
-    :ivar init_alpha: first step along the gradient.
+    :ivar init_alpha: first step along the gradient, in units of it; its length is at most one, which starts far from
+        the posterior want.
     :ivar precision: machine precision of the function, where it is coarser than float64's.
     """
 
@@ -133,7 +134,7 @@ def _walk(start: Tensor, options: Options, stop: Callable[[Trail], str]) -> Aski
             trail.reason = "max_iterations"
             break
         direction = -times_inverse_hessian(point.gradient, pairs)
-        first = 1.0 if pairs else options.init_alpha
+        first = 1.0 if pairs else min(options.init_alpha, 1 / max(float(point.gradient.norm()), 1.0))
         found = yield from _line_search(point, direction, first)
         if found is None and pairs:
             pairs.clear()  # once more, along the gradient
