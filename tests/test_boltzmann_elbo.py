@@ -376,6 +376,13 @@ def test_each_restart_has_chains_of_its_own() -> None:
 def test_a_surrogate_neither_stops_training_nor_chooses() -> None:
     assert BoltzmannELBO().monitor is None
     assert fitted(300, compile=False).runs[0].reason == "num_steps"
+    plain = fitted(60, compile=False, restarts=3)
+    scores = [float(torch.tensor(run.losses[-6:]).mean()) for run in plain.runs]
+    assert plain.best == 0 != scores.index(min(scores))  # the losses favour another restart, and are not asked
+    rbm_free_energy = pplvi.ELBO(num_particles=4)  # a bound up to log Z
+    named = fitted(60, compile=False, restarts=3, monitor=rbm_free_energy)
+    ends = [run.monitored[-1] for run in named.runs]
+    assert named.best == ends.index(min(ends))
 
 
 def test_compiled_steps_move_chains_and_learn() -> None:

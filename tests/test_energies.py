@@ -1,6 +1,7 @@
 """Undirected models: energies, sums over layers, Gibbs sampling and the Pyro program against enumeration."""
 
 import warnings
+from typing import Any
 
 import pyro
 import pytest
@@ -13,6 +14,7 @@ from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
     CategoricalUnits,
+    EnergyModel,
     GaussianUnits,
     RestrictedBoltzmannMachine,
     Units,
@@ -242,3 +244,68 @@ def test_softmax_codes_are_made_from_integers_and_checked() -> None:
 def test_graphs_that_make_no_machine_are_refused(layers: dict, connections: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BoltzmannMachine(layers, connections)
+
+
+# ---------------------------------------------------------------------- another kind of model
+
+
+class Gated(EnergyModel):
+    """Three layers that meet in triples, ``E = -sum W_ijk x_i y_j h_k``: an energy and conditionals, nothing more."""
+
+    classes = (("x",), ("y",), ("h",))
+
+    def __init__(self, x: int, y: int, h: int) -> None:
+        super().__init__({"x": B(x), "y": B(y), "h": B(h)}, centered=False, name="gated")
+        self.register_parameter("weight", torch.nn.Parameter(torch.randn(x, y, h)))
+
+    def energy(self, values: Any) -> Tensor:
+        weight = self.get_parameter("weight")
+        return -torch.einsum("...i,...j,...k,ijk->...", values["x"], values["y"], values["h"], weight)
+
+    def _field(self, layer: str, values: Any) -> Tensor:
+        one, two = (n for n in self.layers if n != layer)
+        i, j, k = (dict(zip(self.layers, "ijk", strict=True))[n] for n in (one, two, layer))
+        return torch.einsum(f"...{i},...{j},ijk->...{k}", values[one], values[two], self.get_parameter("weight"))
+
+    def log_marginal(self, values: Any, beta: Any = 1.0) -> Tensor:
+        (missing,) = (layer for layer in self.layers if layer not in values)
+        return self.layers[missing].log_partition(self._field(missing, values), beta)
+
+    def redrawn(self, layer: str, values: Any, beta: Any = 1.0, *, held: Tensor | None = None) -> Tensor:
+        return self.layers[layer].sample(self._field(layer, values), beta)
+
+    def gibbs(self, values: Any, num_sweeps: int = 1, *, clamped: Any = (), beta: Any = 1.0) -> dict[str, Tensor]:
+        state = dict(values)
+        with torch.no_grad():
+            for layer in list(self.layers) * num_sweeps:
+                if layer not in clamped:
+                    state[layer] = self.redrawn(layer, state, beta)
+        return state
+
+    def guide(self, v: Any, **kwargs: Any) -> None:
+        with pyro.plate("data", len(v["x"])):
+            pyro.sample("h", self.layers["h"].conditional(self._field("h", v).detach()))
+
+
+def test_an_energy_with_its_conditionals_is_trained_as_any_other() -> None:
+    """Training, chains and checks are shared: the gradient is that of the enumerated likelihood."""
+    torch.manual_seed(0)
+    gated = Gated(3, 2, 2)
+    states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 7)
+    every = {"x": states[:, :3], "y": states[:, 3:5], "h": states[:, 5:]}
+    v = {"x": torch.randint(2, (6, 3)).double(), "y": torch.randint(2, (6, 2)).double()}
+    log_likelihood = gated.log_marginal(v).mean() - (-gated.energy(every)).logsumexp(0)
+    (exact,) = torch.autograd.grad(-log_likelihood, [gated.get_parameter("weight")])
+    loss = pplvi.BoltzmannELBO(num_chains=500, sweeps=3, num_particles=50)
+    found = []
+    for step in range(100):
+        value = loss.differentiable_loss(gated.model, gated.guide, v)
+        if step >= 10:
+            found.append(torch.autograd.grad(value, [gated.get_parameter("weight")])[0])
+    batches = torch.stack(found).reshape(18, 5, *exact.shape).mean(1)
+    assert ((batches.mean(0) - exact).abs() < 4.5 * batches.std(0) / 18**0.5 + 1e-9).all()
+    svi = SVI(gated.model, gated.guide, pyro.optim.SGD({"lr": 0.5}), loss)
+    for _ in range(60):
+        svi.step(v)
+    after = gated.log_marginal(v).mean() - (-gated.energy(every)).logsumexp(0)
+    assert after > log_likelihood + 0.2

@@ -20,6 +20,7 @@ from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.monitors import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
 from pplvi.energies.partition import PartitionEstimate, annealed_importance_sampling, raise_bound
+from pplvi.energies.program import EnergyModel
 from pplvi.energies.rbm import BoltzmannDistribution, RestrictedBoltzmannMachine
 from pplvi.energies.recognition import RecognitionGuide, RecognitionNetwork
 from pplvi.energies.stacking import Stage, stages
@@ -41,6 +42,7 @@ __all__ = [
     "DeepBeliefGuide",
     "DeepBeliefNetwork",
     "DeepBoltzmannMachine",
+    "EnergyModel",
     "EveryState",
     "Factorised",
     "FactorisedGuide",

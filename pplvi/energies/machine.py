@@ -215,11 +215,18 @@ class BoltzmannMachine(EnergyModel):
             density = density + self.layers[layer].log_partition(self.field(layer, values), beta)
         return density
 
-    def _to_enumerate(self, missing: tuple[str, ...]) -> tuple[str, ...]:
+    def sums_out(self, layers: Sequence[str]) -> bool:
+        """Whether :meth:`log_marginal` can sum out these layers exactly."""
+        return self._bits(self._smallest(tuple(layers))) <= MAX_BITS
+
+    def _smallest(self, missing: tuple[str, ...]) -> tuple[str, ...]:
         """The smallest group of layers whose values make the others of the missing ones independent."""
         groups = (g for size in range(len(missing) + 1) for g in combinations(missing, size))
         apart = [g for g in groups if self._independent([layer for layer in missing if layer not in g])]
-        best = min(apart, key=self._bits)
+        return min(apart, key=self._bits)
+
+    def _to_enumerate(self, missing: tuple[str, ...]) -> tuple[str, ...]:
+        best = self._smallest(missing)
         if self._bits(best) > MAX_BITS:
             raise ValueError(
                 f"summing out the layers {list(missing)} exactly would enumerate {list(best)}, {self._bits(best):g} "

@@ -17,6 +17,7 @@ from pplvi.energies.averaging import Route, averaged_machines, base_fields
 from pplvi.energies.between import Between, Schedule
 from pplvi.energies.factorised import FactorisedGuide
 from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.mean_field import MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.program import data_plate
 from pplvi.seeding import random_state
@@ -26,6 +27,7 @@ __all__ = ["PartitionEstimate", "annealed_importance_sampling", "raise_bound"]
 
 Values = Mapping[str, Tensor]
 _PILOT_CHAINS, _PILOT_BETAS = 100, 200
+_MEAN_FIELD_SWEEPS = 50
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def annealed_importance_sampling(
     :param samples: exact samples of the visible layer of the machine, ``(num_chains, width)``, or of all kept layers,
         for reverse chains. They bound log Z from above only if they are exact.
     :param guide: for ``data`` where hidden layers are not independent given the visible one: the guide whose bound
-        stands for the likelihood, such as ``MeanFieldGuide(machine)``.
+        stands for the likelihood, and from which the chains of RAISE start; mean field unless given. Without it, the
+        likelihood of a machine that is small enough to sum out the rest is exact.
     :param num_raise_chains: chains of each datum for its RAISE bound.
     :param path: ``"geometric"``, or ``"moment_averaged"``: through machines whose mean statistics lie evenly between
         those of the base-rate model and of the machine (Grosse, Maddison & Salakhutdinov 2013).
@@ -95,7 +98,7 @@ def annealed_importance_sampling(
     :param seed: seed of the chains; the process's random state stays as it was.
     :returns: the estimate, with its interval and its effective sample size. It warns where a few chains dominate.
     :raises ValueError: for fewer than two chains or betas, betas that do not go from 0 to 1, lateral connections, or
-        data whose likelihood needs a guide.
+        data outside the support.
 
     Source: Burda, Grosse & Salakhutdinov (2015) for the reverse chains of data (RAISE); Grosse, Ghahramani & Adams
     (2015) for bounds from both sides.
@@ -120,6 +123,7 @@ def annealed_importance_sampling(
         found = _estimate(log_weights, upper)
         if data is None:
             return found
+        machine.layers[machine.visible].check(data, machine.visible)
         likelihood = _log_likelihood(machine, data, found.log_z, guide)
         bound = _raise(route, chosen, data, num_raise_chains, guide)
     return replace(found, log_likelihood=_mean(likelihood), log_likelihood_bound=_mean(bound))
@@ -144,7 +148,8 @@ def raise_bound(
     :param num_chains: chains of each datum.
     :param num_betas: number of inverse temperatures.
     :param base_rate: as for :func:`annealed_importance_sampling`.
-    :param guide: where hidden layers are not independent given the visible one: the guide that chains start from.
+    :param guide: where hidden layers are not independent given the visible one: the guide that chains start from;
+        mean field unless given.
     :param seed: seed of the chains.
     :raises ValueError: as :func:`annealed_importance_sampling` does.
 
@@ -231,33 +236,25 @@ def _upper_bound(route: Route, betas: tuple[float, ...], samples: Tensor | Value
     return float(route.base.log_base() - log_evidence(log_weights)[0])
 
 
-def _needs_guide(between: Between) -> bool:
-    return between.kept != (between.machine.visible,)
-
-
 def _log_likelihood(machine: BoltzmannMachine, data: Tensor, log_z: float, guide: FactorisedGuide | None) -> Tensor:
-    if guide is not None:
-        posterior = guide.factorised(data)
-        energy = machine.energy({machine.visible: data, **posterior.means})
-        return (posterior.entropy - energy).double() - log_z
-    try:
+    if guide is None and machine.sums_out(machine.hidden):
         return machine.log_marginal({machine.visible: data}).double() - log_z
-    except ValueError as error:
-        raise ValueError(
-            f"the likelihood of data has no closed form: {error} Pass guide=MeanFieldGuide(machine) for a bound."
-        ) from error
+    posterior = (_mean_field(machine) if guide is None else guide).factorised(data)
+    energy = machine.energy({machine.visible: data, **posterior.means})
+    return (posterior.entropy - energy).double() - log_z
+
+
+def _mean_field(machine: BoltzmannMachine) -> FactorisedGuide:
+    return MeanFieldGuide(machine, _MEAN_FIELD_SWEEPS, tol=1e-4)
 
 
 def _raise(
     route: Route, betas: tuple[float, ...], data: Tensor, num_chains: int, guide: FactorisedGuide | None
 ) -> Tensor:
     between, machine = route.base, route.base.machine
-    if _needs_guide(between) and guide is None:
-        raise ValueError(
-            f"chains that go back from data start at the layers {list(between.kept)}: expected guide=, such as "
-            "MeanFieldGuide(machine), to draw the hidden ones from."
-        )
     machine.layers[machine.visible].check(data, machine.visible)
+    if guide is None and between.kept != (machine.visible,):
+        guide = _mean_field(machine)
     means = {} if guide is None else dict(guide.factorised(data).means)
 
     def start() -> None:
