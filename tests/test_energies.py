@@ -259,8 +259,7 @@ class Gated(EnergyModel):
         self.register_parameter("weight", torch.nn.Parameter(torch.randn(x, y, h)))
 
     def energy(self, values: Any) -> Tensor:
-        weight = self.get_parameter("weight")
-        return -torch.einsum("...i,...j,...k,ijk->...", values["x"], values["y"], values["h"], weight)
+        return -(self._field("h", values) * values["h"]).sum(-1)
 
     def _field(self, layer: str, values: Any) -> Tensor:
         one, two = (n for n in self.layers if n != layer)
@@ -296,16 +295,16 @@ def test_an_energy_with_its_conditionals_is_trained_as_any_other() -> None:
     v = {"x": torch.randint(2, (6, 3)).double(), "y": torch.randint(2, (6, 2)).double()}
     log_likelihood = gated.log_marginal(v).mean() - (-gated.energy(every)).logsumexp(0)
     (exact,) = torch.autograd.grad(-log_likelihood, [gated.get_parameter("weight")])
-    loss = pplvi.BoltzmannELBO(num_chains=500, sweeps=3, num_particles=50)
+    loss = pplvi.BoltzmannELBO(num_chains=300, sweeps=2, num_particles=10)
     found = []
-    for step in range(100):
+    for step in range(70):
         value = loss.differentiable_loss(gated.model, gated.guide, v)
         if step >= 10:
             found.append(torch.autograd.grad(value, [gated.get_parameter("weight")])[0])
-    batches = torch.stack(found).reshape(18, 5, *exact.shape).mean(1)
-    assert ((batches.mean(0) - exact).abs() < 4.5 * batches.std(0) / 18**0.5 + 1e-9).all()
+    batches = torch.stack(found).reshape(12, 5, *exact.shape).mean(1)
+    assert ((batches.mean(0) - exact).abs() < 4.5 * batches.std(0) / 12**0.5 + 1e-9).all()
     svi = SVI(gated.model, gated.guide, pyro.optim.SGD({"lr": 0.5}), loss)
-    for _ in range(60):
+    for _ in range(30):
         svi.step(v)
     after = gated.log_marginal(v).mean() - (-gated.energy(every)).logsumexp(0)
     assert after > log_likelihood + 0.2
