@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from pplvi.programs import Program
 from pplvi.reparametrization import forms_of
 from pplvi.restarts import publish
 from pplvi.result import Fit
+from pplvi.weighted import Estimate
 
 GOOD_ENOUGH = 0.7
 BUDGET = 60.0  # seconds
 _DRAWS = 4000
+_MISSED = 0.2  # nats of evidence
 _LEAST_STEPS, _TIMED_STEPS = 200, 12
 
 FitFunction = Callable[..., Fit]
@@ -50,6 +53,7 @@ class Attempt:
     :ivar fit: its fit, ``None`` if there is none.
     :ivar pareto_k: the largest k-hat of 4,000 draws of its best restart; infinite without a fit.
     :ivar elbo: of these draws, in nats; minus infinite without a fit.
+    :ivar log_evidence: by their importance weights, in nats.
     :ivar seconds: that it took.
     :ivar state: what the model's parameters are worth after it.
     :ivar failure: why there is no fit, or empty.
@@ -60,6 +64,7 @@ class Attempt:
     fit: Fit | None
     pareto_k: float
     elbo: float
+    log_evidence: Estimate
     seconds: float
     state: list[torch.Tensor]
     failure: str = ""
@@ -72,6 +77,12 @@ class Attempt:
     def title(self) -> str:
         """The family and, if it is not as written, the form of the model."""
         return self.name if self.form == _WRITTEN else f"{self.name}, {self.form}"
+
+    def refutes(self, other: Attempt) -> bool:
+        """Whether the evidence found here is so much larger that the other guide has to miss part of the posterior."""
+        ours, theirs = self.log_evidence, other.log_evidence
+        error = math.hypot(ours.error, theirs.error)
+        return self.pareto_k < GOOD_ENOUGH and ours.value - theirs.value > _MISSED + 4 * error
 
 
 def flow_recipe(num_steps: int = 2000, learning_rate: float = 2e-3, num_particles: int = 64) -> dict[str, Any]:
@@ -124,6 +135,8 @@ _FLOWS = (
 def select(fit: FitFunction, model: Program, originals: Originals, budget: float | None) -> Fit:
     """The cheapest family whose k-hat is below 0.7, or that with the least k-hat within the budget.
 
+    It goes on, too, where k-hat is good but a guide before found more evidence: k-hat sees only where a guide goes.
+
     The first family is tried on every form of the model (:func:`pplvi.noncentered`); the others on that with the
     largest ELBO, which bounds the same evidence in all of them. A model with parameters of its own is trained anew with
     each family, from where it was before, and is left with the parameters of the family that is taken.
@@ -146,8 +159,10 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
     best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
-    if len(forms):
+    if forms:
         best.fit.notes["parametrisation"] = ladder.comparison
+    if doubt := ladder.doubt:
+        best.fit.notes["doubt"] = doubt
     return best.fit
 
 
@@ -183,6 +198,18 @@ class _Ladder:
         (chosen,) = (attempt for attempt in first if attempt.form == self.form)
         return f"{chosen.form}, by its ELBO of {chosen.elbo:.2f} nats in {chosen.name}" + (f"; {others}" * bool(others))
 
+    @property
+    def doubt(self) -> str:
+        """What k-hat cannot see: that another guide finds evidence where the best one never goes."""
+        refuting = [attempt for attempt in self.done if attempt.refutes(self.best)]
+        if not refuting:
+            return ""
+        most = max(refuting, key=lambda attempt: attempt.log_evidence.value)
+        return (
+            f"{most.title} finds a log evidence of {most.log_evidence} nats, this guide {self.best.log_evidence}: it "
+            "misses part of the posterior, whatever its k-hat"
+        )
+
     def climb(self, forms: Mapping[str, Program], rungs: tuple[Rung, ...]) -> str:
         """Try one family after another; why it ended."""
         for rung in rungs:
@@ -194,7 +221,7 @@ class _Ladder:
                     return f"the time left was too short for {rung.name}, and it has the least k-hat"
             if self.form is None:
                 self.form = max(self.attempts, key=lambda attempt: attempt.elbo).form
-            if self.done and self.best.pareto_k < GOOD_ENOUGH:
+            if self.done and self.best.pareto_k < GOOD_ENOUGH and not self.doubt:
                 return f"its k-hat is below {GOOD_ENOUGH}"
             if self.left <= 0:
                 return "the time was over, and it has the least k-hat"
@@ -217,16 +244,18 @@ class _Ladder:
     def _note(self, name: str, form: str, make: Callable[[], Fit]) -> None:
         start = time.perf_counter()
         self.originals.restore()
-        found, pareto_k, elbo, failure = None, float("inf"), -float("inf"), ""
+        found, pareto_k, failure = None, math.inf, ""
+        elbo, log_evidence = -math.inf, Estimate(-math.inf, 0.0)
         try:
             found = make()
             posterior = found.posterior(_DRAWS)
             pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
+            log_evidence = posterior.total_log_evidence
         except ValueError as error:
             found, failure = None, str(error).split(":")[0].split(";")[0]
             self.errors.append(error)
-        seconds = time.perf_counter() - start
-        self.attempts.append(Attempt(name, form, found, pareto_k, elbo, seconds, self.originals.state(), failure))
+        judged = (pareto_k, elbo, log_evidence, time.perf_counter() - start)
+        self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure))
 
     def _timed(self, train: FitFunction, recipe: Recipe) -> tuple[Any, float]:
         """How to run the steps, and the seconds that one of them takes."""

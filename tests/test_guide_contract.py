@@ -1,6 +1,7 @@
 """What every family of guides has to hold, one table of families for all of it: issue by issue, family by family."""
 
 import copy
+import math
 import pickle
 from contextlib import nullcontext
 from functools import partial
@@ -297,6 +298,17 @@ def test_an_improper_prior_of_a_proper_posterior_is_no_obstacle():
     posterior = pplvi.fit(flat, AutoPathfinder, args=(Y,), seed=0, progress=False).posterior()
     assert posterior.draws.latents["x"].mean() == pytest.approx(float(Y.mean()), abs=0.1)
     assert float(posterior.pareto_k) < 0.5
+
+
+@pytest.mark.parametrize("radius", [3.0, 10.0])
+def test_a_thin_ring_is_not_taken_for_an_improper_posterior(radius):
+    def ring():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        pyro.factor("ring", -((x.norm(dim=-1) - radius) ** 2) / 0.02 + x.square().sum(-1) / 200)
+
+    posterior = Posterior(ring, AutoPathfinder(ring, seed=0).run(), num_draws=4000, seed=0)
+    exact = math.log(2 * math.pi * radius * 0.1 * (2 * math.pi) ** 0.5) - 2 * math.log(10 * (2 * math.pi) ** 0.5)
+    assert posterior.log_evidence[0] == pytest.approx(exact, abs=0.2)
 
 
 def walled(y):

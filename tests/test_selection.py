@@ -51,12 +51,13 @@ def test_pathfinder_is_taken_where_it_is_good_enough():
 class Fitted:
     """What the ladder reads of a fit."""
 
-    def __init__(self, name, pareto_k, elbo=0.0):
-        self.guide_name, self.pareto_k, self.elbo = name, pareto_k, elbo
+    def __init__(self, name, pareto_k, elbo=0.0, log_evidence=0.0):
+        self.guide_name, self.pareto_k, self.elbo, self.log_evidence = name, pareto_k, elbo, log_evidence
         self.runs, self.best, self.notes = [None], 0, {}
 
     def posterior(self, num_draws):
-        return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), "elbo": Estimate(self.elbo, 0.0)})
+        estimates = {"elbo": Estimate(self.elbo, 0.0), "total_log_evidence": Estimate(self.log_evidence, 0.01)}
+        return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), **estimates})
 
 
 def name_of(guide):
@@ -103,6 +104,29 @@ def test_the_form_with_the_best_bound_is_kept(monkeypatch):
     assert best.notes["taken"] == "AutoBatchAndMatch, non-centered, as its k-hat is below 0.7"
     expected = "non-centered, by its ELBO of -2.00 nats in AutoPathfinder; -9.00 as written, -2.00 half centered"
     assert best.notes["parametrisation"] == expected
+
+
+@pytest.mark.parametrize("found_later", [True, False])
+def test_a_good_k_hat_is_not_believed_against_more_evidence(found_later, monkeypatch):
+    monkeypatch.setattr("pplvi.selection.publish", lambda run: None)
+
+    def fake(model, guide, callbacks=(), **options):
+        if callbacks:
+            raise ValueError("too slow: expected less")
+        first = name_of(guide) == "AutoPathfinder"
+        if first and model is not crooked:  # the form that is kept
+            return Fitted("kept", 0.3, elbo=-5.0, log_evidence=-4.0)
+        if first:
+            return Fitted("written", 0.69, elbo=-9.0, log_evidence=-1.0)
+        return Fitted("later", 0.2, elbo=-4.0, log_evidence=-1.0 if found_later else -4.0)
+
+    best = select(fake, crooked, originals(crooked), budget=30.0)
+    assert best.guide_name == "later"
+    assert ("doubt" in best.notes) is not found_later
+    assert best.notes["tried"].count(": k-hat") == (4 if found_later else 5)
+    if not found_later:
+        expected = "AutoPathfinder finds a log evidence of -1.000 +- 0.010 nats, this guide -4.000 +- 0.010: it misses"
+        assert best.notes["doubt"].startswith(expected)
 
 
 def test_a_funnel_is_fitted_in_its_easy_form():

@@ -164,12 +164,14 @@ def check_proper(density: UnconstrainedDensity, part: Gaussian, hessian: Tensor 
         ValueError: with the site in whose direction it has not.
     """
     axes = _axes(part) if hessian is None else torch.cat([_axes(part), _axes_of_curvature(part, hessian)])
-    reach = torch.cat([distance * axes for far in _FAR for distance in (far, -far)])
+    ways = torch.cat([axes, -axes])
+    reach = torch.cat([far * ways for far in _FAR])
     rise = (density((part.loc + reach).to(density.dtype)).double() - peak).nan_to_num(-math.inf, math.inf)
+    rise = rise.reshape(len(_FAR), -1).amin(0)  # at one distance there may be another mode
     if bool((rise > -_DROP).any()):
         worst = int(rise.argmax())
         raise improper(
-            f"far out, mostly along site {density.largest(reach[worst])!r}, the log density is "
+            f"far out, mostly along site {density.largest(ways[worst])!r}, the log density is "
             f"{float(rise[worst]):+.3g} nats from its best value"
         )
 
