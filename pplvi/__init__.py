@@ -32,6 +32,7 @@ _HOMES = {
     "raise_bound": "energies",
     "AutoMixture": "guides",
     "AutoPathfinder": "guides",
+    "AutoSemiDAIS": "guides",
     "init_to_pathfinder": "guides",
     "start_at_pathfinder": "guides",
     "AnnealedGuide": "guides",

@@ -11,6 +11,7 @@ from pplvi.guides.mixture import AutoMixture
 from pplvi.guides.pathfinder import AutoPathfinder, init_to_pathfinder
 from pplvi.guides.refinement import amortization_gap, refine
 from pplvi.guides.score_matching import AutoBatchAndMatch
+from pplvi.guides.semi_annealed import AutoSemiDAIS
 
 __all__ = [
     "AnnealedGuide",
@@ -21,6 +22,7 @@ __all__ = [
     "AutoHierarchical",
     "AutoMixture",
     "AutoPathfinder",
+    "AutoSemiDAIS",
     "FilteredGuide",
     "NestedGuide",
     "amortization_gap",

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from pplvi.guides._zuko import AffineFlowTransform, import_zuko, make_identity, with_tensors
 
-__all__ = ["FAMILIES", "Conditional", "build_conditional"]
+__all__ = ["FAMILIES", "Conditional", "build_conditional", "from_noise"]
 
 
 class Conditional(PyroModule):
@@ -97,6 +97,20 @@ class _ConditionalFlow(Conditional):
 
 def _flat(name: str) -> str:
     return "flow_" + name.replace(".", "_")
+
+
+def from_noise(posterior: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws of a family from standard normal noise ``(*batch, D)``, and the log Jacobian ``(*batch)``."""
+    if isinstance(posterior, dist.TransformedDistribution):
+        (flow,) = posterior.transforms
+        draws = flow(noise)
+        return draws, flow.log_abs_det_jacobian(noise, draws).expand(draws.shape[:-1])
+    if isinstance(posterior, dist.MultivariateNormal):
+        factor = posterior.scale_tril
+        draws, scale = posterior.loc + (factor @ noise.unsqueeze(-1)).squeeze(-1), factor.diagonal(dim1=-2, dim2=-1)
+    else:
+        draws, scale = posterior.base_dist.loc + posterior.base_dist.scale * noise, posterior.base_dist.scale
+    return draws, scale.log().sum(-1).expand(draws.shape[:-1])
 
 
 FAMILIES: dict[str, type[Conditional]] = {

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pplvi.kernels import Coordinates
 from pplvi.runs import Plate
+from pplvi.seeding import random_state
 
 __all__ = ["Locals"]
+
+_DRAWS = 2_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,16 @@ class Locals:
         for done, plate in enumerate(inner, 1):  # its slot among the plates gets size 1
             free = free.unsqueeze(-2).transpose(plate.dim - 1 - done, -2)
         return free.flatten(-1 - len(inner))
+
+    def quantiles(
+        self, guide: Callable[..., Any], probs: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Marginal quantiles ``{site: (Q, *shape)}`` by simulation in unconstrained coordinates; no seed moves."""
+        depth = max(-plate.dim for site in self.sites for plate in site.plates)
+        with random_state(0), poutine.block(), pyro.plate("_draws", _DRAWS, dim=-depth - 1):
+            draws = guide(*args, **kwargs)
+        free = ((site, site.read(draws)) for site in self.sites)
+        return {site.name: site.write(torch.quantile(x, probs.to(x), 0)) for site, x in free}
 
     def check(self) -> None:
         """Check that inner plates are whole.

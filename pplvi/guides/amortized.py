@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import pyro
@@ -221,17 +221,27 @@ class AutoAmortized(OwnedGuide):
         """Draw every latent site of the model; same arguments as the model."""
         structure = self.structure(args, kwargs)
         self._claim_name()
-        latents = dict(self.global_guide(*args, **kwargs) or {}) if self._has_globals else {}
+        latents = self.draw_globals(args, kwargs)
+        with self.inside_plates(structure, args, kwargs) as indices:
+            posterior, _ = self._distribution(args, kwargs, structure, indices, latents)
+            packed = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+            self._own(self.head._parameters["weight"])
+            return latents | place(structure, packed)
+
+    def draw_globals(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Draw the latents outside the amortised plates."""
+        return dict(self.global_guide(*args, **kwargs) or {}) if self._has_globals else {}
+
+    @contextmanager
+    def inside_plates(
+        self, structure: Locals, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Iterator[dict[str, Tensor]]:
+        """Enter the amortised plates; the indices of their elements by name."""
         with poutine.block():
             given = given_subsamples(self.model, args, kwargs) if structure.own_subsample else {}
         with ExitStack() as stack:
             plates = {plate.name: _plate(plate, given.get(plate.name)) for plate in structure.plates}
-            indices = {name: stack.enter_context(plate) for name, plate in plates.items()}
-            posterior, _ = self._distribution(args, kwargs, structure, indices, latents)
-            packed = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
-            self._own(self.head._parameters["weight"])
-            latents |= {site.name: _unpack(site, structure, packed) for site in structure.sites}
-        return latents
+            yield {name: stack.enter_context(plate) for name, plate in plates.items()}
 
     # ------------------------------------------------------------------ Pyro's AutoGuide contract
 
@@ -253,14 +263,14 @@ class AutoAmortized(OwnedGuide):
         """
         probs = self._checked(quantiles)
         structure = self.structure(args, kwargs)
-        found: dict[str, Tensor] = {}
-        if self._has_globals:
-            found = {
-                name: torch.as_tensor(q)
-                for name, q in self.global_guide.quantiles(probs.tolist(), *args, **kwargs).items()
-            }
+        found = self.global_quantiles(probs, args, kwargs)
         packed = self._marginal_quantiles(probs, *self._distribution(args, kwargs, structure, _all(structure), {}))
         return found | {site.name: site.write(structure.split(packed)[site.name]) for site in structure.sites}
+
+    def global_quantiles(self, probs: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Marginal quantiles ``{site: (Q, *shape)}`` of the latents outside the amortised plates."""
+        found = self.global_guide.quantiles(probs.tolist(), *args, **kwargs) if self._has_globals else {}
+        return {name: torch.as_tensor(value) for name, value in found.items()}
 
     @staticmethod
     def _checked(quantiles: Sequence[float] | Tensor) -> Tensor:
@@ -338,6 +348,11 @@ def _chosen(given: Tensor, plates: Sequence[Plate], indices: Mapping[str, Tensor
         if given.shape[axis] == plate.full_size != plate.size:
             given = given.index_select(axis, indices[plate.name].to(given.device))
     return given
+
+
+def place(structure: Locals, packed: Tensor) -> dict[str, Tensor]:
+    """Sample the local latents at packed coordinates, inside the amortised plates."""
+    return {site.name: _unpack(site, structure, packed) for site in structure.sites}
 
 
 def _unpack(site: Coordinates, structure: Locals, packed: Tensor) -> Tensor:

@@ -129,7 +129,6 @@ class _Walked(PyroModule):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw from the guide on the extended space; the model's sites are those of the last level."""
         plan, indices = self.plan(args, kwargs), dict[str, Any]()
-        last = plan.path.num_steps
         if isinstance(plan.initial, _Walked):
             raise ValueError(
                 "the first draws of this guide are weighted draws of another one, which have no density: expected a "
@@ -137,15 +136,34 @@ class _Walked(PyroModule):
             )
         with _Level("_0", indices) as level:
             plan.initial(*args, **kwargs)
-        for k in range(1, last + 1):
-            previous = level.values
-            with _Level("" if k == last else f"_{k}", indices) as level:
-                plan.forward[k - 1](previous, *args, **kwargs)
-            _check_cover("forward", level.values, previous)
-            with _Backward(f"_{k}_reverse", indices, previous) as backward:
-                plan.reverse[k - 1](level.values, *args, **kwargs)
-            _check_cover("reverse", backward.values, previous)
-        return level.values
+        return climb(plan.forward, plan.reverse, level.values, args, kwargs, indices)
+
+
+def climb(
+    forward: Sequence[Program],
+    reverse: Sequence[Program],
+    values: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    indices: dict[str, Any],
+    last: str = "",
+) -> dict[str, Tensor]:
+    """Run forward and reverse kernels on values, one after another, as part of an extended program.
+
+    :param indices: of the plates that have been drawn so far.
+    :param last: appended to the names of the sites of the last level; auxiliary ones unless it is empty.
+    :returns: the values that the last level reached.
+    """
+    for k, (ahead, back) in enumerate(zip(forward, reverse, strict=True), 1):
+        previous = values
+        with _Level(last if k == len(forward) else f"_{k}", indices) as level:
+            ahead(previous, *args, **kwargs)
+        values = level.values
+        _check_cover("forward", values, previous)
+        with _Backward(f"_{k}_reverse", indices, previous) as backward:
+            back(values, *args, **kwargs)
+        _check_cover("reverse", backward.values, previous)
+    return values
 
 
 def _check_cover(kind: str, sampled: Mapping[str, Tensor], sites: Mapping[str, Tensor]) -> None:

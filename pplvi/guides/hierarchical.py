@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.nn.module import PyroParam, to_pyro_module_
 from torch import Tensor, nn
@@ -16,11 +14,8 @@ from pplvi.guides._locals import Locals
 from pplvi.guides.amortized import AutoAmortized, Family
 from pplvi.kernels import Coordinates, coordinates
 from pplvi.runs import latent_sites, site_plates
-from pplvi.seeding import random_state
 
 __all__ = ["AutoHierarchical"]
-
-_DRAWS = 2_000
 
 
 class AutoHierarchical(AutoAmortized):
@@ -123,16 +118,8 @@ class AutoHierarchical(AutoAmortized):
         :raises ValueError: for probabilities outside ``[0, 1]``.
         """
         probs = self._checked(quantiles)
-        structure = self.structure(args, kwargs)
-        depth = max(-plate.dim for site in structure.sites for plate in site.plates)
-        with random_state(0), poutine.block(), pyro.plate("_draws", _DRAWS, dim=-depth - 1):
-            draws = self(*args, **kwargs)
-        found = self.global_guide.quantiles(probs.tolist(), *args, **kwargs) if self._has_globals else {}
-        found = {name: torch.as_tensor(value) for name, value in found.items()}
-        for site in structure.sites:
-            free = site.read(draws)
-            found[site.name] = site.write(torch.quantile(free, probs.to(free), 0))
-        return found
+        found = self.structure(args, kwargs).quantiles(self, probs, args, kwargs)
+        return self.global_quantiles(probs, args, kwargs) | found
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The posterior of every element's packed coordinates at the median of the global latents."""
