@@ -24,6 +24,7 @@ TRAINED = {
     "nice": partial(AutoFlow, flow="nice", transforms=2, hidden_features=(16,)),
     "quadratic": partial(AutoFlow, flow="quadratic", transforms=3),
     "copula": partial(AutoFlow, flow="copula"),
+    "bnaf": partial(AutoFlow, flow="bnaf", hidden_features=(4,)),
 }
 EVERY = [*FOUND, *TRAINED]
 

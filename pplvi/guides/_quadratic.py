@@ -8,7 +8,7 @@ steps that a neural network takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class QuadraticFlow(nn.Module):
         """The map, with ``call_and_ladj`` and ``inv``."""
         parts: list[Any] = list(self.transforms)
         return Direction(
-            lambda x: _through(x, [p.push for p in parts]), lambda y: _through(y, [p.pull for p in reversed(parts)])
+            lambda x: through(x, [p.push for p in parts]), lambda y: through(y, [p.pull for p in reversed(parts)])
         )
 
 
@@ -57,7 +57,8 @@ class Direction:
         return Direction(self._back, self.call_and_ladj)
 
 
-def _through(x: Tensor, maps: list[Callable[[Tensor], tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+def through(x: Tensor, maps: Sequence[Callable[[Tensor], tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """One map after another, with the sum of the log-determinants."""
     total = x.new_zeros(x.shape[:-1])
     for each in maps:
         x, ladj = each(x)

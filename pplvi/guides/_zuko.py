@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, constraints
 
+from pplvi.guides._bnaf import BlockNeuralFlow
 from pplvi.guides._copula import gaussian_copula
 from pplvi.guides._import_zuko import import_zuko as import_zuko
 from pplvi.guides._quadratic import QuadraticFlow
@@ -30,6 +31,7 @@ FAMILIES: dict[str, tuple[Any, bool]] = {
     "coupling": ("NICE", False),
     "copula": (gaussian_copula, True),
     "quadratic": (QuadraticFlow, False),
+    "bnaf": (BlockNeuralFlow, True),
 }
 
 
@@ -48,7 +50,7 @@ def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
     family = FAMILIES[flow][0] if isinstance(flow, str) else flow
     factory = getattr(zuko.flows, family) if isinstance(family, str) else family
     made = copy.deepcopy(flow) if isinstance(flow, nn.Module) else _call(factory, features, options)
-    if isinstance(made, QuadraticFlow):
+    if isinstance(made, (QuadraticFlow, BlockNeuralFlow)):
         return made
     if not isinstance(made, zuko.lazy.Flow):
         raise ValueError(

@@ -42,6 +42,7 @@ class AutoFlow(ContinuousGuide):
     ``"nice"``        affine, coupling; ``"coupling"`` is the same   1       0                           1
     ``"quadratic"``   affine, coupling; quadratic forms, rotations   1       0                           1
     ``"copula"``      normal copula, a spline for each marginal      1       0                           1
+    ``"bnaf"``        one block autoregressive monotone network      1       0                           75 D + 1
     ================= ============================================== ======= =========================== ==========
 
     ``passes=2`` makes couplings of the autoregressive families: "elsewhere" and draws then cost 2 at most.
@@ -50,15 +51,17 @@ class AutoFlow(ContinuousGuide):
     thermodynamic objective. So take ``"nsf"`` for the ELBO and the importance-weighted and Renyi bounds, above all for
     skewed, heavy or multimodal posteriors of few dimensions; ``"iaf"`` where splines are too slow; ``"nice"`` for many
     dimensions and for objectives that score elsewhere; ``inverse=False`` for the forward KL with an autoregressive
-    flow. Splines act on ``[-5, 5]`` around ``loc`` in units of ``scale`` and are the identity beyond, so tails stay
-    Gaussian.
+    flow. ``"bnaf"`` is the most flexible in one transform; points from elsewhere are found by bisection, so take it for
+    the ELBO as it is (no sticking the landing, no DReG). Splines act on ``[-5, 5]`` around ``loc`` in units of
+    ``scale`` and are the identity beyond, so tails stay Gaussian.
 
     Args:
         model: a Pyro model; all its latent sites are continuous, none in a subsampled plate.
         flow: a name from the table, a factory ``latent_dim -> zuko.lazy.Flow`` (a class from ``zuko.flows`` will do),
             or a ``zuko.lazy.Flow``, of which the guide takes a copy.
-        transforms: number of transforms (3 for a named family); passed on to a factory only if given.
-        hidden_features: widths of each network's hidden layers (``(64, 64)`` for a named family); likewise.
+        transforms: number of transforms (3 for zuko's families); passed on to a factory only if given.
+        hidden_features: widths of each network's hidden layers (``(64, 64)`` for zuko's; for ``"bnaf"`` units of each
+            coordinate, ``(8, 8)``); likewise.
         inverse: whether zuko's transform is used from base to data, which makes draws fast, instead of from data to
             base, which makes densities fast. ``None``: the table's for a name, ``False`` for anything else.
         affine: ``"full"`` learns ``L``, ``"diagonal"`` leaves it out. ``None``: full in 2 to 100 dimensions.
@@ -74,7 +77,8 @@ class AutoFlow(ContinuousGuide):
 
     References:
         Rezende & Mohamed 2015 (flows as guides); Kingma et al. 2016 (IAF); Papamakarios et al. 2017 (MAF);
-        Dinh et al. 2014, 2017 (NICE, RealNVP); Durkan et al. 2019 (NSF); Tran, Blei & Airoldi 2015 (copulas).
+        Dinh et al. 2014, 2017 (NICE, RealNVP); Durkan et al. 2019 (NSF); Tran, Blei & Airoldi 2015 (copulas);
+        De Cao, Titov & Aziz 2019 (BNAF).
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
