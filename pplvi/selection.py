@@ -13,6 +13,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pplvi.elbo import ELBO
+from pplvi.flow_training import flow_recipe
 from pplvi.guides.deterministic import AutoDeterministicNormal
 from pplvi.guides.flow import AutoFlow
 from pplvi.guides.pathfinder import AutoPathfinder
@@ -27,7 +28,8 @@ from pplvi.weighted import Estimate
 GOOD_ENOUGH = 0.7
 BUDGET = 60.0  # seconds
 _DRAWS = 4000
-_MISSED = 0.2  # nats of evidence
+_MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
+_NO_MATTER = 0.5  # below that, k-hats differ by chance
 _LEAST_STEPS, _TIMED_STEPS = 200, 12
 
 FitFunction = Callable[..., Fit]
@@ -78,37 +80,19 @@ class Attempt:
         """The family and, if it is not as written, the form of the model."""
         return self.name if self.form == _WRITTEN else f"{self.name}, {self.form}"
 
+    @property
+    def quality(self) -> str:
+        """What forms of the model are compared by."""
+        return f"{self.form} has k-hat {self.pareto_k:.2f} and an ELBO of {self.elbo:.2f} nats"
+
     def refutes(self, other: Attempt) -> bool:
-        """Whether the evidence found here is so much larger that the other guide has to miss part of the posterior."""
+        """Whether the evidence found here is so much larger that the other guide has to miss part of the posterior.
+
+        Whatever k-hat is, by Markov's inequality the evidence is estimated 3 nats too high once in twenty times.
+        """
         ours, theirs = self.log_evidence, other.log_evidence
-        error = math.hypot(ours.error, theirs.error)
-        return self.pareto_k < GOOD_ENOUGH and ours.value - theirs.value > _MISSED + 4 * error
-
-
-def flow_recipe(num_steps: int = 2000, learning_rate: float = 2e-3, num_particles: int = 64) -> dict[str, Any]:
-    """Arguments of :func:`pplvi.fit` that train a flow as the literature has come to do it.
-
-    Sticking the landing, many draws in one call, a full-rank start at the Gaussian of batch and match, a small learning
-    rate that falls to zero along a cosine, clipped gradients: ``fit(model, AutoFlow, args=..., **flow_recipe())``.
-
-    :param num_steps: how many steps.
-    :param learning_rate: of Adam, at the start.
-    :param num_particles: draws in each step.
-
-    Source: Agrawal, Sheldon & Domke (2020), "Advances in black-box VI: normalizing flows, importance weighting, and
-    optimization"; Roeder, Wu & Duvenaud (2017).
-
-    Example:
-        >>> sorted(flow_recipe())
-        ['init', 'num_steps', 'objective', 'optim', 'stop']
-    """
-    return {
-        "objective": ELBO(num_particles, estimator="stl"),
-        "optim": partial(torch.optim.Adam, lr=learning_rate),
-        "init": "match",
-        "num_steps": num_steps,
-        "stop": None,
-    }
+        margin = _MISSED if self.pareto_k < GOOD_ENOUGH else _TWENTYFOLD
+        return ours.value - theirs.value > margin + 4 * math.hypot(ours.error, theirs.error)
 
 
 def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
@@ -137,9 +121,10 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
 
     It goes on, too, where k-hat is good but a guide before found more evidence: k-hat sees only where a guide goes.
 
-    The first family is tried on every form of the model (:func:`pplvi.noncentered`); the others on that with the
-    largest ELBO, which bounds the same evidence in all of them. A model with parameters of its own is trained anew with
-    each family, from where it was before, and is left with the parameters of the family that is taken.
+    The first family is tried on every form of the model (:func:`pplvi.noncentered`); the others on the form where its
+    k-hat is least, or, where several are below 0.5, its ELBO largest, which bounds the same evidence in all. A model
+    with parameters of its own is trained anew with each family, from where it was before, and is left with the
+    parameters of the family that is taken.
 
     :param fit: :func:`pplvi.fit` with everything given but model, guide and how to train it.
     :param model: a Pyro program.
@@ -194,9 +179,9 @@ class _Ladder:
     @property
     def comparison(self) -> str:
         first = [attempt for attempt in self.attempts if attempt.name == self.attempts[0].name]
-        others = ", ".join(f"{a.elbo:.2f} {a.form}" for a in first if a.form != self.form)
         (chosen,) = (attempt for attempt in first if attempt.form == self.form)
-        return f"{chosen.form}, by its ELBO of {chosen.elbo:.2f} nats in {chosen.name}" + (f"; {others}" * bool(others))
+        others = "; ".join(a.quality for a in first if a.form != self.form)
+        return f"{chosen.quality} in {chosen.name}; {others}"
 
     @property
     def doubt(self) -> str:
@@ -220,12 +205,21 @@ class _Ladder:
                 if not self._try(rung, form, model, share=1 / (len(chosen) - number)):
                     return f"the time left was too short for {rung.name}, and it has the least k-hat"
             if self.form is None:
-                self.form = max(self.attempts, key=lambda attempt: attempt.elbo).form
+                self.form = self._easiest().form
             if self.done and self.best.pareto_k < GOOD_ENOUGH and not self.doubt:
                 return f"its k-hat is below {GOOD_ENOUGH}"
             if self.left <= 0:
                 return "the time was over, and it has the least k-hat"
         return "every family was tried, and it has the least k-hat"
+
+    def _easiest(self) -> Attempt:
+        """The form of the model with the least k-hat; of forms that are all good, that with the largest bound."""
+
+        def rank(attempt: Attempt) -> tuple[bool, float, float]:
+            refuted = any(other.refutes(attempt) for other in self.done)
+            return refuted, max(attempt.pareto_k, _NO_MATTER), -attempt.elbo
+
+        return min(self.attempts, key=rank)
 
     def _try(self, rung: Rung, form: str, model: Program, share: float) -> bool:
         """Fit a family, trained for as many steps as its share of the time allows; false if that is too few."""
