@@ -40,11 +40,11 @@ def align(per_batch: Tensor, batch: Sequence[Plate], plates: Sequence[Plate]) ->
 
 
 def take(draws: Draws, name: str, indices: Tensor, batch: Sequence[Plate]) -> Tensor:
-    """Draws of a latent site at the given indices, every batch element at its own.
+    """Draws of a latent or deterministic site at the given indices, every batch element at its own.
 
     Args:
         draws: the draws to choose from.
-        name: the latent site.
+        name: the site.
         indices: integers of shape ``(num_samples, *batch)``, as :func:`pplvi.weights.resample` gives them.
         batch: the plates of the dimensions of ``indices``.
 
@@ -62,7 +62,7 @@ def take(draws: Draws, name: str, indices: Tensor, batch: Sequence[Plate]) -> Te
         tensor([[0., 5.],
                 [2., 5.]])
     """
-    values = draws.latents[name]
+    values = draws.latents[name] if name in draws.latents else draws.deterministics[name]
     aligned = align(indices, batch, draws.plates[name])
     aligned = aligned.reshape(aligned.shape + (1,) * (values.dim() - aligned.dim()))
     return torch.take_along_dim(values, aligned.to(values.device), 0)

@@ -226,7 +226,9 @@ class WeightedDraws:
         error = total.std().item() / math.sqrt(len(total)) if len(total) > 1 else math.inf
         return Estimate(total.mean().item(), error)
 
-    def resample(self, num_samples: int | None = None, *, seed: int | None = None) -> dict[str, Tensor]:
+    def resample(
+        self, num_samples: int | None = None, *, seed: int | None = None, deterministics: bool = False
+    ) -> dict[str, Tensor]:
         """Latent draws of equal weight: the guide's, resampled in proportion to their Pareto-smoothed weights.
 
         Every batch element is resampled on its own. MCMC draws and those of a guide without weights are equally
@@ -235,6 +237,8 @@ class WeightedDraws:
         Args:
             num_samples: how many; as many as there are draws unless given.
             seed: makes the choice reproducible and leaves the global random state as it was.
+            deterministics: give the deterministic sites too, such as the sites of a model that
+                :func:`pplvi.noncentered` has rewritten.
 
         Returns:
             ``{site: values}``, each of shape ``(num_samples, *plates, *event)``.
@@ -248,7 +252,8 @@ class WeightedDraws:
         with random_state(seed):
             indices = resample(self._resampling_weight, num_samples)
         batch = self.draws.batch if self.has_weights else ()
-        return {name: take(self.draws, name, indices, batch) for name in self.draws.latents}
+        names = [*self.draws.latents, *(self.draws.deterministics if deterministics else ())]
+        return {name: take(self.draws, name, indices, batch) for name in names}
 
     @property
     def _resampling_weight(self) -> Tensor:

@@ -127,6 +127,13 @@ def test_arviz_and_predictions_do_not_know_the_difference():
         assert predictive(Y)["x"].shape == (5, 4)
 
 
+def test_resampled_draws_have_the_sites_of_the_model():
+    posterior = fit(noncentered(gaussian), AutoPathfinder, args=(Y,)).posterior(500)
+    assert posterior.resample(7).keys() == {"mu", "x_decentered"}
+    found = posterior.resample(7, seed=0, deterministics=True)
+    assert torch.allclose(found["x"], found["mu"][:, None] + found["x_decentered"])
+
+
 def test_nuts_draws_from_it():
     result = fit(noncentered(gaussian), "nuts", args=(Y,), num_steps=200, num_warmup=100)
     draws = result.posterior().draws
