@@ -142,9 +142,7 @@ class BoltzmannELBO(Loss):
     ) -> Tensor:
         """The loss of a machine's own program, without running it: the same value and gradient at half the cost."""
         machine.announce()
-        observed = machine.observed(v, kwargs.get("mask"))
-        for layer, value in observed.items():
-            machine.layers[layer].validate(value, layer)
+        observed = machine.checked(v, kwargs.get("mask"))
         with torch.no_grad():
             posterior = guide.factorised(v, size=size, **kwargs)
         data = {**observed, **posterior.means}

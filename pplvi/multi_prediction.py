@@ -66,7 +66,7 @@ class MultiPrediction(Loss):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The criterion on one random subset for each datum; the model itself is not run.
 
-        :raises ValueError: for a guide that is no mean field.
+        :raises ValueError: for a guide that is no mean field, or data outside the support.
         """
         if not isinstance(guide, MeanFieldGuide):
             raise ValueError(
@@ -79,7 +79,7 @@ class MultiPrediction(Loss):
     def _loss(self, guide: MeanFieldGuide, v: Tensor | Values, *, mask: Mask = None, size: int | None = None) -> Tensor:
         machine = guide.machine
         machine.announce()
-        observed = machine.observed(v, mask)
+        observed = machine.checked(v, mask)
         seen = {n: torch.ones_like(x, dtype=torch.bool) for n, x in observed.items()} | machine.masks(mask, observed)
         keep = {n: self._mask(machine.layers[n], value, n == machine.visible) for n, value in observed.items()}
         found = guide.solve(observed, mask={n: seen[n] & keep[n] for n in observed})

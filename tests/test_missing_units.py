@@ -23,6 +23,10 @@ from pplvi.energies import (
     RecognitionGuide,
     RestrictedBoltzmannMachine,
     TAPGuide,
+    annealed_importance_sampling,
+    free_energy_gap,
+    inpaint,
+    raise_bound,
 )
 from pplvi.energies.measures import PartlyObserved
 
@@ -202,3 +206,48 @@ def test_partly_observed_units_have_the_density_of_the_missing_ones() -> None:
 def test_mistakes_with_masks_are_explained(call: Callable[[DeepBoltzmannMachine], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(deep())
+
+
+GREY = torch.full((2, 5), 0.5).double()
+
+
+@pytest.mark.parametrize(
+    ("v", "message"),
+    [
+        (GREY, r"threshold.*torch\.bernoulli.*mean_field_visible=True"),
+        (torch.ones(0, 5).double(), "empty batch"),
+        (torch.ones(2, 6).double(), r"\(2, 6\).*\(\*batch, 5\)"),
+        (torch.full((2, 5), torch.nan).double(), r"mask=~v\.isnan\(\)"),
+        (torch.ones(2, 5, dtype=torch.float32), r"float32.*float64.*machine\.like\(\)"),
+        (torch.ones(2, 5, dtype=torch.uint8), r"uint8.*float64"),
+    ],
+    ids=["grey", "empty", "wide", "NaN", "float32", "bytes"],
+)
+def test_bad_data_are_refused_wherever_they_come_in(v: Tensor, message: str) -> None:
+    dbm, rbm = deep(name="deep"), restricted()
+    guide = MeanFieldGuide(dbm)
+    calls = [
+        lambda: rbm.model(v),
+        lambda: BoltzmannELBO(5, 1).loss(rbm.model, rbm.guide, v),
+        lambda: SVI(dbm.model, guide, pyro.optim.SGD({"lr": 0.1}), BoltzmannELBO(5, 1)).step(v),
+        lambda: MultiPrediction().loss(dbm.model, guide, v),
+        lambda: guide.means(v),
+        lambda: guide.bound(v),
+        lambda: inpaint(rbm, v, torch.ones(5).bool()),
+        lambda: free_energy_gap(rbm, V, v),
+        lambda: raise_bound(rbm, v, 2, 5),
+        lambda: annealed_importance_sampling(rbm, 5, 5, data=v),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_declared_means_are_taken_wherever_they_come_in() -> None:
+    dbm = deep(mean_field_visible=True)
+    guide = MeanFieldGuide(dbm)
+    assert guide.means(GREY)["h2"].shape == (2, 2)
+    losses = [loss.loss(dbm.model, guide, GREY) for loss in (BoltzmannELBO(5, 1), MultiPrediction())]
+    assert torch.isfinite(torch.tensor(losses)).all()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        guide.means(3 * GREY)

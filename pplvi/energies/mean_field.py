@@ -82,6 +82,7 @@ class FactorisedInference:
         :param v: data, ``(*batch, width)``, or values of several layers by name.
         :param mask: true where units of the visible layer are observed, ``(*batch, width)`` or ``(width,)``, or such
             masks of several layers by name; the other units are mean-field units, whose values in ``v`` are not used.
+        :raises ValueError: for values outside the support.
         """
         return self._found(v, mask).values
 
@@ -99,6 +100,7 @@ class FactorisedInference:
         return self.means(v, mask=mask)[self.machine.visible]
 
     def _found(self, v: Tensor | Values | None, mask: Mask) -> MeanField:
+        self.machine.checked(v, mask)
         with torch.no_grad():
             return self.posterior(v, mask=mask, tol=self.tol)
 

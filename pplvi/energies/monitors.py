@@ -30,7 +30,7 @@ def free_energy_gap(machine: BoltzmannMachine, training: Tensor, validation: Ten
 
     :param training: data that it was trained on, ``(num_data, width)``; some are enough.
     :param validation: data that it was not trained on.
-    :raises ValueError: if hidden layers cannot be summed out exactly.
+    :raises ValueError: if hidden layers cannot be summed out exactly, or for data outside the support.
 
     >>> from pplvi.energies import RestrictedBoltzmannMachine
     >>> rbm = RestrictedBoltzmannMachine(4, 2, init_scale=0.0)
@@ -38,7 +38,9 @@ def free_energy_gap(machine: BoltzmannMachine, training: Tensor, validation: Ten
     0.0
     """
     with torch.no_grad():
-        seen, unseen = (machine.free_energy(v).double() for v in (training, validation))
+        seen, unseen = (
+            machine.free_energy(machine.checked(v)[machine.visible]).double() for v in (training, validation)
+        )
     error = (seen.var() / len(seen) + unseen.var() / len(unseen)).sqrt()
     return FreeEnergyGap(float(unseen.mean() - seen.mean()), float(error))
 
@@ -142,7 +144,7 @@ def inpaint(
     :param num_sweeps: sweeps of a chain; conditional means are averaged over its second half.
     :param num_draws: chains of each datum.
     :param seed: seed of the chains; the process's random state stays as it was.
-    :raises ValueError: for a mask of another shape, or fewer than two sweeps.
+    :raises ValueError: for a mask of another shape, values outside the support, or fewer than two sweeps.
 
     >>> from pplvi.energies import RestrictedBoltzmannMachine
     >>> rbm = RestrictedBoltzmannMachine(3, 2, init_scale=0.0)
@@ -150,11 +152,7 @@ def inpaint(
     tensor([[1.0000, 1.0000, 0.5000]])
     """
     layer = machine.visible
-    if observed.dtype != torch.bool or observed.shape not in (v.shape, v.shape[-1:]):
-        raise ValueError(
-            f"observed has dtype {observed.dtype} and shape {tuple(observed.shape)}: expected booleans of shape "
-            f"{tuple(v.shape)} or {tuple(v.shape[-1:])}, true where a unit was seen."
-        )
+    v = machine.checked(v, observed)[layer]
     if num_sweeps < 2:
         raise ValueError(f"num_sweeps={num_sweeps}: expected at least 2.")
     with random_state(seed), torch.no_grad():

@@ -123,7 +123,7 @@ def annealed_importance_sampling(
         found = _estimate(log_weights, upper)
         if data is None:
             return found
-        machine.layers[machine.visible].check(data, machine.visible)
+        machine.checked(data)
         likelihood = _log_likelihood(machine, data, found.log_z, guide)
         bound = _raise(route, chosen, data, num_raise_chains, guide)
     return replace(found, log_likelihood=_mean(likelihood), log_likelihood_bound=_mean(bound))
@@ -228,7 +228,7 @@ def _mean(values: Tensor) -> tuple[float, float]:
 def _upper_bound(route: Route, betas: tuple[float, ...], samples: Tensor | Values) -> float:
     """Reverse chains from samples of the machine: ``log Z_0 - log mean w``."""
     (last, _), kept = route.at(1.0), route.base.kept
-    given = dict(samples) if isinstance(samples, Mapping) else {route.base.machine.visible: samples}
+    given = route.base.machine.checked(samples)
     if missing := sorted(set(kept) - set(given)):
         raise ValueError(f"samples lack the layers {missing}: expected all of {list(kept)}.")
     start = partial(last.program, 1.0, None, lambda layer, shape: given[layer] if shape else given[layer][0])
@@ -252,7 +252,7 @@ def _raise(
     route: Route, betas: tuple[float, ...], data: Tensor, num_chains: int, guide: FactorisedGuide | None
 ) -> Tensor:
     between, machine = route.base, route.base.machine
-    machine.layers[machine.visible].check(data, machine.visible)
+    machine.checked(data)
     if guide is None and between.kept != (machine.visible,):
         guide = _mean_field(machine)
     means = {} if guide is None else dict(guide.factorised(data).means)

@@ -130,9 +130,10 @@ class EnergyModel(PyroModule):
         :param size: how many data there are, if ``v`` is a minibatch of them.
         :param num_draws: size of the plate without data; the layers are drawn by Gibbs sampling then.
         :returns: values of all layers.
+        :raises ValueError: for values outside the support, or of another shape or dtype; for masks without values.
         """
         self.announce()
-        observed = self.observed(v, mask)
+        observed = self.checked(v, mask)
         count = next((len(value) for value in observed.values()), num_draws)
         with data_plate(count, size):
             values = self.sites(count, observed, mask)
@@ -144,15 +145,30 @@ class EnergyModel(PyroModule):
 
         :param v: values of the visible layer, or of several layers by name.
         :param mask: which of their units were observed, as in :meth:`model`.
-        :raises ValueError: for unknown layers or values of another width.
+        :raises ValueError: for unknown layers, or values of another width or dtype.
         """
         given = {} if v is None else {self.visible: v} if isinstance(v, Tensor) else dict(v)
         for layer, value in given.items():
             if layer not in self.layers:
                 raise ValueError(f"values of an unknown layer {layer!r}: expected some of {list(self.layers)}.")
             self.layers[layer].check_width(value, layer)
+            if value.dtype != self.like().dtype:
+                raise ValueError(
+                    f"layer {layer!r} got values of {value.dtype}: expected {self.like().dtype}, as the machine's "
+                    "parameters. Use v.to(machine.like())."
+                )
         for layer, known in self.masks(mask, given).items():
             given[layer] = torch.where(known, given[layer], self.layers[layer].first_state(given[layer]))
+        return given
+
+    def checked(self, v: Tensor | Values | None, mask: Mask = None) -> dict[str, Tensor]:
+        """:meth:`observed`, refusing what is not in the support.
+
+        :raises ValueError: then, where torch's validation is on, and as :meth:`observed` does.
+        """
+        given = self.observed(v, mask)
+        for layer, value in given.items():
+            self.layers[layer].validate(value, layer)
         return given
 
     def masks(self, mask: Mask, given: Values) -> dict[str, Tensor]:
