@@ -25,8 +25,8 @@ STEPS, PARTICLES = 10_000, 64
 # guide -> its class in numpyro.infer.autoguide, and Adam's learning rate
 GUIDES: dict[str, tuple[str, float]] = {
     "numpyro AutoNormal": ("AutoNormal", 0.01),
-    "numpyro AutoMultivariateNormal": ("AutoMultivariateNormal", 0.005),
-    "numpyro AutoIAFNormal": ("AutoIAFNormal", 0.002),
+    "numpyro AutoMultivariateNormal": ("AutoMultivariateNormal", 0.002),
+    "numpyro AutoIAFNormal": ("AutoIAFNormal", 0.001),
     "numpyro AutoDAIS": ("AutoDAIS", 0.005),
 }
 

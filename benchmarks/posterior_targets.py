@@ -26,6 +26,7 @@ class Target:
     :ivar reference: draws of the posterior, ``(R, columns)``, or ``None``.
     :ivar coordinates: draws of the sites, each ``(S, ...)``, to ``(S, columns)``.
     :ivar multimodal: whether a guide had better start wide than at one mode.
+    :ivar plate: a plate that holds the whole posterior, whose elements are independent.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Target:
     log_z: float | None = None
     reference: Tensor | None = None
     multimodal: bool = False
+    plate: str = ""
 
 
 def columns(*names: str, log: tuple[str, ...] = ()) -> Callable[[Draws], Tensor]:
@@ -170,7 +172,7 @@ def many_well(folder: Path) -> Target:
     chosen = torch.multinomial(density, 160_000, replacement=True, generator=generator)
     y = torch.randn(10_000, 16, generator=generator, dtype=torch.float64)
     reference = torch.cat([grid[chosen].reshape(-1, 16), y], 1)
-    return Target("many-well", model, columns("x", "y"), 164.696, reference, multimodal=True)
+    return Target("many-well", model, columns("x", "y"), 164.696, reference, multimodal=True, plate="pairs")
 
 
 def cox_process(folder: Path, side: int = 40) -> Target:

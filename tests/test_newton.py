@@ -73,6 +73,12 @@ def test_ill_conditioned_posteriors_are_found_in_few_gradients(kind, most):
     assert posterior.pareto_k < 0.7
 
 
+def test_a_mean_field_that_is_far_narrower_than_its_posterior_is_no_sign_of_an_improper_one():
+    guide = AutoDeterministicNormal(collinear, seed=0, linear_response=False).run()
+    wide = AutoDeterministicNormal(collinear, seed=0).run()
+    assert bool((guide.get_posterior().variance[:8] < 1e-2 * wide.get_posterior().variance[:8]).all())
+
+
 def test_the_paper_has_no_newton_steps():
     scale = torch.logspace(0, 1.5, 60)
     model = lambda: pyro.sample("x", dist.Normal(torch.zeros(60), scale).to_event(1))  # noqa: E731

@@ -102,9 +102,9 @@ class AutoDeterministicNormal(FoundGuide):
                 "the log density of the model has no second derivatives: expected operations that torch can "
                 "differentiate twice; use AutoPathfinder or an ordinary guide."
             )
-        gaussian = objective.response(minimum, hessian) if self._linear_response else objective.mean_field(minimum)
-        check_proper(density, gaussian, -hessian[: density.dim, : density.dim], float(density(gaussian.loc[None])))
-        return stack([gaussian])
+        response = objective.response(minimum, hessian)  # as wide as the posterior, which the mean field need not be
+        check_proper(density, response, -hessian[: density.dim, : density.dim], float(density(response.loc[None])))
+        return stack([response if self._linear_response else objective.mean_field(minimum)])
 
 
 class _Objective:
