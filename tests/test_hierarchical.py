@@ -74,6 +74,17 @@ def test_density_integrates_to_one(family: Any) -> None:
     assert error < 0.4
 
 
+@pytest.mark.parametrize("family", ["normal", "flow"])
+def test_size_grows_by_two_numbers_for_each_latent_of_an_element(family: Any) -> None:
+    sizes = []
+    for size in (4, 40):
+        pyro.clear_param_store()
+        guide = AutoHierarchical(gaussian, plates="group", family=family)
+        guide(torch.zeros(size))
+        sizes.append(sum(p.numel() for p in guide.parameters()))
+    assert sizes[1] - sizes[0] == 2 * (40 - 4)  # the transforms are shared: a dense flow has networks of that width
+
+
 def test_minibatches_train_the_parameters_of_their_elements() -> None:
     guide = AutoHierarchical(gaussian, plates="group")
     train(gaussian, guide, Y, 2, steps=2)

@@ -48,7 +48,7 @@ FLOORS = {
     | {"recipes", "lockstep", "originals", "naming"}
     | {"chains", "weighted", "loo", "posterior", "starts"},
     6: {"schema", "groups", "export", "report", "comparison", "plots", "pictures"},
-    7: {"result", "selection", "fitting"},
+    7: {"result", "selection", "fitting", "flow_training"},
     8: {"pretraining", "examples", "demo", "models"},
     9: {"__init__"},
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from pplvi.guides._quadratic import Direction, through
+from pplvi.guides._quadratic import Direction
 
 _SPREAD = 2.0  # of the first layer's biases: units bend at different places
 _DOUBLINGS, _HALVINGS = 20, 54  # of the bracket around a root, which lies within a million of zero
@@ -55,7 +55,7 @@ class BlockNeuralFlow(nn.Module):
         parts: list[Any] = list(self.transforms)
         pushes = [partial(net.push, turned=bool(i % 2)) for i, net in enumerate(parts)]
         pulls = [partial(net.pull, turned=bool(i % 2)) for i, net in enumerate(parts)][::-1]
-        return Direction(lambda x: through(x, pushes), lambda y: through(y, pulls))
+        return Direction(lambda x: _through(x, pushes), lambda y: _through(y, pulls))
 
 
 class BlockNetwork(nn.Module):
@@ -113,6 +113,15 @@ class BlockLinear(nn.Module):
         own = torch.einsum("...di,doi->...do", units, log_own.exp())
         others = (units.flatten(-2) @ (self.others * self.lower).mT).reshape(own.shape)
         return own + others + self.bias + self.spread, torch.logsumexp(log_own + slope.unsqueeze(-2), -1)
+
+
+def _through(x: Tensor, maps: Sequence[Push]) -> tuple[Tensor, Tensor]:
+    """One map after another, with the sum of the log-determinants."""
+    total = x.new_zeros(x.shape[:-1])
+    for each in maps:
+        x, ladj = each(x)
+        total = total + ladj
+    return x, total
 
 
 def _bent(units: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:

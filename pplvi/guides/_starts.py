@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pplvi.guides._found import FoundGuide
+from pplvi.guides.flow import AutoFlow
 from pplvi.guides.pathfinder import AutoPathfinder
 from pplvi.guides.score_matching import AutoBatchAndMatch
 
@@ -116,6 +117,9 @@ def _place(guide: Any, found: _Found) -> None:
 
 
 def _place_packed(guide: Any, loc: Tensor, covariance: Tensor) -> None:
+    if isinstance(guide, AutoFlow):
+        guide.start_at(loc, torch.linalg.cholesky(covariance) if guide.root.dim() == 2 else nearest_scale(covariance))
+        return
     if isinstance(guide.loc, Parameter):  # some of Pyro's guides keep it so, and others as a PyroParam
         guide.loc.copy_(loc)
     else:

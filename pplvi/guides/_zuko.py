@@ -30,7 +30,7 @@ FAMILIES: dict[str, tuple[Any, bool]] = {
     "nice": ("NICE", False),
     "coupling": ("NICE", False),
     "copula": (gaussian_copula, True),
-    "quadratic": (QuadraticFlow, False),
+    "quadratic": (QuadraticFlow, True),
     "bnaf": (BlockNeuralFlow, True),
 }
 

@@ -22,13 +22,16 @@ _FULL_UP_TO = 100  # dimensions
 class AutoFlow(ContinuousGuide):
     r"""A normalising flow over all continuous latents, in unconstrained space.
 
-    .. math:: z = \mathrm{loc} + \mathrm{scale} \odot L f_\phi(x), \quad x \sim \mathrm{Normal}(0, I), \qquad
-        \log q(z) = \log \mathrm{Normal}(x; 0, I) - \log |\partial f_\phi / \partial x| - \sum_d \log \mathrm{scale}_d
+    .. math:: z = c + R (\mathrm{loc} + \mathrm{scale} \odot L f_\phi(x)), \quad x \sim \mathrm{Normal}(0, I), \qquad
+        \log q(z) = \log \mathrm{Normal}(x; 0, I) - \log |\partial f_\phi / \partial x|
+        - \sum_d \log R_{dd} \mathrm{scale}_d
 
     with ``z`` the latents of the model packed into ``(*batch, latent_dim)`` after Pyro's ``biject_to``, densities in
     nats. ``L`` is lower triangular with a unit diagonal, so that the flow need not learn what a Gaussian can do. At the
     start ``f`` and ``L`` are the identity: the guide *is* ``AutoDiagonalNormal(model, init_loc_fn, init_scale)``, and
-    its family contains all of those and, with ``L``, all of ``AutoMultivariateNormal``.
+    its family contains all of those and, with ``L``, all of ``AutoMultivariateNormal``. ``c = 0`` and ``R = I``, unless
+    the guide starts at a Gaussian (:func:`pplvi.start_at_pathfinder`): then ``c`` and the lower triangular ``R`` are
+    that Gaussian's, fixed (buffers), and all parameters are in units of its spread, whatever the units of the latents.
 
     What a pass over ``D`` coordinates costs, in evaluations of each of the ``transforms`` networks (forward and
     backward alike):
@@ -126,7 +129,10 @@ class AutoFlow(ContinuousGuide):
 
     def _setup_parameters(self, loc: Tensor) -> None:
         whole = self._flow[0] != "copula"  # which has its correlations inside
-        if self._affine == "full" or (self._affine is None and whole and 1 < self.latent_dim <= _FULL_UP_TO):
+        full = self._affine == "full" or (self._affine is None and whole and 1 < self.latent_dim <= _FULL_UP_TO)
+        self._declare("centre", torch.zeros_like(loc), trained=False)
+        self._declare("root", torch.eye(self.latent_dim).to(loc) if full else torch.ones_like(loc), trained=False)
+        if full:
             self._declare("scale_tril", torch.eye(self.latent_dim).to(loc), constraints.unit_lower_cholesky)
         transform = build(self._flow[0], self.latent_dim, self._options)
         if self._identity_init:
@@ -148,7 +154,34 @@ class AutoFlow(ContinuousGuide):
         tensors = {name: attrgetter(f"flow.{name}")(self) for name in self._tensor_names}
         to_base = with_tensors(self._structure[0], tensors)()
         draw, score = (to_base, to_base.inv) if self._inverse else (to_base.inv, to_base)
-        return AffineFlowTransform(draw, score, self.loc, self.scale, getattr(self, "scale_tril", None))
+        return AffineFlowTransform(draw, score, *self._affine_map())
+
+    def _affine_map(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``c + R loc``, and ``R diag(scale) L`` as a diagonal and a unit lower triangle."""
+        loc, scale = self.loc, self.scale
+        if self.root.dim() == 1:
+            return self.centre + self.root * loc, self.root * scale, None
+        tril, diagonal = self.root @ (scale.unsqueeze(-1) * self.scale_tril), self.root.diagonal() * scale
+        return self.centre + self.root @ loc, diagonal, tril / diagonal.unsqueeze(-1)
+
+    @torch.no_grad()
+    def start_at(self, loc: Tensor, root: Tensor) -> None:
+        """Become a Gaussian, for a flow that is at the identity; parameters are in its units from then on.
+
+        Args:
+            loc: mean over the packed latents, ``(latent_dim,)``.
+            root: lower Cholesky factor of the covariance, or standard deviations where there is no ``L``.
+
+        Raises:
+            ValueError: the guide has not run yet.
+        """
+        self._need_prototype("parameters")
+        self.centre.copy_(loc)
+        self.root.copy_(root)
+        self.loc = torch.zeros_like(self.centre)
+        self.scale = torch.ones_like(self.centre)
+        if self.root.dim() == 2:
+            self.scale_tril = torch.eye(self.latent_dim).to(self.centre)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
