@@ -29,12 +29,12 @@ class ControlledLangevinKernel:
 
     In unconstrained coordinates, with ``g`` the gradient of ``log gamma[k]``, Jacobian included, the kernels are
 
-        q[k](y | x)   = N(y; x + eps (g(x) + u(x)), 2 eps)
-        r[k-1](x | y) = N(x; y + eps (g(y) - u(y)), 2 eps).
+        q[k](y | x)   = N(y; x + eps g(x) + sqrt(2 eps) u(x), 2 eps)
+        r[k-1](x | y) = N(x; y + eps g(y) - sqrt(2 eps) u(y), 2 eps).
 
     ``control="both"`` is controlled Monte Carlo diffusion (CMCD, Vargas et al. 2024). ``control="reverse"`` leaves
     ``u`` out of the forward kernel: Monte Carlo diffusion (Doucet et al. 2022; Geffner & Domke 2023), where
-    ``g - u / 2`` learns the score of the draws. The network sees the site itself and those outside its plates,
+    ``g - u / sqrt(2 eps)`` learns the score of the draws. The network sees the site itself and those outside its plates,
     ``u(x) = W tanh(V x + a) + b``, with ``W`` and ``b`` zero at first: the kernel is :class:`LangevinKernel` then.
     Step sizes are learned for each coordinate. Weights are proper whatever has been learned.
 
@@ -94,10 +94,12 @@ class ControlledProgram(PyroModule):
         drift = log_density_gradient(self.sites, free, lambda values: self.log_density(values, args, kwargs))
         plates: dict[str, Any] = {}
         for index, site in enumerate(self.sites):
-            towards = drift[site.name] + sign * self._control(index, site, free) if sign else drift[site.name]
             size = getattr(self, f"step_size_{index}")
+            mean, noise = free[site.name] + size * drift[site.name], (2 * size).sqrt()
+            if sign:
+                mean = mean + sign * noise * self._control(index, site, free)
             with site.inside(previous, plates):
-                pyro.sample(site.name, site.normal(free[site.name] + size * towards, (2 * size).sqrt()))
+                pyro.sample(site.name, site.normal(mean, noise))
 
     def _control(self, index: int, site: Coordinates, free: Values) -> Tensor:
         weight, bias, outputs = (getattr(self, f"{part}_{index}") for part in ("weight", "bias", "outputs"))
