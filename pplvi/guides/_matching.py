@@ -17,7 +17,8 @@ MOST_DIMENSIONS = 100
 MOST_MIXED = 20  # dimensions in which mixtures of full covariances are worth their draws
 _ENOUGH = 20  # effective draws for each dimension, below which the weights are tempered
 _GOOD = 0.9  # of the draws are effective: no mixture is needed
-_HEAVY, _WIDE = 0.7, 2.0  # k-hat that a mixture may not have more of, and variances of its widest component
+_HEAVY = 0.7  # k-hat that a mixture may not have more of
+_SHARE, _WIDE = 7, 1.5  # draws of a mixture for one of its widest component, and variances of that
 _EM_STEPS, _EM_ROUNDS, _LEAST_MIXED = 20, 3, 4_000
 
 
@@ -102,7 +103,7 @@ def _fitted(found: _Judged, size: int) -> Gaussian:
         covariances = (scatter + prior * size ** (-2 / dim) * common) / (effective * total + prior).reshape(-1, 1, 1)
     highest = MultivariateNormal(locs, covariances, validate_args=False).log_prob(locs.unsqueeze(1)).logsumexp(1)
     parts = [full_gaussian(locs[k], covariances[k]) for k in highest.argsort(descending=True).tolist()]
-    parts.append(full_gaussian(weight @ found.draws, _WIDE * common))
+    parts = parts * max(_SHARE // len(parts), 1) + [full_gaussian(weight @ found.draws, _WIDE * common)]
     return stack([part for part in parts if part is not None])
 
 
