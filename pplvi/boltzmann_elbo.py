@@ -26,6 +26,7 @@ from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import EnergyModel, Values
 from pplvi.energies.statistics import has_statistics, log_densities
+from pplvi.environment import preserved_rng
 from pplvi.objectives import Estimator, LogPartition, Objective, RenyiBound, Step
 from pplvi.programs import execute
 from pplvi.runs import Run, latent_sites
@@ -133,6 +134,11 @@ class BoltzmannELBO(Loss):
         """An estimate of the loss; its gradients are added to the parameters' ``grad``."""
         with training_step(in_place=True):
             return super().loss_and_grads(model, guide, *args, **kwargs)
+
+    def prepare(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
+        """Make the chains of all machines in the model, without moving them."""
+        with preserved_rng():
+            self.loss(model, guide, *args, **kwargs)
 
     def _reduced(self, total: Tensor, num_data: float) -> Tensor:
         return total / num_data if self.per_datum else total

@@ -46,6 +46,9 @@ class Loss(PyroELBO):
             loss.backward(retain_graph=self.retain_graph)
         return float(warn_if_nan(loss.detach(), "loss"))
 
+    def prepare(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
+        """Make what steps keep beside parameters, such as chains, without a step; the random state stays as it is."""
+
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> tuple[Any, Any]:
         run = execute(model, guide, args, kwargs)
         return run.model, run.guide

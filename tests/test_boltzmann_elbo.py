@@ -210,6 +210,27 @@ def test_only_training_steps_move_the_chains() -> None:
     assert not torch.equal(buffers()["chain_v"], before["chain_v"])
 
 
+def test_a_subsampled_plate_scales_both_phases() -> None:
+    """A plate of the user's own, with three of thirty data, is the machine's own program with ``size=30``."""
+    rbm = machine()
+    data = V.repeat(10, 1)
+
+    def model() -> None:
+        rbm.announce()
+        with pyro.plate("data", 30, subsample=torch.arange(3)) as rows:
+            rbm.energy_site("energy", rbm.sites(3, {"v": data[rows]}))
+
+    def guide() -> None:
+        with pyro.plate("data", 30, subsample=torch.arange(3)) as rows:
+            pyro.sample("h", rbm.conditional("h", {"v": data[rows]}))
+
+    guide.factorised = lambda: rbm.guide.factorised(V)  # type: ignore[attr-defined]
+    loss = BoltzmannELBO(negative="exact", per_datum=False)
+    found = gradients(rbm, loss.differentiable_loss(model, guide))
+    same(found, gradients(rbm, loss.differentiable_loss(rbm.model, rbm.guide, V, size=30)))
+    same(found, {name: 30 * g for name, g in exact_gradients(rbm, V).items()})
+
+
 def test_scale_multiplies_both_phases() -> None:
     rbm = machine()
     loss = BoltzmannELBO(negative="exact", per_datum=False)
@@ -330,6 +351,13 @@ def test_fit_resumes_bit_by_bit_with_its_chains(tmp_path: Path, compile: Any) ->
     same(whole.runs[0].params, resumed.runs[0].params)
     same(whole.runs[0].buffers(), resumed.runs[0].buffers())
     assert any(name.endswith("chain_v") for name in resumed.runs[0].buffers())
+
+
+def test_recorded_steps_of_fit_are_those_of_svi() -> None:
+    plain, recorded = fitted(30, compile=False).runs[0], fitted(30, compile="trace").runs[0]
+    assert [float(x) for x in recorded.losses] == pytest.approx([float(x) for x in plain.losses])
+    same(recorded.params, plain.params)
+    same(recorded.buffers(), plain.buffers())
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")

@@ -95,8 +95,8 @@ def trained(case: str, kind: Callable[..., Any]) -> tuple[list[float], dict[str,
     pyro.set_rng_seed(0)
     machine, guide, loss = CASES[case]()
     batches = data(case)
-    loss.loss(machine.model, guide, batches[0])  # makes the chains, with the same numbers for both
-    svi = kind(machine.model, guide, pyro.optim.SGD({"lr": 0.2}), loss)
+    optim = pyro.optim.SGD({"lr": 0.2, "momentum": 0.5, "weight_decay": 1e-3})
+    svi = kind(machine.model, guide, optim, loss)
     pyro.set_rng_seed(1)
     losses = [svi.step(batch) for batch in batches * 2]
     parts = {"machine": machine, "guide": guide}

@@ -18,6 +18,7 @@ from torch import Tensor
 from pplvi.energies.live import Live, active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import EnergyModel, Values
+from pplvi.environment import preserved_rng
 from pplvi.objectives import Step
 
 
@@ -67,8 +68,9 @@ class Chains:
         """
         names = {layer: f"{prefix}_{layer}" for layer in machine.layers}
         if any(name not in machine._buffers for name in names.values()):
-            for layer, value in start().items():
-                machine.register_buffer(names[layer], value)
+            with preserved_rng():  # a step draws the same numbers whether its chains were there before or not
+                for layer, value in start().items():
+                    machine.register_buffer(names[layer], value)
         found = {layer: machine._kept(name) for layer, name in names.items()}
         expected = self._shape(machine)
         for layer, value in found.items():
