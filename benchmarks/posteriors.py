@@ -129,10 +129,12 @@ def _wide(model: Callable[[], None]) -> AutoFlow:
     return AutoFlow(model, "nsf", passes=2, affine="diagonal", init_scale=1.5)
 
 
-def _flow(target: Target, seed: int, rotate: bool = True, rate: float = 2e-3) -> Fit:
-    kind = _wide if target.multimodal else partial(AutoFlow, flow="quadratic", rotate=rotate)
-    start = {"start": {"init": "match"}, "compile": True, "stop": None}
-    return _trained(kind, 3000, 64, rate, objective=ELBO(64, estimator="stl"), **start)(target, seed)
+def _flow(target: Target, seed: int, rotate: bool = True, rate: float = 5e-3) -> Fit:
+    if target.multimodal:
+        return _trained(_wide, 3000, 64, 2e-3, objective=ELBO(64, estimator="stl"), compile=True, stop=None)(target, seed)
+    kind = partial(AutoFlow, flow="quadratic", rotate=rotate)
+    recipe = pplvi.flow_recipe(learning_rate=rate)
+    return pplvi.fit(target.model, kind, seed=seed, progress=False, compile="trace", **recipe)
 
 
 GUIDES: dict[str, Callable[[Target, int], Fit]] = {
