@@ -19,6 +19,8 @@ from pplvi.runs import latent_sites
 
 __all__ = ["Reparametrized", "noncentered"]
 
+Values = Mapping[str, Tensor]
+
 _FORMS = {"non-centered": 0.0, "half centered": 0.5}
 
 
@@ -139,18 +141,34 @@ def dependent_sites(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _dependent(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Their distributions, by name."""
+    """Their distributions, by name; without those that depend on enumerated sites, as they would have no draws."""
     with aside(), isolated():
         run = plain_run(model, args, kwargs)
+        first, rows = latent_sites(run.model), run.subsample_indices(of_model=True)
         torch.rand(())  # from here on other random numbers, but for the minibatch
-        with Supply(run.subsample_indices(of_model=True)):
-            second = latent_sites(plain_run(model, args, kwargs).model)
-    first = {name: site["fn"] for name, site in latent_sites(run.model).items()}
-    return {name: fn for name, fn in first.items() if name in second and _varies(fn, second[name]["fn"])}
+        second = _latents_given(rows, model, args, kwargs)
+        summed = {name: site["fn"] for name, site in first.items() if site["infer"].get("enumerate") == "parallel"}
+        same = {**rows, **{name: site["value"] for name, site in first.items()}}
+        ends = [
+            _latents_given({**same, **{name: _state(fn, end) for name, fn in summed.items()}}, model, args, kwargs)
+            for end in ((0, -1) if summed else ())
+        ]
+    found = {name: site["fn"] for name, site in first.items() if name in second and _varies(site, second[name])}
+    return {name: fn for name, fn in found.items() if not ends or not _varies(*(end[name] for end in ends))}
+
+
+def _latents_given(values: Values, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    with Supply(values):
+        return latent_sites(plain_run(model, args, kwargs).model)
+
+
+def _state(fn: Any, end: int) -> Tensor:
+    """One of the values that a discrete variable can have, for all its elements."""
+    return fn.enumerate_support(expand=False)[end].expand(fn.shape())
 
 
 def _varies(one: Any, other: Any) -> bool:
-    pairs = zip(_parts(one) or (), _parts(other) or (), strict=False)
+    pairs = zip(_parts(one["fn"]) or (), _parts(other["fn"]) or (), strict=False)
     return any(a.shape == b.shape and not torch.equal(a, b) for a, b in pairs)
 
 

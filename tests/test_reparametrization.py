@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch.distributions import constraints
@@ -186,6 +186,23 @@ def test_only_latents_of_hierarchies_are_rewritten():
     assert not list(pyro.get_param_store().keys())
     other()
     assert list(pyro.get_param_store().keys()) == ["loc"]
+
+
+def test_what_depends_on_enumerated_sites_is_left_alone():
+    @config_enumerate
+    def model(y):
+        spread = pyro.sample("spread", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("mixed", dist.Normal(torch.tensor([-1.0, 1.0])[k], spread))
+            x = pyro.sample("x", dist.Normal(0.0, spread))
+            pyro.sample("y", dist.Normal(x + k, 1.0), obs=y)
+
+    other = noncentered(model)
+    result = fit(other, AutoPathfinder, args=(Y,))
+    assert other.sites == {"x"}
+    draws = result.posterior(20).draws
+    assert (draws.latents["mixed"].shape, draws.deterministics["x"].shape) == ((20, 4), (20, 4))
 
 
 def test_the_first_run_may_be_inside_of_other_programs_and_handlers():

@@ -126,13 +126,11 @@ plt.savefig(OUT / "awkward_forest.png")
 # %% [markdown]
 # ## Against NUTS
 #
-# The answer, for a model this small. The centered form is awkward for NUTS too, so it gets the non-centered one, by
-# Pyro's own reparameterisation, which leaves a deterministic `theta`.
+# The answer, for a model this small. The centered form is awkward for NUTS too, so it gets the non-centered one:
+# `pplvi.noncentered` sees which latents depend on others, standardises them, and leaves a deterministic `theta`.
 
 # %%
-from pyro.infer.reparam import LocScaleReparam
-
-easier = pyro.poutine.reparam(schools, config={"theta": LocScaleReparam(0.0)})
+easier = pplvi.noncentered(schools)
 nuts = pplvi.fit(easier, "nuts", args=(sigma, y), num_steps=NUM_DRAWS, seed=0, progress=False)
 reference = nuts.to_arviz()
 figure, axes = plt.subplots(1, 2, figsize=(9, 3))
@@ -143,8 +141,9 @@ plt.savefig(OUT / "awkward_reference.png")
 # ## Let it choose
 #
 # `"auto"` climbs the same ladder by itself, within a budget of seconds, and says in its report what was tried and why
-# it stopped. And the lesson of the awkward posterior: the easier form of the model needs only the first rung.
+# it stopped. It also tries the model's non-centered forms. That is the lesson of the awkward posterior: the easier form
+# needs only the first rung. `chosen.model` is that form, for a flow, if the report asks for one.
 
 # %%
-chosen = pplvi.fit(easier, "auto", args=(sigma, y), seed=0, progress=False, budget=5.0 if SMOKE else 60.0)
+chosen = pplvi.fit(schools, "auto", args=(sigma, y), seed=0, progress=False, budget=5.0 if SMOKE else 60.0)
 chosen.report()
