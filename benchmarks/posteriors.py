@@ -131,7 +131,9 @@ def _wide(model: Callable[[], None]) -> AutoFlow:
 
 def _flow(target: Target, seed: int, rotate: bool = True, rate: float = 5e-3) -> Fit:
     if target.multimodal:
-        return _trained(_wide, 3000, 64, 2e-3, objective=ELBO(64, estimator="stl"), compile=True, stop=None)(target, seed)
+        return _trained(_wide, 3000, 64, 2e-3, objective=ELBO(64, estimator="stl"), compile=True, stop=None)(
+            target, seed
+        )
     kind = partial(AutoFlow, flow="quadratic", rotate=rotate)
     recipe = pplvi.flow_recipe(learning_rate=rate)
     return pplvi.fit(target.model, kind, seed=seed, progress=False, compile="trace", **recipe)
