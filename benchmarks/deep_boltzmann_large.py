@@ -7,8 +7,8 @@
 - ``labels``: test errors after fine-tuning on all, 1,000 and 100 labels, from a machine's weights or a random start
   (published there: 0.95 % with all labels; 6.5 % and 16.2 % with 1,000 and 100, 10.9 % and 23.8 % from a random start).
 
-    python benchmarks/deep_boltzmann_large.py --data ../shared/data/mnist --machine dbm.pt \\
-        --out benchmarks/results/deep_boltzmann_large.json
+    python benchmarks/deep_boltzmann_large.py --data ../shared/data/mnist --compile --machine dbm.pt \\
+        --epochs 12 --out benchmarks/results/deep_boltzmann_large.json
 
 ``curve`` writes the averaged machine to the file ``--machine`` and ``labels`` starts from it, whatever made it; without
 one ``labels`` has ``curve`` run first. Without ``--data``: scikit-learn's digits, a 64-100-100 machine.
@@ -206,10 +206,10 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--machine", type=Path, help="file of the trained machine: written by curve, read by labels")
     parser.add_argument("--widths", type=int, nargs="+", help="784 500 1000; 64 100 100 for digits")
     curve = parser.add_argument_group("curve")
-    curve.add_argument("--updates", type=int, default=66_000)
+    curve.add_argument("--updates", type=int, default=55_000)
     curve.add_argument("--points", type=int, default=11)
-    curve.add_argument("--lr", type=float, default=0.08)
-    curve.add_argument("--weight-decay", type=float, default=2e-4)
+    curve.add_argument("--lr", type=float, default=0.09)
+    curve.add_argument("--weight-decay", type=float, default=5e-4)
     curve.add_argument("--gibbs", type=int, default=1)
     curve.add_argument("--mean-field", type=int, default=2, help="sweeps in training")
     curve.add_argument("--compile", action="store_true", help="train through inductor")
