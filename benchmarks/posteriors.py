@@ -118,7 +118,7 @@ def _by_plate(target: Target, seed: int) -> Fit:
 def _easiest(target: Target, seed: int) -> Fit:
     """The form of the model that "auto" takes, and a flow on it, as a user would do it."""
     easier = pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=10.0).model
-    return _flow(replace(target, model=easier), seed, rotate=False, rate=1e-2)
+    return _flow(replace(target, model=easier), seed)
 
 
 def _found(kind: Any, **options: Any) -> Callable[[Target, int], Fit]:
