@@ -97,8 +97,9 @@ def fit(
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
         returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"auto"``: one
         family after another until k-hat is below 0.7, within ``budget=`` seconds (60), on whichever is easier of the
-        model as written and its non-centered forms (:func:`pplvi.noncentered`); ``"nuts"``, or another MCMC
-        kernel class or ``functools.partial`` of one, for MCMC instead of training.
+        model as written and its non-centered forms (:func:`pplvi.noncentered`); parameters of the model are trained
+        anew with each family; ``"nuts"``, or another MCMC kernel class or ``functools.partial`` of one, for MCMC
+        instead of training.
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
