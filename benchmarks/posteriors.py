@@ -117,7 +117,7 @@ def _by_plate(target: Target, seed: int) -> Fit:
 
 def _easiest(target: Target, seed: int) -> Fit:
     """The form of the model that "auto" takes, and a flow on it, as a user would do it."""
-    easier = pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=10.0).model
+    easier = pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=60.0).model
     return _flow(replace(target, model=easier), seed)
 
 
