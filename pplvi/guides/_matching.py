@@ -18,7 +18,8 @@ MOST_MIXED = 20  # dimensions in which mixtures of full covariances are worth th
 _ENOUGH = 20  # effective draws for each dimension, below which the weights are tempered
 _GOOD = 0.9  # of the draws are effective: no mixture is needed
 _HEAVY = 0.7  # k-hat that a mixture may not have more of
-_SHARE, _WIDE = 7, 1.5  # draws of a mixture for one of its widest component, and variances of that
+_DEAR = 1.0  # nats of the ELBO that a mixture may cost
+_SHARE, _WIDE = 7, 1.5  # other draws for one of the wide component, and its variances
 _EM_STEPS, _EM_ROUNDS, _LEAST_MIXED = 20, 3, 4_000
 
 
@@ -30,6 +31,7 @@ class _Judged(NamedTuple):
     pareto_k: float
     evidence: float
     error: float
+    elbo: float
 
 
 @torch.no_grad()
@@ -74,37 +76,51 @@ def _mixed(density: UnconstrainedDensity, best: _Judged, components: int) -> _Ju
     if components < 2 or density.dim > MOST_MIXED or best.ess > _GOOD:
         return best
     best = _judge(density, best.mixture.parts, _LEAST_MIXED)
-    size = 2
+    size, least = 2, best.elbo - _DEAR
     while size <= components:
         for _ in range(_EM_ROUNDS):
             current = _judge(density, _fitted(best, size), _LEAST_MIXED)
-            if _is_better(current, best) and current.pareto_k < max(_HEAVY, best.pareto_k):
-                best = current
+            light = current.pareto_k < max(_HEAVY, best.pareto_k) and current.elbo > least
+            best = current if light and _is_better(current, best) else best
         size *= 2
     return best
 
 
 def _fitted(found: _Judged, size: int) -> Gaussian:
-    """An equal mixture fitted to weighted draws by EM, and a wide component for the tails in it; covariances are drawn
-    a little towards the common one."""
+    """An equal mixture fitted to weighted draws by EM, and for its tails a component that is wider than the whole."""
     count, dim = found.draws.shape
     weight = normalize(_tempered(found.log_weight, min(_ENOUGH * dim * size, count / 2)))
-    common = _covariance(weight, found.draws)
+    loc, common = weight @ found.draws, _covariance(weight, found.draws)
+    whole = full_gaussian(loc, common)
+    if whole is None:
+        return found.mixture.parts
+    axes = whole.push(torch.eye(dim).to(loc)) - whole.loc
+    locs, covariances = _expectation_maximisation(weight, whole.pull(found.draws), size - 1)
+    fitted = [full_gaussian(whole.loc + m @ axes, axes.T @ c @ axes) for m, c in zip(locs, covariances, strict=True)]
+    parts = [part for part in fitted if part is not None]
+    wide = whole._replace(root=whole.root * _WIDE**0.5)
+    return stack([*parts * max(_SHARE // max(len(parts), 1), 1), wide])
+
+
+def _expectation_maximisation(weight: Tensor, draws: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Means ``(size, dim)`` and covariances of equal components of weighted draws ``(S, dim)`` that have mean 0 and
+    covariance 1, towards a part of which covariances are drawn a little; the component of the highest density first."""
+    dim = draws.shape[1]
     prior, effective = dim + 2.0, float(1 / weight.square().sum())
-    locs = found.draws[torch.multinomial(weight, size - 1)]
-    covariances = common.expand(size - 1, -1, -1)
+    common = torch.eye(dim).to(draws)
+    locs, covariances = draws[torch.multinomial(weight, size)], common.expand(size, -1, -1)
     for _ in range(_EM_STEPS):
-        each = MultivariateNormal(locs, covariances, validate_args=False).log_prob(found.draws.unsqueeze(1))
+        each = MultivariateNormal(locs, covariances, validate_args=False).log_prob(draws.unsqueeze(1))
         share = each.softmax(1) * weight.unsqueeze(1)
         total = share.sum(0) + 1e-12
-        locs = (share.T @ found.draws) / total.unsqueeze(1)
-        centred = found.draws.unsqueeze(1) - locs
+        locs = (share.T @ draws) / total.unsqueeze(1)
+        centred = draws.unsqueeze(1) - locs
         scatter = effective * torch.einsum("sk,ski,skj->kij", share, centred, centred)
-        covariances = (scatter + prior * size ** (-2 / dim) * common) / (effective * total + prior).reshape(-1, 1, 1)
+        narrow = prior * (size + 1) ** (-2 / dim) * common
+        covariances = (scatter + narrow) / (effective * total + prior).reshape(-1, 1, 1)
     highest = MultivariateNormal(locs, covariances, validate_args=False).log_prob(locs.unsqueeze(1)).logsumexp(1)
-    parts = [full_gaussian(locs[k], covariances[k]) for k in highest.argsort(descending=True).tolist()]
-    parts = parts * max(_SHARE // len(parts), 1) + [full_gaussian(weight @ found.draws, _WIDE * common)]
-    return stack([part for part in parts if part is not None])
+    order = highest.argsort(descending=True)
+    return locs[order], covariances[order]
 
 
 def _covariance(weight: Tensor, draws: Tensor) -> Tensor:
@@ -120,12 +136,17 @@ def _judge(density: UnconstrainedDensity, parts: Gaussian, least: int = 1000) ->
     smoothed, pareto_k = pareto_smooth(log_weight)
     evidence, error = log_evidence(log_weight)
     ess = float(effective_sample_size(log_weight)) / len(draws)
-    return _Judged(mixture, draws, smoothed, ess, float(pareto_k), float(evidence), float(error))
+    return _Judged(
+        mixture, draws, smoothed, ess, float(pareto_k), float(evidence), float(error), float(log_weight.mean())
+    )
 
 
 def _is_better(new: _Judged, old: _Judged) -> bool:
-    loss = old.evidence - new.evidence
-    return new.ess > old.ess and loss < 3 * math.hypot(new.error, old.error)
+    return new.ess > old.ess and _keeps(new, old)
+
+
+def _keeps(new: _Judged, old: _Judged) -> bool:
+    return old.evidence - new.evidence < 3 * math.hypot(new.error, old.error)
 
 
 def _moments(found: _Judged) -> Gaussian | None:
