@@ -114,6 +114,29 @@ def rescored(run: Run, values: Mapping[str, Tensor]) -> Run:
     return Run(run.guide, trace, run.num_particles, run.nesting)
 
 
+def carried_path(density: Tensor, at: Values, live: Values, total: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """The gradient path of draws through a density that was computed at leaves in their place.
+
+    ``<grad_z density, z - sg(z)>``: zero in value, and to first order what the density at the live draws would carry.
+
+    :param at: the leaves; nothing is left to carry where they are the draws themselves.
+    :param live: the draws, with the same names.
+    :param total: sums a site's products, of the shape of its value, to the shape of the density.
+
+    >>> loc = torch.tensor([2.0, 3.0], requires_grad=True)
+    >>> leaf = loc.detach().requires_grad_()
+    >>> path = carried_path(leaf**2, {"z": leaf}, {"z": loc}, lambda name, product: product)
+    >>> path, *torch.autograd.grad(path.sum(), loc)
+    (tensor([0., 0.], grad_fn=<AddBackward0>), tensor([4., 6.]))
+    """
+    zero = torch.zeros_like(density)
+    if at is live or not density.requires_grad:
+        return zero
+    gradients = torch.autograd.grad(density.sum(), list(at.values()), retain_graph=True, allow_unused=True)
+    slopes = ((name, slope.detach()) for name, slope in zip(at, gradients, strict=True) if slope is not None)
+    return sum((total(name, slope * (live[name] - live[name].detach())) for name, slope in slopes), zero)
+
+
 def redrawn(fn: Any, value: Tensor) -> Tensor:
     """A draw made before, with the gradient path of the distribution's parameters: the noise it came from is kept.
 

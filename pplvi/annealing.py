@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pplvi import levels
-from pplvi.alone import rescored, run_alone
+from pplvi.alone import carried_path, rescored, run_alone
 from pplvi.invariant import Frame, InvariantMove
 from pplvi.layouts import Key
 from pplvi.layouts import _key as key_of
@@ -342,10 +342,7 @@ def _without_path(sites: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Paths:
-    """The gradient path of a level's draws through densities that were computed at leaves in their place.
-
-    ``<grad_z density, z - sg(z)>``: zero in value, and to first order what the density at the live draws would carry.
-    """
+    """The gradient path of a level's draws through densities that were computed at leaves in their place."""
 
     walk: _Walk
     drawn: Run
@@ -353,15 +350,7 @@ class _Paths:
     at: Values
 
     def __call__(self, density: Tensor) -> Tensor:
-        zero = torch.zeros_like(density)
-        if self.at is self.live or not density.requires_grad:
-            return zero
-        gradients = torch.autograd.grad(density.sum(), list(self.at.values()), retain_graph=True, allow_unused=True)
-        pairs = zip(self.live.items(), gradients, strict=True)
-        return sum((self._moved(name, value, g) for (name, value), g in pairs if g is not None), zero)
+        return carried_path(density, self.at, self.live, self._total)
 
-    def _moved(self, name: str, value: Tensor, gradient: Tensor) -> Tensor:
-        moved = gradient.detach() * (value - value.detach())
-        events = self.drawn.model.nodes[name]["fn"].event_dim
-        total = moved.sum(list(range(-events, 0))) if events else moved
-        return self.walk._to_batch(self.drawn, self.drawn.to_batch(total, name))
+    def _total(self, name: str, product: Tensor) -> Tensor:
+        return self.walk._total(product, self.drawn.model.nodes[name]["fn"].event_dim)

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pplvi.alone import rescored, run_alone
+from pplvi.alone import carried_path, rescored, run_alone
 from pplvi.annealing import check_levels
 from pplvi.objectives import Routing, Step
 from pplvi.resampling import Resampling
@@ -307,17 +307,8 @@ class _Move:
         return density.detach() + self.path(density)
 
     def path(self, density: Tensor) -> Tensor:
-        """The gradient path of the draws through a density at leaves, ``<grad_z density, z - sg(z)>``.
+        """The gradient path of the draws through a density at leaves."""
+        return carried_path(density, self.at, self.live, self._total)
 
-        Zero in value, and to first order what the density at the live draws would carry.
-        """
-        zero = torch.zeros_like(density)
-        if self.at is self.live or not density.requires_grad:
-            return zero
-        gradients = torch.autograd.grad(density.sum(), list(self.at.values()), retain_graph=True, allow_unused=True)
-        pairs = zip(self.live.items(), gradients, strict=True)
-        return sum((self._moved(name, value, g) for (name, value), g in pairs if g is not None), zero)
-
-    def _moved(self, name: str, value: Tensor, gradient: Tensor) -> Tensor:
-        moved = gradient.detach() * (value - value.detach())
-        return self.particles._total(moved, self.drawn.model.nodes[name]["fn"].event_dim)
+    def _total(self, name: str, product: Tensor) -> Tensor:
+        return self.particles._total(product, self.drawn.model.nodes[name]["fn"].event_dim)

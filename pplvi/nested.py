@@ -68,8 +68,17 @@ class IncrementalBound(Objective):
         return Terms(loss.detach(), loss)
 
 
+class _SelfNormalised(Objective):
+    """An objective whose averages over particles are normalised by their weights."""
+
+    @property
+    def min_particles(self) -> int:
+        """Self-normalised averages need two particles."""
+        return 2
+
+
 @dataclass(frozen=True)
-class NestedReverseKL(Objective):
+class NestedReverseKL(_SelfNormalised):
     """Reverse KL divergence of one level, from extended proposal to extended target (Zimmermann et al. 2021).
 
     The value is ``-E_A[log v] + log E_A[v]``, an estimate of the divergence that is never negative. The surrogate is
@@ -87,11 +96,6 @@ class NestedReverseKL(Objective):
         """Frozen forward density, draws live within the level only."""
         return Routing(freeze=True, local=True)
 
-    @property
-    def min_particles(self) -> int:
-        """Self-normalised averages need two particles."""
-        return 2
-
     def __call__(self, step: Step) -> Terms:
         """Value and surrogate, each of shape ``(*batch)``."""
         log_v = step.log_increment
@@ -102,7 +106,7 @@ class NestedReverseKL(Objective):
 
 
 @dataclass(frozen=True)
-class NestedForwardKL(Objective):
+class NestedForwardKL(_SelfNormalised):
     """Forward KL divergence of one level, from extended target to extended proposal (Zimmermann et al. 2021).
 
     The value is ``E_B[log v] - log E_A[v]``. The surrogate is ``-E_B[log q] - E_B[log gamma[k-1]] +
@@ -123,11 +127,6 @@ class NestedForwardKL(Objective):
     def routing(self) -> Routing:
         """Draws are detached, level by level."""
         return Routing(detach=True, local=True)
-
-    @property
-    def min_particles(self) -> int:
-        """Self-normalised averages need two particles."""
-        return 2
 
     def __call__(self, step: Step) -> Terms:
         """Value and surrogate, each of shape ``(*batch)``."""
@@ -171,7 +170,7 @@ class FilteringBound(Objective):
 
 
 @dataclass(frozen=True)
-class FilteringForwardKL(Objective):
+class FilteringForwardKL(_SelfNormalised):
     """Forward KL divergence of proposals and maximum likelihood for the model, step by step in time.
 
     NASMC (Gu, Ghahramani & Turner 2015), reweighted wake-sleep over time. The value is that of
@@ -192,11 +191,6 @@ class FilteringForwardKL(Objective):
     def routing(self) -> Routing:
         """Draws are detached, step by step."""
         return Routing(detach=True, local=True)
-
-    @property
-    def min_particles(self) -> int:
-        """Self-normalised averages need two particles."""
-        return 2
 
     def __call__(self, step: Step) -> Terms:
         """Value and surrogate, each of shape ``(*batch)``."""

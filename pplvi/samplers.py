@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from pplvi.alone import carried_path
 from pplvi.divergences import divergences, without
 from pplvi.objectives import Routing, Step
 from pplvi.programs import dream, execute, guide_run, prior_run
@@ -264,13 +265,9 @@ def _leaves(run: Run) -> dict[str, Tensor]:
 
 def _path(run: Run, density: Tensor, leaves: dict[str, Tensor], paths: dict[str, Tensor]) -> Tensor:
     """The gradient path of the draws through a density: zero in value, ``grad_z density`` in each particle's draws."""
-    zero = run.zeros()
-    if not (torch.is_grad_enabled() and density.requires_grad and leaves):
-        return zero
-    gradients = torch.autograd.grad(density.sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
-    for (name, value), gradient in zip(paths.items(), gradients, strict=True):
-        if gradient is not None:
-            moved = gradient.detach() * (value - value.detach())
-            event = range(-run.guide.nodes[name]["fn"].event_dim, 0)
-            zero = zero + run.to_batch(moved.sum(list(event)) if len(event) else moved, name)
-    return zero
+
+    def total(name: str, product: Tensor) -> Tensor:
+        events = run.guide.nodes[name]["fn"].event_dim
+        return run.to_batch(product.sum(list(range(-events, 0))) if events else product, name)
+
+    return carried_path(density, leaves, paths, total) if leaves else run.zeros()
