@@ -34,9 +34,9 @@ class ControlledLangevinKernel:
 
     ``control="both"`` is controlled Monte Carlo diffusion (CMCD, Vargas et al. 2024). ``control="reverse"`` leaves
     ``u`` out of the forward kernel: Monte Carlo diffusion (Doucet et al. 2022; Geffner & Domke 2023), where
-    ``g - u / sqrt(2 eps)`` learns the score of the draws. The network sees the site itself and those outside its plates,
-    ``u(x) = W tanh(V x + a) + b``, with ``W`` and ``b`` zero at first: the kernel is :class:`LangevinKernel` then.
-    Step sizes are learned for each coordinate. Weights are proper whatever has been learned.
+    ``g - u / sqrt(2 eps)`` learns the score of the draws. The network sees the site itself and those outside its
+    plates, ``u(x) = W tanh(V x + a) + b``, with ``W`` and ``b`` zero at first: the kernel is :class:`LangevinKernel`
+    then. Step sizes are learned for each coordinate. Weights are proper whatever has been learned.
 
     :param step_size: initial ``eps`` of every coordinate.
     :param hidden: number of hidden units of a site's network.

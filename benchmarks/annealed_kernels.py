@@ -1,0 +1,177 @@
+"""Kernels of annealed guides at equal gradient evaluations: DAIS, UHA, MCVAE, MCD and CMCD on a funnel and a ring.
+
+The same guide each time, a learned normal base, a learned path and ``--transitions`` transitions, trained end to end by
+the evidence bound; every transition evaluates the gradient of its target twice for each draw. After the tables of
+Geffner & Domke 2021 (UHA) and Vargas et al. 2024 (CMCD), whose targets and budgets are others: what can be compared is
+the order of the rows. Targets of known log Z:
+
+- funnel: ten dimensions (Neal 2003), log Z = 0;
+- ring: eight Gaussian modes around the origin (Zimmermann et al. 2021), log Z = log 8.
+
+Columns: the gap log Z - ELBO in nats and the effective sample size of the weights on the extended space, both from
+20,000 draws, and the CPU seconds of training. The first row has no transition.
+
+    python benchmarks/annealed_kernels.py --out benchmarks/results/annealed_kernels.json
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from time import process_time
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from annealing_ring import ring
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pplvi.compile import CompiledSVI
+from pplvi.controlled import ControlledLangevinKernel
+from pplvi.elbo import ELBO
+from pplvi.guides.annealed import AnnealedGuide
+from pplvi.kernels import LangevinKernel
+from pplvi.programs import execute
+from pplvi.rates import Cosine
+from pplvi.transport import UncorrectedHamiltonianKernel
+from pplvi.weights import effective_sample_size
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model of known log Z, and where its base starts.
+
+    :ivar step_size: initial step size of Langevin kernels; that of a leapfrog step is ``sqrt(2 step_size)``.
+    """
+
+    model: Callable[[], Any]
+    size: int
+    log_z: float
+    scale: float
+    step_size: float
+
+
+def funnel() -> None:
+    """Neal's funnel as one site: the logarithm of the variance first."""
+    z = pyro.sample("x", dist.Normal(torch.zeros(10), 1.0).to_event(1).mask(False))
+    v, x = z[..., :1], z[..., 1:]
+    density = dist.Normal(0.0, 3.0).log_prob(v).sum(-1) + dist.Normal(0.0, (v / 2).exp()).log_prob(x).sum(-1)
+    pyro.factor("density", density)
+
+
+TARGETS = {
+    "funnel": Target(funnel, 10, 0.0, 1.0, 0.01),
+    "ring": Target(ring, 2, math.log(8), 5.0, 0.05),
+}
+
+
+def kernels(target: Target) -> dict[str, Any]:
+    """The rows; a leapfrog step of ``h`` moves draws as a Langevin step of ``h^2 / 2`` does."""
+    size, leap = target.step_size, math.sqrt(2 * target.step_size)
+    return {
+        "base": None,
+        "MCVAE": LangevinKernel(size),
+        "DAIS": UncorrectedHamiltonianKernel(leap),
+        "UHA": UncorrectedHamiltonianKernel(leap, keep=0.8),
+        "MCD": ControlledLangevinKernel(size, control="reverse"),
+        "CMCD": ControlledLangevinKernel(size),
+    }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one target, one seed."""
+
+    target: str
+    kernel: str
+    seed: int
+    gradients: int
+    gap: float
+    ess: float
+    seconds: float
+
+
+def base_of(target: Target) -> Callable[[], None]:
+    """A normal base whose location and scale are learned."""
+
+    def base() -> None:
+        loc = pyro.param("base.loc", torch.zeros(target.size))
+        scale = pyro.param(
+            "base.scale", torch.full((target.size,), target.scale), constraint=constraints.softplus_positive
+        )
+        pyro.sample("x", dist.Normal(loc, scale).to_event(1))
+
+    return base
+
+
+def measure(name: str, kernel: str, seed: int, options: argparse.Namespace) -> Row:
+    """Train one guide and weigh its draws."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    target = TARGETS[name]
+    base, how = base_of(target), kernels(target)[kernel]
+    guide: Any = base
+    if how is not None:
+        guide = AnnealedGuide(target.model, base, options.transitions, how, learn_path=True)
+    loss = ELBO(options.particles)
+    loss.loss(target.model, guide)
+    began = process_time()
+    how_fast: dict[str, Any] = {"mode": "trace", "schedule": Cosine(options.steps), "clip": 100.0}
+    svi = CompiledSVI(target.model, guide, lambda p: torch.optim.Adam(p, lr=options.rate), loss, **how_fast)
+    svi.run(options.steps)
+    seconds = process_time() - began
+    log_weight = log_weights(target, guide, options.draws)
+    gap = target.log_z - float(log_weight.mean())
+    ess = float(effective_sample_size(log_weight)) / options.draws
+    return Row(name, kernel, seed, 0 if how is None else 2 * options.transitions, gap, ess, seconds)
+
+
+@torch.no_grad()
+def log_weights(target: Target, guide: Any, count: int) -> Tensor:
+    """Log weights of draws on the extended space."""
+    run = execute(target.model, guide, (), {}, num_particles=count)
+    return run.log_target() - run.log_forward()
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Medians over seeds."""
+    lines = [f"{'target':8}{'kernel':8}{'gradients':>10}{'gap':>10}{'worst':>10}{'ESS/N':>8}{'seconds':>9}"]
+    for target, kernel in dict.fromkeys((row.target, row.kernel) for row in rows):
+        own = [row for row in rows if (row.target, row.kernel) == (target, kernel)]
+        gap, worst = median(row.gap for row in own), max(row.gap for row in own)
+        ess, seconds = median(row.ess for row in own), median(row.seconds for row in own)
+        lines.append(f"{target:8}{kernel:8}{own[0].gradients:10d}{gap:10.3f}{worst:10.3f}{ess:8.3f}{seconds:9.1f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--kernels", nargs="+", default=list(kernels(TARGETS["ring"])))
+    parser.add_argument("--transitions", type=int, default=8)
+    parser.add_argument("--particles", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=20_000)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    rows: list[Row] = []
+    for target in options.targets:
+        for kernel in options.kernels:
+            rows += [measure(target, kernel, seed, options) for seed in range(options.seeds)]
+            if options.out:
+                options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    print(table(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
