@@ -14,6 +14,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
+import pplvi
 from pplvi.compile import CompiledSVI
 from pplvi.controlled import ControlledLangevinKernel
 from pplvi.elbo import ELBO, ForwardKL, ImportanceWeightedELBO
@@ -325,3 +326,19 @@ def test_betas_start_where_told_and_are_learned() -> None:
     svi.step(6)
     assert not torch.allclose(guide.betas, torch.tensor([0.0, 0.1, 0.4, 1.0]))
     assert math.isclose(float(guide.betas[-1]), 1.0)
+
+
+def test_one_call_fits_reports_and_exports_it(capsys: pytest.CaptureFixture[str]) -> None:
+    fit = pplvi.fit(
+        grouped,
+        lambda model: AutoSemiDAIS(hierarchical(model), 2),
+        args=(6,),
+        num_steps=20,
+        restarts=2,
+        seed=0,
+    )
+    fit.report()
+    assert "log evidence" in capsys.readouterr().out.lower()
+    posterior = fit.to_arviz().posterior
+    assert posterior["z"].shape[0] == 2
+    assert posterior["z"].shape[2:] == (6,)
