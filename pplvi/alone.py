@@ -212,7 +212,7 @@ def log_density_of(
     """Log density of a program at given values, summed over everything: for gradients in the values.
 
     Sample statements are hidden from whatever handlers run around; parameters are not, so that they are trained, nor
-    are the indices of subsampled plates, so that the density is that of the minibatch that the draws belong to.
+    are the indices of a minibatch, so that the density is that of the data that the draws belong to.
 
     >>> import pyro, pyro.distributions as dist
     >>> def program():
@@ -220,5 +220,10 @@ def log_density_of(
     >>> log_density_of(program, (), {}, {"z": torch.zeros(2)})
     tensor(-1.8379)
     """
-    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and not is_subsample(msg)), Supply(values):
+    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and not _draws_minibatch(msg)), Supply(values):
         return torch.as_tensor(poutine.trace(program).get_trace(*args, **kwargs).log_prob_sum())
+
+
+def _draws_minibatch(msg: Any) -> bool:
+    """Whether a site is the index draw of a plate that is subsampled: all plates make one."""
+    return is_subsample(msg) and msg["fn"].subsample_size not in (None, msg["fn"].size)
