@@ -94,7 +94,7 @@ def worst(claim: Claim, rows: Sequence[Row]) -> dict[str, tuple[float, float, bo
 
 
 def best(claim: Claim, rows: Sequence[Row]) -> tuple[str, Sequence[Row]] | None:
-    """The guide with the fewest misses, and of several the one with the smallest first column, and its rows."""
+    """The guide that has the first column, with the fewest misses, or else comes nearest to it; and its rows."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["target"] == claim.target and claim.guide in (None, row["guide"]):
@@ -104,7 +104,8 @@ def best(claim: Claim, rows: Sequence[Row]) -> tuple[str, Sequence[Row]] | None:
 
     def rank(guide: str) -> tuple[float, ...]:
         cells = list(worst(claim, groups[guide]).values())
-        return sum(not passes for _, _, passes in cells), cells[0][0], -len(groups[guide])
+        value, _, passes = cells[0]
+        return 0.0 if passes else value, sum(not passes for _, _, passes in cells), -len(groups[guide]), value
 
     chosen = min(groups, key=rank)
     return chosen, groups[chosen]
