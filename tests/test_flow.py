@@ -27,7 +27,15 @@ from pplvi.guides._zuko import import_zuko
 pytestmark = pytest.mark.usefixtures("float64")
 
 NAMES = ["nsf", "maf", "iaf", "nice", "coupling", "bnaf"]
-ORDERS = [("nsf", True), ("nsf", False), ("maf", False), ("iaf", True), ("nice", False), ("nice", True), ("bnaf", False)]
+ORDERS = [
+    ("nsf", True),
+    ("nsf", False),
+    ("maf", False),
+    ("iaf", True),
+    ("nice", False),
+    ("nice", True),
+    ("bnaf", False),
+]
 SMALL = {"transforms": 2, "hidden_features": (16,)}
 
 

@@ -17,7 +17,9 @@ def test_a_machine_learns_more_than_the_means_of_the_pixels(
     out = tmp_path / "table.json"
     script = runpy.run_path(str(SCRIPT))
     main = script["main"]
-    rows, times = main(["--no-compile", "--seeds", "1", "--share", "6", "--turns", "1", "--rows", "2", "--out", str(out)])
+    rows, times = main(
+        ["--no-compile", "--seeds", "1", "--share", "6", "--turns", "1", "--rows", "2", "--out", str(out)]
+    )
     assert set(times) == {"SVI", "SVI, centered", "scikit-learn", "bare torch", "matrix products"}
     train, test = script["images"](None, "sampled")
     pixels = torch.distributions.Bernoulli(train.mean(0).clamp(0.01, 0.99)).log_prob(test).sum(-1).mean().item()
