@@ -19,6 +19,7 @@ _ENOUGH = 20  # effective draws for each dimension, below which the weights are 
 _GOOD = 0.9  # of the draws are effective: no mixture is needed
 _HEAVY = 0.7  # k-hat that a mixture may not have more of
 _DEAR = 1.0  # nats of the ELBO that a mixture may cost
+_MORE = 0.5  # nats of evidence: who finds so many more is better, as weights do not show what their draws miss
 _SHARE, _WIDE = 7, 1.5  # other draws for one of the wide component, and its variances
 _EM_STEPS, _EM_ROUNDS, _LEAST_MIXED = 20, 3, 4_000
 
@@ -81,7 +82,8 @@ def _mixed(density: UnconstrainedDensity, best: _Judged, components: int) -> _Ju
         for _ in range(_EM_ROUNDS):
             current = _judge(density, _fitted(best, size), _LEAST_MIXED)
             light = current.pareto_k < max(_HEAVY, best.pareto_k) and current.elbo > least
-            best = current if light and _is_better(current, best) else best
+            if (light and _is_better(current, best)) or _gains(current, best) > _MORE:
+                best = current
         size *= 2
     return best
 
@@ -146,7 +148,12 @@ def _is_better(new: _Judged, old: _Judged) -> bool:
 
 
 def _keeps(new: _Judged, old: _Judged) -> bool:
-    return old.evidence - new.evidence < 3 * math.hypot(new.error, old.error)
+    return _gains(old, new) < 0
+
+
+def _gains(new: _Judged, old: _Judged) -> float:
+    """How much more evidence one has found than the other, beyond three standard errors."""
+    return new.evidence - old.evidence - 3 * math.hypot(new.error, old.error)
 
 
 def _moments(found: _Judged) -> Gaussian | None:
