@@ -3,7 +3,6 @@
 import copy
 import math
 import pickle
-from contextlib import nullcontext
 from functools import partial
 
 import pyro
@@ -56,7 +55,7 @@ def amortized(program):
 
 
 def annealed(program):
-    return AnnealedGuide(program, base, 1, ResidualKernel(hidden=8, covariance=0.5), name="annealed")
+    return AnnealedGuide(program, base, 1, ResidualKernel(hidden=8, covariance=0.5))
 
 
 def semi_annealed(program):
@@ -157,15 +156,13 @@ def test_pickles_and_copies_draw_the_same_and_leave_the_original_alone(name):
     guide = ready(name)
     before = drawn(guide)
     for twin in (copy.deepcopy(guide), revived(name, guide)):
-        # An annealed guide is named by its user, so that its copy needs a store of its own.
-        with pyro.get_param_store().scope() if name == "annealed" else nullcontext():
-            assert torch.equal(drawn(twin), before)
-            assert not {id(p) for p in twin.parameters()} & {id(p) for p in guide.parameters()}
-            with torch.no_grad():
-                for leaf in (*twin.parameters(), *twin.buffers()):
-                    if leaf.is_floating_point():
-                        leaf.add_(0.5)
-            assert not torch.equal(drawn(twin), before)
+        assert torch.equal(drawn(twin), before)
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in guide.parameters()}
+        with torch.no_grad():
+            for leaf in (*twin.parameters(), *twin.buffers()):
+                if leaf.is_floating_point():
+                    leaf.add_(0.5)
+        assert not torch.equal(drawn(twin), before)
     assert torch.equal(drawn(guide), before)
     assert torch.isfinite(torch.tensor(ELBO(2).loss(model, guide, Y)))
 
@@ -186,8 +183,6 @@ def test_a_state_dict_makes_the_same_guide(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_two_of_a_class_side_by_side_share_nothing(name):
     first, second = EVERY[name](model), EVERY[name](model)
-    if name == "annealed":
-        second = AnnealedGuide(model, base, 1, ResidualKernel(hidden=8, covariance=0.5), name="another")
     first(Y), second(Y)
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
     before = {key: value.clone() for key, value in first.state_dict().items()}
@@ -310,15 +305,17 @@ def test_an_improper_prior_of_a_proper_posterior_is_no_obstacle():
     assert float(posterior.pareto_k) < 0.5
 
 
-@pytest.mark.parametrize("radius", [3.0, 10.0])
-def test_a_thin_ring_is_not_taken_for_an_improper_posterior(radius):
+@pytest.mark.parametrize(("radius", "error"), [(1.0, 0.05), (3.0, 0.6), (10.0, 0.6)])
+def test_a_thin_ring_is_not_taken_for_an_improper_posterior(radius, error):
+    """One Gaussian at an arc of the wide ones would miss 1.7 and 2.9 nats of evidence."""
+
     def ring():
         x = pyro.sample("x", dist.Normal(torch.zeros(2), 10.0).to_event(1))
         pyro.factor("ring", -((x.norm(dim=-1) - radius) ** 2) / 0.02 + x.square().sum(-1) / 200)
 
     posterior = Posterior(ring, AutoPathfinder(ring, seed=0).run(), num_draws=4000, seed=0)
     exact = math.log(2 * math.pi * radius * 0.1 * (2 * math.pi) ** 0.5) - 2 * math.log(10 * (2 * math.pi) ** 0.5)
-    assert posterior.log_evidence[0] == pytest.approx(exact, abs=0.2)
+    assert posterior.log_evidence[0] == pytest.approx(exact, abs=error)
 
 
 def walled(y):

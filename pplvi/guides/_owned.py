@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -17,10 +18,13 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.nn.module import PyroModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["OwnedGuide"]
+__all__ = ["OwnedGuide", "claim_name"]
 
 # Which guide put a tensor into the parameter store. Weak, so it forgets a parameter when the store does.
 _OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+# The last module that took a name by itself.
+_HOLDERS: WeakValueDictionary[str, PyroModule] = WeakValueDictionary()
 
 
 class OwnedGuide(AutoGuide):
@@ -46,8 +50,7 @@ class OwnedGuide(AutoGuide):
         _rename(self, next(free))
 
     def _candidate_names(self) -> Iterator[str]:
-        yield self._pyro_name
-        yield from (f"{type(self).__name__}_{i}" for i in count(1))
+        return _numbered(self)
 
     def _is_free(self, name: str) -> bool:
         held = pyro.get_param_store()._params.get(f"{name}.{self.marker}")
@@ -80,6 +83,31 @@ class OwnedGuide(AutoGuide):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in shared}, memo), **shared)
         return new
+
+
+def claim_name(module: PyroModule) -> None:
+    """Give a module the first name under which no other one has parameters in the store, numbered as guides are.
+
+    Values that were loaded into the store belong to nobody, and are taken over.
+    """
+    if "." not in module._pyro_name:  # else a part of a larger module: that module names it
+        name = next(name for name in _numbered(module) if _has_no_other(name, module))
+        _rename(module, name)
+        _HOLDERS[name] = module
+
+
+def _numbered(module: PyroModule) -> Iterator[str]:
+    yield module._pyro_name
+    yield from (f"{type(module).__name__}_{i}" for i in count(1))
+
+
+def _has_no_other(name: str, module: PyroModule) -> bool:
+    holder = _HOLDERS.get(name)
+    if holder is None or holder is module:
+        return True
+    theirs = {id(parameter) for parameter in holder.parameters()}
+    stored = pyro.get_param_store()._params.items()
+    return not any(key.startswith(f"{name}.") and id(value) in theirs for key, value in stored)
 
 
 def _rename(module: PyroModule, name: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pplvi.alone import log_density_of
 from pplvi.gibbs import sites_of
+from pplvi.guides._owned import claim_name
 from pplvi.kernels import Kernel, ResidualKernel, coordinates_of
 from pplvi.paths import GeometricPath, Path, Plan, ProgramPath, RepeatedPath, sites_of_target
 from pplvi.programs import plain_run
@@ -120,7 +121,15 @@ class _Density:
 
 
 class _Walked(PyroModule):
-    """What annealed guides share: the extended program and its plan."""
+    """What annealed guides share: the extended program, its plan, and a name of its own unless it was given one."""
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__(name or type(self).__name__)
+        self._named = name is not None
+
+    def _claim_name(self) -> None:
+        if not self._named:
+            claim_name(self)
 
     def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         """Path and kernels for these arguments of the model."""
@@ -189,7 +198,7 @@ class AnnealedGuide(_Walked):
     :param learn_path: train the betas between 0 and 1 (they get a gradient from nested objectives, or from kernels
         that follow the targets' gradients).
     :param betas: their initial values; evenly spaced unless given.
-    :param name: prefix of its parameters in the store; two annealed guides in one store need two names.
+    :param name: prefix of its parameters in the store: ``AnnealedGuide``, ``AnnealedGuide_1``, ... unless given.
     :raises ValueError: for fewer than one step, betas that do not increase, or a model that the kernel cannot move.
 
     >>> import pyro
@@ -211,14 +220,14 @@ class AnnealedGuide(_Walked):
         *,
         learn_path: bool = False,
         betas: Sequence[float] | None = None,
-        name: str = "AnnealedGuide",
+        name: str | None = None,
     ) -> None:
         super().__init__(name)
         self._follow(GeometricPath(target, base, num_steps, learn=learn_path, betas=betas), kernel)
 
     @classmethod
     def along(
-        cls, path: Path, kernel: Kernel | Sequence[Kernel] | None = None, *, name: str = "AnnealedGuide"
+        cls, path: Path, kernel: Kernel | Sequence[Kernel] | None = None, *, name: str | None = None
     ) -> AnnealedGuide:
         """Anneal along another path, such as :class:`pplvi.paths.DataPath`; its last target is the model."""
         self = cls.__new__(cls)
@@ -245,6 +254,7 @@ class AnnealedGuide(_Walked):
 
     def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         """Path and kernels; these are built for the target's sites on the first run."""
+        self._claim_name()
         if not self._built:
             self._build(args, kwargs)
         steps = range(1, self.walked.num_steps + 1)
@@ -293,7 +303,7 @@ class NestedGuide(_Walked):
     :param initial: a normalised program that the first draws come from, or an annealed guide.
     :param steps: ``(target, forward, reverse)`` for each transition; the last target is the model.
     :param num_inner: draws of the inner guide for each particle.
-    :param name: prefix of the parameters of kernels that are modules.
+    :param name: prefix of the parameters of kernels that are modules: ``NestedGuide``, ... unless given.
     :raises ValueError: without any step; on the first run, for kernels that do not sample the model's sites.
 
     >>> import pyro
@@ -314,7 +324,7 @@ class NestedGuide(_Walked):
         steps: Sequence[tuple[Program, Program, Program]],
         *,
         num_inner: int = 1,
-        name: str = "NestedGuide",
+        name: str | None = None,
     ) -> None:
         super().__init__(name)
         if num_inner < 1 or (num_inner > 1 and not isinstance(initial, _Walked)):
@@ -341,6 +351,7 @@ class NestedGuide(_Walked):
 
     def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         """The path and the kernels as given."""
+        self._claim_name()
         ahead, back = (
             tuple(getattr(self, p) if isinstance(p, str) else p for p in ps) for ps in (self._ahead, self._back)
         )
