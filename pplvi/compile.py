@@ -233,8 +233,7 @@ class CompiledSVI:
     def _asked_for(self, arguments: Arguments) -> dict[str, Tensor]:
         """The parameters that one plain run uses; it checks the programs too, which a recorded one cannot."""
         args, kwargs = arguments.call(arguments.tensors)
-        for _, part in getattr(self.loss, "terms_of_sum", [(1.0, self.loss)]):
-            part.prepare(self.model, self.guide, *args, **kwargs)
+        self.loss.prepare(self.model, self.guide, *args, **kwargs)
         with unchanged():
             return parameters_of(lambda: self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs))
 

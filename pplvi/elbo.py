@@ -72,16 +72,17 @@ class LossSum(Loss):
     """A weighted sum of losses, each on draws of its own."""
 
     def __init__(self, terms: Sequence[tuple[float, Loss]]) -> None:
-        self.terms = [(w * v, part) for w, loss in terms for v, part in getattr(loss, "terms_of_sum", [(1.0, loss)])]
+        inner = [(w, loss.terms if isinstance(loss, LossSum) else [(1.0, loss)]) for w, loss in terms]
+        self.terms: list[tuple[float, Loss]] = [(w * v, part) for w, parts in inner for v, part in parts]
         most = max(loss.num_particles for _, loss in self.terms)
         super().__init__(num_particles=most, vectorize_particles=all(x.vectorize_particles for _, x in self.terms))
         monitors = {loss.monitor for _, loss in self.terms}
         self.monitor = monitors.pop() if len(monitors) == 1 and all(w > 0 for w, _ in self.terms) else None
 
-    @property
-    def terms_of_sum(self) -> list[tuple[float, Loss]]:
-        """Weights and losses."""
-        return self.terms
+    def prepare(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> None:
+        """Prepare every term."""
+        for _, loss in self.terms:
+            loss.prepare(model, guide, *args, **kwargs)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The weighted sum of the terms' losses, in nats."""
