@@ -168,11 +168,6 @@ class ContinuousGuide(OwnedGuide, AutoContinuous):
         return draws.mean(0), draws.std(0)
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Marginal medians of every latent site, by simulation: see :meth:`quantiles`."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         r"""Marginal quantiles of every latent site, by simulation.
 

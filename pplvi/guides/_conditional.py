@@ -11,7 +11,8 @@ from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pplvi.guides._zuko import AffineFlowTransform, import_zuko, make_identity, with_tensors
+from pplvi.guides._import_zuko import import_zuko
+from pplvi.guides._zuko import AffineFlowTransform, make_identity, with_tensors
 
 __all__ = ["FAMILIES", "Conditional", "build_conditional", "from_noise"]
 

@@ -44,7 +44,8 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, c
 
     with Pareto-smoothed weights and the largest ``beta <= 1`` that leaves enough effective draws for a covariance. A
     round counts only if it raises the effective sample size without losing evidence; two in a row that do not, end it.
-    In up to 20 dimensions mixtures of 2, 4, ... Gaussians follow, each by weighted EM on the draws of the last.
+    In up to 20 dimensions mixtures of 2, 4, ... Gaussians follow, each by weighted EM on the draws of the last; one
+    that finds clearly more evidence counts in any case.
 
     Args:
         density: the target, over ``dim`` coordinates.

@@ -46,11 +46,8 @@ class OwnedGuide(AutoGuide):
     def _claim_name(self) -> None:
         if self.master is not None or "." in self._pyro_name:
             return  # a part of a larger module: that module names it
-        free = (name for name in self._candidate_names() if self._is_free(name))
+        free = (name for name in _numbered(self) if self._is_free(name))
         _rename(self, next(free))
-
-    def _candidate_names(self) -> Iterator[str]:
-        return _numbered(self)
 
     def _is_free(self, name: str) -> bool:
         held = pyro.get_param_store()._params.get(f"{name}.{self.marker}")
@@ -59,6 +56,11 @@ class OwnedGuide(AutoGuide):
     def _own(self, parameter: torch.Tensor | None) -> None:
         """Say that the marker's tensor in the parameter store is this guide's."""
         _OWNERS[parameter] = self._token
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Marginal medians of every latent site: see :meth:`quantiles`."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @property
     def model(self) -> Callable[..., Any]:

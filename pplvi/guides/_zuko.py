@@ -17,10 +17,10 @@ from torch.distributions import Distribution, Independent, Normal, Transform, co
 
 from pplvi.guides._bnaf import BlockNeuralFlow
 from pplvi.guides._copula import gaussian_copula
-from pplvi.guides._import_zuko import import_zuko as import_zuko
+from pplvi.guides._import_zuko import import_zuko
 from pplvi.guides._quadratic import QuadraticFlow
 
-__all__ = ["FAMILIES", "AffineFlowTransform", "build", "import_zuko", "make_identity", "with_tensors"]
+__all__ = ["FAMILIES", "AffineFlowTransform", "build", "make_identity", "with_tensors"]
 
 # name -> (class in zuko.flows or a factory, whether drawing is the fast direction by default)
 FAMILIES: dict[str, tuple[Any, bool]] = {

@@ -251,11 +251,6 @@ class AutoAmortized(OwnedGuide):
         return self._distribution(args, kwargs, structure, _all(structure), {})[0]
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior medians of every latent site; of a flow by simulation."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Marginal quantiles ``{site: (Q, *shape)}`` of unconstrained coordinates, mapped to each site's support.
 

@@ -178,11 +178,6 @@ class AutoSemiDAIS(OwnedGuide):
         )
 
     @torch.no_grad()
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior medians of every latent site: see :meth:`quantiles`."""
-        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
-
-    @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Marginal quantiles ``{site: (Q, *shape)}``, of local latents by simulation in unconstrained coordinates.
 
