@@ -18,7 +18,6 @@ A machine of full size and classifiers that start from it are in ``deep_boltzman
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 
 import pyro
 import torch
-from boltzmann_training import Data, load
+from boltzmann_training import Data, load, write_table
 from pyro.infer import SVI
 from pyro.optim import SGD, Adam
 from torch import Tensor, nn
@@ -324,14 +323,6 @@ def show(name: str, rows: list[Row]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def write(options: argparse.Namespace, data: str, name: str, rows: list[Row]) -> None:
-    """A table with its settings, beside what the file has of other tables."""
-    tables = json.loads(options.out.read_text()) if options.out.exists() else {}
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "tables", "data")}
-    tables[name] = {"data": data, "settings": settings, "rows": rows}
-    options.out.write_text(json.dumps(tables, indent=1) + "\n")
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Print the tables, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -361,8 +352,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     for name in options.tables:
         found[name] = makers[name]()
         show(f"{name} ({data.name})", found[name])
-        if options.out is not None:
-            write(options, data.name, name, found[name])
+        write_table(options, name, found[name])
     return found
 
 

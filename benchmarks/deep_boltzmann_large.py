@@ -16,7 +16,6 @@ one ``labels`` has ``curve`` run first. Without ``--data``: scikit-learn's digit
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 import pyro
 import torch
-from boltzmann_training import EVERY, Data, Training, load, started
+from boltzmann_training import EVERY, Data, Training, load, started, write_table
 from torch import Tensor, nn
 
 from pplvi import DeepBoltzmannMachine, MeanFieldGuide, annealed_importance_sampling, to_classifier
@@ -171,16 +170,6 @@ def shown(row: Row) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in single.items())
 
 
-def write(options: argparse.Namespace, name: str, rows: list[Row]) -> None:
-    """The rows of a table with its settings, beside what the file has of other tables."""
-    if options.out is None:
-        return
-    tables = json.loads(options.out.read_text()) if options.out.exists() else {}
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "machine", "data", "tables")}
-    tables[name] = {"data": "digits" if options.data is None else "mnist", "settings": settings, "rows": rows}
-    options.out.write_text(json.dumps(tables, indent=1) + "\n")
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Print the tables row by row, and write them as JSON."""
     options = parsed(argv)
@@ -194,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
         for row in TABLES[name](options):
             print(f"{name}: {shown(row)}", flush=True)
             found[name].append(row)
-            write(options, name, found[name])
+            write_table(options, name, found[name])
     return found
 
 
