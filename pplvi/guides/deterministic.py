@@ -177,18 +177,19 @@ class _Objective:
 
     def _leap(self, trail: Trail) -> str:
         """End a path by Newton's method, which ill-conditioned objectives want, where it converges."""
-        if len(trail.points) % _LOOK or self.density.dim > MOST_DIMENSIONS:
-            return ""
-        found = newton(self._rows, self.hessian, trail.points[-1], torch.finfo(self.density.dtype).eps)
+        found = [] if len(trail.points) % _LOOK else self._newton(trail.points[-1])
         trail.points += found
         return "converged" if found else ""
 
     def _polish(self, end: Point) -> Tensor:
-        if self.density.dim <= MOST_DIMENSIONS and (
-            found := newton(self._rows, self.hessian, end, torch.finfo(self.density.dtype).eps)
-        ):
-            return found[-1].position
-        return self._trust_region(end.position)
+        found = self._newton(end)
+        return found[-1].position if found else self._trust_region(end.position)
+
+    def _newton(self, start: Point) -> list[Point]:
+        """The way to the minimum with exact Hessians; empty where they are dear, or where it does not converge."""
+        if self.density.dim > MOST_DIMENSIONS:
+            return []
+        return newton(self._rows, self.hessian, start, torch.finfo(self.density.dtype).eps)
 
     def _trust_region(self, eta: Tensor) -> Tensor:
         from scipy.optimize import minimize  # not at import: it is slow to load
