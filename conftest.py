@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import warnings
 from collections.abc import Iterator
 
 import pyro
@@ -12,6 +13,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Workers that import ArviZ for the first time of the day at once race for its stamp file: it is written first.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import arviz  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -191,8 +193,16 @@ def run_all(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
     if processes == 1:
         yield from map(run, jobs)
         return
+    _import_arviz_once()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from (future.result() for future in as_completed([pool.submit(run, job) for job in jobs]))
+
+
+def _import_arviz_once() -> None:
+    """Let this process write ArviZ's stamp of the day: workers importing it for the first time at once race."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import_module("arviz")
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
