@@ -22,9 +22,8 @@ from torch import distributions as torch_dist
 from pplvi.environment import preserved_rng
 from pplvi.handlers import Detach, Supply
 from pplvi.runs import PARTICLES, Run, is_enumerated, is_subsample, latent_sites
+from pplvi.types import Program, Values
 
-Program = Callable[..., Any]
-Values = Mapping[str, Tensor]
 Result = TypeVar("Result")
 
 

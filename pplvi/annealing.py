@@ -8,7 +8,7 @@ independent element of the data, and are resampled per element. Nothing branches
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -28,10 +28,8 @@ from pplvi.programs import execute, isolated
 from pplvi.resampling import Resampling as Resampling
 from pplvi.runs import Run, is_delta, latent_sites
 from pplvi.samplers import Importance, Request
+from pplvi.types import MutableValues, Program
 from pplvi.weights import logmeanexp, resample
-
-Program = Callable[..., Any]
-Values = dict[str, Tensor]
 
 
 @runtime_checkable
@@ -138,7 +136,7 @@ def _layout(model: Program, guide: Any, args: Any, kwargs: Any) -> _Layout:
 class _State:
     """Weighted draws for one target: ``log_density`` at (detached) values, its parameters live."""
 
-    values: Values
+    values: MutableValues
     log_weight: Tensor
     log_density: Tensor
 
@@ -155,7 +153,7 @@ class _Walk:
     nesting: int
     batch: frozenset[str]
     routing: Routing
-    indices: Values = field(default_factory=dict)
+    indices: MutableValues = field(default_factory=dict)
     scale: float = 1.0
     subsampled: frozenset[str] = frozenset()
     dims: tuple[int, ...] = ()
@@ -253,14 +251,14 @@ class _Walk:
         summed = [dim for dim in range(-self.nesting, 0) if dim not in self.dims]
         return tensor.sum(summed) if summed else tensor
 
-    def _weighted(self, step: Step, live: Values) -> tuple[Step, _State]:
+    def _weighted(self, step: Step, live: MutableValues) -> tuple[Step, _State]:
         log_weight = step.log_weight_in + step.log_increment
         step = Step(**{**vars(step), "log_weight": log_weight.detach()})
         if self.routing.local:
             return step, _State({n: v.detach() for n, v in live.items()}, step.log_weight, step.log_target_fixed)
         return step, _State(live, log_weight, step.log_target)
 
-    def _frozen(self, level: int, state: _State, at: Values, paths: _Paths) -> Tensor:
+    def _frozen(self, level: int, state: _State, at: MutableValues, paths: _Paths) -> Tensor:
         if len(at) == 1:  # a site whose distribution depends on no other draw of this level is not run again
             run = rescored(paths.drawn, at)
         else:
@@ -268,26 +266,26 @@ class _Walk:
         density = self._density(run)
         return density.detach() + paths(density)
 
-    def _target(self, level: int, at: Values) -> Tensor:
+    def _target(self, level: int, at: MutableValues) -> Tensor:
         path = self.plan.path
         programs = (self.model,) if level == path.num_steps else path.programs(level)
         runs = [self._run(program, {**self.indices, **at}, complete=True) for program in programs]
         return path(level, [self._density(run) for run in runs])
 
-    def _reverse(self, level: int, at: Values, previous: Values) -> Tensor:
+    def _reverse(self, level: int, at: MutableValues, previous: MutableValues) -> Tensor:
         kernel = self.plan.reverse[level - 1]
         return self._density(self._run(kernel, {**self.indices, **previous}, at, complete=True))
 
     def _kernel(self, level: int) -> Program:
         return self.plan.forward[level - 1]
 
-    def _run(self, program: Program, values: Values, *given: Values, copies: int = 1, **how: Any) -> Run:
+    def _run(self, program: Program, values: MutableValues, *given: MutableValues, copies: int = 1, **how: Any) -> Run:
         """Run a program at values, for all particles or for several copies of them."""
         count = self.num_particles * copies
         args = (*given, *self.args)
         return run_alone(program, args, self.kwargs, num_particles=count, nesting=self.nesting, values=values, **how)
 
-    def _draws(self, run: Run) -> Values:
+    def _draws(self, run: Run) -> MutableValues:
         sites = latent_sites(run.model)
         if not self.routing.detach and torch.is_grad_enabled() and (fixed := _without_path(sites)):
             raise ValueError(
@@ -296,7 +294,7 @@ class _Walk:
             )
         return {name: site["value"] for name, site in sites.items()}
 
-    def _check_cover(self, reached: Values, previous: Values) -> None:
+    def _check_cover(self, reached: MutableValues, previous: MutableValues) -> None:
         if sites_of_target(reached) != sites_of_target(previous):
             raise ValueError(
                 f"a forward kernel samples {sorted(reached)}, but the draws that it moves have sites "
@@ -346,8 +344,8 @@ class _Paths:
 
     walk: _Walk
     drawn: Run
-    live: Values
-    at: Values
+    live: MutableValues
+    at: MutableValues
 
     def __call__(self, density: Tensor) -> Tensor:
         return carried_path(density, self.at, self.live, self._total)

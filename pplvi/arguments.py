@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from pplvi.types import Call
+
 LastBatch = Literal["compile", "drop", "pad"]
 
 

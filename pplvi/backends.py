@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -23,8 +23,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pplvi.tracing import Traced
-
-Program = Callable[..., Any]
+from pplvi.types import Program
 
 # Assertions about strides in the generated code cost as much as a small kernel.
 _OPTIONS = {"size_asserts": False, "alignment_asserts": False}

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 
 from pplvi.arguments import Arguments, LastBatch, check_last_batch
 from pplvi.environment import Environment, clone, fingerprint, preserved_rng, rng_state, set_rng_state
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from pplvi.types import Call
 
 
 def to_call(item: Any) -> Call:

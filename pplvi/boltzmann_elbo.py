@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,14 +24,14 @@ from pplvi.energies.chains import (
 from pplvi.energies.factorised import FactorisedGuide
 from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import EnergyModel, Values
+from pplvi.energies.program import EnergyModel
 from pplvi.energies.statistics import has_statistics, log_densities
 from pplvi.environment import preserved_rng
 from pplvi.objectives import Estimator, LogPartition, Objective, RenyiBound, Step
 from pplvi.programs import execute
 from pplvi.runs import Run, latent_sites
+from pplvi.types import Program, Values
 
-Program = Callable[..., Any]
 Negative = Literal["persistent", "contrastive", "fast", "tempered", "mean_field", "exact"]
 
 _CHAINS: dict[str, type[Chains]] = {

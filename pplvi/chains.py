@@ -12,7 +12,7 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
 from pplvi.environment import preserved_rng
-from pplvi.programs import Program
+from pplvi.types import Program
 
 KernelFactory = Callable[[Program], MCMCKernel]
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from pplvi import backends
-from pplvi.arguments import Arguments, Call, LastBatch, as_call, check_last_batch, in_runs, stacked
+from pplvi.arguments import Arguments, LastBatch, as_call, check_last_batch, in_runs, stacked
 from pplvi.environment import buffers_of
 from pplvi.equivalents import own_loss
 from pplvi.handlers import parameters_of
 from pplvi.programs import first_bad_site
 from pplvi.tracing import Traced, Untraceable, record, unchanged
+from pplvi.types import Call, Program
 from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update, without_new_parameters
 
-Program = Callable[..., Any]
 _Loop = tuple[int, Sequence[Tensor]]
 Mode = Literal["trace", "max", "auto"] | bool
 
@@ -101,7 +101,7 @@ class CompiledSVI:
         self.count = 0
         self._update: FlatUpdate | None = None
         self._waiting: Mapping[str, Any] | None = None
-        self._programs: dict[Any, backends.Program] = {}
+        self._programs: dict[Any, Program] = {}
         self._fixed: list[Arguments] = []  # what the keys of programs refer to by identity stays alive
         self._size: int | None = None
 
@@ -294,7 +294,7 @@ class CompiledSVI:
         device = self.state[0].device
         return torch.tensor(factors + [0.0] * (length - num_steps), dtype=torch.float64, device=device)
 
-    def _program(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
+    def _program(self, arguments: Arguments, loop: _Loop | None) -> Program:
         key = (arguments.key, None if loop is None else loop[0])
         if key not in self._programs:
             self._programs[key] = self.settled(lambda: self._make(arguments, loop))
@@ -320,7 +320,7 @@ class CompiledSVI:
             warnings.warn(f"compile='auto' falls back to {how}: {error}", stacklevel=2)
             return self.settled(make)
 
-    def _make(self, arguments: Arguments, loop: _Loop | None) -> backends.Program:
+    def _make(self, arguments: Arguments, loop: _Loop | None) -> Program:
         carried = self.carried()
         if self.mode is False:
             return backends.in_place(without_new_parameters(self._step_on(arguments)), len(carried))
@@ -348,7 +348,7 @@ class CompiledSVI:
 
     def backend(
         self, traced: Traced, carried: Sequence[Tensor], inputs: Sequence[Tensor], loop: _Loop | None
-    ) -> backends.Program:
+    ) -> Program:
         """A graph as a program, in this mode.
 
         :raises ValueError: without a compiler, in modes that need one.

@@ -18,9 +18,8 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from pplvi.kernels import Coordinates, LogDensity, log_density_gradient, seen_by, side_by_side
-
-Values = Mapping[str, Tensor]
+from pplvi.kernels import Coordinates, log_density_gradient, seen_by, side_by_side
+from pplvi.types import LogDensity, Values
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Nothing here carries a gradient.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +28,7 @@ from pplvi.runs import (
     sample_sites,
     site_plates,
 )
-
-Program = Callable[..., Any]
+from pplvi.types import Program
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ nats; those that are bounds have ``loss = -bound``, and :class:`ChiELBO` ``loss 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -21,8 +21,7 @@ from pplvi.objectives import Estimator, ForwardKLDivergence, Monitor, Objective,
 from pplvi.programs import execute
 from pplvi.runs import Run
 from pplvi.samplers import Importance, Request, Sampler, exact_entropies
-
-Program = Callable[..., Any]
+from pplvi.types import Program
 
 
 class Loss(PyroELBO):

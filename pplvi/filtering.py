@@ -9,7 +9,7 @@ and resampling only. Nothing branches on a tensor's value.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -25,9 +25,7 @@ from pplvi.resampling import Resampling
 from pplvi.runs import Run, latent_sites, sample_sites
 from pplvi.samplers import Request
 from pplvi.timesteps import Course, Memory, Plates, course_of, plates_of, warn_of_untrained
-
-Program = Callable[..., Any]
-Values = dict[str, Tensor]
+from pplvi.types import MutableValues, Program
 
 
 class Filtering:
@@ -123,7 +121,7 @@ class Particles:
     plates: Plates
     num_particles: int
     routing: Routing
-    indices: Values = field(default_factory=dict)
+    indices: MutableValues = field(default_factory=dict)
     dims: tuple[int, ...] = ()
     scale: float = 1.0
     subsampled: frozenset[str] = frozenset()
@@ -186,7 +184,7 @@ class Particles:
         after = step.log_weight if self.routing.local else after
         return _State(move.memory, after, joint, joint + ahead), step
 
-    def _run(self, program: Program, values: Values, *, detach: bool = False) -> Run:
+    def _run(self, program: Program, values: MutableValues, *, detach: bool = False) -> Run:
         return run_alone(
             program,
             (),
@@ -203,7 +201,7 @@ class Particles:
         self.dims = tuple(plate.dim for plate in plates)
         self.scale = math.prod(plate.scale for plate in plates)
 
-    def _draws(self, run: Run) -> Values:
+    def _draws(self, run: Run) -> MutableValues:
         sites = latent_sites(run.model)
         blind = sorted(name for name, site in sites.items() if not getattr(site["fn"], "has_rsample", False))
         if blind and not self.routing.detach and torch.is_grad_enabled():
@@ -213,7 +211,7 @@ class Particles:
             )
         return {name: site["value"] for name, site in sites.items()}
 
-    def _check_cover(self, number: int, drawn: Values, wanted: Mapping[str, Any]) -> None:
+    def _check_cover(self, number: int, drawn: MutableValues, wanted: Mapping[str, Any]) -> None:
         if drawn.keys() != wanted.keys():
             raise ValueError(
                 f"at time step {number} the proposal draws {sorted(drawn)}, but the model's latent sites are "
@@ -291,8 +289,8 @@ class _Move:
     number: int
     memory: Memory
     drawn: Run
-    live: Values
-    at: Values
+    live: MutableValues
+    at: MutableValues
     propose: Program
 
     def log_forward(self, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
 from pplvi.arguments import LastBatch
-from pplvi.batches import Batches, Call, FullData, make_batches, to_call
+from pplvi.batches import Batches, FullData, make_batches, to_call
 from pplvi.chains import kernel_factory, run_chains
 from pplvi.checkpoint import PathLike
 from pplvi.compile import Mode
@@ -31,7 +31,8 @@ from pplvi.selection import select
 from pplvi.starts import check_init
 from pplvi.stepping import CompiledUpdates
 from pplvi.stopping import Plateau
-from pplvi.training import Monitor, Program, Run, Watch
+from pplvi.training import Monitor, Run, Watch
+from pplvi.types import Call, Program
 
 __all__ = ["Fit", "fit"]
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from pplvi.invariant import Frame, InvariantMove
-from pplvi.kernels import Coordinates, LogDensity, coordinates
+from pplvi.kernels import Coordinates, coordinates
 from pplvi.programs import plain_run
 from pplvi.runs import _base_distribution, latent_sites
-
-Values = Mapping[str, Tensor]
+from pplvi.types import LogDensity, Values
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,15 @@ Such a kernel has no density that could be evaluated, and needs none. With its o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pplvi.kernels import Coordinates, LogDensity
-
-Values = Mapping[str, Tensor]
-Point = dict[str, Tensor]
+from pplvi.kernels import Coordinates
+from pplvi.types import LogDensity, MutableValues, Values
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class InvariantMove(ABC):
         """Names of the sites that are moved."""
 
     @abstractmethod
-    def move(self, previous: Values, frame: Frame) -> Point:
+    def move(self, previous: Values, frame: Frame) -> MutableValues:
         """All values after the move, without gradient."""
 
     def __call__(self, previous: Values, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +116,7 @@ class HamiltonianMove(InvariantMove):
         """Names of the continuous sites."""
         return {site.name for site in self.sites}
 
-    def move(self, previous: Values, frame: Frame) -> Point:
+    def move(self, previous: Values, frame: Frame) -> MutableValues:
         """All values after the moves, without gradient."""
         kept = {name: value.detach() for name, value in previous.items() if name not in self.names}
         frame = replace(frame, log_density=_with(kept, frame.log_density)) if kept else frame
@@ -129,7 +127,9 @@ class HamiltonianMove(InvariantMove):
                 point, log_density, slope = self._accepted(point, log_density, slope, frame)
             return {**kept, **{site.name: site.write(point[site.name]) for site in self.sites}}
 
-    def _accepted(self, point: Point, log_density: Tensor, slope: Point, frame: Frame) -> tuple[Point, Tensor, Point]:
+    def _accepted(
+        self, point: MutableValues, log_density: Tensor, slope: MutableValues, frame: Frame
+    ) -> tuple[MutableValues, Tensor, MutableValues]:
         momentum = {name: torch.randn_like(x) for name, x in point.items()}
         end, after, end_slope, end_momentum = self._leapfrog(point, slope, momentum, frame)
         gain = after - log_density + self._kinetic(momentum, frame) - self._kinetic(end_momentum, frame)
@@ -139,8 +139,8 @@ class HamiltonianMove(InvariantMove):
         return kept[0], torch.where(accept, after, log_density), kept[1]
 
     def _leapfrog(
-        self, point: Point, slope: Point, momentum: Point, frame: Frame
-    ) -> tuple[Point, Tensor, Point, Point]:
+        self, point: MutableValues, slope: MutableValues, momentum: MutableValues, frame: Frame
+    ) -> tuple[MutableValues, Tensor, MutableValues, MutableValues]:
         size, log_density = self.kernel.step_size, torch.zeros(())
         for _ in range(self.kernel.num_leapfrog):
             momentum = {n: p + size / 2 * slope[n] for n, p in momentum.items()}
@@ -149,10 +149,10 @@ class HamiltonianMove(InvariantMove):
             momentum = {n: p + size / 2 * slope[n] for n, p in momentum.items()}
         return point, log_density, slope, momentum
 
-    def _kinetic(self, momentum: Point, frame: Frame) -> Tensor:
+    def _kinetic(self, momentum: MutableValues, frame: Frame) -> Tensor:
         return sum((frame.total(p**2 / 2, 1) for p in momentum.values()), torch.zeros(()))
 
-    def _slope(self, point: Point, frame: Frame) -> tuple[Tensor, Point]:
+    def _slope(self, point: MutableValues, frame: Frame) -> tuple[Tensor, MutableValues]:
         """Log density, Jacobian included, and its gradient."""
         with torch.enable_grad():
             leaves = {name: x.detach().requires_grad_() for name, x in point.items()}

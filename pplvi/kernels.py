@@ -27,10 +27,7 @@ from torch.nn.functional import softplus
 
 from pplvi.programs import plain_run
 from pplvi.runs import Plate, latent_sites, site_plates
-
-Program = Callable[..., Any]
-Values = Mapping[str, Tensor]
-LogDensity = Callable[[Values, tuple[Any, ...], Mapping[str, Any]], Tensor]
+from pplvi.types import LogDensity, Program, Values
 
 
 @dataclass(frozen=True)

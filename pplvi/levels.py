@@ -8,7 +8,7 @@ has the levels on its first dimension. Noise is kept: a draw gets its gradient p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Protocol
@@ -22,10 +22,9 @@ from pplvi.alone import parameter_names, rescored, run_stacked
 from pplvi.objectives import Step
 from pplvi.resampling import Resampling
 from pplvi.runs import latent_sites
+from pplvi.types import MutableValues, Program
 
 _Walk = Any  # pplvi.annealing's: it imports this module
-Program = Callable[..., Any]
-Values = dict[str, Tensor]
 
 
 class Stackable(Protocol):
@@ -80,8 +79,8 @@ class _Draws:
     """
 
     start: Tensor
-    previous: list[Values] = field(default_factory=list)
-    reached: list[Values] = field(default_factory=list)
+    previous: list[MutableValues] = field(default_factory=list)
+    reached: list[MutableValues] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     chosen: list[Tensor] = field(default_factory=list)
 
@@ -130,11 +129,11 @@ def all_levels(walk: _Walk, resampling: Resampling) -> Step:
     )
 
 
-def _stacked(levels: Sequence[Values]) -> Values:
+def _stacked(levels: Sequence[MutableValues]) -> MutableValues:
     return {name: torch.stack([values[name] for values in levels]) for name in levels[0]}
 
 
-def _leaves(values: Values) -> Values:
+def _leaves(values: MutableValues) -> MutableValues:
     return {name: value.detach().requires_grad_() for name, value in values.items()}
 
 
@@ -154,7 +153,9 @@ def _weights(draws: _Draws, fixed: Tensor, reverse: Tensor, forward: Tensor) -> 
     return torch.cat([torch.zeros_like(after[:1]), after[:-1]])
 
 
-def _paths(walk: _Walk, live: Values, points: Sequence[Values], densities: Sequence[Tensor]) -> list[Tensor]:
+def _paths(
+    walk: _Walk, live: MutableValues, points: Sequence[MutableValues], densities: Sequence[Tensor]
+) -> list[Tensor]:
     """The gradient path of the draws through each density, ``<grad_z density, z - sg(z)>``, zero in value."""
     leaves = [leaf for values in points for leaf in values.values()]
     total = sum((density.sum() for density in densities), torch.zeros(()))
@@ -175,7 +176,7 @@ def _along(walk: _Walk, change: Tensor, gradient: Tensor | None) -> Tensor:
 # ---------------------------------------------------------------- targets
 
 
-def _targets(walk: _Walk, at: Values) -> Tensor:
+def _targets(walk: _Walk, at: MutableValues) -> Tensor:
     """Log density of every level's target, ``(num_steps, num_particles, *batch)``."""
     path = walk.plan.path
     programs = {k: (walk.model,) if k == path.num_steps else path.programs(k) for k in range(1, path.num_steps + 1)}
@@ -192,7 +193,7 @@ def _targets(walk: _Walk, at: Values) -> Tensor:
     return torch.cat(parts)
 
 
-def _scored_at(walk: _Walk, program: Program, at: Values, levels: list[int]) -> Tensor:
+def _scored_at(walk: _Walk, program: Program, at: MutableValues, levels: list[int]) -> Tensor:
     """A program's log density at the draws of several levels, from one run of all their particles."""
     rows = {name: _rows(value, range(1, len(value) + 1), levels).flatten(0, 1) for name, value in at.items()}
     density = walk._density(walk._run(program, {**walk.indices, **rows}, copies=len(levels), complete=True))
@@ -217,7 +218,9 @@ def _assembled(path: Any, levels: list[int], densities: Sequence[Tensor]) -> Ten
 # ---------------------------------------------------------------- kernels
 
 
-def _kernels(walk: _Walk, previous: Values, points: Sequence[Values], freeze: bool) -> tuple[Tensor, Tensor, Values]:
+def _kernels(
+    walk: _Walk, previous: MutableValues, points: Sequence[MutableValues], freeze: bool
+) -> tuple[Tensor, Tensor, MutableValues]:
     """Log densities of forward and reverse kernels and, where these are frozen, the draws with their paths."""
     ahead, back, (_, at_reverse, at_forward) = walk.plan.forward, walk.plan.reverse, points
     if freeze and len(previous) > 1:
@@ -232,8 +235,8 @@ def _kernels(walk: _Walk, previous: Values, points: Sequence[Values], freeze: bo
 
 
 def _scored(
-    walk: _Walk, kernels: Sequence[Any], given: Values, values: Values, *, redraw: bool
-) -> tuple[Tensor, Values]:
+    walk: _Walk, kernels: Sequence[Any], given: MutableValues, values: MutableValues, *, redraw: bool
+) -> tuple[Tensor, MutableValues]:
     """Log densities of kernels at stacked values, one run for those that are alike."""
     groups: list[list[int]] = []
     for index, kernel in enumerate(kernels):
@@ -252,14 +255,14 @@ def _ordered(tensor: Tensor, places: list[int]) -> Tensor:
     return tensor if places == list(range(len(places))) else tensor[places]
 
 
-def _of(values: Values, rows: list[int]) -> Values:
+def _of(values: MutableValues, rows: list[int]) -> MutableValues:
     return {name: value if len(value) == len(rows) else value[rows] for name, value in values.items()}
 
 
 def _scored_alike(
-    walk: _Walk, kernels: Sequence[Any], given: Values, values: Values, redraw: bool
-) -> tuple[Tensor, Values]:
-    def read(kernel: Program, both: Any) -> tuple[Tensor, Values]:
+    walk: _Walk, kernels: Sequence[Any], given: MutableValues, values: MutableValues, redraw: bool
+) -> tuple[Tensor, MutableValues]:
+    def read(kernel: Program, both: Any) -> tuple[Tensor, MutableValues]:
         start, end = both
         if not redraw:
             return walk._density(walk._run(kernel, {**walk.indices, **end}, start, complete=True)), {}

@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from pplvi.arguments import Arguments
-from pplvi.batches import Call
 from pplvi.compile import CompiledSVI
 from pplvi.environment import rng_state, set_rng_state
 from pplvi.stepping import Loss, Turns
 from pplvi.together import Apart, Together
 from pplvi.training import Trainer
+from pplvi.types import Call
 
 _LOG = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ from pplvi.elbo import Loss
 from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import MeanFieldGuide
-from pplvi.energies.program import Mask, Values
+from pplvi.energies.program import Mask
 from pplvi.energies.sweeps import MeanField
 from pplvi.energies.units import Units
+from pplvi.types import Values
 
 
 class MultiPrediction(Loss):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 from pyro.util import warn_if_nan
@@ -12,9 +11,9 @@ from pplvi.annealing import Annealed, Planned, Resampling
 from pplvi.elbo import WeightedELBO
 from pplvi.nested import IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.objectives import ForwardKLDivergence, Objective, RenyiBound
+from pplvi.types import Program
 from pplvi.weights import ResamplingScheme
 
-Program = Callable[..., Any]
 Divergence = Literal["reverse_kl", "forward_kl", "avo"]
 
 _OBJECTIVES: dict[Any, Objective] = {

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pplvi.environment import Environment, buffers_of
 from pplvi.handlers import parameters_of
-from pplvi.programs import Program, plain_run
+from pplvi.programs import plain_run
 from pplvi.restarts import scratch
+from pplvi.types import Program
 
 Result = TypeVar("Result")
 

@@ -7,7 +7,7 @@ business, so that each is run once a level, all particles together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,8 +21,7 @@ from torch.distributions import TransformedDistribution, biject_to
 from pplvi.alone import run_alone
 from pplvi.invariant import InvariantMove
 from pplvi.runs import Run, latent_sites
-
-Program = Callable[..., Any]
+from pplvi.types import Program
 
 
 class Path(Protocol):

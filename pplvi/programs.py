@@ -7,7 +7,7 @@ before a later site can use them. No state of a program is kept but a hint of ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,8 +32,7 @@ from pplvi.runs import (
     sample_sites,
     spread,
 )
-
-Program = Callable[..., Any]
+from pplvi.types import Program
 
 
 def execute(

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pplvi.environment import Environment, module_of
-from pplvi.training import Program, Run, copy_into
+from pplvi.training import Run, copy_into
+from pplvi.types import Program
 
 
 @dataclass(frozen=True)

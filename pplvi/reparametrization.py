@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, TransformedDistribution, constraints
 
 from pplvi.handlers import Supply, aside, rewritten
-from pplvi.programs import Program, isolated, plain_run
+from pplvi.programs import isolated, plain_run
 from pplvi.runs import latent_sites
+from pplvi.types import Program, Values
 
 __all__ = ["Reparametrized", "noncentered"]
 
-Values = Mapping[str, Tensor]
 
 _FORMS = {"non-centered": 0.0, "half centered": 0.5}
 

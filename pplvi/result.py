@@ -20,10 +20,10 @@ from pplvi.guides.amortized import AutoAmortized
 from pplvi.guides.refinement import amortization_gap
 from pplvi.handlers import parameters_of
 from pplvi.posterior import Posterior
-from pplvi.programs import Program
 from pplvi.report import describe_parameters, report
 from pplvi.stopping import has_settled
 from pplvi.training import Run, ScopedProgram
+from pplvi.types import Program
 
 if TYPE_CHECKING:
     import arviz

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from pplvi.handlers import parameters_of
 from pplvi.programs import execute, isolated, plain_run
+from pplvi.types import Program
 
-Program = Callable[..., Any]
 Factory = Callable[[list[Tensor]], Optimizer]
 ROLES = ("model", "guide")
 

@@ -7,7 +7,7 @@ it can use; a sampler says with ``proposal`` whether it draws from the guide or 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -19,8 +19,8 @@ from pplvi.divergences import divergences, without
 from pplvi.objectives import Routing, Step
 from pplvi.programs import dream, execute, guide_run, prior_run
 from pplvi.runs import Run, is_delta, latent_sites
+from pplvi.types import Program
 
-Program = Callable[..., Any]
 _Values = Mapping[str, Tensor] | None
 
 

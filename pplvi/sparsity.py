@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from pplvi.energies.factorised import FactorisedGuide
 from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.units import BernoulliUnits
-
-Program = Callable[..., Any]
+from pplvi.types import Program
 
 
 class SparsityPenalty(Loss):

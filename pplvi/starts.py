@@ -9,7 +9,7 @@ from typing import Any, cast
 import pyro
 from torch import Tensor
 
-from pplvi.batches import Call, FullData
+from pplvi.batches import FullData
 from pplvi.elbo import ELBO
 from pplvi.guides._found import FoundGuide
 from pplvi.guides._starts import start_at_pathfinder
@@ -17,6 +17,7 @@ from pplvi.guides.pathfinder import AutoPathfinder
 from pplvi.guides.score_matching import AutoBatchAndMatch
 from pplvi.programs import plain_run
 from pplvi.training import Run, Trainer, evaluate, unobtrusive
+from pplvi.types import Call
 
 SEARCHES: dict[str, Any] = {"pathfinder": AutoPathfinder, "match": AutoBatchAndMatch}
 _SCORE_DRAWS = 1000

@@ -11,13 +11,13 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from pplvi.batches import Batches, Call, FullData
+from pplvi.batches import Batches, FullData
 from pplvi.compile import CompiledSVI, Mode
 from pplvi.environment import clone
 from pplvi.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
 from pplvi.rates import Cosine, Schedule
+from pplvi.types import Call, Program
 
-Program = Callable[..., Any]
 Loss = float | Tensor
 Step = Callable[[tuple[Any, ...], dict[str, Any]], Loss]
 Turns = Generator[Sequence[Call], Sequence[Loss], None]

@@ -10,7 +10,7 @@ Tensors in the state have the particles leftmost, then the plates, then event di
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,8 +24,8 @@ from pplvi.alone import run_alone
 from pplvi.handlers import Iterations, Numbered, OnlyIteration, parameters_of
 from pplvi.programs import isolated
 from pplvi.runs import Plate, Run, common_plates, is_deterministic, sample_sites
+from pplvi.types import Program
 
-Program = Callable[..., Any]
 Memory = dict[str, Any]
 
 

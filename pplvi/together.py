@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi import backends
 from pplvi.arguments import Arguments
 from pplvi.compile import CompiledSVI
 from pplvi.environment import set_torch_rng_state, torch_rng_state
 from pplvi.tracing import Traced
+from pplvi.types import Program
 from pplvi.vectorized import Apart, Quiet, vectorized
 
 Random = dict[str, Any]
@@ -46,7 +46,7 @@ class Together:
         self.noise = [[block[t] for block in blocks] for t in range(ahead)]
         self.rows = [[[block[t, r] for block in blocks] for t in range(ahead)] for r in range(len(svis))]
         inputs = (rates, *arguments.tensors, *self.noise[0])
-        self.program: backends.Program = svis[0].backend(step.traced, carried, inputs, None)
+        self.program: Program = svis[0].backend(step.traced, carried, inputs, None)
 
     def __call__(self, num_steps: int, random: Mapping[int, Random]) -> tuple[dict[int, Tensor], dict[int, Random]]:
         """Several steps of some of the restarts.

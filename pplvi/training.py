@@ -22,14 +22,13 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi import programs
-from pplvi.batches import Batches, Call
+from pplvi.batches import Batches
 from pplvi.environment import Environment, buffers_of, clone, preserved_rng, rng_state, set_rng_state
 from pplvi.optimizers import Update
 from pplvi.rates import Cosine
 from pplvi.stepping import Loss, Turns, drive, next_calls, replayed, stride, svi_step
 from pplvi.stopping import Plateau
-
-Program = Callable[..., Any]
+from pplvi.types import Call, Program
 
 SETTLE_EVERY = 50
 MAX_ROLLBACKS = 10

@@ -8,7 +8,7 @@ the forward program, which the reverse program is told of and the next transitio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,11 +19,8 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from pplvi.kernels import Coordinates, LogDensity, log_density_gradient, seen_by, side_by_side
-
-Values = Mapping[str, Tensor]
-Point = dict[str, Tensor]
-Score = Callable[[Tensor], Tensor]
+from pplvi.kernels import Coordinates, log_density_gradient, seen_by, side_by_side
+from pplvi.types import LogDensity, MutableValues, Score, Values
 
 
 class Known(dist.TorchDistribution):
@@ -138,13 +135,13 @@ class _Update:
     def inputs(self) -> int:
         return 1 + len(self.fixed) + sum(other.size for other in self.seen)
 
-    def read(self, free: Point) -> Tensor:
+    def read(self, free: MutableValues) -> Tensor:
         """The network's inputs: a constant, the other half, and the sites around."""
         own = free[self.site.name]
         parts = [torch.ones_like(own[..., :1]), own[..., list(self.fixed)]]
         return side_by_side([*parts, *(free[other.name] for other in self.seen)])
 
-    def write(self, free: Point, moved: Tensor) -> Point:
+    def write(self, free: MutableValues, moved: Tensor) -> MutableValues:
         """The point with other values in the half that is moved."""
         index = torch.tensor(self.moved, device=moved.device)
         own = free[self.site.name].expand(*moved.shape[:-1], self.site.size)
@@ -166,7 +163,7 @@ class FlowProgram(PyroModule):
 
     def forward(self, previous: Values, *args: Any, **kwargs: Any) -> None:
         """Move every site."""
-        free: Point = {site.name: site.read(previous) for site in self.sites}
+        free: MutableValues = {site.name: site.read(previous) for site in self.sites}
         for index, update in enumerate(self.updates):
             log_scale, shift = self._affine(index, update, free)
             moved = free[update.site.name][..., list(update.moved)] * log_scale.exp() + shift
@@ -176,9 +173,9 @@ class FlowProgram(PyroModule):
             with site.inside(previous, plates):
                 pyro.sample(site.name, Known(site.write(free[site.name]), site.transform.codomain))
 
-    def gains(self, reached: Values) -> Point:
+    def gains(self, reached: Values) -> MutableValues:
         """``log |du' / du|`` in unconstrained coordinates, for each site, from what was reached."""
-        free: Point = {site.name: site.read(reached) for site in self.sites}
+        free: MutableValues = {site.name: site.read(reached) for site in self.sites}
         gains = {name: torch.zeros_like(value[..., 0]) for name, value in free.items()}
         for index, update in reversed(list(enumerate(self.updates))):
             log_scale, shift = self._affine(index, update, free)
@@ -187,7 +184,7 @@ class FlowProgram(PyroModule):
             gains[update.site.name] = gains[update.site.name] + log_scale.sum(-1)
         return gains
 
-    def _affine(self, index: int, update: _Update, free: Point) -> tuple[Tensor, Tensor]:
+    def _affine(self, index: int, update: _Update, free: MutableValues) -> tuple[Tensor, Tensor]:
         first, second = getattr(self, f"first_{index}"), getattr(self, f"second_{index}")
         hidden = torch.tanh(torch.nn.functional.linear(update.read(free), first))
         raw, shift = torch.nn.functional.linear(hidden, second[:, :-1], second[:, -1]).chunk(2, -1)
@@ -259,9 +256,9 @@ class HamiltonianProgram(PyroModule):
 
     def forward(self, previous: Values, *args: Any, **kwargs: Any) -> None:
         """Refresh the momenta and follow the dynamics."""
-        free: Point = {site.name: site.read(previous) for site in self.sites}
+        free: MutableValues = {site.name: site.read(previous) for site in self.sites}
         plates: dict[str, Any] = {}
-        start: Point = {}
+        start: MutableValues = {}
         for site in self.sites:
             with site.inside(previous, plates):
                 start[site.name] = _auxiliary("start", site, self._refreshed(site, previous, free[site.name]))
@@ -277,7 +274,9 @@ class HamiltonianProgram(PyroModule):
             return noise
         return self.keep * kept + (1 - self.keep**2).sqrt() * noise
 
-    def _leapfrog(self, free: Point, momentum: Point, log_density: Any) -> tuple[Point, Point]:
+    def _leapfrog(
+        self, free: MutableValues, momentum: MutableValues, log_density: Any
+    ) -> tuple[MutableValues, MutableValues]:
         sizes = {site.name: getattr(self, f"step_size_{index}") for index, site in enumerate(self.sites)}
         slope = log_density_gradient(self.sites, free, log_density)
         for _ in range(self.num_leapfrog):
@@ -287,7 +286,7 @@ class HamiltonianProgram(PyroModule):
             momentum = {name: p + sizes[name] / 2 * slope[name] for name, p in momentum.items()}
         return free, momentum
 
-    def gains(self, reached: Values) -> Point:
+    def gains(self, reached: Values) -> MutableValues:
         """What the momenta gain in log density, for each site: the dynamics keep volume."""
         names = [site.name for site in self.sites]
         return {n: (reached[f"_start_{n}"] ** 2 - reached[f"_end_{n}"] ** 2).sum(-1) / 2 for n in names}

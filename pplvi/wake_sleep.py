@@ -17,7 +17,6 @@ parameter by name; :func:`pplvi.fit` also takes ``optim={"model": ..., "guide": 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +25,6 @@ import torch
 from pplvi.elbo import LossSum, WeightedELBO
 from pplvi.objectives import ForwardKLDivergence, Objective, RenyiBound, Routing, Step, Terms, weighted_sum
 from pplvi.samplers import Ancestral, DefensiveMixture
-
-Program = Callable[..., Any]
 
 
 @dataclass(frozen=True)

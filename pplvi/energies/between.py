@@ -25,8 +25,8 @@ from pplvi.invariant import Frame, InvariantMove
 from pplvi.objectives import Routing
 from pplvi.paths import Plan
 from pplvi.samplers import Request
+from pplvi.types import Values
 
-Values = Mapping[str, Tensor]
 Ends = tuple[Tensor, Tensor]
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pplvi.energies.live import Live, active_step
 from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import EnergyModel, Values
+from pplvi.energies.program import EnergyModel
 from pplvi.environment import preserved_rng
 from pplvi.objectives import Step
+from pplvi.types import Values
 
 
 def _checked(name: str, count: int) -> None:

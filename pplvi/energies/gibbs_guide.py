@@ -13,8 +13,9 @@ from pplvi.energies.factorised import Factorised
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
-from pplvi.energies.program import Mask, Values, data_plate
+from pplvi.energies.program import Mask, data_plate
 from pplvi.energies.sweeps import MeanField
+from pplvi.types import Values
 
 
 class GibbsGuide(FactorisedInference):

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from pplvi.energies.graphs import Edge, check_graph, colour_classes
 from pplvi.energies.live import active_step
-from pplvi.energies.program import Clamped, EnergyModel, Values
+from pplvi.energies.program import Clamped, EnergyModel
 from pplvi.energies.units import Beta, GaussianUnits, Units
+from pplvi.types import Values
 
 MAX_BITS = 20
 _CHUNK = 2**13

@@ -20,8 +20,9 @@ from pplvi.energies.factorised import Factorised
 from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.measures import PartlyObserved
-from pplvi.energies.program import Mask, Values, data_plate
+from pplvi.energies.program import Mask, data_plate
 from pplvi.energies.sweeps import MeanField, Problem
+from pplvi.types import Values
 
 
 class FactorisedInference:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -21,11 +21,11 @@ from pplvi.energies.mean_field import MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.program import data_plate
 from pplvi.seeding import random_state
+from pplvi.types import Values
 from pplvi.weights import effective_sample_size, log_evidence
 
 __all__ = ["PartitionEstimate", "annealed_importance_sampling", "raise_bound"]
 
-Values = Mapping[str, Tensor]
 _PILOT_CHAINS, _PILOT_BETAS = 100, 200
 _MEAN_FIELD_SWEEPS = 50
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from pplvi.energies.live import Reminder, active_step
 from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.units import Units
+from pplvi.types import Values
 
-Values = Mapping[str, Tensor]
 Mask = Tensor | Mapping[str, Tensor] | None
 Clamped = Sequence[str] | Mapping[str, Tensor | None]
 

@@ -10,8 +10,9 @@ from pplvi.energies.factorised import Factorised
 from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
-from pplvi.energies.program import Mask, Values
+from pplvi.energies.program import Mask
 from pplvi.energies.sweeps import MeanField
+from pplvi.types import Values
 
 
 class RecognitionNetwork(PyroModule):

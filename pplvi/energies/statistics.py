@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pplvi.energies.live import active_step
 from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import Values
+from pplvi.types import Values
 
 
 def has_statistics(machine: Any) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import Mask, Values
+from pplvi.energies.program import Mask
+from pplvi.types import Values
 
 
 @dataclass(frozen=True)

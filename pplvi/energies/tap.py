@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pplvi.energies.live import active_step
 from pplvi.energies.mean_field import MeanFieldGuide
-from pplvi.energies.program import Values
 from pplvi.energies.sweeps import MeanField, Problem
 from pplvi.energies.units import BernoulliUnits
+from pplvi.types import Values
 
 
 class TAPGuide(MeanFieldGuide):

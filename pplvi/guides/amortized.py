@@ -25,10 +25,10 @@ from pplvi.guides._owned import OwnedGuide
 from pplvi.kernels import Coordinates, coordinates
 from pplvi.programs import given_subsamples, plain_run
 from pplvi.runs import Plate, latent_sites, site_plates
+from pplvi.types import Program
 
 __all__ = ["AutoAmortized"]
 
-Program = Callable[..., Any]
 Family = Literal["normal", "multivariate_normal", "flow"]
 
 

@@ -11,7 +11,7 @@ end. Walked level by level (:class:`pplvi.annealing.Annealed`) the same kernels 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,8 +28,7 @@ from pplvi.kernels import Kernel, ResidualKernel, coordinates_of
 from pplvi.paths import GeometricPath, Path, Plan, ProgramPath, RepeatedPath, sites_of_target
 from pplvi.programs import plain_run
 from pplvi.runs import is_subsample
-
-Program = Callable[..., Any]
+from pplvi.types import Program
 
 
 class _Reversed(dist.TorchDistribution):

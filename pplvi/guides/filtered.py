@@ -8,7 +8,7 @@ of all that the filter draws, ``log p(x, z) - log q(z) = log Z``, so that the gu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -25,9 +25,9 @@ from pplvi.objectives import Routing
 from pplvi.resampling import Resampling
 from pplvi.runs import PARTICLES, Plate, site_plates
 from pplvi.timesteps import Course, Plates, course_of, has_steps
+from pplvi.types import Program
 from pplvi.weights import ResamplingScheme, logmeanexp, resample
 
-Program = Callable[..., Any]
 _FILTERS = "_pplvi_filters"
 
 
