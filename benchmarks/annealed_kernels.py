@@ -39,7 +39,7 @@ from pplvi.kernels import LangevinKernel
 from pplvi.programs import execute
 from pplvi.rates import Cosine
 from pplvi.transport import UncorrectedHamiltonianKernel
-from pplvi.weights import effective_sample_size
+from pplvi.weights.algebra import effective_sample_size
 
 
 @dataclass(frozen=True)

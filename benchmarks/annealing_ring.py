@@ -39,10 +39,10 @@ from pplvi.compile import CompiledSVI, Mode
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels import Coordinates, Kernel, LogDensity, Program, ResidualKernel
 from pplvi.nested_elbo import NestedELBO
-from pplvi.objectives import Routing
+from pplvi.objectives.step import Routing
 from pplvi.rates import Cosine, Schedule
 from pplvi.samplers import Request
-from pplvi.weights import effective_sample_size, logmeanexp
+from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 BUDGET = 288
 EARLY = (0.02, 0.065, 0.14, 0.25, 0.4, 0.62)

@@ -30,7 +30,7 @@ from pplvi.compile import CompiledSVI, Mode
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels import ResidualKernel
 from pplvi.nested_elbo import NestedELBO
-from pplvi.weights import resample
+from pplvi.weights.resampling import resample
 
 Step = Callable[[], Any]
 

@@ -37,10 +37,12 @@ from torch.nn.functional import softplus
 
 from pplvi import ELBO, CompiledSVI, ForwardKL, ReweightedWakeSleep
 from pplvi.elbo import Loss
-from pplvi.objectives import ForwardKLDivergence, Step
+from pplvi.objectives.forward_kl import ForwardKLDivergence
+from pplvi.objectives.step import Step
 from pplvi.programs import Program, execute
 from pplvi.runs import Run
-from pplvi.weights import effective_sample_size, expectation, resample
+from pplvi.weights.algebra import effective_sample_size, expectation
+from pplvi.weights.resampling import resample
 
 CLASSES, BATCH, K = 10, 300, 10
 

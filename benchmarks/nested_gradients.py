@@ -35,8 +35,8 @@ from pplvi.elbo import ELBO, WeightedELBO
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.handlers import parameters_of
 from pplvi.kernels import ResidualKernel
-from pplvi.nested import FilteringBound
 from pplvi.nested_elbo import NestedELBO
+from pplvi.objectives.nested import FilteringBound
 from pplvi.tracing import record
 from pplvi.updates import FlatParameters
 

@@ -22,14 +22,15 @@ from pplvi.alone import carried_path, rescored, run_alone
 from pplvi.invariant import Frame, InvariantMove
 from pplvi.layouts import Key
 from pplvi.layouts import _key as key_of
-from pplvi.objectives import Routing, Step
+from pplvi.objectives.step import Routing, Step
 from pplvi.paths import Plan, sites_of_target
 from pplvi.programs import execute, isolated
-from pplvi.resampling import Resampling as Resampling
 from pplvi.runs import Run, is_delta, latent_sites
 from pplvi.samplers import Importance, Request
 from pplvi.types import MutableValues, Program
-from pplvi.weights import logmeanexp, resample
+from pplvi.weights.algebra import logmeanexp
+from pplvi.weights.resampling import Resampling as Resampling
+from pplvi.weights.resampling import resample
 
 
 @runtime_checkable
@@ -99,7 +100,7 @@ def check_levels(request: Request) -> None:
     if request.routing.local is None:
         raise ValueError(
             "this objective sees a single step, but the sampler walks along a path: expected an objective of levels "
-            "(pplvi.nested). For bounds of the whole path use the guide with the ordinary importance sampler."
+            "(pplvi.objectives.nested). For bounds of the whole path use the guide with the ordinary importance sampler."
         )
     if not request.vectorize and request.num_particles > 1:
         raise ValueError(

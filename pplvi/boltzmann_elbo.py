@@ -27,7 +27,9 @@ from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import EnergyModel
 from pplvi.energies.statistics import has_statistics, log_densities
 from pplvi.environment import preserved_rng
-from pplvi.objectives import Estimator, LogPartition, Objective, RenyiBound, Step
+from pplvi.objectives.bounds import RenyiBound
+from pplvi.objectives.forward_kl import LogPartition
+from pplvi.objectives.step import Estimator, Objective, Step
 from pplvi.programs import execute
 from pplvi.runs import Run, latent_sites
 from pplvi.types import Program, Values

@@ -17,7 +17,9 @@ from pyro.infer import ELBO as PyroELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pplvi.objectives import Estimator, ForwardKLDivergence, Monitor, Objective, RenyiBound, Step, ThermodynamicBound
+from pplvi.objectives.bounds import RenyiBound, ThermodynamicBound
+from pplvi.objectives.forward_kl import ForwardKLDivergence
+from pplvi.objectives.step import Estimator, Monitor, Objective, Step
 from pplvi.programs import execute
 from pplvi.runs import Run
 from pplvi.samplers import Importance, Request, Sampler, exact_entropies
@@ -99,7 +101,7 @@ class WeightedELBO(Loss):
     element of the batch plates (those common to all sites), and ``scale`` is the plates' subsample scale. Subsampling
     any other plate puts its scale inside the log weights, which only linear objectives survive without bias.
 
-    :param objective: a function of steps (:mod:`pplvi.objectives`).
+    :param objective: a function of steps (:mod:`pplvi.objectives.bounds`).
     :param sampler: where the steps come from; by default importance sampling from the guide.
     :param num_particles: number of draws.
     :param vectorize_particles: run all particles in one call, as an outermost plate; otherwise one after another, for
@@ -109,7 +111,7 @@ class WeightedELBO(Loss):
     :raises ValueError: if the objective cannot use the sampler's draws, or needs more particles.
 
     >>> import pyro, pyro.distributions as dist
-    >>> from pplvi.objectives import RenyiBound
+    >>> from pplvi.objectives.bounds import RenyiBound
     >>> from pplvi.samplers import Importance
     >>> def model():
     ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(0.5))

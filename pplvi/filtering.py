@@ -20,16 +20,16 @@ from torch import Tensor
 
 from pplvi.alone import carried_path, rescored, run_alone
 from pplvi.annealing import check_levels
-from pplvi.objectives import Routing, Step
-from pplvi.resampling import Resampling
+from pplvi.objectives.step import Routing, Step
 from pplvi.runs import Run, latent_sites, sample_sites
 from pplvi.samplers import Request
 from pplvi.timesteps import Course, Memory, Plates, course_of, plates_of, warn_of_untrained
 from pplvi.types import MutableValues, Program
+from pplvi.weights.resampling import Resampling
 
 
 class Filtering:
-    """Run a particle filter, one :class:`pplvi.objectives.Step` a time step.
+    """Run a particle filter, one :class:`pplvi.objectives.step.Step` a time step.
 
     Model and guide (the proposal) are objects with ``init`` and ``step`` or programs with a ``pyro.markov`` loop, see
     :mod:`pplvi.timesteps`; the plates around all their sites, such as one over sequences, have weights of their own
@@ -242,7 +242,7 @@ class Particles:
         if found is not None and found.requires_grad:
             raise ValueError(
                 "the look-ahead factor has parameters, but this objective has no gradient for them: expected "
-                "NestedForwardKL or NestedReverseKL (pplvi.nested) as objective, or a factor with detached parameters."
+                "NestedForwardKL or NestedReverseKL (pplvi.objectives.nested) as objective, or a factor with detached parameters."
             )
 
     def _total(self, tensor: Tensor, events: int) -> Tensor:

@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 from pplvi.elbo import WeightedELBO
 from pplvi.filtering import Filtering
-from pplvi.nested import FilteringBound, FilteringForwardKL, IncrementalBound
-from pplvi.objectives import Objective
-from pplvi.resampling import Resampling
-from pplvi.weights import ResamplingScheme
+from pplvi.objectives.nested import FilteringBound, FilteringForwardKL, IncrementalBound
+from pplvi.objectives.step import Objective
+from pplvi.weights.resampling import Resampling, ResamplingScheme
 
 _OBJECTIVES: dict[str, Objective] = {"bound": FilteringBound(), "forward_kl": FilteringForwardKL()}
 
@@ -38,7 +37,7 @@ class FilteringELBO(WeightedELBO):
     :param num_particles: number of particles ``K``.
     :param objective: ``"bound"``: end to end, gradients follow the draws back in time, through ancestors and not
         through their choice (so that a look-ahead factor cannot be learned by it); ``"forward_kl"``: step by step and
-        without reparameterisation, for discrete latents too; or any objective of levels (:mod:`pplvi.nested`).
+        without reparameterisation, for discrete latents too; or any objective of levels (:mod:`pplvi.objectives.nested`).
     :param resample: between time steps: ``True`` always, a fraction of the particles, or ``False`` never.
     :param scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
     :raises ValueError: for another objective, fraction or scheme, or too few particles.
@@ -74,7 +73,7 @@ class FilteringELBO(WeightedELBO):
         chosen = _OBJECTIVES.get(objective) if isinstance(objective, str) else objective
         if chosen is None or chosen.routing.local is None:
             raise ValueError(
-                f"objective={objective!r}: expected 'bound', 'forward_kl' or an objective of levels (pplvi.nested)."
+                f"objective={objective!r}: expected 'bound', 'forward_kl' or an objective of levels (pplvi.objectives.nested)."
             )
         fixed = isinstance(chosen, FilteringBound | FilteringForwardKL | IncrementalBound)
         sampler = Filtering(Resampling(resample, scheme), learn_look_ahead=not fixed)

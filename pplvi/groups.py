@@ -22,7 +22,7 @@ from pplvi.posterior import Posterior, name_of
 from pplvi.reweighting import align
 from pplvi.runs import Plate
 from pplvi.schema import SAMPLE, Group, Groups, Names, equal, stack, to_numpy
-from pplvi.weights import resample
+from pplvi.weights.resampling import resample
 
 DrawsKind = Literal["psis", "guide"]
 Dims = Mapping[str, Sequence[str]]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from pplvi.alone import parameter_names, rescored, run_stacked
-from pplvi.objectives import Step
-from pplvi.resampling import Resampling
+from pplvi.objectives.step import Step
 from pplvi.runs import latent_sites
 from pplvi.types import MutableValues, Program
+from pplvi.weights.resampling import Resampling
 
 _Walk = Any  # pplvi.annealing's: it imports this module
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from pplvi.draws import Draws
 from pplvi.reweighting import align
 from pplvi.weighted import WeightedDraws
-from pplvi.weights import pareto_k_threshold, pareto_smooth
+from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
 
 if TYPE_CHECKING:
     from arviz.stats.stats_utils import ELPDData

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from pplvi.annealing import Annealed, Planned, Resampling
 from pplvi.elbo import WeightedELBO
-from pplvi.nested import IncrementalBound, NestedForwardKL, NestedReverseKL
-from pplvi.objectives import ForwardKLDivergence, Objective, RenyiBound
+from pplvi.objectives.bounds import RenyiBound
+from pplvi.objectives.forward_kl import ForwardKLDivergence
+from pplvi.objectives.nested import IncrementalBound, NestedForwardKL, NestedReverseKL
+from pplvi.objectives.step import Objective
 from pplvi.types import Program
-from pplvi.weights import ResamplingScheme
+from pplvi.weights.resampling import ResamplingScheme
 
 Divergence = Literal["reverse_kl", "forward_kl", "avo"]
 

@@ -15,7 +15,7 @@ import torch
 from pplvi.export import to_arviz
 from pplvi.posterior import Posterior
 from pplvi.schema import to_numpy
-from pplvi.weights import pareto_k_threshold
+from pplvi.weights.pareto import pareto_k_threshold
 
 if TYPE_CHECKING:
     import xarray

@@ -13,7 +13,7 @@ from torch import Tensor
 from pplvi.draws import Draws
 from pplvi.runs import Plate
 from pplvi.weighted import WeightedDraws
-from pplvi.weights import pareto_k_threshold
+from pplvi.weights.pareto import pareto_k_threshold
 
 _WIDTH = 100
 _LABEL = 18

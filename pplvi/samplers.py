@@ -1,6 +1,6 @@
 """Samplers: where the weighted steps come from.
 
-A sampler runs the programs and yields :class:`pplvi.objectives.Step` s. Any objective works on any sampler whose draws
+A sampler runs the programs and yields :class:`pplvi.objectives.step.Step` s. Any objective works on any sampler whose draws
 it can use; a sampler says with ``proposal`` whether it draws from the guide or from the model.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pplvi.alone import carried_path
 from pplvi.divergences import divergences, without
-from pplvi.objectives import Routing, Step
+from pplvi.objectives.step import Routing, Step
 from pplvi.programs import dream, execute, guide_run, prior_run
 from pplvi.runs import Run, is_delta, latent_sites
 from pplvi.types import Program

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from pplvi.elbo import LossSum, WeightedELBO
-from pplvi.objectives import ForwardKLDivergence, Objective, RenyiBound, Routing, Step, Terms, weighted_sum
+from pplvi.objectives.bounds import RenyiBound
+from pplvi.objectives.forward_kl import ForwardKLDivergence, weighted_sum
+from pplvi.objectives.step import Objective, Routing, Step, Terms
 from pplvi.samplers import Ancestral, DefensiveMixture
 
 
@@ -33,7 +35,7 @@ class WakePhase(Objective):
 
     ``L`` is the Renyi bound of order ``alpha``, with its gradient in the model alone: ``sum u log_target`` for
     ``u = softmax((1 - alpha) log w)``. ``alpha=1`` is the wake phase of Hinton et al. (1995), ``alpha=0`` that of
-    Bornschein & Bengio (2015). The second term (:class:`pplvi.objectives.ForwardKLDivergence`) is the guide's.
+    Bornschein & Bengio (2015). The second term (:class:`pplvi.objectives.forward_kl.ForwardKLDivergence`) is the guide's.
 
     >>> step = Step.from_proposal(log_target=torch.tensor([0.0, -1.0]), log_forward=torch.zeros(2))
     >>> WakePhase(alpha=1.0)(step).value

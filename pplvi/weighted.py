@@ -16,7 +16,9 @@ from torch import Tensor
 from pplvi.draws import Draws
 from pplvi.reweighting import take
 from pplvi.seeding import random_state
-from pplvi.weights import effective_sample_size, log_evidence, pareto_smooth, resample
+from pplvi.weights.algebra import effective_sample_size, log_evidence
+from pplvi.weights.pareto import pareto_smooth
+from pplvi.weights.resampling import resample
 
 
 class Estimate(NamedTuple):
@@ -147,7 +149,7 @@ class WeightedDraws:
 
     @property
     def pareto_k(self) -> Tensor:
-        """Pareto k-hat of the weights, shape ``batch``; see :func:`pplvi.weights.pareto_smooth`.
+        """Pareto k-hat of the weights, shape ``batch``; see :func:`pplvi.weights.pareto.pareto_smooth`.
 
         Raises:
             ValueError: where :attr:`log_weight` does.
@@ -165,7 +167,7 @@ class WeightedDraws:
 
     @property
     def log_evidence(self) -> tuple[Tensor, Tensor]:
-        """Log evidence and its standard error, each of shape ``batch``; see :func:`pplvi.weights.log_evidence`.
+        """Log evidence and its standard error, each of shape ``batch``; see :func:`pplvi.weights.algebra.log_evidence`.
 
         Raises:
             ValueError: where :attr:`log_weight` does.

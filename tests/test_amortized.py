@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pplvi
 from pplvi import AutoAmortized, amortization_gap, refine
 from pplvi.elbo import ELBO, ForwardKL, ImportanceWeightedELBO, WeightedELBO
-from pplvi.objectives import ForwardKLDivergence
+from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.programs import execute
 from pplvi.samplers import Ancestral
 

@@ -20,13 +20,14 @@ from pplvi.elbo import ELBO, ImportanceWeightedELBO, WeightedELBO
 from pplvi.fitting import fit
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
 from pplvi.kernels import LangevinKernel, ResidualKernel, ResidualProgram, coordinates_of
-from pplvi.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.nested_elbo import NestedELBO
-from pplvi.objectives import RenyiBound, Routing, Step
+from pplvi.objectives.bounds import RenyiBound
+from pplvi.objectives.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL
+from pplvi.objectives.step import Routing, Step
 from pplvi.paths import GeometricPath
 from pplvi.programs import execute
 from pplvi.samplers import Request
-from pplvi.weights import logmeanexp
+from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -566,7 +567,7 @@ def test_particles_times_batch_equals_a_loop_over_the_elements(monkeypatch: Any,
     def middle(total: Tensor, count: int, scheme: str) -> Tensor:
         return ((torch.arange(count) + 0.5) / count).expand(*total.shape[:-1], count).contiguous()
 
-    monkeypatch.setattr("pplvi.weights._uniform_points", middle)
+    monkeypatch.setattr("pplvi.weights.resampling._uniform_points", middle)
     y, table = torch.linspace(0.1, 3.0, 7), torch.randn(4, 9, 7)
 
     def run(y: Tensor, table: Tensor) -> list[Step]:

@@ -42,8 +42,8 @@ from pplvi.guides import AutoFlow
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
 from pplvi.invariant import HamiltonianKernel
 from pplvi.kernels import LangevinKernel, ResidualKernel
-from pplvi.nested import FilteringBound
 from pplvi.nested_elbo import NestedELBO
+from pplvi.objectives.nested import FilteringBound
 from pplvi.rates import Cosine
 from pplvi.tracing import Untraceable
 from pplvi.wake_sleep import ReweightedWakeSleep, WakeSleep

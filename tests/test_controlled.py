@@ -21,7 +21,7 @@ from pplvi.elbo import ELBO, ImportanceWeightedELBO
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels import LangevinKernel, coordinates_of
 from pplvi.nested_elbo import NestedELBO
-from pplvi.objectives import Routing
+from pplvi.objectives.step import Routing
 from pplvi.posterior import Posterior
 from pplvi.samplers import Request
 

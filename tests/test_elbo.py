@@ -25,9 +25,10 @@ from pplvi.elbo import (
     ThermodynamicELBO,
     WeightedELBO,
 )
-from pplvi.objectives import ForwardKLDivergence, RenyiBound
+from pplvi.objectives.bounds import RenyiBound
+from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.samplers import Ancestral
-from pplvi.weights import effective_sample_size
+from pplvi.weights.algebra import effective_sample_size
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -15,7 +15,8 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.optim import Adam
 
 import pplvi
-from pplvi.objectives import ForwardKLDivergence, RenyiBound
+from pplvi.objectives.bounds import RenyiBound
+from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.programs import execute
 from pplvi.samplers import Ancestral
 

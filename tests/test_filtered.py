@@ -73,7 +73,7 @@ def test_its_elbo_is_the_filtering_bound(monkeypatch: Any) -> None:
     def middle(total: Tensor, count: int, scheme: str) -> Tensor:
         return ((torch.arange(count) + 0.5) / count).expand(*total.shape[:-1], count).contiguous()
 
-    monkeypatch.setattr("pplvi.weights._uniform_points", middle)
+    monkeypatch.setattr("pplvi.weights.resampling._uniform_points", middle)
     guide = FilteredGuide(Walk(), Proposal(), 10, resample=True)
     found = []
     for loss, pair in ((ELBO(), (StateSpace(Walk()), guide)), (FilteringELBO(10), (Walk(), Proposal()))):

@@ -17,9 +17,16 @@ from pplvi.compile import CompiledSVI
 from pplvi.elbo import WeightedELBO
 from pplvi.filtering import Filtering
 from pplvi.filtering_elbo import FilteringELBO
-from pplvi.nested import FilteringBound, FilteringForwardKL, IncrementalBound, NestedForwardKL, NestedReverseKL
-from pplvi.objectives import RenyiBound, Step
-from pplvi.weights import logmeanexp
+from pplvi.objectives.bounds import RenyiBound
+from pplvi.objectives.nested import (
+    FilteringBound,
+    FilteringForwardKL,
+    IncrementalBound,
+    NestedForwardKL,
+    NestedReverseKL,
+)
+from pplvi.objectives.step import Step
+from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -146,7 +153,7 @@ def by_hand(count: int, resample: bool) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("form", PAIRS)
 def test_without_resampling_it_is_the_importance_bound_with_attached_weights(form: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("pplvi.weights._uniform_points", middle)  # no random number spent on resampling
+    monkeypatch.setattr("pplvi.weights.resampling._uniform_points", middle)  # no random number spent on resampling
     pyro.set_rng_seed(5)
     value, wanted = by_hand(20, resample=False)
     for resample in (False, 1e-6):  # so low that it never happens: weights stay attached
@@ -159,7 +166,7 @@ def test_without_resampling_it_is_the_importance_bound_with_attached_weights(for
 
 
 def test_with_resampling_gradients_follow_ancestors_and_not_their_choice(monkeypatch: Any) -> None:
-    monkeypatch.setattr("pplvi.weights._uniform_points", middle)
+    monkeypatch.setattr("pplvi.weights.resampling._uniform_points", middle)
     pyro.set_rng_seed(5)
     _, wanted = by_hand(20, resample=True)
     pyro.set_rng_seed(5)
@@ -337,7 +344,7 @@ def plated(size: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("resample", RESAMPLE)
 def test_particles_times_sequences_equals_a_loop_over_the_sequences(monkeypatch: Any, resample: bool | float) -> None:
-    monkeypatch.setattr("pplvi.weights._uniform_points", middle)
+    monkeypatch.setattr("pplvi.weights.resampling._uniform_points", middle)
     ys, table = torch.randn(4, 7), torch.randn(5, 9, 7)
 
     def run(ys: Tensor, table: Tensor, objective: Any) -> list[Step]:

@@ -14,9 +14,9 @@ from pplvi.guides.annealed import AnnealedGuide
 from pplvi.invariant import Frame, HamiltonianKernel
 from pplvi.kernels import coordinates_of
 from pplvi.nested_elbo import NestedELBO
-from pplvi.objectives import Routing, Step
+from pplvi.objectives.step import Routing, Step
 from pplvi.samplers import Request
-from pplvi.weights import logmeanexp
+from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -25,7 +25,7 @@ from pplvi.elbo import (
     WeightedELBO,
 )
 from pplvi.guides import AutoFlow
-from pplvi.objectives import Objective, Routing, Step, Terms
+from pplvi.objectives.step import Objective, Routing, Step, Terms
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -21,12 +21,12 @@ from pplvi.guides.filtered import FilteredGuide
 from pplvi.invariant import HamiltonianKernel
 from pplvi.kernels import LangevinKernel, ResidualKernel
 from pplvi.nested_elbo import NestedELBO
-from pplvi.objectives import Routing
+from pplvi.objectives.step import Routing
 from pplvi.paths import DataPath
 from pplvi.samplers import Request
 from pplvi.timesteps import StateSpace
 from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel
-from pplvi.weights import logmeanexp
+from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 

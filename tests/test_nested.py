@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pplvi.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL, log_normalizer_ratio
-from pplvi.objectives import Objective, Step
+from pplvi.objectives.nested import (
+    FilteringBound,
+    IncrementalBound,
+    NestedForwardKL,
+    NestedReverseKL,
+    log_normalizer_ratio,
+)
+from pplvi.objectives.step import Objective, Step
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pplvi.objectives import ForwardKLDivergence, RenyiBound, Step, ThermodynamicBound
+from pplvi.objectives.bounds import RenyiBound, ThermodynamicBound
+from pplvi.objectives.forward_kl import ForwardKLDivergence
+from pplvi.objectives.step import Step
 
 pytestmark = pytest.mark.usefixtures("float64")
 

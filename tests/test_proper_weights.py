@@ -19,7 +19,7 @@ from pplvi.gibbs import GibbsKernel
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
 from pplvi.invariant import HamiltonianKernel
 from pplvi.kernels import LangevinKernel, ResidualKernel
-from pplvi.objectives import Routing
+from pplvi.objectives.step import Routing
 from pplvi.paths import DataPath
 from pplvi.samplers import Request
 from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel

@@ -29,10 +29,10 @@ from pyro.optim import SGD, Adam
 
 import pplvi
 from pplvi.draws import draw, predict
-from pplvi.objectives import ForwardKLDivergence
+from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.optimizers import Update
 from pplvi.samplers import Ancestral
-from pplvi.weights import effective_sample_size, log_evidence, logmeanexp
+from pplvi.weights.algebra import effective_sample_size, log_evidence, logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 

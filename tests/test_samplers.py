@@ -23,7 +23,8 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 from pplvi.elbo import ELBO, ChiELBO, ImportanceWeightedELBO, RenyiELBO, WeightedELBO
-from pplvi.objectives import ForwardKLDivergence, Routing
+from pplvi.objectives.forward_kl import ForwardKLDivergence
+from pplvi.objectives.step import Routing
 from pplvi.samplers import Ancestral, Importance, Request
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -18,11 +18,11 @@ from pplvi.elbo import ELBO
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels import coordinates_of
 from pplvi.nested_elbo import NestedELBO
-from pplvi.objectives import Routing, Step
+from pplvi.objectives.step import Routing, Step
 from pplvi.posterior import Posterior
 from pplvi.samplers import Request
 from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel
-from pplvi.weights import effective_sample_size, logmeanexp
+from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,10 +16,10 @@ from torch import Tensor
 import pplvi
 from pplvi.compile import CompiledSVI
 from pplvi.elbo import ELBO, ForwardKL, ImportanceWeightedELBO, Loss, WeightedELBO
-from pplvi.objectives import RenyiBound
+from pplvi.objectives.bounds import RenyiBound
 from pplvi.samplers import DefensiveMixture, _systematic
 from pplvi.wake_sleep import ReweightedWakeSleep, WakePhase, WakeSleep
-from pplvi.weights import effective_sample_size, logmeanexp
+from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -11,7 +11,8 @@ from pplvi.draws import Draws
 from pplvi.reweighting import align
 from pplvi.runs import Plate
 from pplvi.weighted import Estimate, WeightedDraws
-from pplvi.weights import effective_sample_size, log_evidence, pareto_smooth
+from pplvi.weights.algebra import effective_sample_size, log_evidence
+from pplvi.weights.pareto import pareto_smooth
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -10,16 +10,9 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pplvi.weights import (
-    effective_sample_size,
-    expectation,
-    log_evidence,
-    logmeanexp,
-    normalize,
-    pareto_k_threshold,
-    pareto_smooth,
-    resample,
-)
+from pplvi.weights.algebra import effective_sample_size, expectation, log_evidence, logmeanexp, normalize
+from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
+from pplvi.weights.resampling import resample
 
 SCHEMES = ["systematic", "stratified", "multinomial"]
 DEAD = torch.full((9,), -math.inf, dtype=torch.float64)

@@ -20,9 +20,9 @@ import pplvi
 from pplvi import AnnealedGuide, NestedELBO
 from pplvi.annealing import Annealed, Resampling
 from pplvi.kernels import ResidualKernel
-from pplvi.objectives import Routing
+from pplvi.objectives.step import Routing
 from pplvi.samplers import Request
-from pplvi.weights import effective_sample_size, logmeanexp
+from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 40 if SMOKE else 4000

@@ -22,7 +22,7 @@ from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.program import data_plate
 from pplvi.invariant import Frame, InvariantMove
-from pplvi.objectives import Routing
+from pplvi.objectives.step import Routing
 from pplvi.paths import Plan
 from pplvi.samplers import Request
 from pplvi.types import Values

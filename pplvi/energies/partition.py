@@ -22,7 +22,7 @@ from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.program import data_plate
 from pplvi.seeding import random_state
 from pplvi.types import Values
-from pplvi.weights import effective_sample_size, log_evidence
+from pplvi.weights.algebra import effective_sample_size, log_evidence
 
 __all__ = ["PartitionEstimate", "annealed_importance_sampling", "raise_bound"]
 

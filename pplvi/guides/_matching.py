@@ -11,7 +11,8 @@ from torch.distributions import MultivariateNormal
 
 from pplvi.guides._density import UnconstrainedDensity
 from pplvi.guides._gaussians import Gaussian, GaussianMixture, full_gaussian, stack
-from pplvi.weights import effective_sample_size, log_evidence, normalize, pareto_smooth
+from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
+from pplvi.weights.pareto import pareto_smooth
 
 MOST_DIMENSIONS = 100
 MOST_MIXED = 20  # dimensions in which mixtures of full covariances are worth their draws

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from pplvi.filtering import Particles, plates_found
 from pplvi.handlers import aside, numbered
-from pplvi.objectives import Routing
-from pplvi.resampling import Resampling
+from pplvi.objectives.step import Routing
 from pplvi.runs import PARTICLES, Plate, site_plates
 from pplvi.timesteps import Course, Plates, course_of, has_steps
 from pplvi.types import Program
-from pplvi.weights import ResamplingScheme, logmeanexp, resample
+from pplvi.weights.algebra import logmeanexp
+from pplvi.weights.resampling import Resampling, ResamplingScheme, resample
 
 _FILTERS = "_pplvi_filters"
 

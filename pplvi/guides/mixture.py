@@ -19,7 +19,7 @@ from pplvi.guides._density import UnconstrainedDensity
 from pplvi.guides._mixtures import Component, StratifiedCategorical, mixture
 from pplvi.guides._zuko import AffineFlowTransform
 from pplvi.seeding import random_state
-from pplvi.weights import resample
+from pplvi.weights.resampling import resample
 
 __all__ = ["AutoMixture"]
 

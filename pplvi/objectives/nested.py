@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pplvi.objectives import Monitor, Objective, Routing, Step, Terms, log_normalizer_gradient
-from pplvi.weights import expectation
+from pplvi.objectives.forward_kl import log_normalizer_gradient
+from pplvi.objectives.step import Monitor, Objective, Routing, Step, Terms
+from pplvi.weights.algebra import expectation
 
 
 def _incoming(step: Step, values: Tensor) -> Tensor:

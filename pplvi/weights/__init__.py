@@ -1,0 +1,1 @@
+"""Log-weights: algebra, Pareto smoothing and resampling. Imports torch alone."""
