@@ -36,7 +36,7 @@ from pplvi.controlled import ControlledLangevinKernel
 from pplvi.elbo import ELBO
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels import LangevinKernel
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
 from pplvi.rates import Cosine
 from pplvi.transport import UncorrectedHamiltonianKernel
 from pplvi.weights.algebra import effective_sample_size

@@ -39,8 +39,8 @@ from pplvi import ELBO, CompiledSVI, ForwardKL, ReweightedWakeSleep
 from pplvi.elbo import Loss
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.objectives.step import Step
-from pplvi.programs import Program, execute
-from pplvi.runs import Run
+from pplvi.programs.joint import Program, execute
+from pplvi.programs.traces import Run
 from pplvi.weights.algebra import effective_sample_size, expectation
 from pplvi.weights.resampling import resample
 

@@ -33,10 +33,10 @@ from pplvi.annealing import Annealed, Resampling
 from pplvi.compile import CompiledSVI
 from pplvi.elbo import ELBO, WeightedELBO
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.handlers import parameters_of
 from pplvi.kernels import ResidualKernel
 from pplvi.nested_elbo import NestedELBO
 from pplvi.objectives.nested import FilteringBound
+from pplvi.programs.handlers import parameters_of
 from pplvi.tracing import record
 from pplvi.updates import FlatParameters
 

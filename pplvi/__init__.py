@@ -68,7 +68,7 @@ _HOMES = {
     "fit": "fitting",
     "flow_recipe": "flow_training",
     "search_learning_rate": "flow_training",
-    "noncentered": "reparametrization",
+    "noncentered": "programs.reparam",
     "Posterior": "posterior",
     "compare": "comparison",
     "plot_against_reference": "plots",

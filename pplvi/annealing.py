@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from pplvi import levels
-from pplvi.alone import carried_path, rescored, run_alone
 from pplvi.invariant import Frame, InvariantMove
-from pplvi.layouts import Key
-from pplvi.layouts import _key as key_of
 from pplvi.objectives.step import Routing, Step
 from pplvi.paths import Plan, sites_of_target
-from pplvi.programs import execute, isolated
-from pplvi.runs import Run, is_delta, latent_sites
+from pplvi.programs.joint import execute
+from pplvi.programs.memo import Key
+from pplvi.programs.memo import _key as key_of
+from pplvi.programs.running import isolated
+from pplvi.programs.single import carried_path, rescored, run_alone
+from pplvi.programs.sites import is_delta, latent_sites
+from pplvi.programs.traces import Run
 from pplvi.samplers import Importance, Request
 from pplvi.types import MutableValues, Program
 from pplvi.weights.algebra import logmeanexp

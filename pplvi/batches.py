@@ -16,30 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pplvi.arguments import Arguments, LastBatch, check_last_batch
-from pplvi.environment import Environment, clone, fingerprint, preserved_rng, rng_state, set_rng_state
+from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, to_call
+from pplvi.programs.state import Environment, clone, fingerprint, preserved_rng, rng_state, set_rng_state
 from pplvi.types import Call
-
-
-def to_call(item: Any) -> Call:
-    """Arguments and keyword arguments of the model for one item of the data.
-
-    :raises ValueError: if the item is no tensor, tuple, list or dictionary.
-
-    Example:
-        >>> to_call({"x": 1}), to_call([1, 2])
-        (((), {'x': 1}), ((1, 2), {}))
-    """
-    if isinstance(item, Tensor):
-        return (item,), {}
-    if isinstance(item, Mapping):
-        return (), {str(key): value for key, value in item.items()}
-    if isinstance(item, (tuple, list)):
-        return tuple(item), {}
-    raise ValueError(
-        f"data= yielded a {type(item).__name__}: expected a tuple or list of the model's arguments, a dictionary of "
-        "its keyword arguments, or one tensor."
-    )
 
 
 def _no_batch(data: Any) -> ValueError:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pplvi.alone import run_alone
 from pplvi.elbo import Loss
 from pplvi.energies.chains import (
     Chains,
@@ -26,12 +25,14 @@ from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import EnergyModel
 from pplvi.energies.statistics import has_statistics, log_densities
-from pplvi.environment import preserved_rng
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import LogPartition
 from pplvi.objectives.step import Estimator, Objective, Step
-from pplvi.programs import execute
-from pplvi.runs import Run, latent_sites
+from pplvi.programs.joint import execute
+from pplvi.programs.single import run_alone
+from pplvi.programs.sites import latent_sites
+from pplvi.programs.state import preserved_rng
+from pplvi.programs.traces import Run
 from pplvi.types import Program, Values
 
 Negative = Literal["persistent", "contrastive", "fast", "tempered", "mean_field", "exact"]

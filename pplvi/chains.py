@@ -11,7 +11,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
-from pplvi.environment import preserved_rng
+from pplvi.programs.state import preserved_rng
 from pplvi.types import Program
 
 KernelFactory = Callable[[Program], MCMCKernel]

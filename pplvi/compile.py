@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from pplvi import backends
-from pplvi.arguments import Arguments, LastBatch, as_call, check_last_batch, in_runs, stacked
-from pplvi.environment import buffers_of
 from pplvi.equivalents import own_loss
-from pplvi.handlers import parameters_of
-from pplvi.programs import first_bad_site
+from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, in_runs, stacked, to_call
+from pplvi.programs.first_run import first_bad_site
+from pplvi.programs.handlers import parameters_of
+from pplvi.programs.state import buffers_of
 from pplvi.tracing import Traced, Untraceable, record, unchanged
 from pplvi.types import Call, Program
 from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update, without_new_parameters
@@ -160,7 +160,7 @@ class CompiledSVI:
 
     def _fitted(self, batch: Any) -> Arguments | None:
         """The batch, dropped or padded if it is shorter than the first one."""
-        arguments = Arguments.of(*as_call(batch))
+        arguments = Arguments.of(*to_call(batch))
         size = self._size = self._size or arguments.size
         return arguments.fitted(size, self.last_batch)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pplvi.runs import Run, Site, is_delta, latent_sites
+from pplvi.programs.sites import Site, is_delta, latent_sites
+from pplvi.programs.traces import Run
 
 
 def divergences(run: Run) -> dict[str, Tensor]:
@@ -23,7 +24,7 @@ def divergences(run: Run) -> dict[str, Tensor]:
     :raises ValueError: for models with enumerated sites, whose densities do not separate.
 
     >>> import pyro, pyro.distributions as dist
-    >>> from pplvi.programs import execute
+    >>> from pplvi.programs.joint import execute
     >>> def program(loc=0.0):
     ...     pyro.sample("z", dist.Normal(loc, 1.0))
     >>> divergences(execute(program, lambda: program(2.0), (), {}))

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi import enumeration
-from pplvi.programs import execute, plain_run, run_model
-from pplvi.runs import (
+from pplvi.programs import enumeration
+from pplvi.programs.joint import execute, run_model
+from pplvi.programs.running import plain_run
+from pplvi.programs.sites import (
     Plate,
-    Run,
     Site,
     is_delta,
     is_deterministic,
@@ -28,6 +28,7 @@ from pplvi.runs import (
     sample_sites,
     site_plates,
 )
+from pplvi.programs.traces import Run
 from pplvi.types import Program
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from pplvi.objectives.bounds import RenyiBound, ThermodynamicBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.objectives.step import Estimator, Monitor, Objective, Step
-from pplvi.programs import execute
-from pplvi.runs import Run
+from pplvi.programs.joint import execute
+from pplvi.programs.traces import Run
 from pplvi.samplers import Importance, Request, Sampler, exact_entropies
 from pplvi.types import Program
 

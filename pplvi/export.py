@@ -28,8 +28,8 @@ from pplvi.groups import (
     summary,
 )
 from pplvi.posterior import Posterior
+from pplvi.programs.state import random_state
 from pplvi.schema import Groups, Labels, attributes, datasets, equal_values, to_numpy, wrap
-from pplvi.seeding import random_state
 
 if TYPE_CHECKING:
     import arviz

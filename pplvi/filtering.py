@@ -18,10 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pplvi.alone import carried_path, rescored, run_alone
 from pplvi.annealing import check_levels
 from pplvi.objectives.step import Routing, Step
-from pplvi.runs import Run, latent_sites, sample_sites
+from pplvi.programs.single import carried_path, rescored, run_alone
+from pplvi.programs.sites import latent_sites, sample_sites
+from pplvi.programs.traces import Run
 from pplvi.samplers import Request
 from pplvi.timesteps import Course, Memory, Plates, course_of, plates_of, warn_of_untrained
 from pplvi.types import MutableValues, Program

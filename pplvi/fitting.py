@@ -12,17 +12,17 @@ import pyro.infer
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
-from pplvi.arguments import LastBatch
-from pplvi.batches import Batches, FullData, make_batches, to_call
+from pplvi.batches import Batches, FullData, make_batches
 from pplvi.chains import kernel_factory, run_chains
 from pplvi.checkpoint import PathLike
 from pplvi.compile import Mode
 from pplvi.elbo import ELBO
-from pplvi.environment import Environment, fingerprint
 from pplvi.equivalents import own_loss
 from pplvi.naming import describe
 from pplvi.optimizers import OptimLike, Update
 from pplvi.originals import Originals
+from pplvi.programs.calls import LastBatch, to_call
+from pplvi.programs.state import Environment, fingerprint
 from pplvi.rates import Schedule
 from pplvi.recipes import Recipe
 from pplvi.restarts import Plan, best_of, publish, scratch, train_restarts

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pplvi.invariant import Frame, InvariantMove
 from pplvi.kernels import Coordinates, coordinates
-from pplvi.programs import plain_run
-from pplvi.runs import _base_distribution, latent_sites
+from pplvi.programs.running import plain_run
+from pplvi.programs.sites import _base_distribution, latent_sites
 from pplvi.types import LogDensity, Values
 
 

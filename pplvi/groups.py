@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pplvi.draws import Draws, predict, score
 from pplvi.posterior import Posterior, name_of
+from pplvi.programs.sites import Plate
 from pplvi.reweighting import align
-from pplvi.runs import Plate
 from pplvi.schema import SAMPLE, Group, Groups, Names, equal, stack, to_numpy
 from pplvi.weights.resampling import resample
 

@@ -25,8 +25,8 @@ from torch.distributions import Transform, biject_to, identity_transform
 from torch.distributions.transforms import IndependentTransform
 from torch.nn.functional import softplus
 
-from pplvi.programs import plain_run
-from pplvi.runs import Plate, latent_sites, site_plates
+from pplvi.programs.running import plain_run
+from pplvi.programs.sites import Plate, latent_sites, site_plates
 from pplvi.types import LogDensity, Program, Values
 
 

@@ -18,9 +18,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.alone import parameter_names, rescored, run_stacked
 from pplvi.objectives.step import Step
-from pplvi.runs import latent_sites
+from pplvi.programs.single import parameter_names, rescored, run_stacked
+from pplvi.programs.sites import latent_sites
 from pplvi.types import MutableValues, Program
 from pplvi.weights.resampling import Resampling
 

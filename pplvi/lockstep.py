@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pplvi.arguments import Arguments
 from pplvi.compile import CompiledSVI
-from pplvi.environment import rng_state, set_rng_state
+from pplvi.programs.calls import Arguments
+from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.stepping import Loss, Turns
 from pplvi.together import Apart, Together
 from pplvi.training import Trainer

@@ -62,7 +62,7 @@ def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
 
     Example:
         >>> from pyro.distributions import Normal
-        >>> from pplvi.runs import Plate
+        >>> from pplvi.programs.sites import Plate
         >>> _, y = torch.manual_seed(0), torch.tensor([0.5, 1.0, -0.5])
         >>> prior, guide = Normal(0.0, 1.0), Normal(0.25, 0.5)  # the exact posterior of the mean of three
         >>> z = guide.sample((4000,))

@@ -22,7 +22,7 @@ from pyro.optim.optim import _get_state_dict, _load_state_dict, is_scheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pplvi.environment import clone
+from pplvi.programs.state import clone
 from pplvi.rates import Schedule, make_clip, make_schedule
 from pplvi.roles import PerProgram
 

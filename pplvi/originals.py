@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pplvi.environment import Environment, buffers_of
-from pplvi.handlers import parameters_of
-from pplvi.programs import plain_run
+from pplvi.programs.handlers import parameters_of
+from pplvi.programs.running import plain_run
+from pplvi.programs.state import Environment, buffers_of
 from pplvi.restarts import scratch
 from pplvi.types import Program
 

@@ -18,9 +18,10 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import TransformedDistribution, biject_to
 
-from pplvi.alone import run_alone
 from pplvi.invariant import InvariantMove
-from pplvi.runs import Run, latent_sites
+from pplvi.programs.single import run_alone
+from pplvi.programs.sites import latent_sites
+from pplvi.programs.traces import Run
 from pplvi.types import Program
 
 

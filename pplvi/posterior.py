@@ -20,9 +20,10 @@ from torch import Tensor
 
 from pplvi.draws import Draws, draw, predict, score, stack
 from pplvi.loo import loo
-from pplvi.programs import execute, isolated, plain_run
-from pplvi.runs import is_delta, latent_sites, site_plates
-from pplvi.seeding import random_state
+from pplvi.programs.joint import execute
+from pplvi.programs.running import isolated, plain_run
+from pplvi.programs.sites import is_delta, latent_sites, site_plates
+from pplvi.programs.state import random_state
 from pplvi.types import Program
 from pplvi.weighted import WeightedDraws
 

@@ -15,8 +15,8 @@ from pplvi.elbo import Loss
 from pplvi.energies.dbm import DeepBoltzmannMachine
 from pplvi.energies.dbn import DeepBeliefNetwork
 from pplvi.energies.stacking import Stage, stages
-from pplvi.environment import preserved_rng
 from pplvi.fitting import fit
+from pplvi.programs.state import preserved_rng
 from pplvi.result import Fit
 
 

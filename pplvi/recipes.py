@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pplvi.environment import Environment, module_of
+from pplvi.programs.state import Environment, module_of
 from pplvi.training import Run, copy_into
 from pplvi.types import Program
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from pplvi.draws import Draws
-from pplvi.runs import Plate
+from pplvi.programs.sites import Plate
 from pplvi.weighted import WeightedDraws
 from pplvi.weights.pareto import pareto_k_threshold
 

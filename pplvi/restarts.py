@@ -18,13 +18,14 @@ from torch import Tensor
 from pplvi import checkpoint
 from pplvi.batches import Batches, FullData, OneShot
 from pplvi.checkpoint import PathLike
-from pplvi.environment import clone, preserved_rng, rng_state, set_rng_state
 from pplvi.lockstep import Lockstep, Member
 from pplvi.optimizers import Update
-from pplvi.programs import execute, isolated, plain_run
+from pplvi.programs.joint import execute
+from pplvi.programs.running import isolated, plain_run
+from pplvi.programs.sites import is_deterministic, sample_sites, site_plates
+from pplvi.programs.state import clone, preserved_rng, rng_state, set_rng_state
 from pplvi.progress import Progress
 from pplvi.recipes import Recipe
-from pplvi.runs import is_deterministic, sample_sites, site_plates
 from pplvi.starts import begin, searches, take_back
 from pplvi.stepping import CompiledUpdates
 from pplvi.training import Run, Trainer, TrainingError, Watch, evaluate, unobtrusive

@@ -18,8 +18,8 @@ from pplvi.elbo import Loss
 from pplvi.export import to_arviz
 from pplvi.guides.amortized import AutoAmortized
 from pplvi.guides.refinement import amortization_gap
-from pplvi.handlers import parameters_of
 from pplvi.posterior import Posterior
+from pplvi.programs.handlers import parameters_of
 from pplvi.report import describe_parameters, report
 from pplvi.stopping import has_settled
 from pplvi.training import Run, ScopedProgram

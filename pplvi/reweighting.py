@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pplvi.draws import Draws
-from pplvi.runs import Plate
+from pplvi.programs.sites import Plate
 
 
 def align(per_batch: Tensor, batch: Sequence[Plate], plates: Sequence[Plate]) -> Tensor:

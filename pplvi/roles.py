@@ -13,8 +13,9 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pplvi.handlers import parameters_of
-from pplvi.programs import execute, isolated, plain_run
+from pplvi.programs.handlers import parameters_of
+from pplvi.programs.joint import execute
+from pplvi.programs.running import isolated, plain_run
 from pplvi.types import Program
 
 Factory = Callable[[list[Tensor]], Optimizer]

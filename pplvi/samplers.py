@@ -14,11 +14,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from pplvi.alone import carried_path
 from pplvi.divergences import divergences, without
 from pplvi.objectives.step import Routing, Step
-from pplvi.programs import dream, execute, guide_run, prior_run
-from pplvi.runs import Run, is_delta, latent_sites
+from pplvi.programs.dreams import dream, prior_run
+from pplvi.programs.joint import execute, guide_run
+from pplvi.programs.single import carried_path
+from pplvi.programs.sites import is_delta, latent_sites
+from pplvi.programs.traces import Run
 from pplvi.types import Program
 
 _Values = Mapping[str, Tensor] | None

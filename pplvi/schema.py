@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pplvi.runs import Plate
+from pplvi.programs.sites import Plate
 
 if TYPE_CHECKING:
     import xarray

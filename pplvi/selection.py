@@ -19,7 +19,7 @@ from pplvi.guides.flow import AutoFlow
 from pplvi.guides.pathfinder import AutoPathfinder
 from pplvi.guides.score_matching import AutoBatchAndMatch
 from pplvi.originals import Originals
-from pplvi.reparametrization import forms_of
+from pplvi.programs.reparam import forms_of
 from pplvi.restarts import publish
 from pplvi.result import Fit
 from pplvi.types import Program

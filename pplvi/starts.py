@@ -15,7 +15,7 @@ from pplvi.guides._found import FoundGuide
 from pplvi.guides._starts import start_at_pathfinder
 from pplvi.guides.pathfinder import AutoPathfinder
 from pplvi.guides.score_matching import AutoBatchAndMatch
-from pplvi.programs import plain_run
+from pplvi.programs.running import plain_run
 from pplvi.training import Run, Trainer, evaluate, unobtrusive
 from pplvi.types import Call
 

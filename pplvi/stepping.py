@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pplvi.batches import Batches, FullData
 from pplvi.compile import CompiledSVI, Mode
-from pplvi.environment import clone
 from pplvi.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
+from pplvi.programs.state import clone
 from pplvi.rates import Cosine, Schedule
 from pplvi.types import Call, Program
 

@@ -20,10 +20,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pplvi.alone import run_alone
-from pplvi.handlers import Iterations, Numbered, OnlyIteration, parameters_of
-from pplvi.programs import isolated
-from pplvi.runs import Plate, Run, common_plates, is_deterministic, sample_sites
+from pplvi.programs.handlers import parameters_of
+from pplvi.programs.markov import Iterations, Numbered, OnlyIteration
+from pplvi.programs.running import isolated
+from pplvi.programs.single import run_alone
+from pplvi.programs.sites import Plate, common_plates, is_deterministic, sample_sites
+from pplvi.programs.traces import Run
 from pplvi.types import Program
 
 Memory = dict[str, Any]

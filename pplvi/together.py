@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.arguments import Arguments
 from pplvi.compile import CompiledSVI
-from pplvi.environment import set_torch_rng_state, torch_rng_state
+from pplvi.programs.calls import Arguments
+from pplvi.programs.state import set_torch_rng_state, torch_rng_state
 from pplvi.tracing import Traced
 from pplvi.types import Program
 from pplvi.vectorized import Apart, Quiet, vectorized

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pplvi.handlers import last_site
+from pplvi.programs.handlers import last_site
 
 aten = torch.ops.aten
 

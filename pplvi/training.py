@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pplvi import programs
 from pplvi.batches import Batches
-from pplvi.environment import Environment, buffers_of, clone, preserved_rng, rng_state, set_rng_state
 from pplvi.optimizers import Update
+from pplvi.programs.first_run import first_bad_site
+from pplvi.programs.state import Environment, buffers_of, clone, preserved_rng, rng_state, set_rng_state
 from pplvi.rates import Cosine
 from pplvi.stepping import Loss, Turns, drive, next_calls, replayed, stride, svi_step
 from pplvi.stopping import Plateau
@@ -376,7 +376,7 @@ class Trainer:
 
     def _failure(self, call: Call, careful: Mapping[str, Any], failed: int, cause: object) -> ValueError:
         self.restore(careful)
-        find = partial(programs.first_bad_site, self.run.model, self.run.guide, *call)
+        find = partial(first_bad_site, self.run.model, self.run.guide, *call)
         site = replayed(self.step, find, call, SETTLE_EVERY)
         self.restore(self.good)
         where = f"the first site at fault is {site!r}" if site else "every site is finite, but its gradient is not"

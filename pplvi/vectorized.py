@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from pplvi.environment import preserved_rng
+from pplvi.programs.state import preserved_rng
 from pplvi.tracing import Traced
 
 aten = torch.ops.aten

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pplvi.draws import Draws
+from pplvi.programs.state import random_state
 from pplvi.reweighting import take
-from pplvi.seeding import random_state
 from pplvi.weights.algebra import effective_sample_size, log_evidence
 from pplvi.weights.pareto import pareto_smooth
 from pplvi.weights.resampling import resample

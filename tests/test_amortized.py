@@ -19,7 +19,7 @@ import pplvi
 from pplvi import AutoAmortized, amortization_gap, refine
 from pplvi.elbo import ELBO, ForwardKL, ImportanceWeightedELBO, WeightedELBO
 from pplvi.objectives.forward_kl import ForwardKLDivergence
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
 from pplvi.samplers import Ancestral
 
 pytestmark = pytest.mark.usefixtures("float64")

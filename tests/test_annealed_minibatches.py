@@ -16,7 +16,7 @@ from pplvi.elbo import ELBO
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels import LangevinKernel
 from pplvi.nested_elbo import NestedELBO
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
 from pplvi.transport import UncorrectedHamiltonianKernel
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -14,7 +14,6 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.alone import run_alone
 from pplvi.annealing import Annealed, Resampling
 from pplvi.elbo import ELBO, ImportanceWeightedELBO, WeightedELBO
 from pplvi.fitting import fit
@@ -25,7 +24,8 @@ from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.objectives.step import Routing, Step
 from pplvi.paths import GeometricPath
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
+from pplvi.programs.single import run_alone
 from pplvi.samplers import Request
 from pplvi.weights.algebra import logmeanexp
 

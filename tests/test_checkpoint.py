@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pplvi import checkpoint
-from pplvi.environment import rng_state, set_rng_state
+from pplvi.programs.state import rng_state, set_rng_state
 
 STATE = {
     "params": {"loc": torch.randn(50, generator=torch.Generator().manual_seed(0))},

@@ -13,7 +13,6 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.alone import log_density_of, run_alone
 from pplvi.annealing import Annealed, Resampling
 from pplvi.compile import CompiledSVI
 from pplvi.controlled import ControlledLangevinKernel
@@ -23,6 +22,7 @@ from pplvi.kernels import LangevinKernel, coordinates_of
 from pplvi.nested_elbo import NestedELBO
 from pplvi.objectives.step import Routing
 from pplvi.posterior import Posterior
+from pplvi.programs.single import log_density_of, run_alone
 from pplvi.samplers import Request
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pplvi.divergences import divergences
 from pplvi.elbo import ELBO
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 
 from pplvi.draws import draw, predict, score, stack
-from pplvi.runs import Plate
+from pplvi.programs.sites import Plate
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -11,9 +11,9 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
 
 import pplvi
-from pplvi import enumeration
 from pplvi.draws import draw
-from pplvi.programs import execute
+from pplvi.programs import enumeration
+from pplvi.programs.joint import execute
 
 pytestmark = pytest.mark.usefixtures("float64")
 

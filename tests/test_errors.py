@@ -17,7 +17,7 @@ from pyro.optim import Adam
 import pplvi
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
 from pplvi.samplers import Ancestral
 
 pytestmark = pytest.mark.usefixtures("float64")

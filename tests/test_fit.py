@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
 from pplvi import checkpoint
-from pplvi.environment import Environment, rng_state
+from pplvi.programs.state import Environment, rng_state
 
 Y = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, -2.0, 1.5, 0.0])
 X = torch.linspace(-1.0, 1.0, 8)

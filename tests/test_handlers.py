@@ -12,8 +12,8 @@ from pyro.optim import Adam
 
 import pplvi
 from pplvi.draws import draw, predict
-from pplvi.programs import execute
-from pplvi.runs import sample_sites
+from pplvi.programs.joint import execute
+from pplvi.programs.sites import sample_sites
 
 pytestmark = pytest.mark.usefixtures("float64")
 

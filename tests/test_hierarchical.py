@@ -17,7 +17,7 @@ from torch import Tensor
 import pplvi
 from pplvi import AutoHierarchical
 from pplvi.elbo import ELBO
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -11,9 +11,9 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pplvi.alone import log_density_of, run_alone
 from pplvi.kernels import LangevinKernel, ResidualKernel, coordinates_of
 from pplvi.paths import GeometricPath, ProgramPath
+from pplvi.programs.single import log_density_of, run_alone
 
 pytestmark = pytest.mark.usefixtures("float64")
 

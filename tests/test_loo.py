@@ -24,7 +24,7 @@ from pplvi.draws import Draws
 from pplvi.examples import eight_schools
 from pplvi.loo import loo
 from pplvi.posterior import Posterior
-from pplvi.runs import Plate
+from pplvi.programs.sites import Plate
 from pplvi.weighted import WeightedDraws
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -17,7 +17,7 @@ import pplvi
 from pplvi import AutoMixture
 from pplvi.elbo import ELBO
 from pplvi.guides._mixtures import Component, StratifiedCategorical, mixture
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -34,8 +34,9 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pplvi
-from pplvi.programs import execute, first_bad_site, run_model
-from pplvi.runs import sample_sites
+from pplvi.programs.first_run import first_bad_site
+from pplvi.programs.joint import execute, run_model
+from pplvi.programs.sites import sample_sites
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -24,6 +24,7 @@ MAX_MEDIAN_FUNCTION = 8
 # Lower floors know nothing of higher ones; modules on one floor may know each other, without circles.
 FLOORS = {
     1: {
+        "types",
         "weights",
         "environment",
         "seeding",
@@ -42,7 +43,18 @@ FLOORS = {
     2: {"resampling", "objectives", "nested", "kernels", "invariant", "gibbs", "transport", "paths", "timesteps"}
     | {"controlled"},
     3: {"samplers", "levels", "annealing", "filtering", "guides", "energies"},
-    4: {"elbo", "wake_sleep", "roles", "nested_elbo", "filtering_elbo", "tracing", "backends", "compile", "updates"}
+    4: {
+        "losses",
+        "elbo",
+        "wake_sleep",
+        "roles",
+        "nested_elbo",
+        "filtering_elbo",
+        "tracing",
+        "backends",
+        "compile",
+        "updates",
+    }
     | {"equivalents", "vectorized", "together", "boltzmann_elbo", "sparsity", "multi_prediction", "up_down"},
     5: {"rates", "optimizers", "stopping", "batches", "checkpoint", "progress", "stepping", "training", "restarts"}
     | {"recipes", "lockstep", "originals", "naming"}

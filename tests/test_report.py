@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Normal, Pareto
 
 from pplvi.draws import Draws
+from pplvi.programs.sites import Plate
 from pplvi.report import judge, report
-from pplvi.runs import Plate
 from pplvi.weighted import WeightedDraws
 
 pytestmark = pytest.mark.usefixtures("float64")

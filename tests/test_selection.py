@@ -10,8 +10,8 @@ import torch
 
 import pplvi
 from pplvi import AutoFlow
-from pplvi.environment import Environment
 from pplvi.originals import Originals
+from pplvi.programs.state import Environment
 from pplvi.selection import Attempt, flow_recipe, select
 from pplvi.weighted import Estimate
 

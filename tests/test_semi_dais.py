@@ -22,7 +22,7 @@ from pplvi.guides import AutoAmortized, AutoHierarchical, AutoSemiDAIS
 from pplvi.invariant import HamiltonianKernel
 from pplvi.kernels import LangevinKernel
 from pplvi.posterior import Posterior
-from pplvi.programs import execute
+from pplvi.programs.joint import execute
 from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel
 
 pytestmark = pytest.mark.usefixtures("float64")

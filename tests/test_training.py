@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pplvi
 from pplvi import batches, training
-from pplvi.batches import make_batches, to_call
+from pplvi.batches import make_batches
+from pplvi.programs.calls import to_call
 from pplvi.stopping import Plateau
 
 Y = torch.linspace(-1.0, 2.0, 20)

@@ -12,7 +12,6 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.alone import log_density_of, run_alone
 from pplvi.annealing import Annealed, Resampling
 from pplvi.elbo import ELBO
 from pplvi.guides.annealed import AnnealedGuide
@@ -20,6 +19,7 @@ from pplvi.kernels import coordinates_of
 from pplvi.nested_elbo import NestedELBO
 from pplvi.objectives.step import Routing, Step
 from pplvi.posterior import Posterior
+from pplvi.programs.single import log_density_of, run_alone
 from pplvi.samplers import Request
 from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel
 from pplvi.weights.algebra import effective_sample_size, logmeanexp

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pplvi.draws import Draws
+from pplvi.programs.sites import Plate
 from pplvi.reweighting import align
-from pplvi.runs import Plate
 from pplvi.weighted import Estimate, WeightedDraws
 from pplvi.weights.algebra import effective_sample_size, log_evidence
 from pplvi.weights.pareto import pareto_smooth

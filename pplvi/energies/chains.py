@@ -18,8 +18,8 @@ from torch import Tensor
 from pplvi.energies.live import Live, active_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import EnergyModel
-from pplvi.environment import preserved_rng
 from pplvi.objectives.step import Step
+from pplvi.programs.state import preserved_rng
 from pplvi.types import Values
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machine import BoltzmannMachine
-from pplvi.seeding import random_state
+from pplvi.programs.state import random_state
 
 __all__ = ["FreeEnergyGap", "Mixing", "Neighbours", "chain_mixing", "free_energy_gap", "inpaint", "nearest_neighbours"]
 

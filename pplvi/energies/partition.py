@@ -20,7 +20,7 @@ from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import MeanFieldGuide
 from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.program import data_plate
-from pplvi.seeding import random_state
+from pplvi.programs.state import random_state
 from pplvi.types import Values
 from pplvi.weights.algebra import effective_sample_size, log_evidence
 

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pplvi import checks
-from pplvi.environment import preserved_rng
-from pplvi.programs import plain_run
-from pplvi.runs import PARTICLES, Run, Site, is_enumerated, latent_sites, site_plates
+from pplvi.programs import checks
+from pplvi.programs.running import plain_run
+from pplvi.programs.sites import PARTICLES, Site, is_enumerated, latent_sites, site_plates
+from pplvi.programs.state import preserved_rng
+from pplvi.programs.traces import Run
 
 CHUNK = 1_000  # rows that go through the model in one call
 

@@ -13,11 +13,10 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pplvi.environment import preserved_rng
 from pplvi.guides._base import ContinuousGuide
 from pplvi.guides._density import UnconstrainedDensity, is_summed, outside_of_handlers
 from pplvi.guides._gaussians import Gaussian, GaussianMixture
-from pplvi.seeding import random_state
+from pplvi.programs.state import preserved_rng, random_state
 
 _PARTS = Gaussian._fields
 _TRIES = 100

@@ -13,8 +13,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pplvi.kernels import Coordinates
-from pplvi.runs import Plate
-from pplvi.seeding import random_state
+from pplvi.programs.sites import Plate
+from pplvi.programs.state import random_state
 
 __all__ = ["Locals"]
 

@@ -16,15 +16,16 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn.module import PyroModule, PyroParam, to_pyro_module_
 from torch import Tensor, nn
 
-from pplvi.arguments import Arguments
-from pplvi.autoguides import auxiliary_values
-from pplvi.environment import preserved_rng
 from pplvi.guides._conditional import FAMILIES, build_conditional
 from pplvi.guides._locals import Locals
 from pplvi.guides._owned import OwnedGuide
 from pplvi.kernels import Coordinates, coordinates
-from pplvi.programs import given_subsamples, plain_run
-from pplvi.runs import Plate, latent_sites, site_plates
+from pplvi.programs.autoguides import auxiliary_values
+from pplvi.programs.calls import Arguments
+from pplvi.programs.first_run import given_subsamples
+from pplvi.programs.running import plain_run
+from pplvi.programs.sites import Plate, latent_sites, site_plates
+from pplvi.programs.state import preserved_rng
 from pplvi.types import Program
 
 __all__ = ["AutoAmortized"]

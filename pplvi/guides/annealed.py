@@ -21,13 +21,13 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pplvi.alone import log_density_of
 from pplvi.gibbs import sites_of
 from pplvi.guides._owned import claim_name
 from pplvi.kernels import Kernel, ResidualKernel, coordinates_of
 from pplvi.paths import GeometricPath, Path, Plan, ProgramPath, RepeatedPath, sites_of_target
-from pplvi.programs import plain_run
-from pplvi.runs import is_subsample
+from pplvi.programs.running import plain_run
+from pplvi.programs.single import log_density_of
+from pplvi.programs.sites import is_subsample
 from pplvi.types import Program
 
 

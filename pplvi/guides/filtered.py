@@ -20,9 +20,10 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pplvi.filtering import Particles, plates_found
-from pplvi.handlers import aside, numbered
 from pplvi.objectives.step import Routing
-from pplvi.runs import PARTICLES, Plate, site_plates
+from pplvi.programs.handlers import aside
+from pplvi.programs.markov import numbered
+from pplvi.programs.sites import PARTICLES, Plate, site_plates
 from pplvi.timesteps import Course, Plates, course_of, has_steps
 from pplvi.types import Program
 from pplvi.weights.algebra import logmeanexp

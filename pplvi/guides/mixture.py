@@ -18,7 +18,7 @@ from pplvi.guides._base import ContinuousGuide
 from pplvi.guides._density import UnconstrainedDensity
 from pplvi.guides._mixtures import Component, StratifiedCategorical, mixture
 from pplvi.guides._zuko import AffineFlowTransform
-from pplvi.seeding import random_state
+from pplvi.programs.state import random_state
 from pplvi.weights.resampling import resample
 
 __all__ = ["AutoMixture"]

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pplvi.environment import preserved_parameters
 from pplvi.guides.amortized import AutoAmortized
-from pplvi.programs import execute
-from pplvi.seeding import random_state
+from pplvi.programs.joint import execute
+from pplvi.programs.state import preserved_parameters, random_state
 
 __all__ = ["AmortizationGap", "amortization_gap", "refine"]
 

@@ -20,15 +20,15 @@ from pyro.nn.module import PyroModule
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pplvi.alone import log_density_of
 from pplvi.guides._conditional import from_noise
 from pplvi.guides._locals import Locals
 from pplvi.guides._owned import OwnedGuide
 from pplvi.guides.amortized import AutoAmortized, place
 from pplvi.guides.annealed import _Level, climb
-from pplvi.handlers import aside
 from pplvi.kernels import Coordinates, Kernel
 from pplvi.paths import Betas
+from pplvi.programs.handlers import aside
+from pplvi.programs.single import log_density_of
 from pplvi.transport import UncorrectedHamiltonianKernel
 
 __all__ = ["AutoSemiDAIS"]

@@ -13,9 +13,9 @@ from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, TransformedDistribution, constraints
 
-from pplvi.handlers import Supply, aside, rewritten
-from pplvi.programs import isolated, plain_run
-from pplvi.runs import latent_sites
+from pplvi.programs.handlers import Supply, aside, rewritten
+from pplvi.programs.running import isolated, plain_run
+from pplvi.programs.sites import latent_sites
 from pplvi.types import Program, Values
 
 __all__ = ["Reparametrized", "noncentered"]

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.masks import seen
-from pplvi.runs import (
-    Run,
+from pplvi.programs.masks import seen
+from pplvi.programs.sites import (
     Site,
     common_plates,
     is_delta,
@@ -23,6 +22,7 @@ from pplvi.runs import (
     sample_sites,
     site_plates,
 )
+from pplvi.programs.traces import Run
 
 
 @contextmanager

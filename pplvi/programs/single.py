@@ -1,6 +1,6 @@
 """Running one program by itself inside a larger computation: the levels of a path, and densities inside kernels.
 
-The sibling of :mod:`pplvi.programs`, which runs pairs: a level runs a kernel on the draws of the level before, or
+The sibling of :mod:`pplvi.programs.joint`, which runs pairs: a level runs a kernel on the draws of the level before, or
 scores a target at draws that something else has made.
 """
 
@@ -19,9 +19,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch import distributions as torch_dist
 
-from pplvi.environment import preserved_rng
-from pplvi.handlers import Detach, Supply
-from pplvi.runs import PARTICLES, Run, is_enumerated, is_subsample, latent_sites
+from pplvi.programs.handlers import Detach, Supply
+from pplvi.programs.sites import PARTICLES, is_enumerated, is_subsample, latent_sites
+from pplvi.programs.state import preserved_rng
+from pplvi.programs.traces import Run
 from pplvi.types import Program, Values
 
 Result = TypeVar("Result")
@@ -72,7 +73,7 @@ def run_alone(
 
 
 class _Recorder(Messenger):
-    """Supply values and keep the sample sites: one handler where :mod:`pplvi.programs` needs several.
+    """Supply values and keep the sample sites: one handler where :mod:`pplvi.programs.joint` needs several.
 
     :param redraw: give supplied values the reparameterised path of the distributions that they were drawn from.
     """

@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoGuideList, AutoN
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pplvi.runs import is_delta
+from pplvi.programs.sites import is_delta
 
 
 def auxiliary_values(guide: Any, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,23 +18,24 @@ from pplvi.types import Call
 LastBatch = Literal["compile", "drop", "pad"]
 
 
-def as_call(item: Any) -> Call:
-    """Arguments and keyword arguments of the model for one batch.
+def to_call(item: Any) -> Call:
+    """Arguments and keyword arguments of the model for one item of the data.
 
-    :raises ValueError: if the batch is no tensor, tuple, list or dictionary.
+    :raises ValueError: if the item is no tensor, tuple, list or dictionary.
 
-    >>> as_call({"x": 1}), as_call([1, 2])
-    (((), {'x': 1}), ((1, 2), {}))
+    Example:
+        >>> to_call({"x": 1}), to_call([1, 2])
+        (((), {'x': 1}), ((1, 2), {}))
     """
     if isinstance(item, Tensor):
         return (item,), {}
     if isinstance(item, Mapping):
-        return (), dict(item)
+        return (), {str(key): value for key, value in item.items()}
     if isinstance(item, (tuple, list)):
         return tuple(item), {}
     raise ValueError(
-        f"a batch is a {type(item).__name__}: expected a tuple or list of the model's arguments, a dictionary of its "
-        "keyword arguments, or one tensor."
+        f"the data yielded a {type(item).__name__}: expected a tuple or list of the model's arguments, a dictionary of "
+        "its keyword arguments, or one tensor."
     )
 
 

@@ -16,7 +16,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
-from pplvi.masks import without_missing
+from pplvi.programs.masks import without_missing
 
 Site = dict[str, Any]
 Trace = Any  # pyro.poutine.Trace; poutine itself stays in programs.py

@@ -1,0 +1,1 @@
+"""Running Pyro programs and knowing what they do. Imports ``weights``."""

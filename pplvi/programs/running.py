@@ -1,0 +1,116 @@
+"""Running a program under handlers: with all particles, alone, or without touching any state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pplvi.programs import checks
+from pplvi.programs.handlers import Detach, Somewhere, SubsampleRecorder, Supply
+from pplvi.programs.masks import balance_missing
+from pplvi.programs.sites import PARTICLES, is_subsample
+from pplvi.programs.state import preserved_buffers, preserved_parameters, preserved_rng
+from pplvi.programs.traces import Run
+from pplvi.types import Program
+
+
+@dataclass(frozen=True)
+class _How:
+    """How to run a pair of programs."""
+
+    num_particles: int = 1
+    nesting: int = 0
+    enumerated: bool = False
+    detach: bool = False
+    values: Mapping[str, Tensor] | None = None
+
+    def particles(self) -> AbstractContextManager[Any]:
+        # One particle runs the programs as they are: models that cannot be vectorised work too.
+        if self.num_particles == 1:
+            return nullcontext()
+        return pyro.plate(PARTICLES, self.num_particles, dim=-self.nesting - 1)
+
+    def enumerating(self, *, first: bool) -> AbstractContextManager[Any]:
+        if not self.enumerated:
+            return nullcontext()
+        return poutine.enum(first_available_dim=-self.nesting - 2 if first else None)
+
+    def drawing(self) -> AbstractContextManager[Any]:
+        return Detach() if self.detach else nullcontext()
+
+
+def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> Run:
+    guide_trace = _run_guide(guide, args, kwargs, how)
+    if isinstance(messenger := poutine.unwrap(guide), GuideMessenger):  # it ran the model already
+        return Run(guide_trace, messenger.get_traces()[0], how.num_particles, how.nesting, how.enumerated)
+    # Replay goes outside enumeration, which has to see every site before it is replaced.
+    around = poutine.replay(trace=guide_trace), how.enumerating(first=False), how.particles()
+    recorder = SubsampleRecorder()
+    model_trace = _trace(recorder(model), args, kwargs, *around)
+    balance_missing(model_trace, guide_trace)
+    given = frozenset(recorder.given)
+    return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated, given)
+
+
+def _run_guide(guide: Program, args: Any, kwargs: Any, how: _How) -> Trace:
+    with how.drawing(), Supply(how.values or {}):
+        trace = _trace(guide, args, kwargs, how.enumerating(first=True), how.particles())
+    if not isinstance(messenger := poutine.unwrap(guide), GuideMessenger):
+        return trace
+    guide_trace = messenger.get_traces()[1]
+    guide_trace.nodes.update({name: site for name, site in trace.nodes.items() if is_subsample(site)})
+    return guide_trace
+
+
+def _trace(program: Program, args: Any, kwargs: Any, *contexts: AbstractContextManager[Any]) -> Trace:
+    """Trace a program inside contexts, the first outermost."""
+
+    def run() -> None:
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            program(*args, **kwargs)
+
+    return poutine.trace(run).get_trace()
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Run a program for inspection: no gradient, no new parameter in the store (its initial value would depend on who
+    inspected first), and a random state that is neither advanced nor used twice."""
+    with preserved_rng(), preserved_parameters(), torch.no_grad():
+        if not _recording():
+            pyro.set_rng_seed(int(torch.randint(2**31, ())))
+        yield
+
+
+def _recording() -> bool:
+    """Whether operations are being written down (``make_fx``): values cannot be looked at then."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
+def _plain_run(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
+    with isolated(), preserved_buffers(model=model, guide=guide), checks.named_errors():
+        run = _execute(model, guide, args, kwargs, _How())
+    return replace(run, nesting=run.deepest)
+
+
+def plain_run(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
+    """One run of a model alone, without particles, that leaves the random state as it was."""
+    with Somewhere():
+        return _plain_run(model, _no_guide, args, kwargs)
+
+
+def _no_guide(*args: Any, **kwargs: Any) -> None:
+    """A guide without sites."""
