@@ -32,13 +32,12 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pplvi.compile import CompiledSVI
-from pplvi.controlled import ControlledLangevinKernel
-from pplvi.elbo import ELBO
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels import LangevinKernel
+from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
+from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
+from pplvi.losses.elbo import ELBO
 from pplvi.programs.joint import execute
 from pplvi.rates import Cosine
-from pplvi.transport import UncorrectedHamiltonianKernel
 from pplvi.weights.algebra import effective_sample_size
 
 

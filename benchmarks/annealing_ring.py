@@ -34,14 +34,16 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.nn.functional import linear, silu, softplus
 
-from pplvi.annealing import Annealed, Resampling
 from pplvi.compile import CompiledSVI, Mode
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels import Coordinates, Kernel, LogDensity, Program, ResidualKernel
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.base import Kernel, LogDensity, Program
+from pplvi.kernels.coordinates import Coordinates
+from pplvi.kernels.residual import ResidualKernel
+from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.step import Routing
 from pplvi.rates import Cosine, Schedule
-from pplvi.samplers import Request
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
 from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 BUDGET = 288

@@ -28,8 +28,8 @@ from torch.nn.functional import softplus
 
 from pplvi.compile import CompiledSVI, Mode
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels import ResidualKernel
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.residual import ResidualKernel
+from pplvi.losses.nested import NestedELBO
 from pplvi.weights.resampling import resample
 
 Step = Callable[[], Any]

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pplvi import ELBO, CompiledSVI, ForwardKL, ReweightedWakeSleep
-from pplvi.elbo import Loss
+from pplvi.losses.base import Loss
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.objectives.step import Step
 from pplvi.programs.joint import Program, execute

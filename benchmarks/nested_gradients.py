@@ -29,14 +29,15 @@ from annealing_ring import ring, start
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.annealing import Annealed, Resampling
 from pplvi.compile import CompiledSVI
-from pplvi.elbo import ELBO, WeightedELBO
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels import ResidualKernel
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.residual import ResidualKernel
+from pplvi.losses.base import WeightedELBO
+from pplvi.losses.elbo import ELBO
+from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.nested import FilteringBound
 from pplvi.programs.handlers import parameters_of
+from pplvi.samplers.annealed import Annealed, Resampling
 from pplvi.tracing import record
 from pplvi.updates import FlatParameters
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pplvi.draws import Draws
-from pplvi.weighted import WeightedDraws
+from pplvi.posterior.draws import Draws
+from pplvi.posterior.weighted import WeightedDraws
 
 STEPS, PARTICLES = 10_000, 64
 

@@ -36,7 +36,7 @@ import torch
 from speed_problems import NUMPYRO, PROBLEMS, Problem, numpyro_programs
 
 from pplvi.compile import CompiledSVI
-from pplvi.elbo import ELBO
+from pplvi.losses.elbo import ELBO
 
 BLOCK = 100  # steps between two looks at the ELBO, and in one call where a way takes several
 MAX_STEPS = 6000

@@ -11,11 +11,12 @@ from annealing_ring import BUDGET, ring, start
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
-from pplvi.elbo import ELBO, Loss
 from pplvi.examples.eight_schools import EFFECTS, STANDARD_ERRORS
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels import ResidualKernel
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.residual import ResidualKernel
+from pplvi.losses.base import Loss
+from pplvi.losses.elbo import ELBO
+from pplvi.losses.nested import NestedELBO
 
 TARGETS = 8
 

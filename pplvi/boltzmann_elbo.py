@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pplvi.elbo import Loss
 from pplvi.energies.chains import (
     Chains,
     ContrastiveDivergence,
@@ -25,6 +24,7 @@ from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.program import EnergyModel
 from pplvi.energies.statistics import has_statistics, log_densities
+from pplvi.losses.base import Loss
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import LogPartition
 from pplvi.objectives.step import Estimator, Objective, Step

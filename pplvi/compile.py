@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pplvi import backends
-from pplvi.equivalents import own_loss
+from pplvi.losses.elbo import own_loss
 from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, in_runs, stacked, to_call
 from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.handlers import parameters_of
@@ -68,7 +68,7 @@ class CompiledSVI:
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference", for the step.
 
     >>> import pyro.distributions as dist
-    >>> from pplvi.elbo import ELBO
+    >>> from pplvi.losses.elbo import ELBO
     >>> from pyro.infer.autoguide import AutoNormal
     >>> def model(y):
     ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)

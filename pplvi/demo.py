@@ -26,12 +26,12 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 from torch.optim import Adam
 
-from pplvi.elbo import ELBO, ImportanceWeightedELBO, RenyiELBO
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
 from pplvi.fitting import Fit, fit
 from pplvi.guides import AutoFlow
-from pplvi.plots import plot_against_reference, plot_objective, plot_weights
+from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO, RenyiELBO
+from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
 
 REFERENCE = "NUTS"
 SHOWN = ("AutoFlow", "ImportanceWeightedELBO")  # the run of which report, plots and data are written

@@ -16,8 +16,7 @@ from pplvi.batches import Batches, FullData, make_batches
 from pplvi.chains import kernel_factory, run_chains
 from pplvi.checkpoint import PathLike
 from pplvi.compile import Mode
-from pplvi.elbo import ELBO
-from pplvi.equivalents import own_loss
+from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.naming import describe
 from pplvi.optimizers import OptimLike, Update
 from pplvi.originals import Originals
@@ -106,7 +105,7 @@ def fit(
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
         arguments, a dictionary of keyword arguments, or one tensor. It starts anew when it is used up; an iterator,
         which cannot, ends the training.
-    :param objective: a loss of :mod:`pplvi.elbo` or of Pyro; ``ELBO()`` unless given.
+    :param objective: a loss of :mod:`pplvi.losses.elbo` or of Pyro; ``ELBO()`` unless given.
     :param optim: a ``pyro.optim`` optimiser, a torch optimiser class, or a callable from the list of parameters to a
         torch optimiser; ``{"model": ..., "guide": ...}`` with one of these for each; Adam with learning rate 0.01
         unless given.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pplvi.elbo import ELBO
+from pplvi.losses.elbo import ELBO
 from pplvi.restarts import publish
 from pplvi.result import Fit
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.elbo import Loss
 from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.mean_field import MeanFieldGuide
 from pplvi.energies.program import Mask
 from pplvi.energies.sweeps import MeanField
 from pplvi.energies.units import Units
+from pplvi.losses.base import Loss
 from pplvi.types import Values
 
 

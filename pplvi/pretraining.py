@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pplvi.boltzmann_elbo import BoltzmannELBO
-from pplvi.elbo import Loss
 from pplvi.energies.dbm import DeepBoltzmannMachine
 from pplvi.energies.dbn import DeepBeliefNetwork
 from pplvi.energies.stacking import Stage, stages
 from pplvi.fitting import fit
+from pplvi.losses.base import Loss
 from pplvi.programs.state import preserved_rng
 from pplvi.result import Fit
 

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pplvi.draws import Draws
-from pplvi.elbo import Loss
-from pplvi.export import to_arviz
 from pplvi.guides.amortized import AutoAmortized
 from pplvi.guides.refinement import amortization_gap
-from pplvi.posterior import Posterior
+from pplvi.losses.base import Loss
+from pplvi.posterior.arviz.export import to_arviz
+from pplvi.posterior.draws import Draws
+from pplvi.posterior.posterior import Posterior
+from pplvi.posterior.report import describe_parameters, report
 from pplvi.programs.handlers import parameters_of
-from pplvi.report import describe_parameters, report
 from pplvi.stopping import has_settled
 from pplvi.training import Run, ScopedProgram
 from pplvi.types import Program
@@ -57,7 +57,7 @@ class Fit:
     :ivar seed: the seed of restart 0.
     :ivar notes: what the report says besides, such as what ``"auto"`` tried.
     :ivar vectorize: whether all draws of a posterior are made in one call of the programs. An objective of
-        :mod:`pplvi.elbo` decides by its ``vectorize_particles``; with another one, or MCMC, set it to ``False`` for
+        :mod:`pplvi.losses.elbo` decides by its ``vectorize_particles``; with another one, or MCMC, set it to ``False`` for
         programs that allow no such call.
 
     Source: Kucukelbir et al. (2017), "Automatic differentiation variational inference", for the work flow; restarts
@@ -228,7 +228,7 @@ class Fit:
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> arviz.ELPDData:
-        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.loo.loo`.
+        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.loo.loo`.
 
         :param var_name: the observed site; may be left out if there is only one.
         :param args: the full data, where the fit saw minibatches.

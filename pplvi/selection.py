@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pplvi.elbo import ELBO
 from pplvi.flow_training import flow_recipe
 from pplvi.guides.deterministic import AutoDeterministicNormal
 from pplvi.guides.flow import AutoFlow
 from pplvi.guides.pathfinder import AutoPathfinder
 from pplvi.guides.score_matching import AutoBatchAndMatch
+from pplvi.losses.elbo import ELBO
 from pplvi.originals import Originals
+from pplvi.posterior.weighted import Estimate
 from pplvi.programs.reparam import forms_of
 from pplvi.restarts import publish
 from pplvi.result import Fit
 from pplvi.types import Program
-from pplvi.weighted import Estimate
 
 GOOD_ENOUGH = 0.7
 BUDGET = 60.0  # seconds

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.elbo import Loss
 from pplvi.energies.factorised import FactorisedGuide
 from pplvi.energies.live import training_step
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.units import BernoulliUnits
+from pplvi.losses.base import Loss
 from pplvi.types import Program
 
 

@@ -10,11 +10,11 @@ import pyro
 from torch import Tensor
 
 from pplvi.batches import FullData
-from pplvi.elbo import ELBO
 from pplvi.guides._found import FoundGuide
 from pplvi.guides._starts import start_at_pathfinder
 from pplvi.guides.pathfinder import AutoPathfinder
 from pplvi.guides.score_matching import AutoBatchAndMatch
+from pplvi.losses.elbo import ELBO
 from pplvi.programs.running import plain_run
 from pplvi.training import Run, Trainer, evaluate, unobtrusive
 from pplvi.types import Call

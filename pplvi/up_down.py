@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.elbo import Loss
 from pplvi.energies.dbn import DeepBeliefGuide, DeepBeliefNetwork
 from pplvi.energies.live import training_step
+from pplvi.losses.base import Loss
 
 
 class UpDown(Loss):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Beta, Binomial, Normal
 
-from pplvi.elbo import WeightedELBO
+from pplvi.losses.base import WeightedELBO
 
 Values = dict[str, Tensor]
 Getter = Callable[[str], Tensor]

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 import pplvi
 from pplvi import AutoAmortized, amortization_gap, refine
-from pplvi.elbo import ELBO, ForwardKL, ImportanceWeightedELBO, WeightedELBO
+from pplvi.losses.base import WeightedELBO
+from pplvi.losses.elbo import ELBO, ForwardKL, ImportanceWeightedELBO
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.programs.joint import execute
-from pplvi.samplers import Ancestral
+from pplvi.samplers.ancestral import Ancestral
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -11,13 +11,12 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.controlled import ControlledLangevinKernel
-from pplvi.elbo import ELBO
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels import LangevinKernel
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
+from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
+from pplvi.losses.elbo import ELBO
+from pplvi.losses.nested import NestedELBO
 from pplvi.programs.joint import execute
-from pplvi.transport import UncorrectedHamiltonianKernel
 
 pytestmark = pytest.mark.usefixtures("float64")
 

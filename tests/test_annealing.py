@@ -14,19 +14,22 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.annealing import Annealed, Resampling
-from pplvi.elbo import ELBO, ImportanceWeightedELBO, WeightedELBO
 from pplvi.fitting import fit
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
-from pplvi.kernels import LangevinKernel, ResidualKernel, ResidualProgram, coordinates_of
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.coordinates import coordinates_of
+from pplvi.kernels.langevin import LangevinKernel
+from pplvi.kernels.residual import ResidualKernel, ResidualProgram
+from pplvi.losses.base import WeightedELBO
+from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO
+from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.nested import FilteringBound, IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.objectives.step import Routing, Step
-from pplvi.paths import GeometricPath
 from pplvi.programs.joint import execute
 from pplvi.programs.single import run_alone
-from pplvi.samplers import Request
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
+from pplvi.samplers.paths import GeometricPath
 from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

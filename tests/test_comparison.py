@@ -14,8 +14,8 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pplvi
 from pplvi import AutoBatchAndMatch, AutoPathfinder
-from pplvi.comparison import compare
-from pplvi.posterior import Posterior
+from pplvi.posterior.comparison import compare
+from pplvi.posterior.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -32,21 +32,22 @@ from torch import Tensor, nn
 
 import pplvi.backends
 import pplvi.compile
-from pplvi.annealing import Annealed, Resampling
 from pplvi.boltzmann_elbo import BoltzmannELBO
 from pplvi.compile import CompiledSVI
-from pplvi.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO, WeightedELBO
 from pplvi.energies import RestrictedBoltzmannMachine
-from pplvi.equivalents import own_loss
 from pplvi.guides import AutoFlow
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
-from pplvi.invariant import HamiltonianKernel
-from pplvi.kernels import LangevinKernel, ResidualKernel
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.hamiltonian import HamiltonianKernel
+from pplvi.kernels.langevin import LangevinKernel
+from pplvi.kernels.residual import ResidualKernel
+from pplvi.losses.base import WeightedELBO
+from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO, own_loss
+from pplvi.losses.nested import NestedELBO
+from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pplvi.objectives.nested import FilteringBound
 from pplvi.rates import Cosine
+from pplvi.samplers.annealed import Annealed, Resampling
 from pplvi.tracing import Untraceable
-from pplvi.wake_sleep import ReweightedWakeSleep, WakeSleep
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 GROUPS = torch.tensor([[0.3, 1.9, 1.1], [2.2, 1.4, 0.8]])

@@ -13,17 +13,17 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.annealing import Annealed, Resampling
 from pplvi.compile import CompiledSVI
-from pplvi.controlled import ControlledLangevinKernel
-from pplvi.elbo import ELBO, ImportanceWeightedELBO
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels import LangevinKernel, coordinates_of
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.coordinates import coordinates_of
+from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
+from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO
+from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.step import Routing
-from pplvi.posterior import Posterior
+from pplvi.posterior.posterior import Posterior
 from pplvi.programs.single import log_density_of, run_alone
-from pplvi.samplers import Request
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,9 +12,9 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pplvi.divergences import divergences
-from pplvi.elbo import ELBO
+from pplvi.losses.elbo import ELBO
 from pplvi.programs.joint import execute
+from pplvi.samplers.divergences import divergences
 
 pytestmark = pytest.mark.usefixtures("float64")
 

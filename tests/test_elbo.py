@@ -15,19 +15,11 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor
 
-from pplvi.elbo import (
-    ELBO,
-    ChiELBO,
-    ForwardKL,
-    ImportanceWeightedELBO,
-    Loss,
-    RenyiELBO,
-    ThermodynamicELBO,
-    WeightedELBO,
-)
+from pplvi.losses.base import Loss, WeightedELBO
+from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
-from pplvi.samplers import Ancestral
+from pplvi.samplers.ancestral import Ancestral
 from pplvi.weights.algebra import effective_sample_size
 
 pytestmark = pytest.mark.usefixtures("float64")

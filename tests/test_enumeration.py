@@ -11,7 +11,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuideList, AutoNormal
 
 import pplvi
-from pplvi.draws import draw
+from pplvi.posterior.draws import draw
 from pplvi.programs import enumeration
 from pplvi.programs.joint import execute
 

@@ -18,7 +18,7 @@ import pplvi
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.programs.joint import execute
-from pplvi.samplers import Ancestral
+from pplvi.samplers.ancestral import Ancestral
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -17,9 +17,9 @@ from pyro.nn import PyroModule, PyroSample
 
 import pplvi
 from pplvi.examples import load
-from pplvi.export import to_arviz
-from pplvi.posterior import Posterior
-from pplvi.schema import datasets, wrap
+from pplvi.posterior.arviz.export import to_arviz
+from pplvi.posterior.arviz.schema import datasets, wrap
+from pplvi.posterior.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("float64")
 

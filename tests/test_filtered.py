@@ -10,13 +10,13 @@ from programs import Proposal, Walk
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.elbo import ELBO
-from pplvi.export import to_arviz
-from pplvi.filtering_elbo import FilteringELBO
 from pplvi.fitting import fit
 from pplvi.guides.filtered import FilteredGuide
-from pplvi.posterior import Posterior
-from pplvi.timesteps import StateSpace
+from pplvi.losses.elbo import ELBO
+from pplvi.losses.filtering import FilteringELBO
+from pplvi.posterior.arviz.export import to_arviz
+from pplvi.posterior.posterior import Posterior
+from pplvi.samplers.state_space import StateSpace
 
 pytestmark = pytest.mark.usefixtures("float64")
 

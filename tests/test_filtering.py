@@ -12,11 +12,9 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.annealing import Resampling
 from pplvi.compile import CompiledSVI
-from pplvi.elbo import WeightedELBO
-from pplvi.filtering import Filtering
-from pplvi.filtering_elbo import FilteringELBO
+from pplvi.losses.base import WeightedELBO
+from pplvi.losses.filtering import FilteringELBO
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.nested import (
     FilteringBound,
@@ -26,6 +24,8 @@ from pplvi.objectives.nested import (
     NestedReverseKL,
 )
 from pplvi.objectives.step import Step
+from pplvi.samplers.annealed import Resampling
+from pplvi.samplers.filtering import Filtering
 from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from pplvi.annealing import Annealed, Resampling
-from pplvi.gibbs import GibbsKernel, sites_of
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.invariant import Frame, HamiltonianKernel
-from pplvi.kernels import ResidualKernel
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.coordinates import sites_of
+from pplvi.kernels.flow import FlowKernel
+from pplvi.kernels.gibbs import GibbsKernel
+from pplvi.kernels.hamiltonian import HamiltonianKernel
+from pplvi.kernels.invariant import Frame
+from pplvi.kernels.residual import ResidualKernel
+from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.step import Routing, Step
-from pplvi.samplers import Request
-from pplvi.transport import FlowKernel
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
 from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -11,7 +11,7 @@ from pyro.infer.reparam import LocScaleReparam, ProjectedNormalReparam, Transfor
 from pyro.optim import Adam
 
 import pplvi
-from pplvi.draws import draw, predict
+from pplvi.posterior.draws import draw, predict
 from pplvi.programs.joint import execute
 from pplvi.programs.sites import sample_sites
 

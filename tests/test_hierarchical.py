@@ -16,7 +16,7 @@ from torch import Tensor
 
 import pplvi
 from pplvi import AutoHierarchical
-from pplvi.elbo import ELBO
+from pplvi.losses.elbo import ELBO
 from pplvi.programs.joint import execute
 
 pytestmark = pytest.mark.usefixtures("float64")

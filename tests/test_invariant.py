@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pplvi.annealing import Annealed, Resampling
-from pplvi.elbo import ELBO
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.invariant import Frame, HamiltonianKernel
-from pplvi.kernels import coordinates_of
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.coordinates import coordinates_of
+from pplvi.kernels.hamiltonian import HamiltonianKernel
+from pplvi.kernels.invariant import Frame
+from pplvi.losses.elbo import ELBO
+from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.step import Routing, Step
-from pplvi.samplers import Request
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
 from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -11,9 +11,11 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pplvi.kernels import LangevinKernel, ResidualKernel, coordinates_of
-from pplvi.paths import GeometricPath, ProgramPath
+from pplvi.kernels.coordinates import coordinates_of
+from pplvi.kernels.langevin import LangevinKernel
+from pplvi.kernels.residual import ResidualKernel
 from pplvi.programs.single import log_density_of, run_alone
+from pplvi.samplers.paths import GeometricPath, ProgramPath
 
 pytestmark = pytest.mark.usefixtures("float64")
 

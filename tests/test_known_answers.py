@@ -15,16 +15,9 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, Aut
 from pyro.optim import Adam
 from torch.distributions import Beta, Binomial, Normal
 
-from pplvi.elbo import (
-    ELBO,
-    ChiELBO,
-    ForwardKL,
-    ImportanceWeightedELBO,
-    RenyiELBO,
-    ThermodynamicELBO,
-    WeightedELBO,
-)
 from pplvi.guides import AutoFlow
+from pplvi.losses.base import WeightedELBO
+from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
 from pplvi.objectives.step import Objective, Routing, Step, Terms
 
 pytestmark = pytest.mark.usefixtures("float64")

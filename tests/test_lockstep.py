@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pplvi.together
 from pplvi import fit
-from pplvi.elbo import ELBO
+from pplvi.losses.elbo import ELBO
 from pplvi.stopping import Plateau
 from pplvi.training import TrainingError
 

@@ -19,13 +19,13 @@ from pyro.optim import ClippedAdam
 from torch import Tensor
 from torch.distributions import Normal
 
-from pplvi import loo as loo_module
-from pplvi.draws import Draws
 from pplvi.examples import eight_schools
-from pplvi.loo import loo
-from pplvi.posterior import Posterior
+from pplvi.posterior import loo as loo_module
+from pplvi.posterior.draws import Draws
+from pplvi.posterior.loo import loo
+from pplvi.posterior.posterior import Posterior
+from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.sites import Plate
-from pplvi.weighted import WeightedDraws
 
 pytestmark = pytest.mark.usefixtures("float64")
 

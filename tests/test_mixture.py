@@ -15,8 +15,8 @@ from torch import Tensor
 
 import pplvi
 from pplvi import AutoMixture
-from pplvi.elbo import ELBO
 from pplvi.guides._mixtures import Component, StratifiedCategorical, mixture
+from pplvi.losses.elbo import ELBO
 from pplvi.programs.joint import execute
 
 pytestmark = pytest.mark.usefixtures("float64")

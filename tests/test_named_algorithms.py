@@ -11,21 +11,22 @@ import torch
 from programs import Proposal, Walk
 from torch import Tensor
 
-from pplvi.annealing import Annealed, Resampling
-from pplvi.controlled import ControlledLangevinKernel
-from pplvi.elbo import ELBO
-from pplvi.filtering_elbo import FilteringELBO
-from pplvi.gibbs import GibbsKernel
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.guides.filtered import FilteredGuide
-from pplvi.invariant import HamiltonianKernel
-from pplvi.kernels import LangevinKernel, ResidualKernel
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.flow import FlowKernel
+from pplvi.kernels.gibbs import GibbsKernel
+from pplvi.kernels.hamiltonian import HamiltonianKernel
+from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
+from pplvi.kernels.residual import ResidualKernel
+from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
+from pplvi.losses.elbo import ELBO
+from pplvi.losses.filtering import FilteringELBO
+from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.step import Routing
-from pplvi.paths import DataPath
-from pplvi.samplers import Request
-from pplvi.timesteps import StateSpace
-from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
+from pplvi.samplers.paths import DataPath
+from pplvi.samplers.state_space import StateSpace
 from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pplvi.annealing import Annealed
 from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
@@ -20,6 +19,7 @@ from pplvi.energies import (
 )
 from pplvi.energies.averaging import averaged_machines, base_fields
 from pplvi.energies.between import Between
+from pplvi.samplers.annealed import Annealed
 
 
 @pytest.fixture(autouse=True)

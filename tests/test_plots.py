@@ -12,9 +12,9 @@ from matplotlib import pyplot
 from matplotlib.colors import same_color
 from pyro.infer.autoguide import AutoDelta
 
-from pplvi.export import to_arviz
-from pplvi.plots import plot_against_reference, plot_objective, plot_weights
-from pplvi.posterior import Posterior
+from pplvi.posterior.arviz.export import to_arviz
+from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
+from pplvi.posterior.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("float64")
 

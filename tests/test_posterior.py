@@ -21,7 +21,7 @@ from pyro.infer.autoguide import (
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.posterior import Posterior
+from pplvi.posterior.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -491,5 +491,5 @@ def test_import_needs_no_arviz() -> None:
     import sys
 
     heavy = {"arviz", "xarray", "matplotlib", "zuko"}
-    code = f"import sys, pplvi.posterior, pplvi.report; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, pplvi.posterior.posterior, pplvi.posterior.report; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from pplvi.annealing import Annealed, Resampling
-from pplvi.controlled import ControlledLangevinKernel
-from pplvi.gibbs import GibbsKernel
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
-from pplvi.invariant import HamiltonianKernel
-from pplvi.kernels import LangevinKernel, ResidualKernel
+from pplvi.kernels.flow import FlowKernel
+from pplvi.kernels.gibbs import GibbsKernel
+from pplvi.kernels.hamiltonian import HamiltonianKernel
+from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
+from pplvi.kernels.residual import ResidualKernel
+from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
 from pplvi.objectives.step import Routing
-from pplvi.paths import DataPath
-from pplvi.samplers import Request
-from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
+from pplvi.samplers.paths import DataPath
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -28,10 +28,10 @@ from pyro.infer.importance import vectorized_importance_weights
 from pyro.optim import SGD, Adam
 
 import pplvi
-from pplvi.draws import draw, predict
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.optimizers import Update
-from pplvi.samplers import Ancestral
+from pplvi.posterior.draws import draw, predict
+from pplvi.samplers.ancestral import Ancestral
 from pplvi.weights.algebra import effective_sample_size, log_evidence, logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 import pplvi
 from pplvi import ELBO, AutoPathfinder, Posterior, noncentered
-from pplvi.draws import score
+from pplvi.posterior.draws import score
 from pplvi.programs.state import module_of
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, Pareto
 
-from pplvi.draws import Draws
+from pplvi.posterior.draws import Draws
+from pplvi.posterior.report import judge, report
+from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.sites import Plate
-from pplvi.report import judge, report
-from pplvi.weighted import WeightedDraws
 
 pytestmark = pytest.mark.usefixtures("float64")
 

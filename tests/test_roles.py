@@ -14,9 +14,9 @@ from pyro.optim import Adam, ExponentialLR
 import pplvi
 from pplvi.compile import CompiledSVI
 from pplvi.fitting import describe
+from pplvi.losses.wake_sleep import ReweightedWakeSleep
 from pplvi.optimizers import Update
 from pplvi.roles import PerProgram, roles_of
-from pplvi.wake_sleep import ReweightedWakeSleep
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.0])
 LOSS = ReweightedWakeSleep(4, 0.5)

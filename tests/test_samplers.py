@@ -22,10 +22,13 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from pplvi.elbo import ELBO, ChiELBO, ImportanceWeightedELBO, RenyiELBO, WeightedELBO
+from pplvi.losses.base import WeightedELBO
+from pplvi.losses.elbo import ELBO, ChiELBO, ImportanceWeightedELBO, RenyiELBO
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.objectives.step import Routing
-from pplvi.samplers import Ancestral, Importance, Request
+from pplvi.samplers.ancestral import Ancestral
+from pplvi.samplers.base import Request
+from pplvi.samplers.importance import Importance
 
 pytestmark = pytest.mark.usefixtures("float64")
 

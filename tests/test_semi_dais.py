@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import pplvi
 from pplvi.compile import CompiledSVI
-from pplvi.controlled import ControlledLangevinKernel
-from pplvi.elbo import ELBO, ForwardKL, ImportanceWeightedELBO
 from pplvi.guides import AutoAmortized, AutoHierarchical, AutoSemiDAIS
-from pplvi.invariant import HamiltonianKernel
-from pplvi.kernels import LangevinKernel
-from pplvi.posterior import Posterior
+from pplvi.kernels.flow import FlowKernel
+from pplvi.kernels.hamiltonian import HamiltonianKernel
+from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
+from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
+from pplvi.losses.elbo import ELBO, ForwardKL, ImportanceWeightedELBO
+from pplvi.posterior.posterior import Posterior
 from pplvi.programs.joint import execute
-from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import pplvi.compile
 from pplvi import fit
-from pplvi.elbo import ELBO
+from pplvi.losses.elbo import ELBO
 from pplvi.stopping import Plateau
 from pplvi.training import SETTLE_EVERY, Trainer, TrainingError
 

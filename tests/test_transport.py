@@ -12,16 +12,17 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.annealing import Annealed, Resampling
-from pplvi.elbo import ELBO
 from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels import coordinates_of
-from pplvi.nested_elbo import NestedELBO
+from pplvi.kernels.coordinates import coordinates_of
+from pplvi.kernels.flow import FlowKernel
+from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
+from pplvi.losses.elbo import ELBO
+from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.step import Routing, Step
-from pplvi.posterior import Posterior
+from pplvi.posterior.posterior import Posterior
 from pplvi.programs.single import log_density_of, run_alone
-from pplvi.samplers import Request
-from pplvi.transport import FlowKernel, UncorrectedHamiltonianKernel
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
 from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 import pplvi
 from pplvi.compile import CompiledSVI
-from pplvi.elbo import ELBO, ForwardKL, ImportanceWeightedELBO, Loss, WeightedELBO
+from pplvi.losses.base import Loss, WeightedELBO
+from pplvi.losses.elbo import ELBO, ForwardKL, ImportanceWeightedELBO
+from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakePhase, WakeSleep
 from pplvi.objectives.bounds import RenyiBound
-from pplvi.samplers import DefensiveMixture, _systematic
-from pplvi.wake_sleep import ReweightedWakeSleep, WakePhase, WakeSleep
+from pplvi.samplers.mixture import DefensiveMixture, _systematic
 from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

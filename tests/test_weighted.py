@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from pplvi.draws import Draws
+from pplvi.posterior.draws import Draws
+from pplvi.posterior.gather import align
+from pplvi.posterior.weighted import Estimate, WeightedDraws
 from pplvi.programs.sites import Plate
-from pplvi.reweighting import align
-from pplvi.weighted import Estimate, WeightedDraws
 from pplvi.weights.algebra import effective_sample_size, log_evidence
 from pplvi.weights.pareto import pareto_smooth
 

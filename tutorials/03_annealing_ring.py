@@ -18,10 +18,10 @@ import torch
 
 import pplvi
 from pplvi import AnnealedGuide, NestedELBO
-from pplvi.annealing import Annealed, Resampling
-from pplvi.kernels import ResidualKernel
+from pplvi.kernels.residual import ResidualKernel
 from pplvi.objectives.step import Routing
-from pplvi.samplers import Request
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.base import Request
 from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops

@@ -2,7 +2,7 @@
 
 Every field of a machine between is ``(1 - beta) f_base + beta f``, so that at one end the units are independent. One
 colour class of layers is annealed, the other one is summed out; weights and moves need two products with each weight
-matrix a level. The walk, its weights and its resampling are those of :class:`pplvi.annealing.Annealed`.
+matrix a level. The walk, its weights and its resampling are those of :class:`pplvi.samplers.annealed.Annealed`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.annealing import Annealed
 from pplvi.energies.machine import BoltzmannMachine
 from pplvi.energies.measures import BaseMeasure
 from pplvi.energies.program import data_plate
-from pplvi.invariant import Frame, InvariantMove
+from pplvi.kernels.invariant import Frame, InvariantMove
 from pplvi.objectives.step import Routing
-from pplvi.paths import Plan
-from pplvi.samplers import Request
+from pplvi.samplers.annealed import Annealed
+from pplvi.samplers.base import Request
+from pplvi.samplers.paths import Plan
 from pplvi.types import Values
 
 Ends = tuple[Tensor, Tensor]

@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pplvi.kernels import Coordinates
+from pplvi.kernels.coordinates import Coordinates
 from pplvi.programs.sites import Plate
 from pplvi.programs.state import random_state
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pplvi.guides._conditional import FAMILIES, build_conditional
 from pplvi.guides._locals import Locals
 from pplvi.guides._owned import OwnedGuide
-from pplvi.kernels import Coordinates, coordinates
+from pplvi.kernels.coordinates import Coordinates, coordinates
 from pplvi.programs.autoguides import auxiliary_values
 from pplvi.programs.calls import Arguments
 from pplvi.programs.first_run import given_subsamples

@@ -6,7 +6,7 @@ last as auxiliary sites, and divides by the reverse kernels' densities,
     log q(z[0], ..., z[K]) = log q[0](z[0]) + sum over k of log q[k](z[k] | z[k-1]) - log r[k-1](z[k-1] | z[k]),
 
 so that ``log p - log q`` is the weight of annealed importance sampling, and any objective on one step trains it end to
-end. Walked level by level (:class:`pplvi.annealing.Annealed`) the same kernels are trained by nested objectives.
+end. Walked level by level (:class:`pplvi.samplers.annealed.Annealed`) the same kernels are trained by nested objectives.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pplvi.gibbs import sites_of
 from pplvi.guides._owned import claim_name
-from pplvi.kernels import Kernel, ResidualKernel, coordinates_of
-from pplvi.paths import GeometricPath, Path, Plan, ProgramPath, RepeatedPath, sites_of_target
+from pplvi.kernels.base import Kernel
+from pplvi.kernels.coordinates import coordinates_of, sites_of
+from pplvi.kernels.residual import ResidualKernel
 from pplvi.programs.running import plain_run
 from pplvi.programs.single import log_density_of
 from pplvi.programs.sites import is_subsample
+from pplvi.samplers.paths import GeometricPath, Path, Plan, ProgramPath, RepeatedPath, sites_of_target
 from pplvi.types import Program
 
 
@@ -187,7 +188,7 @@ class AnnealedGuide(_Walked):
 
     ``num_steps`` transitions between ``num_steps + 1`` targets. Kernels are built for the model's sites on the first
     run. Under ``Trace_ELBO`` or any objective here it is trained as ordinary variational inference on the extended
-    space; under :class:`pplvi.nested_elbo.NestedELBO` level by level. All levels share the base's subsample indices.
+    space; under :class:`pplvi.losses.nested.NestedELBO` level by level. All levels share the base's subsample indices.
 
     :param target: the model, with the same arguments as the guide.
     :param base: a normalised program with the model's latent sites, which is easy to draw from, such as the prior.
@@ -228,7 +229,7 @@ class AnnealedGuide(_Walked):
     def along(
         cls, path: Path, kernel: Kernel | Sequence[Kernel] | None = None, *, name: str | None = None
     ) -> AnnealedGuide:
-        """Anneal along another path, such as :class:`pplvi.paths.DataPath`; its last target is the model."""
+        """Anneal along another path, such as :class:`pplvi.samplers.paths.DataPath`; its last target is the model."""
         self = cls.__new__(cls)
         _Walked.__init__(self, name)
         self._follow(path, kernel)

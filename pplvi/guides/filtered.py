@@ -19,12 +19,12 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
-from pplvi.filtering import Particles, plates_found
 from pplvi.objectives.step import Routing
 from pplvi.programs.handlers import aside
 from pplvi.programs.markov import numbered
 from pplvi.programs.sites import PARTICLES, Plate, site_plates
-from pplvi.timesteps import Course, Plates, course_of, has_steps
+from pplvi.samplers.filtering import Particles, plates_found
+from pplvi.samplers.state_space import Course, Plates, course_of, has_steps
 from pplvi.types import Program
 from pplvi.weights.algebra import logmeanexp
 from pplvi.weights.resampling import Resampling, ResamplingScheme, resample
@@ -36,7 +36,7 @@ class FilteredGuide(PyroModule):
     """A particle filter as a guide: draws whole sequences, weighted by the filter's estimate of the evidence.
 
     The family of variational SMC (Naesseth et al. 2018), and particle marginal draws (Andrieu, Doucet & Holenstein
-    2010). The bound of ``ELBO()`` with this guide is the filtering bound; :class:`pplvi.filtering_elbo.FilteringELBO`
+    2010). The bound of ``ELBO()`` with this guide is the filtering bound; :class:`pplvi.losses.filtering.FilteringELBO`
     trains its proposal with any objective. With one particle it is the plain sequential proposal.
 
     :param model: an object with ``init`` and ``step``, or a program with a ``pyro.markov`` loop. In the first case the
@@ -48,7 +48,7 @@ class FilteredGuide(PyroModule):
     :raises ValueError: for a fraction or scheme that does not exist, or fewer than one particle.
 
     >>> from pplvi import Posterior
-    >>> from pplvi.timesteps import StateSpace
+    >>> from pplvi.samplers.state_space import StateSpace
     >>> class Walk:
     ...     def init(self, state):
     ...         state["z"] = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pplvi.guides._locals import Locals
 from pplvi.guides.amortized import AutoAmortized, Family
-from pplvi.kernels import Coordinates, coordinates
+from pplvi.kernels.coordinates import Coordinates, coordinates
 from pplvi.programs.sites import latent_sites, site_plates
 
 __all__ = ["AutoHierarchical"]

@@ -25,11 +25,12 @@ from pplvi.guides._locals import Locals
 from pplvi.guides._owned import OwnedGuide
 from pplvi.guides.amortized import AutoAmortized, place
 from pplvi.guides.annealed import _Level, climb
-from pplvi.kernels import Coordinates, Kernel
-from pplvi.paths import Betas
+from pplvi.kernels.base import Kernel
+from pplvi.kernels.coordinates import Coordinates
+from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
 from pplvi.programs.handlers import aside
 from pplvi.programs.single import log_density_of
-from pplvi.transport import UncorrectedHamiltonianKernel
+from pplvi.samplers.paths import Betas
 
 __all__ = ["AutoSemiDAIS"]
 

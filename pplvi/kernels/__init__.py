@@ -1,0 +1,1 @@
+"""Markov kernels with tractable densities there and back. Imports ``objectives`` and ``programs``."""

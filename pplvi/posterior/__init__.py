@@ -1,0 +1,1 @@
+"""Posteriors: draws, weights, verdict, leave-one-out and pictures. Imports ``programs`` and ``weights``."""

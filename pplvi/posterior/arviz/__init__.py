@@ -1,0 +1,1 @@
+"""Posteriors as ArviZ data: every group of its schema."""

@@ -1,0 +1,314 @@
+"""Weighted draws of an approximate posterior, and what they say about it.
+
+A :class:`Posterior` holds draws of a trained guide, scored by the guide and by the model. Their importance weights
+turn a guide that is near the posterior into exact averages, estimate the evidence, and tell by their tail (Pareto
+k-hat) whether the guide is near enough for either. Densities and weights are in nats and have shape
+``(num_draws, *batch)``, where ``batch`` are the plates common to every site: with an amortised model every datum has
+weights of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pyro.infer.mcmc.api import MCMC
+from torch import Tensor
+
+from pplvi.posterior.draws import Draws, draw, predict, score, stack
+from pplvi.posterior.loo import loo
+from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.joint import execute
+from pplvi.programs.running import isolated, plain_run
+from pplvi.programs.sites import is_delta, latent_sites, site_plates
+from pplvi.programs.state import random_state
+from pplvi.types import Program
+
+if TYPE_CHECKING:
+    from arviz.stats.stats_utils import ELPDData
+
+
+class Posterior(WeightedDraws):
+    r"""Draws of a trained guide with the importance weights that correct them.
+
+    .. math:: z_s \sim q, \qquad \log w_s = \log p(x, z_s) - \log q(z_s)
+
+    It takes any guide that was trained in any way, ``pplvi.fit`` or a loop written by hand.
+
+    Args:
+        model: the model, a callable with Pyro primitives.
+        guide: its trained guide.
+        args: positional arguments of model and guide; the full data, not a minibatch.
+        kwargs: their keyword arguments.
+        num_draws: how many draws are taken.
+        vectorize: run all draws in one call; ``False`` runs one after another, for programs that allow no other way.
+        chunk_size: run at most so many draws in one call, to bound the memory; all at once unless given.
+        seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
+            unless given.
+
+    Raises:
+        ValueError: if ``args`` is no tuple, if the model has no latent sites, if model and guide do not fit together,
+            if ``num_draws`` or ``chunk_size`` is below 1, or if several runs would draw different minibatches.
+
+    References:
+        Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> def guide(y):
+        ...     pyro.sample("z", dist.Normal(0.25, 0.6))
+        >>> posterior = Posterior(model, guide, (torch.tensor(0.5),), num_draws=4000, seed=0)
+        >>> bool(posterior.pareto_k < 0.7), round(posterior.log_evidence[0].item(), 2)  # exact: -1.328
+        (True, -1.33)
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        num_draws: int = 1000,
+        vectorize: bool = True,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        _check_call(args, kwargs)
+        self._remember(model, guide, args, kwargs, vectorize)
+        chunks = _chunks(num_draws, chunk_size)
+        with random_state(seed):
+            draws = stack(
+                draw(model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=vectorize)
+                for start, stop in chunks
+            )
+        _check_latents(draws)
+        if len(chunks) > 1 or not vectorize:
+            _check_same_data(draws)
+        super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
+
+    @classmethod
+    def from_mcmc(
+        cls,
+        mcmc: MCMC,
+        model: Program,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        vectorize: bool = True,
+        chunk_size: int | None = None,
+    ) -> Posterior:
+        """The draws of a finished MCMC run, equally weighted, scored by the model.
+
+        Such a posterior has no guide density, hence neither k-hat nor evidence: asking for them raises.
+
+        Args:
+            mcmc: a ``pyro.infer.MCMC`` after its ``run``.
+            model: the model it was run on.
+            args: positional arguments of the model.
+            kwargs: its keyword arguments.
+            vectorize: score all draws in one call.
+            chunk_size: score at most so many draws in one call; all at once unless given.
+
+        Returns:
+            A posterior of ``num_chains * num_samples`` draws, one chain after another.
+
+        Raises:
+            ValueError: if the run has no draws, or ``args`` is no tuple.
+
+        References:
+            Hoffman and Gelman 2014, The No-U-turn sampler, for the sampler that is mostly meant.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist, torch
+            >>> def model(y):
+            ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+            >>> mcmc = pyro.infer.MCMC(
+            ...     pyro.infer.NUTS(model), num_samples=20, warmup_steps=20, disable_progbar=True
+            ... )
+            >>> mcmc.run(torch.tensor(0.5))
+            >>> Posterior.from_mcmc(mcmc, model, (torch.tensor(0.5),)).log_p.shape
+            torch.Size([20])
+        """
+        _check_call(args, kwargs)
+        chains = mcmc.get_samples(group_by_chain=True)
+        if not chains:
+            raise ValueError("the MCMC run has no draws: expected a finished run. Call mcmc.run(...) first.")
+        self = cls.__new__(cls)
+        self._remember(model, None, args, kwargs, vectorize, mcmc)
+        num_chains, length = next(iter(chains.values())).shape[:2]
+        latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
+        bounds = _chunks(num_chains * length, chunk_size)
+        super(Posterior, self).__init__(stack(self._score(latents, *b) for b in bounds), num_chains=num_chains)
+        return self
+
+    def __repr__(self) -> str:
+        source = f"MCMC, chains={self.num_chains}" if self.guide is None else name_of(self.guide)
+        return f"Posterior({name_of(self.model)}, {source}, {self.draws!r})"
+
+    def _remember(
+        self,
+        model: Program,
+        guide: Program | None,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        vectorize: bool,
+        mcmc: MCMC | None = None,
+    ) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, tuple(args), dict(kwargs or {})
+        self.vectorize, self.mcmc = vectorize, mcmc
+
+    def _without_padding(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the dimensions of size 1 that stand for plates a site is not in: ``(S, *plates, *event)`` is left."""
+        sites = latent_sites(plain_run(self.model, self.args, self.kwargs).model)
+        shapes = {name: (*(p.size for p in site_plates(s)), *s["fn"].event_shape) for name, s in sites.items()}
+        return {name: value.reshape(-1, *shapes.get(name, value.shape[1:])) for name, value in latents.items()}
+
+    def _score(self, latents: Mapping[str, Tensor], start: int, stop: int) -> Draws:
+        part = {name: value[start:stop] for name, value in latents.items()}
+        return score(self.model, part, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
+
+    def predict(
+        self,
+        *args: Any,
+        num_samples: int | None = None,
+        new_sites: Iterable[str] = (),
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Draws:
+        """Posterior predictive draws, for new inputs or, without arguments, for those of the fit.
+
+        Args:
+            args: positional arguments of the model, with or without data: observed sites are drawn in any case.
+            num_samples: how many draws; as many as the posterior has unless given.
+            new_sites: latent sites to draw anew from the model instead of taking them from the posterior, such as the
+                effects of groups that were not in the data.
+            seed: makes the draws reproducible and leaves the global random state as it was.
+            kwargs: keyword arguments of the model.
+
+        Returns:
+            The draws; ``.observed[site]`` has shape ``(num_samples, *plates, *event)``, ``.deterministics`` and
+            ``.latents`` go with it.
+
+        Raises:
+            ValueError: if a latent site has another shape under the new arguments than it had in the fit, or belongs
+                to a minibatch, or if a name in ``new_sites`` is not a latent site.
+
+        References:
+            Gelman et al. 2013, Bayesian data analysis, section 6.3.
+        """
+        new_sites = frozenset(new_sites)
+        if unknown := new_sites - set(self.draws.latents):
+            raise ValueError(f"new_sites names {sorted(unknown)}; the latent sites are {sorted(self.draws.latents)}.")
+        if names := _subsampled(self.draws, set(self.draws.latents) - new_sites):
+            raise ValueError(
+                f"latent sites in the subsampled plates {names} belong to one minibatch, and the model would draw "
+                "another: expected a posterior on the full data. Or let the model draw these sites: new_sites=."
+            )
+        args, kwargs = (args, kwargs) if args or kwargs else (self.args, self.kwargs)
+        with random_state(seed):
+            latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
+            size = self.num_draws if num_samples is None else num_samples
+            with _told_how_to_predict():
+                found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
+        return _observed_as_before(found, self.draws)
+
+    def loo(self, var_name: str | None = None) -> ELPDData:
+        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo.loo`.
+
+        Args:
+            var_name: the observed site; may be left out if there is only one.
+
+        Returns:
+            ArviZ's ``ELPDData`` with pointwise values, ready for ``az.compare``.
+
+        Raises:
+            ValueError: where :attr:`log_weight` does (but not for MCMC draws), and if the site is ambiguous or unknown.
+
+        References:
+            Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
+        """
+        return loo(self, var_name)
+
+
+@contextmanager
+def _told_how_to_predict() -> Iterator[None]:
+    """Add to the error about latents of another shape what the user of a posterior can do."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("the draws of latent site"):
+            raise
+        raise ValueError(
+            f"{error} In predict(...) the latter is new_sites=['name of the site']. A guide that maps data to latents "
+            "(amortised) has draws for the new data: Posterior(model, guide, (x_new,)).predict()."
+        ) from error
+
+
+def _check_call(args: Any, kwargs: Any) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, (x, y).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments. Pass all "
+            "positional ones as one tuple: Posterior(model, guide, (x, y))."
+        )
+
+
+def name_of(program: Any) -> str:
+    """What a reader calls a model or guide: the name of the function or of the class."""
+    program = inspect.unwrap(program)
+    return str(getattr(program, "__name__", type(program).__name__))
+
+
+def _observed_as_before(found: Draws, fitted: Draws) -> Draws:
+    """Data left out of the new arguments make latent sites of the observed ones: put those back."""
+    names = set(found.latents) & set(fitted.observed)
+    moved = {name: value for name, value in found.latents.items() if name in names}
+    rest = {name: value for name, value in found.latents.items() if name not in names}
+    return replace(found, latents=rest, observed={**found.observed, **moved})
+
+
+def _check_latents(draws: Draws) -> None:
+    if not draws.latents:
+        raise ValueError(
+            "the model has no latent sites to draw (all its sites are observed, deterministic or enumerated), so "
+            "there is no posterior: expected at least one pyro.sample without obs=."
+        )
+
+
+def _check_same_data(draws: Draws) -> None:
+    if names := _subsampled(draws, draws.plates):
+        raise ValueError(
+            f"the plates {names} are subsampled anew in every run of the program, so that draws of several runs would "
+            "belong to different data: expected the full data, or one run (vectorize=True and no chunk_size)."
+        )
+
+
+def _subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
+    return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})
+
+
+def _point_sites(draws: Draws, model: Program, guide: Program, args: Any, kwargs: Any) -> frozenset[str]:
+    """Latent sites that the guide holds at a point: ``Delta`` there, and the same in every draw."""
+    if not draws.random:
+        return frozenset(draws.latents)
+    same = {name for name, value in draws.latents.items() if bool((value == value[:1]).all())}
+    if not same or draws.num_draws == 1:
+        return frozenset()
+    with isolated():
+        run = execute(model, guide, args, kwargs)
+    return frozenset(name for name, site in latent_sites(run.guide).items() if name in same and is_delta(site))
+
+
+def _chunks(total: int, chunk_size: int | None) -> list[tuple[int, int]]:
+    size = total if chunk_size is None else chunk_size
+    if total < 1 or size < 1:
+        raise ValueError(f"got num_draws={total} and chunk_size={chunk_size}; expected at least 1 of each.")
+    return [(start, min(start + size, total)) for start in range(0, total, size)]

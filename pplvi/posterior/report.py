@@ -1,0 +1,278 @@
+"""What a practitioner wants to know of a posterior approximation, in words: how good it is and what to try next."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pplvi.posterior.draws import Draws
+from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.sites import Plate
+from pplvi.weights.pareto import pareto_k_threshold
+
+_WIDTH = 100
+_LABEL = 18
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judgement of weights by their Pareto k-hat: one word, what it means, and what to try next."""
+
+    word: str
+    meaning: str
+    advice: tuple[str, ...]
+
+
+_RICHER = (
+    "a richer guide: AutoNormal, then AutoMultivariateNormal, then pplvi.AutoFlow",
+    "an easier posterior: reparameterise hierarchies (pplvi.noncentered), scale the predictors",
+    "an objective that covers the tails: pplvi.ImportanceWeightedELBO(num_particles=16), pplvi.RenyiELBO(alpha=0.5)",
+)
+_NUTS = 'a reference run with pplvi.fit(model, "nuts", ...), if the model is small enough'
+_CHECK = "posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model"
+_MODES = "several restarts: k-hat cannot see a mode that the guide never visits"
+
+
+def judge(pareto_k: float, num_draws: int) -> Verdict:
+    r"""Say what a Pareto k-hat means.
+
+    Below 0.5 the weights have a finite variance. Up to 0.7, given :math:`S \ge 10^{1 / (1 - k)}` draws, Pareto
+    smoothing makes averages usable. Up to 1 they are biased at any affordable number of draws; from 1 on the weights
+    have no finite mean.
+
+    Args:
+        pareto_k: k-hat, the largest where there are several.
+        num_draws: number of draws that it was fitted to.
+
+    Returns:
+        The verdict, of which the word is one of "good", "usable", "too few draws", "bad", "very bad", "unknown".
+
+    Raises:
+        ValueError: if k-hat is finite and there are fewer than two draws.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
+
+    Example:
+        >>> [judge(k, 1000).word for k in (0.2, 0.6, 0.68, 0.9, 1.3)]
+        ['good', 'usable', 'too few draws', 'bad', 'very bad']
+    """
+    if math.isinf(pareto_k):
+        return Verdict("unknown", *_UNKNOWN)
+    if pareto_k >= 1:
+        return Verdict("very bad", *_VERY_BAD)
+    if pareto_k > 0.7:
+        return Verdict("bad", *_BAD)
+    if pareto_k > pareto_k_threshold(num_draws):
+        needed = math.ceil(10 ** (1 / (1 - pareto_k)))
+        return Verdict(
+            "too few draws", f"Averages under these weights need {needed:,} draws or more.", _too_few(needed)
+        )
+    return Verdict("good", *_GOOD) if pareto_k < 0.5 else Verdict("usable", *_USABLE)
+
+
+_GOOD = (
+    "The guide is close to the posterior where it has been: the weights have a finite variance, and weighted averages, "
+    "the log evidence and its error can be trusted.",
+    (_CHECK, _MODES),
+)
+_USABLE = (
+    "The guide is near the posterior, but its tails are too light: the variance of the weights may be infinite. Pareto "
+    "smoothing makes weighted averages usable; the log evidence is less certain than its error says.",
+    ("more draws (num_draws=), which is cheap", _RICHER[0], _CHECK),
+)
+_BAD = (
+    "The guide misses part of the posterior. Weighted averages are biased, and the log evidence is probably too low by "
+    "more than its error; more draws help too slowly to matter. The ELBO stays a valid lower bound.",
+    (*_RICHER, _NUTS),
+)
+_VERY_BAD = (
+    "The guide misses much of the posterior: the weights behave as if they had no finite mean, so that weighted "
+    "averages and the log evidence do not settle with any number of draws. The ELBO stays a valid lower bound.",
+    (*_RICHER, _NUTS),
+)
+_UNKNOWN = (
+    "The tail of the weights cannot be fitted: there are fewer than five draws in it, or no draw has any weight.",
+    ("more draws (num_draws=1000)", "a guide whose draws lie within the support of the model"),
+)
+
+
+def _too_few(needed: int) -> tuple[str, ...]:
+    return (f"more draws: num_draws={needed} or more", _RICHER[0])
+
+
+def report(
+    posterior: WeightedDraws,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    convergence: str | None = None,
+    converged: bool | None = None,
+) -> str:
+    r"""A report on a posterior: numbers, what they mean, and what to try next.
+
+    .. math:: \text{ELBO} = E_q[\log p(x, z)] + H(q), \qquad \log Z - \text{ELBO} = \text{KL}(q \| p)
+
+    Every number comes with its Monte Carlo error (one standard error) and is in nats.
+
+    Args:
+        posterior: draws of a guide, or of MCMC.
+        facts: what else to print at the top, such as ``{"objective": "ELBO(num_particles=1)", "steps": 3000}``.
+        convergence: a sentence on how the training ended.
+        converged: whether the training had converged; changes the advice if it had not.
+
+    Returns:
+        Several lines of text, to be printed.
+
+    Raises:
+        ValueError: if importance weights are NaN or infinite.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72);
+        Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
+
+    Example:
+        >>> import torch
+        >>> from pplvi.posterior.draws import Draws
+        >>> z = torch.linspace(-1, 1, 100)
+        >>> exact = WeightedDraws(Draws({"z": z}, {}, {}, {}, -z, -z - 2, (), {"z": ()}, frozenset()))
+        >>> print(report(exact, facts={"guide": "exact"}))
+        guide             exact
+        draws             100 of 1 latent site: z
+        ELBO              2.000 +- 0.000 nats = E[log p] 0.000 +- 0.058 + entropy 2.000 +- 0.058
+        log evidence      2.000 +- 0.000 nats
+        log Z - ELBO      0.000 +- 0.000 nats, estimates KL(guide || posterior)
+        ESS               100 of 100 draws (100 %)
+        Pareto k-hat      0.00, good (threshold 0.50)
+        <BLANKLINE>
+        The guide is close to the posterior where it has been: the weights have a finite variance, and
+        weighted averages, the log evidence and its error can be trusted.
+        <BLANKLINE>
+        What to try next:
+        - posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model
+        - several restarts: k-hat cannot see a mode that the guide never visits
+    """
+    verdict = _verdict(posterior)
+    lines = [_row(name, value) for name, value in (facts or {}).items()]
+    lines += [_row("training", convergence)] if convergence else []
+    lines += [_row(name, value) for name, value in _numbers(posterior, verdict)]
+    advice = verdict.advice if converged is not False else (_UNCONVERGED, *verdict.advice)
+    lines += ["", *textwrap.wrap(verdict.meaning, _WIDTH), "", "What to try next:"]
+    return "\n".join(lines + [line for item in advice for line in _bullet(item)])
+
+
+_UNCONVERGED = "train on: the training had not converged; more steps (num_steps=) or another learning rate"
+
+
+def _verdict(posterior: WeightedDraws) -> Verdict:
+    if posterior.is_mcmc:
+        return Verdict("MCMC", *_MCMC)
+    if posterior.is_dirac:
+        return Verdict("point", *_POINT)
+    if not posterior.has_weights:
+        return Verdict("subsampled", *_SUBSAMPLED)
+    return judge(posterior.pareto_k.max().item(), posterior.num_draws)
+
+
+_MCMC = (
+    "These are MCMC draws: they have no weights and no k-hat. Judge them by R-hat (at most 1.01) and the effective "
+    "sample size (at least 400).",
+    ("az.summary(pplvi.to_arviz(...)) for R-hat and ESS", _CHECK),
+)
+_POINT = (
+    "The guide holds latent sites at a point, so it says nothing of their uncertainty: it has no entropy there, no "
+    "evidence and no k-hat.",
+    ("AutoLaplaceApproximation for a spread around the point", "AutoNormal or pplvi.AutoFlow for a fitted spread"),
+)
+_SUBSAMPLED = (
+    "A plate is subsampled, so the ELBO is an estimate from one minibatch, and importance weights, which would need "
+    "the density of all data, do not exist.",
+    ("a posterior on the full data: Posterior(model, guide, full_args)",),
+)
+
+
+def _numbers(posterior: WeightedDraws, verdict: Verdict) -> Iterator[tuple[str, str]]:
+    yield "draws", _describe_draws(posterior)
+    if posterior.is_mcmc or posterior.is_dirac:
+        yield "E[log p]", f"{posterior.expected_log_prob} nats"
+        return
+    terms = f"E[log p] {posterior.expected_log_prob} + entropy {posterior.entropy}"
+    yield "ELBO", f"{posterior.elbo} nats = {terms}"
+    if posterior.has_weights:
+        yield "log evidence", f"{posterior.total_log_evidence} nats"
+        yield "log Z - ELBO", f"{posterior.gap} nats, estimates KL(guide || posterior)"
+        yield "ESS", _describe_ess(posterior)
+        yield "Pareto k-hat", _describe_pareto_k(posterior, verdict)
+
+
+def _describe_draws(posterior: WeightedDraws) -> str:
+    sites = list(posterior.draws.latents)
+    chains = f" in {posterior.num_chains} chains" if posterior.num_chains > 1 else ""
+    batch = " and ".join(_describe_plate(plate) for plate in posterior.draws.batch)
+    weights = f"; weights for each of {batch}" if batch and posterior.has_weights else ""
+    names = textwrap.shorten(", ".join(sites), 50, placeholder=" ...")
+    return f"{posterior.num_draws:,}{chains} of {len(sites)} latent site{'s' * (len(sites) > 1)}: {names}{weights}"
+
+
+def _describe_plate(plate: Plate) -> str:
+    minibatch = f" (a minibatch of {plate.full_size}, to which totals are scaled up)" if plate.scale != 1 else ""
+    return f"{plate.size} of plate {plate.name!r}{minibatch}"
+
+
+def _describe_ess(posterior: WeightedDraws) -> str:
+    ess, total = posterior.ess, posterior.num_draws
+    median = f"{ess.median().item():.0f} of {total:,} draws ({ess.median().item() / total:.0%})".replace("%", " %")
+    return median if ess.numel() == 1 else f"median {median}, smallest {ess.min().item():.0f}"
+
+
+def _describe_pareto_k(posterior: WeightedDraws, verdict: Verdict) -> str:
+    pareto_k: Tensor = posterior.pareto_k
+    if posterior.num_draws < 2 or pareto_k.isinf().all():
+        return "unknown: too few draws in the tail of the weights"
+    threshold = pareto_k_threshold(posterior.num_draws)
+    words = f"{pareto_k.max().item():.2f}, {verdict.word} (threshold {threshold:.2f})"
+    if pareto_k.numel() == 1:
+        return words
+    above = int((pareto_k > threshold).sum())
+    return f"median {pareto_k.median().item():.2f}; {above} of {pareto_k.numel()} above the threshold; largest {words}"
+
+
+def describe_parameters(count: int, draws: Draws, amortized: bool = False) -> str:
+    """How many parameters a guide has, and whether more data would give it more.
+
+    :param count: number of the guide's parameters.
+    :param draws: its draws, which say what latents are inside the plates of the data.
+    :param amortized: whether a network stands for the latents inside those plates.
+
+    >>> import torch
+    >>> z, plate = torch.zeros(4, 8), Plate("school", -1, 8, 8)
+    >>> one = Draws({"z": z}, {}, {"y": z[0]}, {}, z, z, (), {"z": (plate,), "y": (plate,)}, frozenset())
+    >>> describe_parameters(16, one)
+    "16; they grow with the data: 8 of 8 latent coordinates are in plate 'school'"
+    """
+    data = {plate.name: plate for name in draws.observed for plate in draws.plates.get(name, ())}
+    inside = {
+        name: [plate for plate in draws.plates[name] if plate.name in data]
+        for name in draws.latents
+        if any(plate.name in data for plate in draws.plates[name])
+    }
+    if amortized or not inside:
+        return f"{count:,}; they do not grow with the data"
+    sizes = {name: math.prod(value.shape[1:]) for name, value in draws.latents.items()}
+    names = sorted({plate.name for plates in inside.values() for plate in plates})
+    local = sum(sizes[name] for name in inside)
+    where = f"plate{'s' * (len(names) > 1)} {' and '.join(map(repr, names))}"
+    return f"{count:,}; they grow with the data: {local:,} of {sum(sizes.values()):,} latent coordinates are in {where}"
+
+
+def _row(label: str, value: object) -> str:
+    head = f"{label:<{_LABEL}}" if len(label) < _LABEL else f"{label} "
+    return textwrap.fill(f"{head}{value}", _WIDTH, subsequent_indent=" " * _LABEL, break_long_words=False)
+
+
+def _bullet(item: str) -> list[str]:
+    return textwrap.wrap(f"- {item}", _WIDTH, subsequent_indent="  ")

@@ -1,0 +1,1 @@
+"""Samplers run programs and yield weighted steps. Imports ``kernels``, ``objectives`` and ``programs``."""

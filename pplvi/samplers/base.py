@@ -1,0 +1,31 @@
+"""What every part of this room keeps to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from pplvi.objectives.step import Routing, Step
+from pplvi.types import Program
+
+
+@dataclass(frozen=True)
+class Request:
+    """How many particles an objective wants, at once or one after another, and how gradients are routed."""
+
+    num_particles: int = 1
+    vectorize: bool = True
+    routing: Routing = field(default_factory=Routing)
+
+
+class Sampler(Protocol):
+    """Anything that runs a model and a guide and yields weighted steps."""
+
+    proposal: ClassVar[str]
+
+    def __call__(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
+    ) -> Iterator[Step]:
+        """Yield the steps of one evaluation."""
+        ...
