@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pplvi.guides.amortized import AutoAmortized
-from pplvi.guides.refinement import amortization_gap
+from pplvi.guides.amortized.amortized import AutoAmortized
+from pplvi.guides.amortized.refinement import amortization_gap
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws

@@ -13,10 +13,10 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pplvi.flow_training import flow_recipe
-from pplvi.guides.deterministic import AutoDeterministicNormal
-from pplvi.guides.flow import AutoFlow
-from pplvi.guides.pathfinder import AutoPathfinder
-from pplvi.guides.score_matching import AutoBatchAndMatch
+from pplvi.guides.flows.flow import AutoFlow
+from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
+from pplvi.guides.search.deterministic import AutoDeterministicNormal
+from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.losses.elbo import ELBO
 from pplvi.originals import Originals
 from pplvi.posterior.weighted import Estimate

@@ -10,10 +10,10 @@ import pyro
 from torch import Tensor
 
 from pplvi.batches import FullData
-from pplvi.guides._found import FoundGuide
-from pplvi.guides._starts import start_at_pathfinder
-from pplvi.guides.pathfinder import AutoPathfinder
-from pplvi.guides.score_matching import AutoBatchAndMatch
+from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
+from pplvi.guides.search.pathfinder import AutoPathfinder
+from pplvi.guides.search.start import start_at_pathfinder
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.running import plain_run
 from pplvi.training import Run, Trainer, evaluate, unobtrusive

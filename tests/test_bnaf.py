@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pplvi import ELBO, AutoFlow, CompiledSVI, fit
-from pplvi.guides._bnaf import BlockNeuralFlow
+from pplvi.guides.flows.bnaf import BlockNeuralFlow
 
 pytestmark = pytest.mark.usefixtures("float64")
 

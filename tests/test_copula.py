@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, init_to_feasible
 from pyro.optim import Adam
 
 from pplvi import AutoFlow
-from pplvi.guides._copula import gaussian_copula
+from pplvi.guides.flows.copula import gaussian_copula
 from pplvi.losses.elbo import ELBO
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -12,7 +12,7 @@ from programs import Collinear, correlated
 from torch.distributions import constraints
 
 from pplvi import Posterior
-from pplvi.guides.deterministic import AutoDeterministicNormal
+from pplvi.guides.search.deterministic import AutoDeterministicNormal
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -22,7 +22,7 @@ from torch.distributions import constraints
 
 from pplvi import ELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO, fit
 from pplvi.guides import AutoFlow
-from pplvi.guides._import_zuko import import_zuko
+from pplvi.guides.flows.import_zuko import import_zuko
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pplvi
 from pplvi import AutoMixture
-from pplvi.guides._mixtures import Component, StratifiedCategorical, mixture
+from pplvi.guides.mixture import Component, StratifiedCategorical, mixture
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.joint import execute
 

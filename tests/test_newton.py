@@ -7,8 +7,8 @@ import torch
 
 from pplvi import Posterior
 from pplvi.guides import AutoDeterministicNormal, AutoPathfinder
-from pplvi.guides._lbfgs import Point
-from pplvi.guides._newton import newton
+from pplvi.guides.search.lbfgs import Point
+from pplvi.guides.search.newton import newton
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -16,10 +16,10 @@ from torch.distributions import constraints
 
 from pplvi import ELBO, ImportanceWeightedELBO, Posterior
 from pplvi.guides import AutoFlow
-from pplvi.guides._density import UnconstrainedDensity
-from pplvi.guides._gaussians import GaussianMixture, full_gaussian, local_gaussian, stack
-from pplvi.guides._lbfgs import Options, minimise
-from pplvi.guides.pathfinder import AutoPathfinder, init_to_pathfinder
+from pplvi.guides.density import UnconstrainedDensity
+from pplvi.guides.search.gaussians import GaussianMixture, full_gaussian, local_gaussian, stack
+from pplvi.guides.search.lbfgs import Options, minimise
+from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
 
 pytestmark = pytest.mark.usefixtures("float64")
 

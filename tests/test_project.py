@@ -103,7 +103,7 @@ def room(module: Path) -> str:
 
 
 def dotted(module: Path) -> str:
-    """pplvi/guides/flow.py -> pplvi.guides.flow"""
+    """pplvi/guides/flow.py -> pplvi.guides.flows.flow"""
     return ".".join(module.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pplvi import ELBO, Posterior, fit, flow_recipe
 from pplvi.guides import AutoFlow
-from pplvi.guides._quadratic import QuadraticFlow
+from pplvi.guides.flows.quadratic import QuadraticFlow
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,11 +12,11 @@ from programs import correlated
 
 from pplvi import Posterior
 from pplvi.guides import AutoBatchAndMatch
-from pplvi.guides._density import UnconstrainedDensity
-from pplvi.guides._gaussians import full_gaussian
-from pplvi.guides._lbfgs import Options, minimise
-from pplvi.guides._scouts import elbos
-from pplvi.guides.score_matching import update
+from pplvi.guides.density import UnconstrainedDensity
+from pplvi.guides.search.batch_and_match import update
+from pplvi.guides.search.explore import elbos
+from pplvi.guides.search.gaussians import full_gaussian
+from pplvi.guides.search.lbfgs import Options, minimise
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -1,17 +1,17 @@
 """Guide families on Pyro's ``AutoGuide`` contract, one a file. Any Pyro guide works with every objective as well."""
 
-from pplvi.guides._starts import start_at_pathfinder
-from pplvi.guides.amortized import AutoAmortized
+from pplvi.guides.amortized.amortized import AutoAmortized
+from pplvi.guides.amortized.hierarchical import AutoHierarchical
+from pplvi.guides.amortized.refinement import amortization_gap, refine
+from pplvi.guides.amortized.semi_dais import AutoSemiDAIS
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
-from pplvi.guides.deterministic import AutoDeterministicNormal
 from pplvi.guides.filtered import FilteredGuide
-from pplvi.guides.flow import AutoFlow
-from pplvi.guides.hierarchical import AutoHierarchical
+from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.mixture import AutoMixture
-from pplvi.guides.pathfinder import AutoPathfinder, init_to_pathfinder
-from pplvi.guides.refinement import amortization_gap, refine
-from pplvi.guides.score_matching import AutoBatchAndMatch
-from pplvi.guides.semi_annealed import AutoSemiDAIS
+from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
+from pplvi.guides.search.deterministic import AutoDeterministicNormal
+from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
+from pplvi.guides.search.start import start_at_pathfinder
 
 __all__ = [
     "AnnealedGuide",

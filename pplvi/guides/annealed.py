@@ -21,7 +21,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pplvi.guides._owned import claim_name
+from pplvi.guides.owned import claim_name
 from pplvi.kernels.base import Kernel
 from pplvi.kernels.coordinates import coordinates_of, sites_of
 from pplvi.kernels.residual import ResidualKernel

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, constraints
 
-from pplvi.guides._bnaf import BlockNeuralFlow
-from pplvi.guides._copula import gaussian_copula
-from pplvi.guides._import_zuko import import_zuko
-from pplvi.guides._quadratic import QuadraticFlow
+from pplvi.guides.flows.bnaf import BlockNeuralFlow
+from pplvi.guides.flows.copula import gaussian_copula
+from pplvi.guides.flows.import_zuko import import_zuko
+from pplvi.guides.flows.quadratic import QuadraticFlow
 
 __all__ = ["FAMILIES", "AffineFlowTransform", "build", "make_identity", "with_tensors"]
 

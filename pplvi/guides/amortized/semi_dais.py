@@ -20,11 +20,11 @@ from pyro.nn.module import PyroModule
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pplvi.guides._conditional import from_noise
-from pplvi.guides._locals import Locals
-from pplvi.guides._owned import OwnedGuide
-from pplvi.guides.amortized import AutoAmortized, place
+from pplvi.guides.amortized.amortized import AutoAmortized, place
+from pplvi.guides.amortized.elements import Locals
 from pplvi.guides.annealed import _Level, climb
+from pplvi.guides.flows.conditional import from_noise
+from pplvi.guides.owned import OwnedGuide
 from pplvi.kernels.base import Kernel
 from pplvi.kernels.coordinates import Coordinates
 from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.guides._density import UnconstrainedDensity
-from pplvi.guides._found import FoundGuide
-from pplvi.guides._gaussians import Gaussian, full_gaussian, stack
-from pplvi.guides._lbfgs import Options
-from pplvi.guides._scouts import elbos, explore
-from pplvi.guides.pathfinder import check_counts
+from pplvi.guides.density import UnconstrainedDensity
+from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.explore import elbos, explore
+from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack
+from pplvi.guides.search.lbfgs import Options
+from pplvi.guides.search.pathfinder import check_counts
 
 __all__ = ["AutoBatchAndMatch"]
 

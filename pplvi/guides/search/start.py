@@ -17,10 +17,10 @@ from pyro.infer.autoguide.utils import deep_setattr
 from torch import Tensor
 from torch.nn import Parameter
 
-from pplvi.guides._found import FoundGuide
-from pplvi.guides.flow import AutoFlow
-from pplvi.guides.pathfinder import AutoPathfinder
-from pplvi.guides.score_matching import AutoBatchAndMatch
+from pplvi.guides.flows.flow import AutoFlow
+from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
+from pplvi.guides.search.pathfinder import AutoPathfinder
 
 __all__ = ["start_at_pathfinder"]
 

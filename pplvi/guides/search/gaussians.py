@@ -23,7 +23,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pplvi.guides._lbfgs import Point, Trail, is_curved
+from pplvi.guides.search.lbfgs import Point, Trail, is_curved
 
 
 class Gaussian(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pplvi.guides._lbfgs import ARMIJO, EPSILON, Point
+from pplvi.guides.search.lbfgs import ARMIJO, EPSILON, Point
 
 STEPS, HALVINGS = 20, 12
 _TOLERANCE = 1e-9  # nats, of what a step promises

@@ -11,8 +11,8 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from pplvi.guides._base import ContinuousGuide
-from pplvi.guides._zuko import FAMILIES, AffineFlowTransform, build, make_identity, with_tensors
+from pplvi.guides.base import ContinuousGuide
+from pplvi.guides.flows.build import FAMILIES, AffineFlowTransform, build, make_identity, with_tensors
 
 __all__ = ["AutoFlow"]
 

@@ -10,8 +10,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from pyro.nn.module import PyroParam, to_pyro_module_
 from torch import Tensor, nn
 
-from pplvi.guides._locals import Locals
-from pplvi.guides.amortized import AutoAmortized, Family
+from pplvi.guides.amortized.amortized import AutoAmortized, Family
+from pplvi.guides.amortized.elements import Locals
 from pplvi.kernels.coordinates import Coordinates, coordinates
 from pplvi.programs.sites import latent_sites, site_plates
 

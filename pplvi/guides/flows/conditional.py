@@ -11,8 +11,8 @@ from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pplvi.guides._import_zuko import import_zuko
-from pplvi.guides._zuko import AffineFlowTransform, make_identity, with_tensors
+from pplvi.guides.flows.build import AffineFlowTransform, make_identity, with_tensors
+from pplvi.guides.flows.import_zuko import import_zuko
 
 __all__ = ["FAMILIES", "Conditional", "build_conditional", "from_noise"]
 

@@ -13,9 +13,9 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pplvi.guides._base import ContinuousGuide
-from pplvi.guides._density import UnconstrainedDensity, is_summed, outside_of_handlers
-from pplvi.guides._gaussians import Gaussian, GaussianMixture
+from pplvi.guides.base import ContinuousGuide
+from pplvi.guides.density import UnconstrainedDensity, is_summed, outside_of_handlers
+from pplvi.guides.search.gaussians import Gaussian, GaussianMixture
 from pplvi.programs.state import preserved_rng, random_state
 
 _PARTS = Gaussian._fields

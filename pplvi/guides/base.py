@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import IndependentTransform
 
-from pplvi.guides._owned import OwnedGuide
+from pplvi.guides.owned import OwnedGuide
 
 __all__ = ["ContinuousGuide"]
 

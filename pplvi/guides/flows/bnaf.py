@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
-from pplvi.guides._quadratic import Direction
+from pplvi.guides.flows.quadratic import Direction
 
 _SPREAD = 2.0  # of the first layer's biases: units bend at different places
 _DOUBLINGS, _HALVINGS = 20, 54  # of the bracket around a root, which lies within a million of zero

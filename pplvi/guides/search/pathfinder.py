@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import init_to_median, init_to_value
 
-from pplvi.guides._density import UnconstrainedDensity
-from pplvi.guides._found import FoundGuide
-from pplvi.guides._gaussians import Gaussian, stack
-from pplvi.guides._lbfgs import Options
-from pplvi.guides._matching import match_moments
-from pplvi.guides._scouts import Path, explore
+from pplvi.guides.density import UnconstrainedDensity
+from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.explore import Path, explore
+from pplvi.guides.search.gaussians import Gaussian, stack
+from pplvi.guides.search.lbfgs import Options
+from pplvi.guides.search.moments import match_moments
 
 __all__ = ["AutoPathfinder", "Path", "init_to_pathfinder"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pplvi.guides._import_zuko import import_zuko
+from pplvi.guides.flows.import_zuko import import_zuko
 
 __all__ = ["gaussian_copula"]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pplvi.guides.amortized import AutoAmortized
+from pplvi.guides.amortized.amortized import AutoAmortized
 from pplvi.programs.joint import execute
 from pplvi.programs.state import preserved_parameters, random_state
 

@@ -16,9 +16,9 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn.module import PyroModule, PyroParam, to_pyro_module_
 from torch import Tensor, nn
 
-from pplvi.guides._conditional import FAMILIES, build_conditional
-from pplvi.guides._locals import Locals
-from pplvi.guides._owned import OwnedGuide
+from pplvi.guides.amortized.elements import Locals
+from pplvi.guides.flows.conditional import FAMILIES, build_conditional
+from pplvi.guides.owned import OwnedGuide
 from pplvi.kernels.coordinates import Coordinates, coordinates
 from pplvi.programs.autoguides import auxiliary_values
 from pplvi.programs.calls import Arguments

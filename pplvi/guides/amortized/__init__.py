@@ -1,0 +1,1 @@
+"""Guides whose latents belong to data: networks and structured families, in minibatches."""

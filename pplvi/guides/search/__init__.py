@@ -1,0 +1,1 @@
+"""Guides that find themselves: Pathfinder, batch and match, deterministic ADVI."""
