@@ -31,7 +31,7 @@ from annealing_ring import ring
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pplvi.compile import CompiledSVI
+from pplvi.compile.svi import CompiledSVI
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
 from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel

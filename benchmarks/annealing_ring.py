@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.nn.functional import linear, silu, softplus
 
-from pplvi.compile import CompiledSVI, Mode
+from pplvi.compile.svi import CompiledSVI, Mode
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels.base import Kernel, LogDensity, Program
 from pplvi.kernels.coordinates import Coordinates

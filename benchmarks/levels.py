@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.nn.functional import softplus
 
-from pplvi.compile import CompiledSVI, Mode
+from pplvi.compile.svi import CompiledSVI, Mode
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels.residual import ResidualKernel
 from pplvi.losses.nested import NestedELBO

@@ -29,7 +29,9 @@ from annealing_ring import ring, start
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.compile import CompiledSVI
+from pplvi.compile.flat_optimizers import FlatParameters
+from pplvi.compile.svi import CompiledSVI
+from pplvi.compile.tracing import record
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels.residual import ResidualKernel
 from pplvi.losses.base import WeightedELBO
@@ -38,8 +40,6 @@ from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.nested import FilteringBound
 from pplvi.programs.handlers import parameters_of
 from pplvi.samplers.annealed import Annealed, Resampling
-from pplvi.tracing import record
-from pplvi.updates import FlatParameters
 
 OBJECTIVES = ("NVI", "NVIR", "AVO", "ELBO", "IWAE", "FIVO")
 

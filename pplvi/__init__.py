@@ -63,7 +63,7 @@ _HOMES = {
     "FilteredGuide": "guides",
     "FilteringELBO": "losses.filtering",
     "StateSpace": "samplers.state_space",
-    "CompiledSVI": "compile",
+    "CompiledSVI": "compile.svi",
     "Fit": "fitting",
     "fit": "fitting",
     "flow_recipe": "flow_training",

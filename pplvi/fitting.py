@@ -15,7 +15,7 @@ from pyro.infer.elbo import ELBO as PyroELBO
 from pplvi.batches import Batches, FullData, make_batches
 from pplvi.chains import kernel_factory, run_chains
 from pplvi.checkpoint import PathLike
-from pplvi.compile import Mode
+from pplvi.compile.svi import Mode
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.naming import describe
 from pplvi.optimizers import OptimLike, Update

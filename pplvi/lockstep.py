@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pplvi.compile import CompiledSVI
+from pplvi.compile.svi import CompiledSVI
+from pplvi.compile.vectorized import Together
 from pplvi.programs.calls import Arguments
 from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.stepping import Loss, Turns
-from pplvi.together import Apart, Together
+from pplvi.together import Apart
 from pplvi.training import Trainer
 from pplvi.types import Call
 

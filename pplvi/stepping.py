@@ -12,7 +12,7 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from pplvi.batches import Batches, FullData
-from pplvi.compile import CompiledSVI, Mode
+from pplvi.compile.svi import CompiledSVI, Mode
 from pplvi.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
 from pplvi.programs.state import clone
 from pplvi.rates import Cosine, Schedule
@@ -26,7 +26,7 @@ Turns = Generator[Sequence[Call], Sequence[Loss], None]
 class CompiledUpdate(Update):
     """An :class:`pplvi.optimizers.Update` inside a compiled step: schedule and backoff reach it as rates.
 
-    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
+    :param mode: as of :class:`pplvi.compile.svi.CompiledSVI`.
     :param chunk: the most steps in one call.
     """
 
@@ -76,7 +76,7 @@ class CompiledUpdates:
     """Makes the update of each restart; what ``"auto"`` has come to in one restart holds for the next.
 
     :param options: of :class:`CompiledUpdate`.
-    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
+    :param mode: as of :class:`pplvi.compile.svi.CompiledSVI`.
     """
 
     def __init__(self, *options: Any, mode: Mode) -> None:

@@ -30,10 +30,11 @@ from pyro.nn import PyroModule, PyroSample
 from scipy.stats import ks_2samp
 from torch import Tensor, nn
 
-import pplvi.backends
-import pplvi.compile
+import pplvi.compile.backends
+import pplvi.compile.svi
 from pplvi.boltzmann_elbo import BoltzmannELBO
-from pplvi.compile import CompiledSVI
+from pplvi.compile.svi import CompiledSVI
+from pplvi.compile.tracing import Untraceable
 from pplvi.energies import RestrictedBoltzmannMachine
 from pplvi.guides import AutoFlow
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
@@ -47,7 +48,6 @@ from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pplvi.objectives.nested import FilteringBound
 from pplvi.rates import Cosine
 from pplvi.samplers.annealed import Annealed, Resampling
-from pplvi.tracing import Untraceable
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 GROUPS = torch.tensor([[0.3, 1.9, 1.1], [2.2, 1.4, 0.8]])
@@ -550,10 +550,10 @@ def test_a_state_of_another_model_is_refused():
 def test_restarts_share_one_compiled_program():
     """The second restart records its own graph and finds the program that was compiled for the first."""
     schools(True).step(*SCHOOLS)
-    known = len(pplvi.backends._PROGRAMS)
+    known = len(pplvi.compile.backends._PROGRAMS)
     first = schools(True, seed=3).run(3, *SCHOOLS)
     second = schools(True, seed=4).run(3, *SCHOOLS)
-    assert len(pplvi.backends._PROGRAMS) == known
+    assert len(pplvi.compile.backends._PROGRAMS) == known
     assert not torch.isclose(first, second).any()
 
 
@@ -574,23 +574,23 @@ def test_constants_that_are_expanded_keep_their_layout():
 def test_other_processes_find_the_program_on_the_disk(mode, monkeypatch):
     """What a process does that has compiled nothing yet: it records the graph, and needs no compilation."""
     before = schools(mode).run(3, *SCHOOLS)
-    monkeypatch.setattr(pplvi.backends, "_PROGRAMS", OrderedDict())
+    monkeypatch.setattr(pplvi.compile.backends, "_PROGRAMS", OrderedDict())
     monkeypatch.setattr(torch._inductor, "compile", None)
     assert torch.equal(schools(mode).run(3, *SCHOOLS), before)
-    assert len(pplvi.backends._PROGRAMS) == 1
+    assert len(pplvi.compile.backends._PROGRAMS) == 1
 
 
 def test_programs_are_told_apart_by_graph_and_settings(monkeypatch):
-    names = [pplvi.backends._key("step", "x + 1"), pplvi.backends._key("step", "x + 2")]
+    names = [pplvi.compile.backends._key("step", "x + 1"), pplvi.compile.backends._key("step", "x + 2")]
     with torch._inductor.config.patch(fallback_random=True):
-        names.append(pplvi.backends._key("step", "x + 1"))
+        names.append(pplvi.compile.backends._key("step", "x + 1"))
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
-    names.append(pplvi.backends._key("step", "x + 1"))
+    names.append(pplvi.compile.backends._key("step", "x + 1"))
     assert len(set(names)) == 4
 
 
 def test_tracing_and_compiling_leave_the_garbage_collector_as_it_was():
-    with pplvi.backends.uncollected():
+    with pplvi.compile.backends.uncollected():
         assert not gc.isenabled()
     assert gc.isenabled()
 
@@ -750,8 +750,8 @@ def test_buffers_that_are_replaced_are_refused():
 
 def count_traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
-    record = pplvi.compile.record
-    monkeypatch.setattr(pplvi.compile, "record", lambda *a: made.append(1) or record(*a))
+    record = pplvi.compile.svi.record
+    monkeypatch.setattr(pplvi.compile.svi, "record", lambda *a: made.append(1) or record(*a))
     return made
 
 

@@ -13,7 +13,7 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.compile import CompiledSVI
+from pplvi.compile.svi import CompiledSVI
 from pplvi.guides.annealed import AnnealedGuide
 from pplvi.kernels.coordinates import coordinates_of
 from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel

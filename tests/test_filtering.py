@@ -12,7 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.compile import CompiledSVI
+from pplvi.compile.svi import CompiledSVI
 from pplvi.losses.base import WeightedELBO
 from pplvi.losses.filtering import FilteringELBO
 from pplvi.objectives.bounds import RenyiBound

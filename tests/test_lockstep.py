@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pplvi.together
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -14,7 +15,6 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from test_stepping import Y, fragile, model
 from torch import Tensor, nn
 
-import pplvi.together
 from pplvi import fit
 from pplvi.losses.elbo import ELBO
 from pplvi.stopping import Plateau
@@ -44,13 +44,13 @@ def both(program: Any, guide: Any = AutoNormal, restarts: int = 3, **options: An
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many steps were taken in shared programs, call by call."""
     taken: list[int] = []
-    call = pplvi.together.Together.__call__
+    call = pplvi.compile.vectorized.Together.__call__
 
     def counted(self: Any, num_steps: int, random: Any) -> Any:
         taken.append(num_steps)
         return call(self, num_steps, random)
 
-    monkeypatch.setattr(pplvi.together.Together, "__call__", counted)
+    monkeypatch.setattr(pplvi.compile.vectorized.Together, "__call__", counted)
     return taken
 
 

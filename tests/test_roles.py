@@ -12,7 +12,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam, ExponentialLR
 
 import pplvi
-from pplvi.compile import CompiledSVI
+from pplvi.compile.svi import CompiledSVI
 from pplvi.fitting import describe
 from pplvi.losses.wake_sleep import ReweightedWakeSleep
 from pplvi.optimizers import Update

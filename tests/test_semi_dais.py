@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 import pplvi
-from pplvi.compile import CompiledSVI
+from pplvi.compile.svi import CompiledSVI
 from pplvi.guides import AutoAmortized, AutoHierarchical, AutoSemiDAIS
 from pplvi.kernels.flow import FlowKernel
 from pplvi.kernels.hamiltonian import HamiltonianKernel

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import pplvi.compile
+import pplvi.compile.svi
 from pplvi import fit
 from pplvi.losses.elbo import ELBO
 from pplvi.stopping import Plateau
@@ -60,8 +60,8 @@ def test_traced_training_equals_the_eager_one(options):
 def test_a_short_last_minibatch(last_batch, sizes, mode, monkeypatch):
     """Left as it is, dropped or padded; recorded once for each size."""
     made: list[int] = []
-    record = pplvi.compile.record
-    monkeypatch.setattr(pplvi.compile, "record", lambda *a: made.append(1) or record(*a))
+    record = pplvi.compile.svi.record
+    monkeypatch.setattr(pplvi.compile.svi, "record", lambda *a: made.append(1) or record(*a))
     seen: list[int] = []
 
     def counted(y: Tensor) -> None:

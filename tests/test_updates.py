@@ -8,8 +8,8 @@ import torch
 from pyro.optim.adagrad_rmsprop import AdagradRMSProp
 from pyro.optim.clipped_adam import ClippedAdam
 
+from pplvi.compile.flat_optimizers import FlatParameters, FlatUpdate, flat_update, nanmedian
 from pplvi.rates import AdaptiveClip, NormClip
-from pplvi.updates import FlatParameters, FlatUpdate, flat_update, nanmedian
 
 STEPS = 40
 OPTIMISERS = {

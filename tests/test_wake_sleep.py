@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor
 
 import pplvi
-from pplvi.compile import CompiledSVI
+from pplvi.compile.svi import CompiledSVI
 from pplvi.losses.base import Loss, WeightedELBO
 from pplvi.losses.elbo import ELBO, ForwardKL, ImportanceWeightedELBO
 from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakePhase, WakeSleep

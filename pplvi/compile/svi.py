@@ -1,8 +1,8 @@
 """Training steps traced once and compiled: an unchanged Pyro program without Pyro's handlers at run time.
 
 A step is a pure function of parameters, optimiser state and data: run guide and model, take the objective's gradient,
-update. :mod:`pplvi.tracing` records it once as a graph of tensor operations, in which the parameters are slices of one
-flat vector; :mod:`pplvi.backends` runs the graph as it is (``"trace"``), compiled by inductor (``True``), or compiled
+update. :mod:`pplvi.compile.tracing` records it once as a graph of tensor operations, in which the parameters are slices of one
+flat vector; :mod:`pplvi.compile.backends` runs the graph as it is (``"trace"``), compiled by inductor (``True``), or compiled
 with a loop of many steps inside (``"max"``). Random numbers are drawn anew at every step.
 """
 
@@ -17,15 +17,23 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi import backends
+from pplvi.compile import backends
+from pplvi.compile.flat_optimizers import (
+    Clip,
+    FlatParameters,
+    FlatUpdate,
+    OptimLike,
+    State,
+    flat_update,
+    without_new_parameters,
+)
+from pplvi.compile.tracing import Traced, Untraceable, record, unchanged
 from pplvi.losses.elbo import own_loss
 from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, in_runs, stacked, to_call
 from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.state import buffers_of
-from pplvi.tracing import Traced, Untraceable, record, unchanged
 from pplvi.types import Call, Program
-from pplvi.updates import Clip, FlatParameters, FlatUpdate, OptimLike, State, flat_update, without_new_parameters
 
 _Loop = tuple[int, Sequence[Tensor]]
 Mode = Literal["trace", "max", "auto"] | bool

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pplvi.tracing import Traced
+from pplvi.compile.tracing import Traced
 from pplvi.types import Program
 
 # Assertions about strides in the generated code cost as much as a small kernel.

@@ -1,0 +1,1 @@
+"""Training steps recorded once and compiled. Imports ``losses`` and what stands below."""
