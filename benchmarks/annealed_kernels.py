@@ -37,7 +37,7 @@ from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
 from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.joint import execute
-from pplvi.rates import Cosine
+from pplvi.training.schedules import Cosine
 from pplvi.weights.algebra import effective_sample_size
 
 

@@ -41,9 +41,9 @@ from pplvi.kernels.coordinates import Coordinates
 from pplvi.kernels.residual import ResidualKernel
 from pplvi.losses.nested import NestedELBO
 from pplvi.objectives.step import Routing
-from pplvi.rates import Cosine, Schedule
 from pplvi.samplers.annealed import Annealed, Resampling
 from pplvi.samplers.base import Request
+from pplvi.training.schedules import Cosine, Schedule
 from pplvi.weights.algebra import effective_sample_size, logmeanexp
 
 BUDGET = 288

@@ -20,7 +20,7 @@ _HOMES = {
     "WeightedELBO": "losses.base",
     "ReweightedWakeSleep": "losses.wake_sleep",
     "WakeSleep": "losses.wake_sleep",
-    "PerProgram": "roles",
+    "PerProgram": "training.per_program",
     "AutoAmortized": "guides",
     "amortization_gap": "guides",
     "refine": "guides",

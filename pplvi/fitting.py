@@ -12,25 +12,26 @@ import pyro.infer
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
-from pplvi.batches import Batches, FullData, make_batches
 from pplvi.chains import kernel_factory, run_chains
-from pplvi.checkpoint import PathLike
 from pplvi.compile.svi import Mode
 from pplvi.losses.elbo import ELBO, own_loss
-from pplvi.naming import describe
-from pplvi.optimizers import OptimLike, Update
-from pplvi.originals import Originals
 from pplvi.programs.calls import LastBatch, to_call
 from pplvi.programs.state import Environment, fingerprint
-from pplvi.rates import Schedule
-from pplvi.recipes import Recipe
-from pplvi.restarts import Plan, best_of, publish, scratch, train_restarts
 from pplvi.result import Fit
 from pplvi.selection import select
 from pplvi.starts import check_init
-from pplvi.stepping import CompiledUpdates
-from pplvi.stopping import Plateau
-from pplvi.training import Monitor, Run, Watch
+from pplvi.training.batches import Batches, FullData, make_batches
+from pplvi.training.checkpoint import PathLike
+from pplvi.training.describe import describe
+from pplvi.training.optimizers import OptimLike, Update
+from pplvi.training.plan import Plan
+from pplvi.training.replicas import Originals, Recipe
+from pplvi.training.restart import Run, publish, scratch
+from pplvi.training.restarts import best_of, train_restarts
+from pplvi.training.schedules import Schedule
+from pplvi.training.steps import CompiledUpdates
+from pplvi.training.stopping import Plateau
+from pplvi.training.watch import Monitor, Watch
 from pplvi.types import Call, Program
 
 __all__ = ["Fit", "fit"]
@@ -133,7 +134,7 @@ def fit(
         monitor is named.
     :param monitor: a loss to judge by in place of the objective, evaluated every tenth step, on ``held_back`` if given.
     :param held_back: data for the monitor (what one item of ``data`` is); the monitor is ``ELBO()`` unless given.
-    :param callbacks: functions of the :class:`pplvi.training.Run`, called after each step; returning true ends it.
+    :param callbacks: functions of the :class:`pplvi.training.restart.Run`, called after each step; returning true ends it.
     :param progress: show a bar with the smoothed loss and the time left.
     :param checkpoint: a file to write every ``checkpoint_every`` steps and at the end of every restart.
     :param checkpoint_every: steps between two checkpoints.
@@ -148,7 +149,7 @@ def fit(
         non-finite after ten returns to a good state with half the learning rate each.
 
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference"; the parts name their own sources:
-    :class:`pplvi.stopping.Plateau`, :class:`pplvi.rates.Cosine`, :class:`pplvi.rates.AdaptiveClip`.
+    :class:`pplvi.training.stopping.Plateau`, :class:`pplvi.training.schedules.Cosine`, :class:`pplvi.training.schedules.AdaptiveClip`.
 
     Example:
         >>> import pyro.distributions as dist
@@ -276,7 +277,7 @@ def _stopping_rule(stop: Any, schedule: Any) -> Plateau | None:
         return Plateau() if schedule is not None else None
     if stop is None or isinstance(stop, Plateau):
         return stop
-    raise ValueError(f"stop={stop!r}: expected 'auto', None, or a pplvi.stopping.Plateau.")
+    raise ValueError(f"stop={stop!r}: expected 'auto', None, or a pplvi.training.stopping.Plateau.")
 
 
 def _named_monitor(monitor: Any, held_back: Any, environment: Environment) -> Monitor | None:

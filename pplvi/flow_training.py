@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pplvi.losses.elbo import ELBO
-from pplvi.restarts import publish
 from pplvi.result import Fit
+from pplvi.training.restart import publish
 
 __all__ = ["flow_recipe", "search_learning_rate"]
 

@@ -21,8 +21,8 @@ from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import describe_parameters, report
 from pplvi.programs.handlers import parameters_of
-from pplvi.stopping import has_settled
-from pplvi.training import Run, ScopedProgram
+from pplvi.training.restart import Run, ScopedProgram
+from pplvi.training.stopping import has_settled
 from pplvi.types import Program
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Fit:
     (nats). An objective that is no bound, and no monitor: the best is restart 0. Its parameters are in Pyro's global
     store when ``fit`` returns; the others are kept and used under scopes of their own.
 
-    :ivar runs: the restarts (:class:`pplvi.training.Run`); one for all MCMC chains.
+    :ivar runs: the restarts (:class:`pplvi.training.restart.Run`); one for all MCMC chains.
     :ivar best: index of the best restart.
     :ivar objective: the objective; ``None`` for MCMC.
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
@@ -130,7 +130,7 @@ class Fit:
 
     @property
     def reasons(self) -> list[str]:
-        """Why each restart ended: see :class:`pplvi.training.Run`."""
+        """Why each restart ended: see :class:`pplvi.training.restart.Run`."""
         return [run.reason for run in self.runs]
 
     @property
@@ -142,7 +142,7 @@ class Fit:
     def converged(self) -> bool | None:
         """Whether the best restart's objective (or monitor) had levelled off; ``None`` if it cannot be judged by.
 
-        See :func:`pplvi.stopping.has_settled`.
+        See :func:`pplvi.training.stopping.has_settled`.
         """
         run = self.runs[self.best]
         if run.reason == "converged":

@@ -18,11 +18,11 @@ from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.deterministic import AutoDeterministicNormal
 from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.losses.elbo import ELBO
-from pplvi.originals import Originals
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.reparam import forms_of
-from pplvi.restarts import publish
 from pplvi.result import Fit
+from pplvi.training.replicas import Originals
+from pplvi.training.restart import publish
 from pplvi.types import Program
 
 GOOD_ENOUGH = 0.7

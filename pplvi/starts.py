@@ -9,14 +9,15 @@ from typing import Any, cast
 import pyro
 from torch import Tensor
 
-from pplvi.batches import FullData
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.guides.search.start import start_at_pathfinder
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.running import plain_run
-from pplvi.training import Run, Trainer, evaluate, unobtrusive
+from pplvi.training.batches import FullData
+from pplvi.training.loop import Trainer
+from pplvi.training.restart import Run, evaluate, unobtrusive
 from pplvi.types import Call
 
 SEARCHES: dict[str, Any] = {"pathfinder": AutoPathfinder, "match": AutoBatchAndMatch}

@@ -14,8 +14,8 @@ import pyro
 import pytest
 import torch
 
-from pplvi import checkpoint
 from pplvi.programs.state import rng_state, set_rng_state
+from pplvi.training import checkpoint
 
 STATE = {
     "params": {"loc": torch.randn(50, generator=torch.Generator().manual_seed(0))},

@@ -46,8 +46,8 @@ from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, 
 from pplvi.losses.nested import NestedELBO
 from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pplvi.objectives.nested import FilteringBound
-from pplvi.rates import Cosine
 from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.training.schedules import Cosine
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 GROUPS = torch.tensor([[0.3, 1.9, 1.1], [2.2, 1.4, 0.8]])

@@ -27,8 +27,8 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
-from pplvi import checkpoint
 from pplvi.programs.state import Environment, rng_state
+from pplvi.training import checkpoint
 
 Y = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, -2.0, 1.5, 0.0])
 X = torch.linspace(-1.0, 1.0, 8)
@@ -489,7 +489,7 @@ def test_restarts_not_yet_begun_need_modules_of_the_same_shape(tmp_path):
 
 
 def test_resume_with_monitor_and_stop(tmp_path):
-    from pplvi.stopping import Plateau
+    from pplvi.training.stopping import Plateau
 
     options = {
         "args": (Y,), "seed": 0, "num_steps": 3000, "stop": Plateau(min_steps=200, every=50, patience=2),

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pplvi.together
+import pplvi.compile.vectorized
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pplvi import fit
 from pplvi.losses.elbo import ELBO
-from pplvi.stopping import Plateau
-from pplvi.training import TrainingError
+from pplvi.training.restart import TrainingError
+from pplvi.training.stopping import Plateau
 
 FIT: dict[str, Any] = {"args": (Y,), "num_steps": 130, "seed": 0, "progress": False, "compile": "trace"}
 
@@ -142,7 +142,7 @@ def discrete_guide(model: Any) -> Any:
 
 
 def test_what_cannot_be_vectorised_is_trained_side_by_side(shared, caplog):
-    with caplog.at_level(logging.INFO, "pplvi.lockstep"):
+    with caplog.at_level(logging.INFO, "pplvi.training.lockstep"):
         together, alone = both(
             discrete, discrete_guide, args=(torch.tensor(1.5),), objective=ELBO(6), num_steps=60, restarts=2
         )

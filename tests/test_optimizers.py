@@ -11,9 +11,9 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from pplvi.optimizers import Update
 from pplvi.programs.state import fingerprint
-from pplvi.rates import AdaptiveClip, Cosine, NormClip
+from pplvi.training.optimizers import Update
+from pplvi.training.schedules import AdaptiveClip, Cosine, NormClip
 
 DATA = torch.tensor([1.0, 2.0, -1.0])
 

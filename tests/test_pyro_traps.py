@@ -29,9 +29,9 @@ from pyro.optim import SGD, Adam
 
 import pplvi
 from pplvi.objectives.forward_kl import ForwardKLDivergence
-from pplvi.optimizers import Update
 from pplvi.posterior.draws import draw, predict
 from pplvi.samplers.ancestral import Ancestral
+from pplvi.training.optimizers import Update
 from pplvi.weights.algebra import effective_sample_size, log_evidence, logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -15,8 +15,8 @@ import pplvi
 from pplvi.compile.svi import CompiledSVI
 from pplvi.fitting import describe
 from pplvi.losses.wake_sleep import ReweightedWakeSleep
-from pplvi.optimizers import Update
-from pplvi.roles import PerProgram, roles_of
+from pplvi.training.optimizers import Update
+from pplvi.training.per_program import PerProgram, roles_of
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.0])
 LOSS = ReweightedWakeSleep(4, 0.5)

@@ -10,10 +10,10 @@ import torch
 
 import pplvi
 from pplvi import AutoFlow
-from pplvi.originals import Originals
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.state import Environment
 from pplvi.selection import Attempt, flow_recipe, select
+from pplvi.training.replicas import Originals
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 import pplvi.compile.svi
 from pplvi import fit
 from pplvi.losses.elbo import ELBO
-from pplvi.stopping import Plateau
-from pplvi.training import SETTLE_EVERY, Trainer, TrainingError
+from pplvi.training.loop import SETTLE_EVERY, Trainer
+from pplvi.training.restart import TrainingError
+from pplvi.training.stopping import Plateau
 
 Y = torch.tensor([1.0, 2.5, 0.5, 3.0, 1.5, 2.0])
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pplvi.stopping import Plateau, has_settled, mean_with_error
+from pplvi.training.stopping import Plateau, has_settled, mean_with_error
 
 
 def test_error_of_independent_values():

@@ -13,10 +13,10 @@ from pyro.infer.autoguide.initialization import init_to_value
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pplvi
-from pplvi import batches, training
-from pplvi.batches import make_batches
 from pplvi.programs.calls import to_call
-from pplvi.stopping import Plateau
+from pplvi.training import batches, loop
+from pplvi.training.batches import make_batches
+from pplvi.training.stopping import Plateau
 
 Y = torch.linspace(-1.0, 2.0, 20)
 fit = partial(pplvi.fit, progress=False, schedule=None, clip=None, stop=None, seed=0)
@@ -294,7 +294,7 @@ def test_a_bad_loss_takes_training_back_and_halves_the_learning_rate():
 def test_the_error_names_the_first_site_at_fault():
     with pytest.raises(ValueError, match="'cliff'") as error:
         fit(fragile, at_zero, args=(Y, 1e-4), objective=Trace_ELBO(), optim=partial(torch.optim.SGD, lr=0.3))
-    assert f"after {training.MAX_ROLLBACKS} returns" in str(error.value)
+    assert f"after {loop.MAX_ROLLBACKS} returns" in str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
@@ -314,7 +314,7 @@ def test_finished_restarts_are_not_lost_in_an_error():
         if run.index == 1:
             pyro.param("AutoNormal.locs.loc").data.fill_(math.nan)
 
-    with pytest.raises(training.TrainingError, match="restart 1") as error:
+    with pytest.raises(loop.TrainingError, match="restart 1") as error:
         fit(model, AutoNormal, args=(Y,), num_steps=10, restarts=3, callbacks=[break_later])
     assert [run.reason for run in error.value.runs] == ["num_steps"]
     assert torch.isfinite(error.value.runs[0].params["AutoNormal.locs.loc"])
@@ -363,10 +363,10 @@ def test_losses_that_are_tensors_are_read_late(monkeypatch):
         step = training_svi_step(model, guide, update, objective)
         return lambda args, kwargs: torch.tensor(step(args, kwargs), dtype=torch.float64)
 
-    training_svi_step = training.svi_step
+    training_svi_step = loop.svi_step
     options = {"args": (Y,), "num_steps": 120, "objective": Trace_ELBO(), "optim": adam()}
     expected = fit(model, AutoNormal, **options).losses
-    monkeypatch.setattr(training, "svi_step", make)
+    monkeypatch.setattr(loop, "svi_step", make)
     kinds = []
     result = fit(model, AutoNormal, **options, callbacks=[lambda run: kinds.append(type(run.losses[-1])) and None])
     assert kinds.count(torch.Tensor) > 100

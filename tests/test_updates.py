@@ -9,7 +9,7 @@ from pyro.optim.adagrad_rmsprop import AdagradRMSProp
 from pyro.optim.clipped_adam import ClippedAdam
 
 from pplvi.compile.flat_optimizers import FlatParameters, FlatUpdate, flat_update, nanmedian
-from pplvi.rates import AdaptiveClip, NormClip
+from pplvi.training.schedules import AdaptiveClip, NormClip
 
 STEPS = 40
 OPTIMISERS = {

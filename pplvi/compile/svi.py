@@ -60,7 +60,7 @@ class CompiledSVI:
         a loop of steps inside for :meth:`run` and :meth:`epoch`), ``False`` (Pyro's handlers at every step), or
         ``"auto"``: ``True`` where the step can be traced and there is a compiler, and otherwise ``"trace"`` or
         ``False``, with one warning.
-    :param schedule: a function from the step to a factor of the learning rate, such as :class:`pplvi.rates.Cosine`.
+    :param schedule: a function from the step to a factor of the learning rate, such as :class:`pplvi.training.schedules.Cosine`.
     :param clip: ``"adaptive"``, the largest norm of the gradient of all parameters together, or ``None``.
     :param last_batch: what to do with a batch that is shorter than the first: ``"compile"`` a second program for it,
         ``"drop"`` it, or ``"pad"`` it with its own first elements, which count twice in that step.

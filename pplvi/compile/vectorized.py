@@ -160,6 +160,7 @@ def _joined(values: tuple[Tensor, ...]) -> tuple[Tensor, int | None]:
 
 
 Random = dict[str, Any]
+_NOISE, _STEPS = 2**24, 50  # numbers and steps that are drawn ahead at most
 
 
 class Together:
@@ -232,6 +233,3 @@ class Together:
                 self.quiet.fill(rows)
             after[r] = {**state, **torch_rng_state()}
         return self.noise[:num_steps], after
-
-
-__all__ = ["Apart", "Together"]

@@ -2,67 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import takewhile
 from os import fspath
-from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from pplvi import checkpoint
-from pplvi.batches import Batches, FullData, OneShot
-from pplvi.checkpoint import PathLike
-from pplvi.lockstep import Lockstep, Member
-from pplvi.optimizers import Update
-from pplvi.programs.joint import execute
-from pplvi.programs.running import isolated, plain_run
-from pplvi.programs.sites import is_deterministic, sample_sites, site_plates
+from pplvi.programs.running import plain_run
 from pplvi.programs.state import clone, preserved_rng, rng_state, set_rng_state
-from pplvi.progress import Progress
-from pplvi.recipes import Recipe
 from pplvi.starts import begin, searches, take_back
-from pplvi.stepping import CompiledUpdates
-from pplvi.training import Run, Trainer, TrainingError, Watch, evaluate, unobtrusive
-from pplvi.types import Call, Program
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that :func:`train_restarts` needs.
-
-    :ivar make_update: makes the optimiser of a restart.
-    :ivar settings: readable settings that a resumed run has to share, by name.
-    :ivar init: where a guide starts: see :func:`pplvi.starts.begin`.
-    """
-
-    recipe: Recipe
-    objective: Any
-    make_update: Callable[[], Update]
-    batches: Batches
-    watch: Watch
-    restarts: int = 1
-    seed: int | None = None
-    progress: bool = True
-    checkpoint: PathLike | None = None
-    resume: PathLike | None = None
-    settings: Mapping[str, Any] | None = None
-    init: str | None = None
-
-    def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:
-        """Model, guide and objective of one restart; Pyro's objectives remember the first programs that they see."""
-        return *self.recipe.build(initial), copy.deepcopy(self.objective)
+from pplvi.training import checkpoint
+from pplvi.training.batches import FullData, OneShot
+from pplvi.training.lockstep import Lockstep, Member
+from pplvi.training.loop import Trainer
+from pplvi.training.plan import Plan
+from pplvi.training.progress import Progress
+from pplvi.training.restart import Run, TrainingError, evaluate, scratch
+from pplvi.training.resume import check_paths, compare, run_state, shapes, signature
+from pplvi.training.steps import CompiledUpdates
+from pplvi.training.watch import Watch
+from pplvi.types import Call
 
 
 def train_restarts(plan: Plan) -> list[Run]:
     """Train ``plan.restarts`` runs; restart ``r`` has the seed ``plan.seed + r``.
 
-    One after another, or, with compiled steps on the full data, side by side (:mod:`pplvi.lockstep`). With a seed, the
+    One after another, or, with compiled steps on the full data, side by side (:mod:`pplvi.training.lockstep`). With a seed, the
     global random state is left as it was.
 
     :returns: the runs, fewer than asked for if the user interrupted them.
@@ -79,28 +48,6 @@ def train_restarts(plan: Plan) -> list[Run]:
         finally:
             plan.batches.finish()
     return session.runs
-
-
-def check_paths(plan: Plan) -> None:
-    """Refuse to overwrite a checkpoint that is not being resumed, and data that cannot be resumed.
-
-    :raises ValueError: for either.
-    """
-    if plan.checkpoint is None:
-        return
-    path = Path(plan.checkpoint)
-    if path.exists() and (plan.resume is None or path.resolve() != Path(plan.resume).resolve()):
-        raise ValueError(
-            f"checkpoint={str(path)!r} exists already and would be overwritten: pass resume={str(path)!r} to continue "
-            "it, or another path."
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"checkpoint={str(path)!r}: expected an existing directory, {str(path.parent)!r} is none.")
-    if not plan.batches.resumable:
-        raise ValueError(
-            "checkpoint= needs data that can be gone through again, got a one-shot iterator: expected a DataLoader, "
-            "another re-iterable, or an iterator with state_dict() and load_state_dict()."
-        )
 
 
 def _check_data(plan: Plan) -> None:
@@ -282,73 +229,6 @@ class _Session:
         compare(name, "settings", self.content["settings"], dict(self.plan.settings or {}))
 
 
-def run_state(trainer: Trainer) -> dict[str, Any]:
-    """What the continuation of a run depends on, as of its last good state."""
-    run = trainer.run
-    return {
-        **trainer.good,
-        "losses": list(map(float, run.losses)),
-        "monitored": list(run.monitored),
-        "reason": run.reason,
-        "seconds": run.seconds,
-        "rollbacks": run.rollbacks,
-        "batches": trainer.batches.get_state(),
-        "batch_size": trainer.batches.size,
-    }
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Shape and dtype of every tensor, readable.
-
-    Example:
-        >>> import torch
-        >>> shapes({"loc": torch.zeros(3)})
-        {'loc': '(3,) torch.float32'}
-    """
-    return {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-
-
-def signature(run: Run, call: Call) -> dict[str, str]:
-    """The sample sites of the programs: distribution, event shape and plates (not their sizes, which batches change).
-
-    Empty for programs that only Pyro's own objectives can run.
-    """
-    try:
-        with unobtrusive(run), isolated():
-            joint = execute(run.model, run.guide, *call)
-    except ValueError:
-        return {}
-    sites = {"model": joint.model, "guide": joint.guide}
-    return {
-        f"{role}.{name}": f"{type(s['fn']).__name__} {tuple(s['fn'].event_shape)} {[p.name for p in site_plates(s)]}"
-        for role, trace in sites.items()
-        for name, s in sample_sites(trace)
-        if not is_deterministic(s)
-    }
-
-
-def compare(path: str, what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Check that a checkpoint belongs to this run.
-
-    :raises ValueError: with every difference.
-    """
-    keys = sorted({*saved, *given})
-    found = [f"{k}: {saved.get(k, 'none')} in the file, {given.get(k, 'none')} here" for k in keys]
-    wrong = [line for k, line in zip(keys, found, strict=True) if saved.get(k) != given.get(k)]
-    if wrong:
-        raise ValueError(
-            f"the checkpoint {path!r} is of another model or run; its {what} differ: {'; '.join(wrong)}. Expected the "
-            "call of fit that wrote it. The file was left as it is."
-        )
-
-
-@contextmanager
-def scratch() -> Iterator[None]:
-    """Try programs out: the random state and the parameter store are put back."""
-    with preserved_rng(), pyro.get_param_store().scope():
-        yield
-
-
 def check_apart(plan: Plan) -> None:
     """Check that two restarts have no parameter tensor in common.
 
@@ -375,12 +255,3 @@ def _trial(plan: Plan) -> dict[str, Tensor]:
 def best_of(runs: list[Run], comparable: bool) -> int:
     """Index of the run with the least score; the first where the objective is not comparable between runs."""
     return min(runs, key=lambda run: run.score).index if comparable else 0
-
-
-def publish(run: Run) -> None:
-    """Leave a restart's parameters in the global store; others that are there stay."""
-    store = pyro.get_param_store()
-    for name in run.store["params"]:
-        if name in store:
-            del store[name]
-    store.set_state(run.store)

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pplvi.programs.state import clone
-from pplvi.rates import Schedule, make_clip, make_schedule
-from pplvi.roles import PerProgram
+from pplvi.training.per_program import PerProgram
+from pplvi.training.schedules import Schedule, make_clip, make_schedule
 
 Factory = Callable[[list[Tensor]], Optimizer]
 OptimLike = PyroOptim | type[Optimizer] | Factory | Mapping[str, PyroOptim | Factory] | None

@@ -16,12 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from pplvi.compile.svi import CompiledSVI
-from pplvi.compile.vectorized import Together
+from pplvi.compile.vectorized import Apart, Together
 from pplvi.programs.calls import Arguments
 from pplvi.programs.state import rng_state, set_rng_state
-from pplvi.stepping import Loss, Turns
-from pplvi.together import Apart
-from pplvi.training import Trainer
+from pplvi.training.loop import Trainer
+from pplvi.training.steps import Loss, Turns
 from pplvi.types import Call
 
 _LOG = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The loop of one restart: step, watch, stop, and go back when a loss is not a number.
 
-Nothing here knows about guides or ArviZ. The replaceable core is a :data:`pplvi.stepping.Step`; the loop
+Nothing here knows about guides or ArviZ. The replaceable core is a :data:`pplvi.training.steps.Step`; the loop
 around it keeps the trace, takes a copy of the state every :data:`SETTLE_EVERY` steps, and returns to the last copy
 when the loss or a parameter is no longer finite.
 """
@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,154 +19,18 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pplvi.batches import Batches
-from pplvi.optimizers import Update
 from pplvi.programs.first_run import first_bad_site
-from pplvi.programs.state import Environment, buffers_of, clone, preserved_rng, rng_state, set_rng_state
-from pplvi.rates import Cosine
-from pplvi.stepping import Loss, Turns, drive, next_calls, replayed, stride, svi_step
-from pplvi.stopping import Plateau
-from pplvi.types import Call, Program
+from pplvi.programs.state import clone, rng_state, set_rng_state
+from pplvi.training.batches import Batches
+from pplvi.training.optimizers import Update
+from pplvi.training.restart import Run, TrainingError, copy_into
+from pplvi.training.schedules import Cosine
+from pplvi.training.steps import Loss, Turns, drive, next_calls, replayed, stride, svi_step
+from pplvi.training.watch import Watch
+from pplvi.types import Call
 
 SETTLE_EVERY = 50
 MAX_ROLLBACKS = 10
-TAIL = 0.1
-
-
-class Run:
-    """One restart: its programs, its parameters in a scope of their own, and the trace of its objective.
-
-    :ivar losses: the objective at every step, in nats.
-    :ivar monitored: a monitor named by the user, evaluated now and then, in nats; empty without one.
-    :ivar reason: why training ended: ``"num_steps"``, ``"converged"``, ``"callback"``, ``"data"`` (an iterator was
-        used up), ``"found"`` (the guide found itself) or ``"interrupted"``; empty while it goes on.
-    :ivar rollbacks: how many times training went back because of a loss that was not finite.
-    """
-
-    def __init__(
-        self, index: int, model: Program, guide: Program, environment: Environment, seed: int | None = None
-    ) -> None:
-        self.index, self.model, self.guide, self.seed = index, model, guide, seed
-        self.environment = environment
-        self.store: Any = {"params": {}, "constraints": {}}
-        self.losses: list[Any] = []
-        self.monitored: list[float] = []
-        self.reason, self.seconds, self.rollbacks = "", 0.0, 0
-
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        """Make the restart's parameters, dtype and device the global ones inside the block."""
-        with self.environment.active(), pyro.get_param_store().scope(self.store):
-            yield
-
-    @property
-    def step(self) -> int:
-        """Number of steps taken."""
-        return len(self.losses)
-
-    @property
-    def loss(self) -> float:
-        """The last loss, in nats."""
-        return float(self.losses[-1])
-
-    @property
-    def score(self) -> float:
-        """Mean of the last tenth of the monitor's trace, in nats: what the best restart has the least of."""
-        trace = self.monitored or self.losses
-        tail = trace[-max(1, int(TAIL * len(trace))) :]
-        return sum(map(float, tail)) / len(tail) if tail else math.inf
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        """The parameters by name, constrained and detached."""
-        with self.scope():
-            return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Buffers of the modules behind model and guide."""
-        return buffers_of(model=self.model, guide=self.guide)
-
-
-class ScopedProgram:
-    """A program that runs under the parameters of its restart, whatever the global store holds."""
-
-    def __init__(self, program: Program, run: Run) -> None:
-        self.program, self.run = program, run
-        self.__wrapped__ = program
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the program inside the restart's scope."""
-        with self.run.scope():
-            return self.program(*args, **kwargs)
-
-
-class TrainingError(ValueError):
-    """A loss that stays non-finite.
-
-    :ivar runs: the restarts that were finished before.
-    """
-
-    runs: Sequence[Run] = ()
-
-
-def evaluate(objective: Any, model: Program, guide: Program, call: Call) -> float:
-    """The loss without its gradient, in nats."""
-    function: Callable[..., Any] = getattr(objective, "loss", objective)
-    with torch.no_grad():
-        loss = function(model, guide, *call[0], **call[1])
-    return float(sum(loss) if isinstance(loss, tuple) else loss)
-
-
-@contextmanager
-def unobtrusive(run: Run) -> Iterator[None]:
-    """Run programs without a trace: the random state and the buffers of modules are put back."""
-    buffers = clone(run.buffers())
-    with preserved_rng():
-        yield
-    copy_into(run.buffers(), buffers)
-
-
-@dataclass(frozen=True)
-class Monitor:
-    """A loss that the user named to watch, evaluated every ``every`` steps on held-back data if there are any."""
-
-    objective: Any
-    held_back: Call | None = None
-    every: int = 10
-
-    def __call__(self, run: Run, call: Call) -> float:
-        """Its value (nats); the random state is left as it was, so that watching changes nothing."""
-        with unobtrusive(run):
-            return evaluate(self.objective, run.model, run.guide, self.held_back or call)
-
-
-@dataclass
-class Watch:
-    """What is looked at between the steps.
-
-    :ivar num_steps: the most steps to take.
-    :ivar stop: when to stop before that; ``None`` for never.
-    :ivar monitor: a loss to watch beside the objective.
-    :ivar callbacks: called with the run after every step, inside its scope; returning true ends it.
-    :ivar save: writes a checkpoint.
-    :ivar save_every: steps between checkpoints.
-    :ivar report: called with the run after every step, for a progress bar.
-    """
-
-    num_steps: int
-    stop: Plateau | None = None
-    monitor: Monitor | None = None
-    callbacks: Sequence[Callable[[Run], Any]] = ()
-    save: Callable[[Trainer], None] | None = None
-    save_every: int = 500
-    report: Callable[[Run], None] = field(default=lambda run: None)
-
-
-def copy_into(target: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Set tensors in place: modules and the parameter store go on sharing them."""
-    with torch.no_grad():
-        for name, value in values.items():
-            target[name].copy_(value)
 
 
 class Trainer:

@@ -11,11 +11,11 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from pplvi.batches import Batches, FullData
 from pplvi.compile.svi import CompiledSVI, Mode
-from pplvi.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
 from pplvi.programs.state import clone
-from pplvi.rates import Cosine, Schedule
+from pplvi.training.batches import Batches, FullData
+from pplvi.training.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
+from pplvi.training.schedules import Cosine, Schedule
 from pplvi.types import Call, Program
 
 Loss = float | Tensor
@@ -24,7 +24,7 @@ Turns = Generator[Sequence[Call], Sequence[Loss], None]
 
 
 class CompiledUpdate(Update):
-    """An :class:`pplvi.optimizers.Update` inside a compiled step: schedule and backoff reach it as rates.
+    """An :class:`pplvi.training.optimizers.Update` inside a compiled step: schedule and backoff reach it as rates.
 
     :param mode: as of :class:`pplvi.compile.svi.CompiledSVI`.
     :param chunk: the most steps in one call.
@@ -153,7 +153,7 @@ def stride(step: Any, at: int, update: Update, batches: Batches, watch: Any, set
 
     :param step: what takes them; one that has no ``many`` takes one at a time.
     :param at: steps taken so far.
-    :param watch: the :class:`pplvi.training.Watch` of the loop.
+    :param watch: the :class:`pplvi.training.watch.Watch` of the loop.
     :param settle_every: steps between copies of the state.
     """
     if not isinstance(step, CompiledStep) or watch.callbacks:

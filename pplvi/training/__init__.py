@@ -1,0 +1,1 @@
+"""The training loop: steps, restarts, stopping, checkpoints. Imports ``compile`` and what stands below."""

@@ -1,0 +1,133 @@
+"""One restart: its parameters in a scope of their own, and how they are published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pplvi.programs.state import Environment, buffers_of, clone, preserved_rng
+from pplvi.types import Call, Program
+
+TAIL = 0.1
+
+
+class Run:
+    """One restart: its programs, its parameters in a scope of their own, and the trace of its objective.
+
+    :ivar losses: the objective at every step, in nats.
+    :ivar monitored: a monitor named by the user, evaluated now and then, in nats; empty without one.
+    :ivar reason: why training ended: ``"num_steps"``, ``"converged"``, ``"callback"``, ``"data"`` (an iterator was
+        used up), ``"found"`` (the guide found itself) or ``"interrupted"``; empty while it goes on.
+    :ivar rollbacks: how many times training went back because of a loss that was not finite.
+    """
+
+    def __init__(
+        self, index: int, model: Program, guide: Program, environment: Environment, seed: int | None = None
+    ) -> None:
+        self.index, self.model, self.guide, self.seed = index, model, guide, seed
+        self.environment = environment
+        self.store: Any = {"params": {}, "constraints": {}}
+        self.losses: list[Any] = []
+        self.monitored: list[float] = []
+        self.reason, self.seconds, self.rollbacks = "", 0.0, 0
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Make the restart's parameters, dtype and device the global ones inside the block."""
+        with self.environment.active(), pyro.get_param_store().scope(self.store):
+            yield
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return len(self.losses)
+
+    @property
+    def loss(self) -> float:
+        """The last loss, in nats."""
+        return float(self.losses[-1])
+
+    @property
+    def score(self) -> float:
+        """Mean of the last tenth of the monitor's trace, in nats: what the best restart has the least of."""
+        trace = self.monitored or self.losses
+        tail = trace[-max(1, int(TAIL * len(trace))) :]
+        return sum(map(float, tail)) / len(tail) if tail else math.inf
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The parameters by name, constrained and detached."""
+        with self.scope():
+            return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers of the modules behind model and guide."""
+        return buffers_of(model=self.model, guide=self.guide)
+
+
+class ScopedProgram:
+    """A program that runs under the parameters of its restart, whatever the global store holds."""
+
+    def __init__(self, program: Program, run: Run) -> None:
+        self.program, self.run = program, run
+        self.__wrapped__ = program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the program inside the restart's scope."""
+        with self.run.scope():
+            return self.program(*args, **kwargs)
+
+
+class TrainingError(ValueError):
+    """A loss that stays non-finite.
+
+    :ivar runs: the restarts that were finished before.
+    """
+
+    runs: Sequence[Run] = ()
+
+
+def evaluate(objective: Any, model: Program, guide: Program, call: Call) -> float:
+    """The loss without its gradient, in nats."""
+    function: Callable[..., Any] = getattr(objective, "loss", objective)
+    with torch.no_grad():
+        loss = function(model, guide, *call[0], **call[1])
+    return float(sum(loss) if isinstance(loss, tuple) else loss)
+
+
+@contextmanager
+def unobtrusive(run: Run) -> Iterator[None]:
+    """Run programs without a trace: the random state and the buffers of modules are put back."""
+    buffers = clone(run.buffers())
+    with preserved_rng():
+        yield
+    copy_into(run.buffers(), buffers)
+
+
+def copy_into(target: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Set tensors in place: modules and the parameter store go on sharing them."""
+    with torch.no_grad():
+        for name, value in values.items():
+            target[name].copy_(value)
+
+
+@contextmanager
+def scratch() -> Iterator[None]:
+    """Try programs out: the random state and the parameter store are put back."""
+    with preserved_rng(), pyro.get_param_store().scope():
+        yield
+
+
+def publish(run: Run) -> None:
+    """Leave a restart's parameters in the global store; others that are there stay."""
+    store = pyro.get_param_store()
+    for name in run.store["params"]:
+        if name in store:
+            del store[name]
+    store.set_state(run.store)

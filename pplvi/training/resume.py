@@ -1,0 +1,99 @@
+"""The state of a run, and whether a checkpoint belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pplvi.programs.joint import execute
+from pplvi.programs.running import isolated
+from pplvi.programs.sites import is_deterministic, sample_sites, site_plates
+from pplvi.training.loop import Trainer
+from pplvi.training.plan import Plan
+from pplvi.training.restart import Run, unobtrusive
+from pplvi.types import Call
+
+
+def check_paths(plan: Plan) -> None:
+    """Refuse to overwrite a checkpoint that is not being resumed, and data that cannot be resumed.
+
+    :raises ValueError: for either.
+    """
+    if plan.checkpoint is None:
+        return
+    path = Path(plan.checkpoint)
+    if path.exists() and (plan.resume is None or path.resolve() != Path(plan.resume).resolve()):
+        raise ValueError(
+            f"checkpoint={str(path)!r} exists already and would be overwritten: pass resume={str(path)!r} to continue "
+            "it, or another path."
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"checkpoint={str(path)!r}: expected an existing directory, {str(path.parent)!r} is none.")
+    if not plan.batches.resumable:
+        raise ValueError(
+            "checkpoint= needs data that can be gone through again, got a one-shot iterator: expected a DataLoader, "
+            "another re-iterable, or an iterator with state_dict() and load_state_dict()."
+        )
+
+
+def run_state(trainer: Trainer) -> dict[str, Any]:
+    """What the continuation of a run depends on, as of its last good state."""
+    run = trainer.run
+    return {
+        **trainer.good,
+        "losses": list(map(float, run.losses)),
+        "monitored": list(run.monitored),
+        "reason": run.reason,
+        "seconds": run.seconds,
+        "rollbacks": run.rollbacks,
+        "batches": trainer.batches.get_state(),
+        "batch_size": trainer.batches.size,
+    }
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Shape and dtype of every tensor, readable.
+
+    Example:
+        >>> import torch
+        >>> shapes({"loc": torch.zeros(3)})
+        {'loc': '(3,) torch.float32'}
+    """
+    return {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+
+
+def signature(run: Run, call: Call) -> dict[str, str]:
+    """The sample sites of the programs: distribution, event shape and plates (not their sizes, which batches change).
+
+    Empty for programs that only Pyro's own objectives can run.
+    """
+    try:
+        with unobtrusive(run), isolated():
+            joint = execute(run.model, run.guide, *call)
+    except ValueError:
+        return {}
+    sites = {"model": joint.model, "guide": joint.guide}
+    return {
+        f"{role}.{name}": f"{type(s['fn']).__name__} {tuple(s['fn'].event_shape)} {[p.name for p in site_plates(s)]}"
+        for role, trace in sites.items()
+        for name, s in sample_sites(trace)
+        if not is_deterministic(s)
+    }
+
+
+def compare(path: str, what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Check that a checkpoint belongs to this run.
+
+    :raises ValueError: with every difference.
+    """
+    keys = sorted({*saved, *given})
+    found = [f"{k}: {saved.get(k, 'none')} in the file, {given.get(k, 'none')} here" for k in keys]
+    wrong = [line for k, line in zip(keys, found, strict=True) if saved.get(k) != given.get(k)]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint {path!r} is of another model or run; its {what} differ: {'; '.join(wrong)}. Expected the "
+            "call of fit that wrote it. The file was left as it is."
+        )

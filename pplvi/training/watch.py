@@ -1,0 +1,48 @@
+"""What a loop watches: the monitor, the best value, and whether the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pplvi.training.loop import Trainer
+from pplvi.training.restart import Run, evaluate, unobtrusive
+from pplvi.training.stopping import Plateau
+from pplvi.types import Call
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """A loss that the user named to watch, evaluated every ``every`` steps on held-back data if there are any."""
+
+    objective: Any
+    held_back: Call | None = None
+    every: int = 10
+
+    def __call__(self, run: Run, call: Call) -> float:
+        """Its value (nats); the random state is left as it was, so that watching changes nothing."""
+        with unobtrusive(run):
+            return evaluate(self.objective, run.model, run.guide, self.held_back or call)
+
+
+@dataclass
+class Watch:
+    """What is looked at between the steps.
+
+    :ivar num_steps: the most steps to take.
+    :ivar stop: when to stop before that; ``None`` for never.
+    :ivar monitor: a loss to watch beside the objective.
+    :ivar callbacks: called with the run after every step, inside its scope; returning true ends it.
+    :ivar save: writes a checkpoint.
+    :ivar save_every: steps between checkpoints.
+    :ivar report: called with the run after every step, for a progress bar.
+    """
+
+    num_steps: int
+    stop: Plateau | None = None
+    monitor: Monitor | None = None
+    callbacks: Sequence[Callable[[Run], Any]] = ()
+    save: Callable[[Trainer], None] | None = None
+    save_every: int = 500
+    report: Callable[[Run], None] = field(default=lambda run: None)
