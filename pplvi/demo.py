@@ -28,7 +28,7 @@ from torch.optim import Adam
 
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
-from pplvi.fitting import Fit, fit
+from pplvi.fitting.fit import Fit, fit
 from pplvi.guides import AutoFlow
 from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO, RenyiELBO
 from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights

@@ -14,10 +14,10 @@ from pplvi.boltzmann_elbo import BoltzmannELBO
 from pplvi.energies.dbm import DeepBoltzmannMachine
 from pplvi.energies.dbn import DeepBeliefNetwork
 from pplvi.energies.stacking import Stage, stages
-from pplvi.fitting import fit
+from pplvi.fitting.fit import fit
+from pplvi.fitting.result import Fit
 from pplvi.losses.base import Loss
 from pplvi.programs.state import preserved_rng
-from pplvi.result import Fit
 
 
 def pretrain(

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pplvi.compile.vectorized
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -15,6 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from test_stepping import Y, fragile, model
 from torch import Tensor, nn
 
+import pplvi.compile.vectorized
 from pplvi import fit
 from pplvi.losses.elbo import ELBO
 from pplvi.training.restart import TrainingError

@@ -10,9 +10,9 @@ import torch
 
 import pplvi
 from pplvi import AutoFlow
+from pplvi.fitting.auto import Attempt, flow_recipe, select
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.state import Environment
-from pplvi.selection import Attempt, flow_recipe, select
 from pplvi.training.replicas import Originals
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -71,7 +71,7 @@ def originals(model):
 def test_richer_families_are_tried_one_after_another_until_one_is_good(monkeypatch):
     ks = iter([0.9, 0.8, 1.2, 0.4])
     names = []
-    monkeypatch.setattr("pplvi.selection.publish", lambda run: None)
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
 
     def fake(model, guide, callbacks=(), **options):
         for callback in callbacks:
@@ -97,7 +97,7 @@ def test_richer_families_are_tried_one_after_another_until_one_is_good(monkeypat
     ],
 )
 def test_the_form_with_the_best_guide_is_kept(written, other, kept, monkeypatch):
-    monkeypatch.setattr("pplvi.selection.publish", lambda run: None)
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
     tried = []
 
     def fake(model, guide, **options):
@@ -116,7 +116,7 @@ def test_the_form_with_the_best_guide_is_kept(written, other, kept, monkeypatch)
 
 @pytest.mark.parametrize("found_later", [True, False])
 def test_a_good_k_hat_is_not_believed_against_more_evidence(found_later, monkeypatch):
-    monkeypatch.setattr("pplvi.selection.publish", lambda run: None)
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
     fits = iter(
         [
             Fitted("pathfinder", 0.8, elbo=-9.0, log_evidence=-1.0),
@@ -211,7 +211,7 @@ def test_the_parameters_of_a_model_are_trained_with_the_guide(kind):
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
 def test_each_family_starts_from_the_first_parameters_and_those_of_the_taken_one_are_left(taken, monkeypatch):
-    monkeypatch.setattr("pplvi.selection.publish", lambda run: None)
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
     module, starts = Module(), []
 
     def fake(model, guide, callbacks=(), **options):

@@ -23,7 +23,7 @@ class Plan:
 
     :ivar make_update: makes the optimiser of a restart.
     :ivar settings: readable settings that a resumed run has to share, by name.
-    :ivar init: where a guide starts: see :func:`pplvi.starts.begin`.
+    :ivar init: where a guide starts: see :func:`pplvi.fitting.starts.begin`.
     """
 
     recipe: Recipe

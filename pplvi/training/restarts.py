@@ -12,9 +12,9 @@ import pyro
 import torch
 from torch import Tensor
 
+from pplvi.fitting.starts import begin, searches, take_back
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import clone, preserved_rng, rng_state, set_rng_state
-from pplvi.starts import begin, searches, take_back
 from pplvi.training import checkpoint
 from pplvi.training.batches import FullData, OneShot
 from pplvi.training.lockstep import Lockstep, Member

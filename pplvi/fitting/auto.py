@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pplvi.flow_training import flow_recipe
+from pplvi.fitting.flow_recipe import flow_recipe
+from pplvi.fitting.result import Fit
 from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.deterministic import AutoDeterministicNormal
@@ -20,7 +21,6 @@ from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.losses.elbo import ELBO
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.reparam import forms_of
-from pplvi.result import Fit
 from pplvi.training.replicas import Originals
 from pplvi.training.restart import publish
 from pplvi.types import Program

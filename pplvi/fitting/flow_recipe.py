@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from pplvi.fitting.result import Fit
 from pplvi.losses.elbo import ELBO
-from pplvi.result import Fit
 from pplvi.training.restart import publish
 
 __all__ = ["flow_recipe", "search_learning_rate"]

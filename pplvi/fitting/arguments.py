@@ -1,0 +1,148 @@
+"""The arguments of ``fit``: what is accepted, and what is said of the rest."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.infer
+import torch
+from pyro.infer.elbo import ELBO as PyroELBO
+
+from pplvi.losses.elbo import ELBO
+from pplvi.programs.calls import to_call
+from pplvi.programs.state import Environment
+from pplvi.training.batches import Batches, FullData
+from pplvi.training.replicas import Recipe
+from pplvi.training.restart import scratch
+from pplvi.training.stopping import Plateau
+from pplvi.training.watch import Monitor
+from pplvi.types import Call, Program
+
+_PYRO_BOUNDS = (
+    pyro.infer.Trace_ELBO,
+    pyro.infer.TraceGraph_ELBO,
+    pyro.infer.TraceEnum_ELBO,
+    pyro.infer.TraceTMC_ELBO,
+    pyro.infer.RenyiELBO,
+)
+
+
+def monitor_of(objective: Any) -> str | None:
+    """``"lower"`` or ``"upper"`` for a loss that bounds the log evidence, ``None`` for one that does not.
+
+    Example:
+        >>> monitor_of(pyro.infer.Trace_ELBO()), monitor_of(pyro.infer.ReweightedWakeSleep())
+        ('lower', None)
+    """
+    if hasattr(objective, "monitor"):
+        found: str | None = objective.monitor
+        return found
+    return "lower" if isinstance(objective, _PYRO_BOUNDS) else None
+
+
+def _stopping_rule(stop: Any, schedule: Any) -> Plateau | None:
+    if stop == "auto":
+        return Plateau() if schedule is not None else None
+    if stop is None or isinstance(stop, Plateau):
+        return stop
+    raise ValueError(f"stop={stop!r}: expected 'auto', None, or a pplvi.training.stopping.Plateau.")
+
+
+def _named_monitor(monitor: Any, held_back: Any, environment: Environment) -> Monitor | None:
+    if monitor is None and held_back is None:
+        return None
+    loss = _check_loss(ELBO() if monitor is None else monitor, "monitor")
+    return Monitor(loss, None if held_back is None else environment.move(to_call(held_back)))
+
+
+def _recipe(model: Program, guide: Any, batches: Batches, restarts: int, environment: Environment) -> Recipe:
+    if isinstance(guide, str) or not callable(guide):
+        raise ValueError(
+            f"guide={guide!r}: expected a guide class such as pyro.infer.autoguide.AutoNormal or pplvi.AutoFlow, a "
+            "function from the model to a guide, a guide, 'auto', or 'nuts'."
+        )
+    if isinstance(guide, torch.nn.Module) and restarts > 1:
+        raise ValueError(
+            f"restarts={restarts} need a guide each, got one {type(guide).__name__}: expected its class, or a function "
+            f"from the model to a guide, such as lambda model: {type(guide).__name__}(model)."
+        )
+    makes_guide = not isinstance(guide, torch.nn.Module) and makes_guides(guide, model, batches)
+    return Recipe(model, guide, makes_guide, restarts > 1, environment)
+
+
+def makes_guides(guide: Callable[..., Any], model: Program, batches: Batches) -> bool:
+    """Whether a callable makes guides (a class, a function of the model) or is one.
+
+    What takes exactly one argument, named ``model``, makes guides, and so does what cannot take the arguments of the
+    model. What can take either is tried on the model: guides return no callable.
+    """
+    if isinstance(guide, type):
+        return True
+    if not _takes(guide, (model,), {}):
+        return False
+    if next(iter(inspect.signature(guide).parameters), "") == "model":
+        return True
+    call = batches.call if isinstance(batches, FullData) else batches.peek()
+    if not _takes(guide, *call):
+        return True
+    with scratch():
+        try:
+            return callable(guide(model))
+        except Exception:  # a guide that was given a model in place of its data may fail in any way
+            return False
+
+
+def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _check_loss(loss: Any, name: str) -> Any:
+    if isinstance(loss, type) or not (isinstance(loss, PyroELBO) or callable(loss)):
+        raise ValueError(f"{name}={loss!r}: expected a loss such as pplvi.ELBO(), or pyro.infer.Trace_ELBO().")
+    return loss
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, type):
+        raise ValueError(
+            f"model={model.__name__}: expected a Pyro program, got a class. Model and guide may be swapped: "
+            "fit(model, guide). Of a module, pass an instance."
+        )
+    if not callable(model):
+        raise ValueError(f"model={model!r}: expected a Pyro program, that is a callable with pyro.sample statements.")
+
+
+def _check_call(args: Any, kwargs: Any) -> Call:
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, args=(x,).")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments."
+        )
+    return tuple(args), dict(kwargs or {})
+
+
+def _check_numbers(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
+
+
+def _check_seed(seed: Any, restarts: int) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= 2**32 - restarts:
+        raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 2**32 - restarts, or None.")
+
+
+def _refuse(given: Mapping[str, Any], what: str = "MCMC") -> None:
+    found = sorted(name for name, value in given.items() if value is not None)
+    numbers = "num_steps, num_warmup" if what == "MCMC" else "budget"
+    if found:
+        raise ValueError(f"{what} has no use for {found}: expected args, kwargs, {numbers}, restarts and seed.")
