@@ -10,7 +10,6 @@ from pyro.infer import SVI
 from torch import Tensor
 
 import pplvi
-from pplvi.boltzmann_elbo import BoltzmannELBO
 from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
@@ -22,7 +21,8 @@ from pplvi.energies import (
     RestrictedBoltzmannMachine,
     TemperedChains,
 )
-from pplvi.sparsity import SparsityPenalty
+from pplvi.energies.learning.boltzmann_elbo import BoltzmannELBO
+from pplvi.energies.learning.sparsity import SparsityPenalty
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -11,7 +11,6 @@ from pyro.optim import SGD, Adam
 from torch import Tensor
 
 import pplvi
-from pplvi.boltzmann_elbo import BoltzmannELBO
 from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
@@ -22,7 +21,8 @@ from pplvi.energies import (
     RestrictedBoltzmannMachine,
     TAPGuide,
 )
-from pplvi.energies.live import training_step
+from pplvi.energies.learning.boltzmann_elbo import BoltzmannELBO
+from pplvi.energies.machines.training_step import training_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 

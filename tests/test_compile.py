@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 import pplvi.compile.backends
 import pplvi.compile.svi
-from pplvi.boltzmann_elbo import BoltzmannELBO
 from pplvi.compile.svi import CompiledSVI
 from pplvi.compile.tracing import Untraceable
 from pplvi.energies import RestrictedBoltzmannMachine
+from pplvi.energies.learning.boltzmann_elbo import BoltzmannELBO
 from pplvi.guides import AutoFlow
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
 from pplvi.kernels.hamiltonian import HamiltonianKernel

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pplvi
-from pplvi.boltzmann_elbo import BoltzmannELBO
 from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
@@ -22,7 +21,8 @@ from pplvi.energies import (
     MeanFieldGuide,
     RestrictedBoltzmannMachine,
 )
-from pplvi.energies.live import training_step
+from pplvi.energies.learning.boltzmann_elbo import BoltzmannELBO
+from pplvi.energies.machines.training_step import training_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,7 +12,6 @@ from pyro.optim import SGD, Adam
 from torch import Tensor
 
 import pplvi
-from pplvi.boltzmann_elbo import BoltzmannELBO
 from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
@@ -26,9 +25,10 @@ from pplvi.energies import (
     stages,
     to_classifier,
 )
-from pplvi.multi_prediction import MultiPrediction
-from pplvi.pretraining import pretrain
-from pplvi.up_down import UpDown
+from pplvi.energies.learning.boltzmann_elbo import BoltzmannELBO
+from pplvi.energies.learning.multi_prediction import MultiPrediction
+from pplvi.energies.learning.pretraining import pretrain
+from pplvi.energies.learning.up_down import UpDown
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -28,7 +28,7 @@ from pplvi.energies import (
     inpaint,
     raise_bound,
 )
-from pplvi.energies.measures import PartlyObserved
+from pplvi.energies.machines.measures import PartlyObserved
 
 pytestmark = pytest.mark.usefixtures("float64")
 

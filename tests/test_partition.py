@@ -17,8 +17,8 @@ from pplvi.energies import (
     annealed_importance_sampling,
     raise_bound,
 )
-from pplvi.energies.averaging import averaged_machines, base_fields
-from pplvi.energies.between import Between
+from pplvi.energies.evaluation.ais_path import Between
+from pplvi.energies.evaluation.moment_paths import averaged_machines, base_fields
 from pplvi.samplers.annealed import Annealed
 
 

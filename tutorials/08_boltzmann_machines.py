@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 import pplvi
 from pplvi import BoltzmannELBO, DeepBoltzmannMachine, MeanFieldGuide, RestrictedBoltzmannMachine
 from pplvi.energies import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
-from pplvi.pictures import plot_filters, plot_images
+from pplvi.energies.evaluation.pictures import plot_filters, plot_images
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 30 if SMOKE else 3000

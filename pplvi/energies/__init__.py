@@ -1,6 +1,8 @@
 """Undirected models: energies as Pyro programs, their chains, guides and partition functions."""
 
-from pplvi.energies.chains import (
+from pplvi.energies.evaluation.monitors import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
+from pplvi.energies.evaluation.partition import PartitionEstimate, annealed_importance_sampling, raise_bound
+from pplvi.energies.learning.chains import (
     Chains,
     ContrastiveDivergence,
     EveryState,
@@ -9,24 +11,22 @@ from pplvi.energies.chains import (
     PersistentChains,
     TemperedChains,
 )
-from pplvi.energies.classifier import BoltzmannClassifier, to_classifier
-from pplvi.energies.copies import CopiedUnits
-from pplvi.energies.dbm import DeepBoltzmannMachine
-from pplvi.energies.dbn import DeepBeliefGuide, DeepBeliefNetwork
-from pplvi.energies.factorised import ConditionalGuide, Factorised, FactorisedGuide
-from pplvi.energies.gibbs_guide import GibbsGuide
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
-from pplvi.energies.measures import BaseMeasure
-from pplvi.energies.monitors import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
-from pplvi.energies.partition import PartitionEstimate, annealed_importance_sampling, raise_bound
-from pplvi.energies.program import EnergyModel
-from pplvi.energies.rbm import BoltzmannDistribution, RestrictedBoltzmannMachine
-from pplvi.energies.recognition import RecognitionGuide, RecognitionNetwork
-from pplvi.energies.stacking import Stage, stages
-from pplvi.energies.sweeps import MeanField
-from pplvi.energies.tap import TAPGuide
-from pplvi.energies.units import BernoulliUnits, CategoricalUnits, GaussianUnits, Units
+from pplvi.energies.learning.classifier import BoltzmannClassifier, to_classifier
+from pplvi.energies.learning.stacking import Stage, stages
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.copies import CopiedUnits
+from pplvi.energies.machines.dbm import DeepBoltzmannMachine
+from pplvi.energies.machines.dbn import DeepBeliefGuide, DeepBeliefNetwork
+from pplvi.energies.machines.energy import EnergyModel
+from pplvi.energies.machines.exact_posterior import ConditionalGuide, Factorised, FactorisedGuide
+from pplvi.energies.machines.measures import BaseMeasure
+from pplvi.energies.machines.rbm import BoltzmannDistribution, RestrictedBoltzmannMachine
+from pplvi.energies.machines.units import BernoulliUnits, CategoricalUnits, GaussianUnits, Units
+from pplvi.energies.posteriors.gibbs import GibbsGuide
+from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
+from pplvi.energies.posteriors.problem import MeanField
+from pplvi.energies.posteriors.recognition import RecognitionGuide, RecognitionNetwork
+from pplvi.energies.posteriors.tap import TAPGuide
 
 __all__ = [
     "BaseMeasure",

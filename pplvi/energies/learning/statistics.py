@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.live import active_step
-from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.training_step import active_step
 from pplvi.types import Values
 
 
@@ -60,7 +60,7 @@ class Statistics:
     """Sufficient statistics of batches of values, around the offsets of a centered machine.
 
     The gradients of weights are ``sum_i w_i (s_i - c) (t_i - d)^T``, those of biases ``sum_i w_i r_i (s_i - c)`` with
-    ``r_i = 1 - sum_t d . (t_i - d)`` over the neighbours ``t``: the centered gradient of :mod:`pplvi.energies.live`,
+    ``r_i = 1 - sum_t d . (t_i - d)`` over the neighbours ``t``: the centered gradient of :mod:`pplvi.energies.machines.training_step`,
     and without offsets the plain one.
     """
 

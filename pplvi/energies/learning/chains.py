@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pplvi.energies.live import Live, active_step
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import EnergyModel
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import EnergyModel
+from pplvi.energies.machines.training_step import Live, active_step
 from pplvi.objectives.step import Step
 from pplvi.programs.state import preserved_rng
 from pplvi.types import Values

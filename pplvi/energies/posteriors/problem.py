@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import Mask
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import Mask
 from pplvi.types import Values
 
 

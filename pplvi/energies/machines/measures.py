@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 
-from pplvi.energies.units import Units
+from pplvi.energies.machines.units import Units
 
 
 class BaseMeasure(TorchDistribution):

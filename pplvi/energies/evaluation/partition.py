@@ -13,13 +13,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pplvi.energies.averaging import Route, averaged_machines, base_fields
-from pplvi.energies.between import Between, Schedule
-from pplvi.energies.factorised import FactorisedGuide
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.mean_field import MeanFieldGuide
-from pplvi.energies.measures import BaseMeasure
-from pplvi.energies.program import data_plate
+from pplvi.energies.evaluation.ais_path import Between, Schedule
+from pplvi.energies.evaluation.moment_paths import Route, averaged_machines, base_fields
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import data_plate
+from pplvi.energies.machines.exact_posterior import FactorisedGuide
+from pplvi.energies.machines.measures import BaseMeasure
+from pplvi.energies.posteriors.mean_field import MeanFieldGuide
 from pplvi.programs.state import random_state
 from pplvi.types import Values
 from pplvi.weights.algebra import effective_sample_size, log_evidence

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from pplvi.energies.dbm import LABELS
-from pplvi.energies.dbn import DeepBeliefNetwork
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
-from pplvi.energies.units import Units
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.dbm import LABELS
+from pplvi.energies.machines.dbn import DeepBeliefNetwork
+from pplvi.energies.machines.units import Units
+from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
 
 
 class BoltzmannClassifier(nn.Module):

@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pplvi.energies.copies import CopiedUnits
-from pplvi.energies.dbm import DeepBoltzmannMachine
-from pplvi.energies.dbn import DeepBeliefNetwork
-from pplvi.energies.rbm import RestrictedBoltzmannMachine
-from pplvi.energies.units import Units
+from pplvi.energies.machines.copies import CopiedUnits
+from pplvi.energies.machines.dbm import DeepBoltzmannMachine
+from pplvi.energies.machines.dbn import DeepBeliefNetwork
+from pplvi.energies.machines.rbm import RestrictedBoltzmannMachine
+from pplvi.energies.machines.units import Units
 
 
 @dataclass

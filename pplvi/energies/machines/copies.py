@@ -6,7 +6,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pplvi.energies.units import BernoulliUnits, Beta, GaussianUnits, Units
+from pplvi.energies.machines.units import BernoulliUnits, Beta, GaussianUnits, Units
 
 
 class CopiedUnits(Units):

@@ -10,10 +10,10 @@ import torch
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import data_plate
-from pplvi.energies.rbm import Kind, make_units
-from pplvi.energies.units import Units
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import data_plate
+from pplvi.energies.machines.rbm import Kind, make_units
+from pplvi.energies.machines.units import Units
 
 
 class DirectedLayers(PyroModule):

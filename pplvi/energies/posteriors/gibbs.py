@@ -9,12 +9,12 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.energies.factorised import Factorised
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
-from pplvi.energies.measures import BaseMeasure
-from pplvi.energies.program import Mask, data_plate
-from pplvi.energies.sweeps import MeanField
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import Mask, data_plate
+from pplvi.energies.machines.exact_posterior import Factorised
+from pplvi.energies.machines.measures import BaseMeasure
+from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
+from pplvi.energies.posteriors.problem import MeanField
 from pplvi.types import Values
 
 

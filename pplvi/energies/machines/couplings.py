@@ -1,10 +1,10 @@
-"""The graph of a machine's layers."""
+"""TODO"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pplvi.energies.units import BernoulliUnits, GaussianUnits, Units
+from pplvi.energies.machines.units import BernoulliUnits, GaussianUnits, Units
 
 Edge = tuple[str, str]
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.graphs import Edge, check_graph, colour_classes
-from pplvi.energies.live import active_step
-from pplvi.energies.program import Clamped, EnergyModel
-from pplvi.energies.units import Beta, GaussianUnits, Units
+from pplvi.energies.machines.couplings import Edge, check_graph, colour_classes
+from pplvi.energies.machines.energy import Clamped, EnergyModel
+from pplvi.energies.machines.training_step import active_step
+from pplvi.energies.machines.units import Beta, GaussianUnits, Units
 from pplvi.types import Values
 
 MAX_BITS = 20

@@ -10,10 +10,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.boltzmann_elbo import BoltzmannELBO
-from pplvi.energies.dbm import DeepBoltzmannMachine
-from pplvi.energies.dbn import DeepBeliefNetwork
-from pplvi.energies.stacking import Stage, stages
+from pplvi.energies.learning.boltzmann_elbo import BoltzmannELBO
+from pplvi.energies.learning.stacking import Stage, stages
+from pplvi.energies.machines.dbm import DeepBoltzmannMachine
+from pplvi.energies.machines.dbn import DeepBeliefNetwork
 from pplvi.fitting.fit import fit
 from pplvi.fitting.result import Fit
 from pplvi.losses.base import Loss

@@ -16,12 +16,12 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.energies.factorised import Factorised
-from pplvi.energies.live import active_step
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.measures import PartlyObserved
-from pplvi.energies.program import Mask, data_plate
-from pplvi.energies.sweeps import MeanField, Problem
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import Mask, data_plate
+from pplvi.energies.machines.exact_posterior import Factorised
+from pplvi.energies.machines.measures import PartlyObserved
+from pplvi.energies.machines.training_step import active_step
+from pplvi.energies.posteriors.problem import MeanField, Problem
 from pplvi.types import Values
 
 

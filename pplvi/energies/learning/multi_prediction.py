@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.live import training_step
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.mean_field import MeanFieldGuide
-from pplvi.energies.program import Mask
-from pplvi.energies.sweeps import MeanField
-from pplvi.energies.units import Units
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import Mask
+from pplvi.energies.machines.training_step import training_step
+from pplvi.energies.machines.units import Units
+from pplvi.energies.posteriors.mean_field import MeanFieldGuide
+from pplvi.energies.posteriors.problem import MeanField
 from pplvi.losses.base import Loss
 from pplvi.types import Values
 

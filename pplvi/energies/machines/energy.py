@@ -16,9 +16,9 @@ import torch
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
-from pplvi.energies.live import Reminder, active_step
-from pplvi.energies.measures import BaseMeasure
-from pplvi.energies.units import Units
+from pplvi.energies.machines.measures import BaseMeasure
+from pplvi.energies.machines.training_step import Reminder, active_step
+from pplvi.energies.machines.units import Units
 from pplvi.types import Values
 
 Mask = Tensor | Mapping[str, Tensor] | None

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.dbn import DeepBeliefGuide, DeepBeliefNetwork
-from pplvi.energies.live import training_step
+from pplvi.energies.machines.dbn import DeepBeliefGuide, DeepBeliefNetwork
+from pplvi.energies.machines.training_step import training_step
 from pplvi.losses.base import Loss
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pplvi.energies.chains import (
+from pplvi.energies.learning.chains import (
     Chains,
     ContrastiveDivergence,
     EveryState,
@@ -19,11 +19,11 @@ from pplvi.energies.chains import (
     PersistentChains,
     TemperedChains,
 )
-from pplvi.energies.factorised import FactorisedGuide
-from pplvi.energies.live import training_step
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import EnergyModel
-from pplvi.energies.statistics import has_statistics, log_densities
+from pplvi.energies.learning.statistics import has_statistics, log_densities
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import EnergyModel
+from pplvi.energies.machines.exact_posterior import FactorisedGuide
+from pplvi.energies.machines.training_step import training_step
 from pplvi.losses.base import Loss
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import LogPartition

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.between import Between
-from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.evaluation.ais_path import Between
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
 
 __all__ = ["Route", "averaged_machines", "base_fields"]
 

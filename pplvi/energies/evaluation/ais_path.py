@@ -17,9 +17,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.measures import BaseMeasure
-from pplvi.energies.program import data_plate
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import data_plate
+from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.kernels.invariant import Frame, InvariantMove
 from pplvi.objectives.step import Routing
 from pplvi.samplers.annealed import Annealed

@@ -6,12 +6,12 @@ import torch
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
-from pplvi.energies.factorised import Factorised
-from pplvi.energies.live import active_step
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.mean_field import FactorisedInference, MeanFieldGuide
-from pplvi.energies.program import Mask
-from pplvi.energies.sweeps import MeanField
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import Mask
+from pplvi.energies.machines.exact_posterior import Factorised
+from pplvi.energies.machines.training_step import active_step
+from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
+from pplvi.energies.posteriors.problem import MeanField
 from pplvi.types import Values
 
 

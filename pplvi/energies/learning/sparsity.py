@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.factorised import FactorisedGuide
-from pplvi.energies.live import training_step
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.units import BernoulliUnits
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.exact_posterior import FactorisedGuide
+from pplvi.energies.machines.training_step import training_step
+from pplvi.energies.machines.units import BernoulliUnits
 from pplvi.losses.base import Loss
 from pplvi.types import Program
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pplvi.energies.machine import BoltzmannMachine
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.programs.state import random_state
 
 __all__ = ["FreeEnergyGap", "Mixing", "Neighbours", "chain_mixing", "free_energy_gap", "inpaint", "nearest_neighbours"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pplvi.energies.live import active_step
-from pplvi.energies.mean_field import MeanFieldGuide
-from pplvi.energies.sweeps import MeanField, Problem
-from pplvi.energies.units import BernoulliUnits
+from pplvi.energies.machines.training_step import active_step
+from pplvi.energies.machines.units import BernoulliUnits
+from pplvi.energies.posteriors.mean_field import MeanFieldGuide
+from pplvi.energies.posteriors.problem import MeanField, Problem
 from pplvi.types import Values
 
 

@@ -8,9 +8,9 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 
-from pplvi.energies.factorised import ConditionalGuide
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.units import BernoulliUnits, CategoricalUnits, GaussianUnits, Units
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.exact_posterior import ConditionalGuide
+from pplvi.energies.machines.units import BernoulliUnits, CategoricalUnits, GaussianUnits, Units
 
 Kind = Literal["bernoulli", "gaussian", "categorical"]
 

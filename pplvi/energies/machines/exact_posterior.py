@@ -15,8 +15,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.program import Mask, data_plate
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import Mask, data_plate
 
 
 @dataclass(frozen=True)

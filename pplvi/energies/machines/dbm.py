@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from pplvi.energies.machine import BoltzmannMachine
-from pplvi.energies.rbm import Kind, make_units
-from pplvi.energies.units import CategoricalUnits, Units
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.rbm import Kind, make_units
+from pplvi.energies.machines.units import CategoricalUnits, Units
 
 LABELS = "y"
 

@@ -1,0 +1,1 @@
+"""Judging machines: partition functions, monitors and pictures."""

@@ -1,0 +1,1 @@
+"""Training machines: chains, statistics, penalties, pretraining and classifiers."""

@@ -1,0 +1,1 @@
+"""Energies, their units and couplings, and the machines made of them."""

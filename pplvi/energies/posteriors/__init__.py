@@ -1,0 +1,1 @@
+"""Posteriors of the hidden layers: mean field, TAP, recognition networks, Gibbs chains."""
