@@ -11,7 +11,7 @@ export MPLBACKEND := Agg
 .PHONY: demo test lint format clean
 
 demo: $(STAMP)
-	$(BIN)/python -m pplvi.demo --out out
+	$(BIN)/python -m pplvi.examples.demo --out out
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 15

@@ -6,7 +6,7 @@ import arviz as az
 import pytest
 import torch
 
-from pplvi import demo
+from pplvi.examples import demo
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from pplvi.training.progress import Progress
 from pplvi.training.restart import Run, TrainingError, evaluate, scratch
 from pplvi.training.resume import check_paths, compare, run_state, shapes, signature
 from pplvi.training.steps import CompiledUpdates
-from pplvi.training.watch import Watch
+from pplvi.training.watch import Training, Watch
 from pplvi.types import Call
 
 
@@ -196,11 +196,11 @@ class _Session:
         self.states[run.index] = {**saved}
         return trainer
 
-    def _saver(self, index: int, start: dict[str, Any]) -> Callable[[Trainer], None] | None:
+    def _saver(self, index: int, start: dict[str, Any]) -> Callable[[Training], None] | None:
         if self.plan.checkpoint is None:
             return None
 
-        def save(trainer: Trainer) -> None:
+        def save(trainer: Training) -> None:
             self.states[index] = {**run_state(trainer), "start": start}
             self.description = self._description(trainer)
             if not self.side_by_side:
@@ -215,7 +215,7 @@ class _Session:
             checkpoint.save(self.plan.checkpoint, {**self.description, "runs": list(states)})
             self.description = {}
 
-    def _description(self, trainer: Trainer) -> dict[str, Any]:
+    def _description(self, trainer: Training) -> dict[str, Any]:
         if self.signature is None:
             self.signature = signature(trainer.run, trainer.call)
         return {"model": self.signature, "settings": dict(self.plan.settings or {}), "initial": self.initial}

@@ -11,9 +11,9 @@ from torch import Tensor
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated
 from pplvi.programs.sites import is_deterministic, sample_sites, site_plates
-from pplvi.training.loop import Trainer
 from pplvi.training.plan import Plan
 from pplvi.training.restart import Run, unobtrusive
+from pplvi.training.watch import Training
 from pplvi.types import Call
 
 
@@ -39,7 +39,7 @@ def check_paths(plan: Plan) -> None:
         )
 
 
-def run_state(trainer: Trainer) -> dict[str, Any]:
+def run_state(trainer: Training) -> dict[str, Any]:
     """What the continuation of a run depends on, as of its last good state."""
     run = trainer.run
     return {

@@ -16,6 +16,7 @@ from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
 from pplvi.training.schedules import Cosine, Schedule
+from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
 
 Loss = float | Tensor
@@ -145,7 +146,7 @@ def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[Loss]]) -> Non
                 calls = turns.send(losses)
 
 
-def stride(step: Any, at: int, update: Update, batches: Batches, watch: Any, settle_every: int) -> int:
+def stride(step: Any, at: int, update: Update, batches: Batches, watch: Watch, settle_every: int) -> int:
     """How many steps can be taken before the loop has to look at one of them.
 
     Batches are drawn ahead only for a loop of compiled steps, which needs them: a ``DataLoader`` that shuffles with the

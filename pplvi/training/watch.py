@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from pplvi.training.loop import Trainer
+from pplvi.training.batches import Batches
 from pplvi.training.restart import Run, evaluate, unobtrusive
 from pplvi.training.stopping import Plateau
 from pplvi.types import Call
@@ -26,6 +26,15 @@ class Monitor:
             return evaluate(self.objective, run.model, run.guide, self.held_back or call)
 
 
+class Training(Protocol):
+    """What a checkpoint is written of: a run, its last good state, and where its data are."""
+
+    run: Run
+    batches: Batches
+    good: dict[str, Any]
+    call: Call
+
+
 @dataclass
 class Watch:
     """What is looked at between the steps.
@@ -43,6 +52,6 @@ class Watch:
     stop: Plateau | None = None
     monitor: Monitor | None = None
     callbacks: Sequence[Callable[[Run], Any]] = ()
-    save: Callable[[Trainer], None] | None = None
+    save: Callable[[Training], None] | None = None
     save_every: int = 500
     report: Callable[[Run], None] = field(default=lambda run: None)
