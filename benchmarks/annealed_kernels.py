@@ -31,14 +31,13 @@ from annealing_ring import ring
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pplvi.compile.svi import CompiledSVI
-from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels.langevin import ControlledLangevinKernel, LangevinKernel
-from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
-from pplvi.losses.elbo import ELBO
-from pplvi.programs.joint import execute
-from pplvi.training.schedules import Cosine
-from pplvi.weights.algebra import effective_sample_size
+from pplvi.compile import CompiledSVI
+from pplvi.guides import AnnealedGuide
+from pplvi.kernels import ControlledLangevinKernel, LangevinKernel, UncorrectedHamiltonianKernel
+from pplvi.losses import ELBO
+from pplvi.programs import execute
+from pplvi.training import Cosine
+from pplvi.weights import effective_sample_size
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,16 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.nn.functional import linear, silu, softplus
 
-from pplvi.compile.svi import CompiledSVI, Mode
-from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels.base import Kernel, LogDensity, Program
-from pplvi.kernels.coordinates import Coordinates
-from pplvi.kernels.residual import ResidualKernel
-from pplvi.losses.nested import NestedELBO
-from pplvi.objectives.step import Routing
-from pplvi.samplers.annealed import Annealed, Resampling
-from pplvi.samplers.base import Request
-from pplvi.training.schedules import Cosine, Schedule
-from pplvi.weights.algebra import effective_sample_size, logmeanexp
+from pplvi.compile import CompiledSVI, Mode
+from pplvi.guides import AnnealedGuide
+from pplvi.kernels import Coordinates, Kernel, ResidualKernel
+from pplvi.kernels.base import LogDensity, Program
+from pplvi.losses import NestedELBO
+from pplvi.objectives import Routing
+from pplvi.samplers import Annealed, Request
+from pplvi.samplers.annealed import Resampling
+from pplvi.training import Cosine, Schedule
+from pplvi.weights import effective_sample_size, logmeanexp
 
 BUDGET = 288
 EARLY = (0.02, 0.065, 0.14, 0.25, 0.4, 0.62)

@@ -40,7 +40,7 @@ from pplvi import (
     RecognitionGuide,
     pretrain,
 )
-from pplvi.energies.evaluation.partition import annealed_importance_sampling
+from pplvi.energies import annealed_importance_sampling
 
 Row = dict[str, Any]
 BATCH = 100

@@ -25,7 +25,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pplvi.losses.elbo import ImportanceWeightedELBO
+from pplvi.losses import ImportanceWeightedELBO
 
 DIMENSIONS = 20
 ESTIMATORS = ("reparam", "stl", "dreg", "vimco")

@@ -37,8 +37,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pplvi import FilteringELBO
-from pplvi.objectives.nested import NestedForwardKL, log_normalizer_ratio
-from pplvi.weights.algebra import effective_sample_size, logmeanexp
+from pplvi.objectives import NestedForwardKL, log_normalizer_ratio
+from pplvi.weights import effective_sample_size, logmeanexp
 
 CENTRES = torch.tensor([-4.5, -1.5, 1.5, 4.5])
 ROWS = 1.0 + 4.0 * torch.eye(4)

@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.nn.functional import softplus
 
-from pplvi.compile.svi import CompiledSVI, Mode
-from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels.residual import ResidualKernel
-from pplvi.losses.nested import NestedELBO
-from pplvi.weights.resampling import resample
+from pplvi.compile import CompiledSVI, Mode
+from pplvi.guides import AnnealedGuide
+from pplvi.kernels import ResidualKernel
+from pplvi.losses import NestedELBO
+from pplvi.weights import resample
 
 Step = Callable[[], Any]
 

@@ -36,13 +36,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pplvi import ELBO, CompiledSVI, ForwardKL, ReweightedWakeSleep
-from pplvi.losses.base import Loss
-from pplvi.objectives.forward_kl import ForwardKLDivergence
-from pplvi.objectives.step import Step
-from pplvi.programs.joint import Program, execute
-from pplvi.programs.traces import Run
-from pplvi.weights.algebra import effective_sample_size, expectation
-from pplvi.weights.resampling import resample
+from pplvi.losses import Loss
+from pplvi.objectives import ForwardKLDivergence, Step
+from pplvi.programs import Run, execute
+from pplvi.programs.joint import Program
+from pplvi.weights import effective_sample_size, expectation, resample
 
 CLASSES, BATCH, K = 10, 300, 10
 

@@ -29,17 +29,14 @@ from annealing_ring import ring, start
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.compile.flat_optimizers import FlatParameters
-from pplvi.compile.svi import CompiledSVI
-from pplvi.compile.tracing import record
-from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels.residual import ResidualKernel
-from pplvi.losses.base import WeightedELBO
-from pplvi.losses.elbo import ELBO
-from pplvi.losses.nested import NestedELBO
-from pplvi.objectives.nested import FilteringBound
-from pplvi.programs.handlers import parameters_of
-from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.compile import CompiledSVI, FlatParameters, record
+from pplvi.guides import AnnealedGuide
+from pplvi.kernels import ResidualKernel
+from pplvi.losses import ELBO, NestedELBO, WeightedELBO
+from pplvi.objectives import FilteringBound
+from pplvi.programs import parameters_of
+from pplvi.samplers import Annealed
+from pplvi.samplers.annealed import Resampling
 
 OBJECTIVES = ("NVI", "NVIR", "AVO", "ELBO", "IWAE", "FIVO")
 

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pplvi.posterior.draws import Draws
-from pplvi.posterior.weighted import WeightedDraws
+from pplvi.posterior import Draws, WeightedDraws
 
 STEPS, PARTICLES = 10_000, 64
 

@@ -48,7 +48,7 @@ from pplvi import (
     Fit,
     RenyiELBO,
 )
-from pplvi.posterior.weighted import WeightedDraws
+from pplvi.posterior import WeightedDraws
 
 DRAWS, CHUNK, QUANTILES = 20_000, 2_500, 2_001
 SCHOOLS = "eight_schools-eight_schools_noncentered"

@@ -35,8 +35,8 @@ import pyro.infer
 import torch
 from speed_problems import NUMPYRO, PROBLEMS, Problem, numpyro_programs
 
-from pplvi.compile.svi import CompiledSVI
-from pplvi.losses.elbo import ELBO
+from pplvi.compile import CompiledSVI
+from pplvi.losses import ELBO
 
 BLOCK = 100  # steps between two looks at the ELBO, and in one call where a way takes several
 MAX_STEPS = 6000

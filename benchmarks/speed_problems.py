@@ -12,11 +12,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 from pplvi.examples.eight_schools import EFFECTS, STANDARD_ERRORS
-from pplvi.guides.annealed import AnnealedGuide
-from pplvi.kernels.residual import ResidualKernel
-from pplvi.losses.base import Loss
-from pplvi.losses.elbo import ELBO
-from pplvi.losses.nested import NestedELBO
+from pplvi.guides import AnnealedGuide
+from pplvi.kernels import ResidualKernel
+from pplvi.losses import ELBO, Loss, NestedELBO
 
 TARGETS = 8
 

@@ -39,7 +39,7 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 
 from pplvi import CompiledSVI, ImportanceWeightedELBO, ReweightedWakeSleep, WakeSleep
-from pplvi.weights.algebra import logmeanexp
+from pplvi.weights import logmeanexp
 
 K = 10
 LOSSES: dict[str, Callable[[], object]] = {

@@ -14,7 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.fitting.fit import fit
+from pplvi.fitting.entry import fit
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
 from pplvi.kernels.coordinates import coordinates_of
 from pplvi.kernels.langevin import LangevinKernel

@@ -10,7 +10,7 @@ from programs import Proposal, Walk
 from pyro.optim import Adam
 from torch import Tensor
 
-from pplvi.fitting.fit import fit
+from pplvi.fitting.entry import fit
 from pplvi.guides.filtered import FilteredGuide
 from pplvi.losses.elbo import ELBO
 from pplvi.losses.filtering import FilteringELBO

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from pplvi.examples import eight_schools
-from pplvi.posterior import loo as loo_module
+from pplvi.posterior import leave_one_out as loo_module
 from pplvi.posterior.draws import Draws
-from pplvi.posterior.loo import loo
+from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.sites import Plate

@@ -13,7 +13,7 @@ from pyro.optim import Adam, ExponentialLR
 
 import pplvi
 from pplvi.compile.svi import CompiledSVI
-from pplvi.fitting.fit import describe
+from pplvi.fitting.entry import describe
 from pplvi.losses.wake_sleep import ReweightedWakeSleep
 from pplvi.training.optimizers import Update
 from pplvi.training.per_program import PerProgram, roles_of

@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pplvi
 from pplvi import ELBO, AutoFlow, ImportanceWeightedELBO
-from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
+from pplvi.posterior import plot_against_reference, plot_objective, plot_weights
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 60 if SMOKE else 1500

@@ -22,8 +22,8 @@ from pyro.infer.autoguide import AutoContinuous, AutoNormal, init_to_value
 
 import pplvi
 from pplvi import ELBO, AutoFlow, ForwardKL, ImportanceWeightedELBO, WeightedELBO
-from pplvi.objectives.step import Objective, Terms
-from pplvi.weights.algebra import logmeanexp
+from pplvi.objectives import Objective, Terms
+from pplvi.weights import logmeanexp
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 40 if SMOKE else 800

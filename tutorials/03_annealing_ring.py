@@ -18,11 +18,11 @@ import torch
 
 import pplvi
 from pplvi import AnnealedGuide, NestedELBO
-from pplvi.kernels.residual import ResidualKernel
-from pplvi.objectives.step import Routing
-from pplvi.samplers.annealed import Annealed, Resampling
-from pplvi.samplers.base import Request
-from pplvi.weights.algebra import effective_sample_size, logmeanexp
+from pplvi.kernels import ResidualKernel
+from pplvi.objectives import Routing
+from pplvi.samplers import Annealed, Request
+from pplvi.samplers.annealed import Resampling
+from pplvi.weights import effective_sample_size, logmeanexp
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 40 if SMOKE else 4000

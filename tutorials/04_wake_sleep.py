@@ -22,7 +22,7 @@ from torch.nn.functional import softplus
 
 import pplvi
 from pplvi import ImportanceWeightedELBO, ReweightedWakeSleep, WakeSleep
-from pplvi.weights.algebra import effective_sample_size
+from pplvi.weights import effective_sample_size
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 40 if SMOKE else 1000

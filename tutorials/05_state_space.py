@@ -21,8 +21,8 @@ from pyro.optim import Adam
 
 import pplvi
 from pplvi import FilteredGuide, FilteringELBO, Posterior, StateSpace
-from pplvi.objectives.nested import NestedForwardKL
-from pplvi.weights.algebra import effective_sample_size
+from pplvi.objectives import NestedForwardKL
+from pplvi.weights import effective_sample_size
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_TIMES = 12 if SMOKE else 60

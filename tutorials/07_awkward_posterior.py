@@ -21,7 +21,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pplvi
 from pplvi import AutoBatchAndMatch, AutoDeterministicNormal, AutoFlow, AutoPathfinder
-from pplvi.posterior.plots import plot_against_reference, plot_weights
+from pplvi.posterior import plot_against_reference, plot_weights
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 40 if SMOKE else 3000

@@ -37,7 +37,7 @@ class FlatUpdate:
     :ivar slots: how many vectors of state it keeps; a step count comes with them.
     :ivar hyper: its hyperparameters, numbers or vectors.
     :ivar clip: largest Euclidean norm of the whole gradient; ``"adaptive"`` is ten times the median norm of the last
-        100 steps (:class:`pplvi.training.schedules.AdaptiveClip`).
+        100 steps (:class:`pplvi.training.AdaptiveClip`).
 
     >>> parameters = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> update = flat_update(partial(torch.optim.SGD, lr=0.5), {"x": parameters})

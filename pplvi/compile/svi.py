@@ -1,9 +1,9 @@
 """Training steps traced once and compiled: an unchanged Pyro program without Pyro's handlers at run time.
 
 A step is a pure function of parameters, optimiser state and data: run guide and model, take the objective's gradient,
-update. :mod:`pplvi.compile.tracing` records it once as a graph of tensor operations, in which the parameters are slices of one
-flat vector; :mod:`pplvi.compile.backends` runs the graph as it is (``"trace"``), compiled by inductor (``True``), or compiled
-with a loop of many steps inside (``"max"``). Random numbers are drawn anew at every step.
+update. :mod:`pplvi.compile.tracing` records it once as a graph of tensor operations, in which the parameters are
+slices of one flat vector; :mod:`pplvi.compile.backends` runs the graph as it is (``"trace"``), compiled by inductor
+(``True``), or compiled with a loop of many steps inside (``"max"``). Random numbers are drawn anew at every step.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class CompiledSVI:
         a loop of steps inside for :meth:`run` and :meth:`epoch`), ``False`` (Pyro's handlers at every step), or
         ``"auto"``: ``True`` where the step can be traced and there is a compiler, and otherwise ``"trace"`` or
         ``False``, with one warning.
-    :param schedule: a function from the step to a factor of the learning rate, such as :class:`pplvi.training.schedules.Cosine`.
+    :param schedule: a function from the step to a factor of the learning rate, such as :class:`pplvi.training.Cosine`.
     :param clip: ``"adaptive"``, the largest norm of the gradient of all parameters together, or ``None``.
     :param last_batch: what to do with a batch that is shorter than the first: ``"compile"`` a second program for it,
         ``"drop"`` it, or ``"pad"`` it with its own first elements, which count twice in that step.

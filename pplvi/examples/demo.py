@@ -1,7 +1,7 @@
 """The main job on three real data sets: three guides, three objectives and NUTS as the reference.
 
-``python -m pplvi.examples.demo --out out`` fits the models of :mod:`pplvi.examples`, prints a table, and writes plots (PNG) and
-ArviZ data (NetCDF). The runs are independent, so they share the cores as processes of one thread each.
+``python -m pplvi.examples.demo --out out`` fits the models of :mod:`pplvi.examples`, prints a table, and writes plots
+(PNG) and ArviZ data (NetCDF). The runs are independent, so they share the cores as processes of one thread each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.optim import Adam
 
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
-from pplvi.fitting.fit import Fit, fit
+from pplvi.fitting.entry import Fit, fit
 from pplvi.guides import AutoFlow
 from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO, RenyiELBO
 from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights

@@ -1,1 +1,7 @@
 """One call from a model to a posterior. Imports ``training`` and ``guides`` and what stands below."""
+
+from pplvi.fitting.entry import fit
+from pplvi.fitting.flow_recipe import flow_recipe, search_learning_rate
+from pplvi.fitting.result import Fit
+
+__all__ = ["Fit", "fit", "flow_recipe", "search_learning_rate"]

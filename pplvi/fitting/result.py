@@ -50,15 +50,15 @@ class Fit:
     (nats). An objective that is no bound, and no monitor: the best is restart 0. Its parameters are in Pyro's global
     store when ``fit`` returns; the others are kept and used under scopes of their own.
 
-    :ivar runs: the restarts (:class:`pplvi.training.restart.Run`); one for all MCMC chains.
+    :ivar runs: the restarts (:class:`pplvi.training.Run`); one for all MCMC chains.
     :ivar best: index of the best restart.
     :ivar objective: the objective; ``None`` for MCMC.
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
     :ivar seed: the seed of restart 0.
     :ivar notes: what the report says besides, such as what ``"auto"`` tried.
     :ivar vectorize: whether all draws of a posterior are made in one call of the programs. An objective of
-        :mod:`pplvi.losses.elbo` decides by its ``vectorize_particles``; with another one, or MCMC, set it to ``False`` for
-        programs that allow no such call.
+        :mod:`pplvi.losses.elbo` decides by its ``vectorize_particles``; with another one, or MCMC, set it to ``False``
+        for programs that allow no such call.
 
     Source: Kucukelbir et al. (2017), "Automatic differentiation variational inference", for the work flow; restarts
     as chains after Gelman & Rubin (1992), "Inference from iterative simulation using multiple sequences".
@@ -130,7 +130,7 @@ class Fit:
 
     @property
     def reasons(self) -> list[str]:
-        """Why each restart ended: see :class:`pplvi.training.restart.Run`."""
+        """Why each restart ended: see :class:`pplvi.training.Run`."""
         return [run.reason for run in self.runs]
 
     @property
@@ -142,7 +142,7 @@ class Fit:
     def converged(self) -> bool | None:
         """Whether the best restart's objective (or monitor) had levelled off; ``None`` if it cannot be judged by.
 
-        See :func:`pplvi.training.stopping.has_settled`.
+        See :func:`pplvi.training.has_settled`.
         """
         run = self.runs[self.best]
         if run.reason == "converged":
@@ -228,7 +228,7 @@ class Fit:
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> arviz.ELPDData:
-        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.loo.loo`.
+        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.loo`.
 
         :param var_name: the observed site; may be left out if there is only one.
         :param args: the full data, where the fit saw minibatches.

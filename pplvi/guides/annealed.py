@@ -6,7 +6,7 @@ last as auxiliary sites, and divides by the reverse kernels' densities,
     log q(z[0], ..., z[K]) = log q[0](z[0]) + sum over k of log q[k](z[k] | z[k-1]) - log r[k-1](z[k-1] | z[k]),
 
 so that ``log p - log q`` is the weight of annealed importance sampling, and any objective on one step trains it end to
-end. Walked level by level (:class:`pplvi.samplers.annealed.Annealed`) the same kernels are trained by nested objectives.
+end. Walked level by level (:class:`pplvi.samplers.Annealed`) the same kernels are trained by nested objectives.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class AnnealedGuide(_Walked):
 
     ``num_steps`` transitions between ``num_steps + 1`` targets. Kernels are built for the model's sites on the first
     run. Under ``Trace_ELBO`` or any objective here it is trained as ordinary variational inference on the extended
-    space; under :class:`pplvi.losses.nested.NestedELBO` level by level. All levels share the base's subsample indices.
+    space; under :class:`pplvi.losses.NestedELBO` level by level. All levels share the base's subsample indices.
 
     :param target: the model, with the same arguments as the guide.
     :param base: a normalised program with the model's latent sites, which is easy to draw from, such as the prior.
@@ -229,7 +229,7 @@ class AnnealedGuide(_Walked):
     def along(
         cls, path: Path, kernel: Kernel | Sequence[Kernel] | None = None, *, name: str | None = None
     ) -> AnnealedGuide:
-        """Anneal along another path, such as :class:`pplvi.samplers.paths.DataPath`; its last target is the model."""
+        """Anneal along another path, such as :class:`pplvi.samplers.DataPath`; its last target is the model."""
         self = cls.__new__(cls)
         _Walked.__init__(self, name)
         self._follow(path, kernel)

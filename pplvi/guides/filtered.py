@@ -36,7 +36,7 @@ class FilteredGuide(PyroModule):
     """A particle filter as a guide: draws whole sequences, weighted by the filter's estimate of the evidence.
 
     The family of variational SMC (Naesseth et al. 2018), and particle marginal draws (Andrieu, Doucet & Holenstein
-    2010). The bound of ``ELBO()`` with this guide is the filtering bound; :class:`pplvi.losses.filtering.FilteringELBO`
+    2010). The bound of ``ELBO()`` with this guide is the filtering bound; :class:`pplvi.losses.FilteringELBO`
     trains its proposal with any objective. With one particle it is the plain sequential proposal.
 
     :param model: an object with ``init`` and ``step``, or a program with a ``pyro.markov`` loop. In the first case the

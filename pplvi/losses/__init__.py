@@ -1,1 +1,22 @@
 """What Pyro's ``SVI`` sees: an objective on a sampler. Imports ``samplers`` and what stands below."""
+
+from pplvi.losses.base import Loss, WeightedELBO
+from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
+from pplvi.losses.filtering import FilteringELBO
+from pplvi.losses.nested import NestedELBO
+from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
+
+__all__ = [
+    "ELBO",
+    "ChiELBO",
+    "FilteringELBO",
+    "ForwardKL",
+    "ImportanceWeightedELBO",
+    "Loss",
+    "NestedELBO",
+    "RenyiELBO",
+    "ReweightedWakeSleep",
+    "ThermodynamicELBO",
+    "WakeSleep",
+    "WeightedELBO",
+]

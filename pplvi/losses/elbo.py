@@ -51,8 +51,9 @@ class ELBO(_Named):
     :param num_particles: number of draws.
     :param entropy: ``"sampled"``: ``-log q`` at the draws; ``"exact"``: the exact entropy of every guide site given the
         draws above it (Jacobians of automatic guides stay sampled), which lowers the variance far from the optimum;
-        ``"kl"``: ``KL(q || p)`` of every site that has it in closed form (:func:`pplvi.samplers.divergences.divergences`), the
-        others sampled: what Pyro's ``TraceMeanField_ELBO`` computes, and right for automatic guides too.
+        ``"kl"``: ``KL(q || p)`` of every site that has it in closed form
+        (:func:`pplvi.samplers.divergences.divergences`), the others sampled: what Pyro's ``TraceMeanField_ELBO``
+        computes, and right for automatic guides too.
     :param estimator: ``None`` (pathwise where reparameterised, VIMCO elsewhere), ``"reparam"`` (refuse other sites),
         ``"score"``, ``"vimco"`` (score function without and with leave-one-out baseline), or ``"stl"`` (sticking the
         landing, Roeder et al. 2017: no variance at the exact posterior).

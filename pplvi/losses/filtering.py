@@ -18,9 +18,9 @@ class FilteringELBO(WeightedELBO):
 
     ``loss = -log Z`` as estimated by a particle filter, ``sum over t of -log E_A[v[t]]``; it is the average of these
     logarithms that bounds the log evidence. Model and guide are objects with ``init`` and ``step`` as for Pyro's
-    ``SMCFilter``, or programs with a ``pyro.markov`` loop (:mod:`pplvi.samplers.state_space`): ``svi.step(ys, initial=x)`` runs
-    ``init(state, initial=x)`` and then ``step(state, y)`` for every ``y`` in ``ys``. Sequences in a ``pyro.plate`` of
-    their own have weights of their own.
+    ``SMCFilter``, or programs with a ``pyro.markov`` loop (:mod:`pplvi.samplers.state_space`): ``svi.step(ys,
+    initial=x)`` runs ``init(state, initial=x)`` and then ``step(state, y)`` for every ``y`` in ``ys``. Sequences in a
+    ``pyro.plate`` of their own have weights of their own.
 
     ============================================  ==========================================================
     algorithm                                     call
@@ -37,7 +37,8 @@ class FilteringELBO(WeightedELBO):
     :param num_particles: number of particles ``K``.
     :param objective: ``"bound"``: end to end, gradients follow the draws back in time, through ancestors and not
         through their choice (so that a look-ahead factor cannot be learned by it); ``"forward_kl"``: step by step and
-        without reparameterisation, for discrete latents too; or any objective of levels (:mod:`pplvi.objectives.nested`).
+        without reparameterisation, for discrete latents too; or any objective of levels
+        (:mod:`pplvi.objectives.nested`).
     :param resample: between time steps: ``True`` always, a fraction of the particles, or ``False`` never.
     :param scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
     :raises ValueError: for another objective, fraction or scheme, or too few particles.
@@ -73,7 +74,8 @@ class FilteringELBO(WeightedELBO):
         chosen = _OBJECTIVES.get(objective) if isinstance(objective, str) else objective
         if chosen is None or chosen.routing.local is None:
             raise ValueError(
-                f"objective={objective!r}: expected 'bound', 'forward_kl' or an objective of levels (pplvi.objectives.nested)."
+                f"objective={objective!r}: expected 'bound', 'forward_kl' or an objective of levels "
+                "(pplvi.objectives.nested)."
             )
         fixed = isinstance(chosen, FilteringBound | FilteringForwardKL | IncrementalBound)
         sampler = Filtering(Resampling(resample, scheme), learn_look_ahead=not fixed)

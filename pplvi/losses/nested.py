@@ -44,7 +44,7 @@ class NestedELBO(WeightedELBO):
     :param scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
     :param vectorize_levels: score all levels in one graph, which is faster; ``False``: level by level, with a backward
         pass each, so that memory does not grow with their number; ``None``: all at once where the kernels allow it
-        (those of :class:`pplvi.kernels.residual.ResidualKernel` do). Gradients are the same.
+        (those of :class:`pplvi.kernels.ResidualKernel` do). Gradients are the same.
     :raises ValueError: for another divergence, fraction or scheme, or too few particles.
 
     >>> NestedELBO(divergence="reverse_kl", num_particles=36, resample=True)

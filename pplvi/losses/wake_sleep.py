@@ -36,7 +36,7 @@ class WakePhase(Objective):
 
     ``L`` is the Renyi bound of order ``alpha``, with its gradient in the model alone: ``sum u log_target`` for
     ``u = softmax((1 - alpha) log w)``. ``alpha=1`` is the wake phase of Hinton et al. (1995), ``alpha=0`` that of
-    Bornschein & Bengio (2015). The second term (:class:`pplvi.objectives.forward_kl.ForwardKLDivergence`) is the guide's.
+    Bornschein & Bengio (2015). The second term (:class:`pplvi.objectives.ForwardKLDivergence`) is the guide's.
 
     >>> step = Step.from_proposal(log_target=torch.tensor([0.0, -1.0]), log_forward=torch.zeros(2))
     >>> WakePhase(alpha=1.0)(step).value
@@ -108,7 +108,7 @@ class WakeSleep(_WakeSleep):
 
     :param num_particles: number of the guide's draws for each datum.
     :param num_sleep_particles: number of dreams, each of the size of the data; ``num_particles`` unless given.
-    :param options: of :class:`pplvi.losses.base.WeightedELBO`.
+    :param options: of :class:`pplvi.losses.WeightedELBO`.
     :raises ValueError: for fewer than 1 of either; at the first step, for models without dreams of the data: with
         factors, with distributions that have no sampler, or whose data reach neither keyword nor argument.
 
@@ -144,9 +144,9 @@ class ReweightedWakeSleep(_WakeSleep):
     :param insomnia: share of wake-phi in the guide's update, from 0 (asleep) to 1 (no sleep phase).
     :param num_sleep_particles: number of dreams, each of the size of the data; ``num_particles`` unless given.
     :param mixture: probability of drawing from the model's prior instead of from the guide awake, which keeps guides
-        from pruning what they do not draw; or a :class:`pplvi.samplers.mixture.DefensiveMixture` with a component of your own;
+        from pruning what they do not draw; or a :class:`pplvi.samplers.DefensiveMixture` with a component of your own;
         0 for the guide alone.
-    :param options: of :class:`pplvi.losses.base.WeightedELBO`.
+    :param options: of :class:`pplvi.losses.WeightedELBO`.
     :raises ValueError: for fewer than 2 particles, whose weights say nothing, an insomnia outside 0 to 1, and as
         :class:`WakeSleep` if there is a sleep phase.
 

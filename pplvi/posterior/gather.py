@@ -45,7 +45,7 @@ def take(draws: Draws, name: str, indices: Tensor, batch: Sequence[Plate]) -> Te
     Args:
         draws: the draws to choose from.
         name: the site.
-        indices: integers of shape ``(num_samples, *batch)``, as :func:`pplvi.weights.resampling.resample` gives them.
+        indices: integers of shape ``(num_samples, *batch)``, as :func:`pplvi.weights.resample` gives them.
         batch: the plates of the dimensions of ``indices``.
 
     Returns:

@@ -19,7 +19,7 @@ from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
 from pplvi.posterior.draws import Draws, draw, predict, score, stack
-from pplvi.posterior.loo import loo
+from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
@@ -220,7 +220,7 @@ class Posterior(WeightedDraws):
         return _observed_as_before(found, self.draws)
 
     def loo(self, var_name: str | None = None) -> ELPDData:
-        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo.loo`.
+        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
 
         Args:
             var_name: the observed site; may be left out if there is only one.

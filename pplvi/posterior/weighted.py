@@ -149,7 +149,7 @@ class WeightedDraws:
 
     @property
     def pareto_k(self) -> Tensor:
-        """Pareto k-hat of the weights, shape ``batch``; see :func:`pplvi.weights.pareto.pareto_smooth`.
+        """Pareto k-hat of the weights, shape ``batch``; see :func:`pplvi.weights.pareto_smooth`.
 
         Raises:
             ValueError: where :attr:`log_weight` does.
@@ -167,7 +167,7 @@ class WeightedDraws:
 
     @property
     def log_evidence(self) -> tuple[Tensor, Tensor]:
-        """Log evidence and its standard error, each of shape ``batch``; see :func:`pplvi.weights.algebra.log_evidence`.
+        """Log evidence and its standard error, each of shape ``batch``; see :func:`pplvi.weights.log_evidence`.
 
         Raises:
             ValueError: where :attr:`log_weight` does.

@@ -1,1 +1,9 @@
 """Running Pyro programs and knowing what they do. Imports ``weights``."""
+
+from pplvi.programs.handlers import parameters_of
+from pplvi.programs.joint import execute
+from pplvi.programs.reparam import noncentered
+from pplvi.programs.sites import Plate
+from pplvi.programs.traces import Run
+
+__all__ = ["Plate", "Run", "execute", "noncentered", "parameters_of"]

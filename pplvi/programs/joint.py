@@ -1,8 +1,9 @@
-"""Running probabilistic programs: with :mod:`pplvi.programs.handlers`, where the inference core touches ``pyro.poutine``.
+"""Running probabilistic programs: with :mod:`pplvi.programs.handlers`, where the inference core touches
+``pyro.poutine``.
 
-A model and a guide are run together, with all particles at once, and leave a :class:`pplvi.programs.traces.Run`: two traces whose
-log densities can be read per particle and per independent element of the data. Draws are detached at the sample site,
-before a later site can use them. No state of a program is kept but a hint of how deep its plates nest.
+A model and a guide are run together, with all particles at once, and leave a :class:`pplvi.programs.Run`: two traces
+whose log densities can be read per particle and per independent element of the data. Draws are detached at the sample
+site, before a later site can use them. No state of a program is kept but a hint of how deep its plates nest.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def check_levels(request: Request) -> None:
     if request.routing.local is None:
         raise ValueError(
             "this objective sees a single step, but the sampler walks along a path: expected an objective of levels "
-            "(pplvi.objectives.nested). For bounds of the whole path use the guide with the ordinary importance sampler."
+            "(pplvi.objectives.nested). For bounds "
+            "of the whole path use the guide with the ordinary importance sampler."
         )
     if not request.vectorize and request.num_particles > 1:
         raise ValueError(

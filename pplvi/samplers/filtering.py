@@ -30,11 +30,12 @@ from pplvi.weights.resampling import Resampling
 
 
 class Filtering:
-    """Run a particle filter, one :class:`pplvi.objectives.step.Step` a time step.
+    """Run a particle filter, one :class:`pplvi.objectives.Step` a time step.
 
     Model and guide (the proposal) are objects with ``init`` and ``step`` or programs with a ``pyro.markov`` loop, see
-    :mod:`pplvi.samplers.state_space`; the plates around all their sites, such as one over sequences, have weights of their own
-    and are resampled on their own. All particles run in one call. A proposal may have a method ``look_ahead``.
+    :mod:`pplvi.samplers.state_space`; the plates around all their sites, such as one over sequences, have weights of
+    their own and are resampled on their own. All particles run in one call. A proposal may have a method
+    ``look_ahead``.
 
     :param resampling: when and how to resample between time steps; never after the last.
     :param learn_look_ahead: whether the objective has a use for gradients of the look-ahead factors.
@@ -243,7 +244,8 @@ class Particles:
         if found is not None and found.requires_grad:
             raise ValueError(
                 "the look-ahead factor has parameters, but this objective has no gradient for them: expected "
-                "NestedForwardKL or NestedReverseKL (pplvi.objectives.nested) as objective, or a factor with detached parameters."
+                "NestedForwardKL or NestedReverseKL (pplvi.objectives.nested) as objective, or a factor with detached "
+                "parameters."
             )
 
     def _total(self, tensor: Tensor, events: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Samplers: where the weighted steps come from.
 
-A sampler runs the programs and yields :class:`pplvi.objectives.step.Step` s. Any objective works on any sampler whose draws
+A sampler runs the programs and yields :class:`pplvi.objectives.Step` s. Any objective works on any sampler whose draws
 it can use; a sampler says with ``proposal`` whether it draws from the guide or from the model.
 """
 

@@ -1,1 +1,22 @@
 """The training loop: steps, restarts, stopping, checkpoints. Imports ``compile`` and what stands below."""
+
+from pplvi.training.optimizers import Update
+from pplvi.training.per_program import PerProgram
+from pplvi.training.restart import Run
+from pplvi.training.schedules import AdaptiveClip, Cosine, Schedule
+from pplvi.training.steps import Step
+from pplvi.training.stopping import Plateau, has_settled
+from pplvi.training.watch import Watch
+
+__all__ = [
+    "AdaptiveClip",
+    "Cosine",
+    "PerProgram",
+    "Plateau",
+    "Run",
+    "Schedule",
+    "Step",
+    "Update",
+    "Watch",
+    "has_settled",
+]

@@ -1,6 +1,6 @@
 """The loop of one restart: step, watch, stop, and go back when a loss is not a number.
 
-Nothing here knows about guides or ArviZ. The replaceable core is a :data:`pplvi.training.steps.Step`; the loop
+Nothing here knows about guides or ArviZ. The replaceable core is a :data:`pplvi.training.Step`; the loop
 around it keeps the trace, takes a copy of the state every :data:`SETTLE_EVERY` steps, and returns to the last copy
 when the loss or a parameter is no longer finite.
 """

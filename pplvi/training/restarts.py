@@ -31,8 +31,8 @@ from pplvi.types import Call
 def train_restarts(plan: Plan) -> list[Run]:
     """Train ``plan.restarts`` runs; restart ``r`` has the seed ``plan.seed + r``.
 
-    One after another, or, with compiled steps on the full data, side by side (:mod:`pplvi.training.lockstep`). With a seed, the
-    global random state is left as it was.
+    One after another, or, with compiled steps on the full data, side by side (:mod:`pplvi.training.lockstep`). With a
+    seed, the global random state is left as it was.
 
     :returns: the runs, fewer than asked for if the user interrupted them.
     :raises ValueError: if restarts would share parameters, for a checkpoint that does not fit, or if a loss stays

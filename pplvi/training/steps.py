@@ -25,9 +25,9 @@ Turns = Generator[Sequence[Call], Sequence[Loss], None]
 
 
 class CompiledUpdate(Update):
-    """An :class:`pplvi.training.optimizers.Update` inside a compiled step: schedule and backoff reach it as rates.
+    """An :class:`pplvi.training.Update` inside a compiled step: schedule and backoff reach it as rates.
 
-    :param mode: as of :class:`pplvi.compile.svi.CompiledSVI`.
+    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
     :param chunk: the most steps in one call.
     """
 
@@ -77,7 +77,7 @@ class CompiledUpdates:
     """Makes the update of each restart; what ``"auto"`` has come to in one restart holds for the next.
 
     :param options: of :class:`CompiledUpdate`.
-    :param mode: as of :class:`pplvi.compile.svi.CompiledSVI`.
+    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
     """
 
     def __init__(self, *options: Any, mode: Mode) -> None:
@@ -154,7 +154,7 @@ def stride(step: Any, at: int, update: Update, batches: Batches, watch: Watch, s
 
     :param step: what takes them; one that has no ``many`` takes one at a time.
     :param at: steps taken so far.
-    :param watch: the :class:`pplvi.training.watch.Watch` of the loop.
+    :param watch: the :class:`pplvi.training.Watch` of the loop.
     :param settle_every: steps between copies of the state.
     """
     if not isinstance(step, CompiledStep) or watch.callbacks:

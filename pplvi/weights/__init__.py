@@ -1,1 +1,15 @@
 """Log-weights: algebra, Pareto smoothing and resampling. Imports torch alone."""
+
+from pplvi.weights.algebra import effective_sample_size, expectation, log_evidence, logmeanexp
+from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
+from pplvi.weights.resampling import resample
+
+__all__ = [
+    "effective_sample_size",
+    "expectation",
+    "log_evidence",
+    "logmeanexp",
+    "pareto_k_threshold",
+    "pareto_smooth",
+    "resample",
+]

@@ -2,7 +2,7 @@
 
 Every field of a machine between is ``(1 - beta) f_base + beta f``, so that at one end the units are independent. One
 colour class of layers is annealed, the other one is summed out; weights and moves need two products with each weight
-matrix a level. The walk, its weights and its resampling are those of :class:`pplvi.samplers.annealed.Annealed`.
+matrix a level. The walk, its weights and its resampling are those of :class:`pplvi.samplers.Annealed`.
 """
 
 from __future__ import annotations

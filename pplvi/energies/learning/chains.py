@@ -1,7 +1,7 @@
 """Where the negative phase comes from: steps of Markov chains that leave a machine's distribution invariant.
 
-Each kind of chain yields one :class:`pplvi.objectives.step.Step` of equally weighted particles, for
-:class:`pplvi.objectives.forward_kl.LogPartition`. What a chain has to remember are buffers of its machine, made on first use and
+Each kind of chain yields one :class:`pplvi.objectives.Step` of equally weighted particles, for
+:class:`pplvi.objectives.LogPartition`. What a chain has to remember are buffers of its machine, made on first use and
 moved in place only where ``advance`` is true: that is in training steps. Of the colour class that was drawn last the
 exact conditional mean is used instead of the draw (Rao-Blackwell), which costs nothing.
 """

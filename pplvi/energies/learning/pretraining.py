@@ -14,7 +14,7 @@ from pplvi.energies.learning.boltzmann_elbo import BoltzmannELBO
 from pplvi.energies.learning.stacking import Stage, stages
 from pplvi.energies.machines.dbm import DeepBoltzmannMachine
 from pplvi.energies.machines.dbn import DeepBeliefNetwork
-from pplvi.fitting.fit import fit
+from pplvi.fitting.entry import fit
 from pplvi.fitting.result import Fit
 from pplvi.losses.base import Loss
 from pplvi.programs.state import preserved_rng

@@ -60,8 +60,8 @@ class Statistics:
     """Sufficient statistics of batches of values, around the offsets of a centered machine.
 
     The gradients of weights are ``sum_i w_i (s_i - c) (t_i - d)^T``, those of biases ``sum_i w_i r_i (s_i - c)`` with
-    ``r_i = 1 - sum_t d . (t_i - d)`` over the neighbours ``t``: the centered gradient of :mod:`pplvi.energies.machines.training_step`,
-    and without offsets the plain one.
+    ``r_i = 1 - sum_t d . (t_i - d)`` over the neighbours ``t``: the centered gradient of
+    :mod:`pplvi.energies.machines.training_step`, and without offsets the plain one.
     """
 
     def __init__(self, machine: BoltzmannMachine, batches: Sequence[Values]) -> None:

@@ -35,6 +35,7 @@ class Locals:
 
     @property
     def size(self) -> int:
+        """How many coordinates an element has."""
         return sum(self.width(site) for site in self.sites)
 
     @property

@@ -1,7 +1,8 @@
 """Groups of ArviZ's schema: names of dimensions, coordinates, attributes, and the data set around them.
 
 A *group* is ``{variable: (dims, values)}``, as in :class:`xarray.Dataset`, and ``Groups`` maps the names of ArviZ's
-groups to such dictionaries. Nothing here knows where the values come from; :mod:`pplvi.posterior.arviz.export` fills the groups.
+groups to such dictionaries. Nothing here knows where the values come from; :mod:`pplvi.posterior.arviz.export` fills
+the groups.
 """
 
 from __future__ import annotations

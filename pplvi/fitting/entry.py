@@ -136,7 +136,7 @@ def fit(
         monitor is named.
     :param monitor: a loss to judge by in place of the objective, evaluated every tenth step, on ``held_back`` if given.
     :param held_back: data for the monitor (what one item of ``data`` is); the monitor is ``ELBO()`` unless given.
-    :param callbacks: functions of the :class:`pplvi.training.restart.Run`, called after each step; returning true ends it.
+    :param callbacks: functions of the :class:`pplvi.training.Run`, called after each step; returning true ends it.
     :param progress: show a bar with the smoothed loss and the time left.
     :param checkpoint: a file to write every ``checkpoint_every`` steps and at the end of every restart.
     :param checkpoint_every: steps between two checkpoints.
@@ -151,7 +151,7 @@ def fit(
         non-finite after ten returns to a good state with half the learning rate each.
 
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference"; the parts name their own sources:
-    :class:`pplvi.training.stopping.Plateau`, :class:`pplvi.training.schedules.Cosine`, :class:`pplvi.training.schedules.AdaptiveClip`.
+    :class:`pplvi.training.Plateau`, :class:`pplvi.training.Cosine`, :class:`pplvi.training.AdaptiveClip`.
 
     Example:
         >>> import pyro.distributions as dist
