@@ -25,7 +25,7 @@ from pplvi.fitting.arguments import (
 from pplvi.fitting.auto import select
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.result import Fit
-from pplvi.fitting.starts import check_init
+from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs.calls import LastBatch
 from pplvi.programs.state import Environment, fingerprint
@@ -219,7 +219,7 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint((args, kwargs)),
         },
-        init=init,
+        start=SearchedStart(init),
     )
     plan.make_update()  # a wrong optimiser, schedule or clip is told before anything runs
     runs = train_restarts(plan)
