@@ -17,7 +17,7 @@ from pplvi.losses.elbo import ELBO
 from pplvi.programs.running import plain_run
 from pplvi.training.batches import FullData
 from pplvi.training.loop import Trainer
-from pplvi.training.restart import Run, evaluate, unobtrusive
+from pplvi.training.restart import Restart, evaluate, unobtrusive
 from pplvi.types import Call
 
 SEARCHES: dict[str, Any] = {"pathfinder": AutoPathfinder, "match": AutoBatchAndMatch}
@@ -87,7 +87,7 @@ def _full_call(trainer: Trainer, init: str | None) -> Call:
     return next(trainer.batches)
 
 
-def _parameters(run: Run, call: Call) -> list[Tensor]:
+def _parameters(run: Restart, call: Call) -> list[Tensor]:
     """What of the model can be trained."""
     with unobtrusive(run):
         plain_run(run.model, *call)
@@ -103,7 +103,7 @@ def _score(trainer: Trainer, guide: FoundGuide, call: Call) -> float:
         return evaluate(ELBO(_SCORE_DRAWS, vectorize_particles=guide.vectorize), run.model, guide, call)
 
 
-def take_back(run: Run, saved: Mapping[str, Any]) -> None:
+def take_back(run: Restart, saved: Mapping[str, Any]) -> None:
     """Give a guide that finds itself what a checkpoint holds of it, so that it does not search again."""
     if isinstance(run.guide, FoundGuide) and saved["reason"] == "found":
         named = {name.removeprefix("guide."): b for name, b in saved["buffers"].items() if name.startswith("guide.")}

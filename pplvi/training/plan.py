@@ -18,7 +18,7 @@ from pplvi.types import Program
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Everything that :func:`train_restarts` needs.
 
     :ivar make_update: makes the optimiser of a restart.
