@@ -18,7 +18,7 @@ from pplvi.programs.running import plain_run
 from pplvi.training.batches import FullData
 from pplvi.training.loop import Trainer
 from pplvi.training.plan import Start
-from pplvi.training.restart import Run, evaluate, unobtrusive
+from pplvi.training.restart import Restart, evaluate, unobtrusive
 from pplvi.types import Call, Program
 
 SEARCHES: dict[str, Any] = {"pathfinder": AutoPathfinder, "match": AutoBatchAndMatch}
@@ -66,7 +66,7 @@ class SearchedStart(Start):
         """Whether a guide finds itself, so that its first run is a search."""
         return isinstance(guide, FoundGuide)
 
-    def take_back(self, run: Run, saved: Mapping[str, Any]) -> None:
+    def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
         """Give a guide that finds itself what a checkpoint holds of it, so that it does not search again."""
         if isinstance(run.guide, FoundGuide) and saved["reason"] == "found":
             named = {
@@ -103,7 +103,7 @@ def _full_call(trainer: Trainer, init: str | None) -> Call:
     return next(trainer.batches)
 
 
-def _parameters(run: Run, call: Call) -> list[Tensor]:
+def _parameters(run: Restart, call: Call) -> list[Tensor]:
     """What of the model can be trained."""
     with unobtrusive(run):
         plain_run(run.model, *call)

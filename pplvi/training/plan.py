@@ -14,7 +14,7 @@ from pplvi.training.checkpoint import PathLike
 from pplvi.training.loop import Trainer
 from pplvi.training.optimizers import Update
 from pplvi.training.replicas import Recipe
-from pplvi.training.restart import Run
+from pplvi.training.restart import Restart
 from pplvi.training.watch import Watch
 from pplvi.types import Program
 
@@ -33,12 +33,12 @@ class Start:
         """Whether a guide is no guide before :meth:`begin` was called, so that it cannot be tried out."""
         return False
 
-    def take_back(self, run: Run, saved: Mapping[str, Any]) -> None:
+    def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
         """Give a guide what a checkpoint holds of its beginning."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Everything that :func:`train_restarts` needs.
 
     :ivar make_update: makes the optimiser of a restart.
