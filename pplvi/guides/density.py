@@ -174,7 +174,7 @@ class UnconstrainedDensity:
     def bad_site(self, u: Tensor) -> str | None:
         """Name of the first site whose value or log density is not finite at ``u``, of shape ``(dim,)``."""
         with pyro.validation_enabled(False), torch.no_grad():
-            return checks.first_bad_site(self._run(u[None].to(self.device, self.dtype))[0])
+            return checks.bad_site_of(self._run(u[None].to(self.device, self.dtype))[0])
 
     # ------------------------------------------------------------------ parts
 

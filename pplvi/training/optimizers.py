@@ -272,10 +272,6 @@ class Update(PyroOptim):
         if isinstance(self.engine, PyroEngine) and isinstance(self.engine.optim, PerProgram):
             self.engine.optim.call = call
 
-    def halve(self) -> None:
-        """Halve the learning rate from now on."""
-        self.backoff *= 0.5
-
     def get_state(self) -> dict[str, Any]:
         """A copy of everything that the next steps depend on."""
         states = {name: part.state_dict() for name, part in self._parts()}

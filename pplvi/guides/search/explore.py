@@ -21,7 +21,7 @@ _LOOK, _PATIENCE = 50, 100  # iterations
 
 
 @dataclass(frozen=True)
-class Path:
+class OptimizationPath:
     """What one path found.
 
     :ivar elbos: ELBO of the local Gaussian at every iterate, nats; ``-inf`` where there is none. With
@@ -84,7 +84,7 @@ class Scout:
         """Judge the points that are new."""
         self._judge(self.local.advance(trail))
 
-    def finish(self, trail: Trail) -> tuple[Path, Gaussian | None]:
+    def finish(self, trail: Trail) -> tuple[OptimizationPath, Gaussian | None]:
         """The summary of a path that has ended and its best Gaussian, if exact that of the Hessian among them."""
         self.look(trail)
         end = trail.points[-1]
@@ -92,7 +92,7 @@ class Scout:
             self.hessian = self.density.hessian(end.position)
         if self.exact and self.hessian is not None:
             self._judge([_laplace(end, self.hessian)])
-        path = Path(tuple(self.elbos), tuple(-p.value for p in trail.points), self.best, trail.reason)
+        path = OptimizationPath(tuple(self.elbos), tuple(-p.value for p in trail.points), self.best, trail.reason)
         return path, self.found[path.best] if path.elbo > -math.inf else None
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class Scout:
 
 def explore(
     density: UnconstrainedDensity, starts: Sequence[Tensor], options: Options, num_draws: int, *, exact: bool = True
-) -> tuple[tuple[Path, ...], list[Gaussian]]:
+) -> tuple[tuple[OptimizationPath, ...], list[Gaussian]]:
     """Climb from several starts.
 
     :param density: the target.

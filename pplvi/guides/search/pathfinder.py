@@ -12,12 +12,12 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 
 from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
-from pplvi.guides.search.explore import Path, explore
+from pplvi.guides.search.explore import OptimizationPath, explore
 from pplvi.guides.search.gaussians import Gaussian, stack
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
 
-__all__ = ["AutoPathfinder", "Path", "init_to_pathfinder"]
+__all__ = ["AutoPathfinder", "OptimizationPath", "init_to_pathfinder"]
 
 
 class AutoPathfinder(FoundGuide):
@@ -102,7 +102,7 @@ class AutoPathfinder(FoundGuide):
         self._num_paths, self._elbo_draws = num_paths, elbo_draws
         self._exact_hessian, self._moment_matching = exact_hessian, moment_matching
         self._num_components = num_components
-        self._paths: tuple[Path, ...] = ()
+        self._paths: tuple[OptimizationPath, ...] = ()
 
     def _find(self, density: UnconstrainedDensity) -> Gaussian:
         options = Options(**self._options, precision=torch.finfo(density.dtype).eps)
@@ -111,7 +111,7 @@ class AutoPathfinder(FoundGuide):
         return match_moments(density, stack(found), self._moment_matching, self._num_components)
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[OptimizationPath, ...]:
         """What each path found; empty before the first run and after ``load_state_dict``."""
         return self._paths
 
