@@ -27,7 +27,8 @@ class Plate:
         return self.full_size / self.size
 
 
-def _base_distribution(fn: Any) -> Any:
+def base_distribution(fn: Any) -> Any:
+    """A distribution without what Pyro wraps around it: independence, masks and expansions."""
     while hasattr(fn, "base_dist") and type(fn).__name__ in (
         "Independent",
         "MaskedDistribution",
@@ -39,12 +40,12 @@ def _base_distribution(fn: Any) -> Any:
 
 def is_delta(site: Any) -> bool:
     """Whether the site is a deterministic value (``Delta``), such as the second half of every autoguide's draw."""
-    return type(_base_distribution(site["fn"])).__name__ == "Delta"
+    return type(base_distribution(site["fn"])).__name__ == "Delta"
 
 
 def is_computed(site: Any) -> bool:
     """Whether the site's value is computed from other draws, by a kernel that is a map, and not drawn."""
-    return bool(getattr(_base_distribution(site["fn"]), "computed", False))
+    return bool(getattr(base_distribution(site["fn"]), "computed", False))
 
 
 def is_subsample(site: Any) -> bool:

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import OptimizationPath, explore
-from pplvi.guides.search.gaussians import Gaussian, stack
+from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
 
@@ -108,7 +108,7 @@ class AutoPathfinder(FoundGuide):
         options = Options(**self._options, precision=torch.finfo(density.dtype).eps)
         starts = self._starts(density, self._num_paths)
         self._paths, found = explore(density, starts, options, self._elbo_draws, exact=self._exact_hessian)
-        return match_moments(density, stack(found), self._moment_matching, self._num_components)
+        return match_moments(density, stack_gaussians(found), self._moment_matching, self._num_components)
 
     @property
     def paths(self) -> tuple[OptimizationPath, ...]:

@@ -21,7 +21,7 @@ from pplvi.posterior.arviz.groups import (
     base_groups,
     chains_of,
     diagnostics,
-    divergences,
+    divergent_transitions,
     predictive_groups,
     prior_groups,
     summary,
@@ -136,7 +136,7 @@ def to_arviz(
             groups |= predictive_groups(chains, dims)
         if num_prior:
             groups |= prior_groups(posteriors[chosen], num_prior, dims)
-    groups["sample_stats"] |= diagnostics(posteriors) | divergences(posteriors)
+    groups["sample_stats"] |= diagnostics(posteriors) | divergent_transitions(posteriors)
     groups["optimization"] = {"loss": (("chain", "step"), traces)} if traces.size else {}
     _check_dims(groups, dims)
     kind = "mcmc" if posteriors[0].is_mcmc else draws
