@@ -493,11 +493,12 @@ def test_refused_models(model, message):
         {"num_paths": 0},
         {"history": 1.5},
         {"elbo_draws": True},
-        {"max_iterations": -1},
+        {"lbfgs": {"max_iterations": -1}},
+        {"lbfgs": {"max_iterations": 0}},
         {"moment_matching": -1},
         {"init_radius": math.inf},
-        {"tolerances": {"tol_objective": 1e-3}},
-        {"tolerances": {"tol_obj": -1.0}},
+        {"lbfgs": {"tol_objective": 1e-3}},
+        {"lbfgs": {"tol_obj": -1.0}},
     ],
 )
 def test_refused_settings(options):
