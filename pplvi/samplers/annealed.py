@@ -41,6 +41,7 @@ class Annealed:
 
     >>> import pyro, pyro.distributions as dist
     >>> from pplvi.guides import NestedGuide
+    >>> from pplvi.objectives import Routing
     >>> def start():
     ...     pyro.sample("z", dist.Normal(0.0, 1.0))
     >>> def kernel(previous):
