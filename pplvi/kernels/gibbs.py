@@ -7,21 +7,21 @@ in plates or event dimensions, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pplvi.kernels.coordinates import Finite
-from pplvi.kernels.invariant import Frame, InvariantMove
-from pplvi.types import LogDensity, Values
+from pplvi.kernels.invariant import Frame, InvariantKernel, SitesMove
+from pplvi.types import Values
 
 
 @dataclass(frozen=True)
-class GibbsKernel:
+class GibbsKernel(InvariantKernel["GibbsMove"]):
     """Gibbs sampling of all discrete sites, one coordinate after another (Geman & Geman 1984).
 
     It leaves its target invariant, so that discrete targets can be annealed. Sites in plates common to the whole model
@@ -34,39 +34,28 @@ class GibbsKernel:
     >>> kernel = GibbsKernel(num_sweeps=2)
     """
 
-    partial: ClassVar[bool] = True
+    kind: ClassVar[type] = Finite
+    lacking: ClassVar[str] = (
+        "have no finite support: expected discrete sites for GibbsKernel. Use HamiltonianKernel or another kernel for "
+        "continuous ones."
+    )
     num_sweeps: int = 1
 
     def __post_init__(self) -> None:
         if self.num_sweeps < 1:
             raise ValueError(f"num_sweeps={self.num_sweeps}: expected at least 1.")
 
-    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[GibbsMove, GibbsMove]:
-        """One move; the target comes from the walk.
-
-        :raises ValueError: for a model without discrete sites.
-        """
-        finite = tuple(site for site in sites if isinstance(site, Finite))
-        if not finite:
-            raise ValueError(
-                f"sites {[site.name for site in sites]} have no finite support: expected discrete sites for "
-                "GibbsKernel. Use HamiltonianKernel or another kernel for continuous ones."
-            )
-        move = GibbsMove(self, finite)
-        return move, move
+    def move_of(self, sites: tuple[Finite, ...]) -> GibbsMove:
+        """The sweeps over these sites."""
+        return GibbsMove(self, sites)
 
 
 @dataclass(frozen=True)
-class GibbsMove(InvariantMove):
+class GibbsMove(SitesMove):
     """The sweeps of a :class:`GibbsKernel` over a model's sites."""
 
     kernel: GibbsKernel
-    finite: tuple[Finite, ...]
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the sites that are moved."""
-        return {site.name for site in self.finite}
+    sites: tuple[Finite, ...]
 
     @torch.no_grad()
     def move(self, previous: Values, frame: Frame) -> dict[str, Tensor]:
@@ -74,7 +63,7 @@ class GibbsMove(InvariantMove):
         values = {name: value.detach() for name, value in previous.items()}
         like = frame.log_density(values)
         for _ in range(self.kernel.num_sweeps):
-            for site in self.finite:
+            for site in self.sites:
                 for mask in _masks(site, values[site.name], frame.align(like, site.events - site.unit)):
                     values[site.name] = self._drawn(site, mask, values, frame)
         return values

@@ -7,20 +7,20 @@ Such a kernel has no density that could be evaluated, and needs none. With its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pplvi.kernels.coordinates import Coordinates
-from pplvi.kernels.invariant import Frame, InvariantMove
-from pplvi.types import LogDensity, MutableValues, Values
+from pplvi.kernels.invariant import Frame, InvariantKernel, SitesMove
+from pplvi.types import MutableValues, Values
 
 
 @dataclass(frozen=True)
-class HamiltonianKernel:
+class HamiltonianKernel(InvariantKernel["HamiltonianMove"]):
     """Hamiltonian Monte Carlo with a Metropolis test, ``num_moves`` moves of ``num_leapfrog`` steps.
 
     Duane et al. 1987. In unconstrained coordinates with unit mass; momenta are drawn anew for each move, and each
@@ -36,7 +36,8 @@ class HamiltonianKernel:
     >>> kernel = HamiltonianKernel(step_size=0.2, num_leapfrog=5)
     """
 
-    partial: ClassVar[bool] = True
+    kind: ClassVar[type] = Coordinates
+    lacking: ClassVar[str] = "are discrete: expected continuous ones for HamiltonianKernel. Use GibbsKernel."
     step_size: float = 0.1
     num_leapfrog: int = 1
     num_moves: int = 1
@@ -48,32 +49,17 @@ class HamiltonianKernel:
                 "positive numbers."
             )
 
-    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[HamiltonianMove, HamiltonianMove]:
-        """One move that is its own reversal; the target comes from the walk.
-
-        :raises ValueError: for a model without continuous sites.
-        """
-        continuous = tuple(site for site in sites if isinstance(site, Coordinates))
-        if not continuous:
-            raise ValueError(
-                f"sites {[site.name for site in sites]} are discrete: expected continuous ones for HamiltonianKernel. "
-                "Use GibbsKernel."
-            )
-        move = HamiltonianMove(self, continuous)
-        return move, move
+    def move_of(self, sites: tuple[Coordinates, ...]) -> HamiltonianMove:
+        """The moves of these sites."""
+        return HamiltonianMove(self, sites)
 
 
 @dataclass(frozen=True)
-class HamiltonianMove(InvariantMove):
+class HamiltonianMove(SitesMove):
     """The moves of a :class:`HamiltonianKernel` on a model's continuous sites."""
 
     kernel: HamiltonianKernel
     sites: tuple[Coordinates, ...]
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the continuous sites."""
-        return {site.name for site in self.sites}
 
     def move(self, previous: Values, frame: Frame) -> MutableValues:
         """All values after the moves, without gradient."""

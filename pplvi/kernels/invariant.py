@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from pplvi.types import MutableValues, Values
+from pplvi.types import LogDensity, MutableValues, Values
+
+Move = TypeVar("Move", bound="InvariantMove")
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,48 @@ class InvariantMove(ABC):
             f"{self.kernel} leaves its target invariant and has no density: expected a guide that is walked level by "
             "level, with NestedELBO or the Annealed sampler. Elsewhere use LangevinKernel or ResidualKernel."
         )
+
+
+@dataclass(frozen=True)
+class SitesMove(InvariantMove):
+    """A move of those of a model's sites that are of its kernel's kind.
+
+    :ivar kernel: the kernel that made it.
+    :ivar sites: the sites that are moved.
+    """
+
+    kernel: Any
+    sites: tuple[Any, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the sites that are moved."""
+        return {site.name for site in self.sites}
+
+
+class InvariantKernel(ABC, Generic[Move]):
+    """Moves the sites of one kind and leaves its target invariant; the others stay as they are.
+
+    :cvar partial: some of a model's sites may be left to other kernels.
+    :cvar kind: the class of the sites that are moved.
+    :cvar lacking: what to say of sites that are all of another kind, and what to do.
+    """
+
+    partial: ClassVar[bool] = True
+    kind: ClassVar[type]
+    lacking: ClassVar[str]
+
+    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[Move, Move]:
+        """One move that is its own reversal; the target comes from the walk.
+
+        :raises ValueError: for a model without sites of the kernel's kind.
+        """
+        own = tuple(site for site in sites if isinstance(site, self.kind))
+        if not own:
+            raise ValueError(f"sites {[site.name for site in sites]} {self.lacking}")
+        move = self.move_of(own)
+        return move, move
+
+    @abstractmethod
+    def move_of(self, sites: tuple[Any, ...]) -> Move:
+        """The move of these sites, all of the kernel's kind."""
