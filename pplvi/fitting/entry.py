@@ -25,7 +25,7 @@ from pplvi.fitting.arguments import (
 from pplvi.fitting.auto import select
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.result import Fit
-from pplvi.fitting.starts import check_init
+from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs.calls import LastBatch
 from pplvi.programs.state import Environment, fingerprint
@@ -153,17 +153,16 @@ def fit(
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference"; the parts name their own sources:
     :class:`pplvi.training.Plateau`, :class:`pplvi.training.Cosine`, :class:`pplvi.training.AdaptiveClip`.
 
-    Example:
-        >>> import pyro.distributions as dist
-        >>> from pyro.infer.autoguide import AutoNormal
-        >>> def model(y):
-        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        ...     with pyro.plate("data", len(y)):
-        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
-        >>> y = torch.tensor([1.0, -2.0, 3.0, -1.0])
-        >>> result = fit(model, AutoNormal, args=(y,), num_steps=400, restarts=2, seed=0, progress=False)
-        >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
-        ((2, 400), 1.9)
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(y):
+    ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+    >>> y = torch.tensor([1.0, -2.0, 3.0, -1.0])
+    >>> result = fit(model, AutoNormal, args=(y,), num_steps=400, restarts=2, seed=0, progress=False)
+    >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
+    ((2, 400), 1.9)
     """
     _check_model(model)
     args, kwargs = _check_call(args, kwargs)
@@ -219,7 +218,7 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint((args, kwargs)),
         },
-        init=init,
+        start=SearchedStart(init),
     )
     plan.make_update()  # a wrong optimiser, schedule or clip is told before anything runs
     runs = train_restarts(plan)

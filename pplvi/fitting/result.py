@@ -63,17 +63,16 @@ class Fit:
     Source: Kucukelbir et al. (2017), "Automatic differentiation variational inference", for the work flow; restarts
     as chains after Gelman & Rubin (1992), "Inference from iterative simulation using multiple sequences".
 
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> from pplvi import fit
-        >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-        >>> result = fit(
-        ...     model, pyro.infer.autoguide.AutoNormal, args=(torch.tensor(1.0),), num_steps=300, seed=0, progress=False
-        ... )
-        >>> result.losses.shape, result.reasons, round(result.posterior().draws.latents["z"].mean().item(), 1)
-        ((1, 300), ['num_steps'], 0.5)
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from pplvi import fit
+    >>> def model(y):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    >>> result = fit(
+    ...     model, pyro.infer.autoguide.AutoNormal, args=(torch.tensor(1.0),), num_steps=300, seed=0, progress=False
+    ... )
+    >>> result.losses.shape, result.reasons, round(result.posterior().draws.latents["z"].mean().item(), 1)
+    ((1, 300), ['num_steps'], 0.5)
     """
 
     def __init__(

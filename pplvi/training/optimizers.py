@@ -222,12 +222,11 @@ class Update(PyroOptim):
     :param clip: ``"adaptive"``, ``None``, or the largest norm of the gradient of all parameters together.
     :raises ValueError: for an argument of another kind.
 
-    Example:
-        >>> loc = pyro.param("loc", torch.tensor(3.0)).unconstrained()
-        >>> (loc**2).backward()
-        >>> Update(partial(torch.optim.SGD, lr=0.5), schedule=None, clip=2.0)([loc])
-        >>> round(loc.item(), 4)
-        2.0
+    >>> loc = pyro.param("loc", torch.tensor(3.0)).unconstrained()
+    >>> (loc**2).backward()
+    >>> Update(partial(torch.optim.SGD, lr=0.5), schedule=None, clip=2.0)([loc])
+    >>> round(loc.item(), 4)
+    2.0
     """
 
     def __init__(

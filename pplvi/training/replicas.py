@@ -86,16 +86,15 @@ class Originals:
 
     :ivar trainable: whether the model has parameters.
 
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> layer = torch.nn.Linear(1, 1)
-        >>> def model():
-        ...     pyro.module("layer", layer)
-        ...     pyro.sample("z", dist.Normal(layer.bias, 1.0).to_event(1))
-        >>> originals = Originals(model, (), {}, Environment())
-        >>> with torch.no_grad():
-        ...     layer.bias.fill_(3.0).item(), originals.restore(), layer.bias.item() == 3.0
-        (3.0, None, False)
+    >>> import pyro, pyro.distributions as dist
+    >>> layer = torch.nn.Linear(1, 1)
+    >>> def model():
+    ...     pyro.module("layer", layer)
+    ...     pyro.sample("z", dist.Normal(layer.bias, 1.0).to_event(1))
+    >>> originals = Originals(model, (), {}, Environment())
+    >>> with torch.no_grad():
+    ...     layer.bias.fill_(3.0).item(), originals.restore(), layer.bias.item() == 3.0
+    (3.0, None, False)
     """
 
     def __init__(

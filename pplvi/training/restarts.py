@@ -12,7 +12,6 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.fitting.starts import begin, searches, take_back
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import clone, preserved_rng, rng_state, set_rng_state
 from pplvi.training import checkpoint
@@ -143,7 +142,7 @@ class _Session:
         watch = replace(self.plan.watch, report=report, save=self._saver(index, start))
         with run.scope():
             trainer = self._trainer(run, objective, watch, saved)
-            return trainer, begin(trainer, self.plan.init)
+            return trainer, self.plan.start.begin(trainer)
 
     def _train(self, index: int, progress: Progress) -> Restart:
         trainer, found = self._started(index, progress)
@@ -176,7 +175,7 @@ class _Session:
     def _trainer(self, run: Restart, objective: Any, watch: Watch, saved: Mapping[str, Any] | None) -> Trainer:
         if saved is not None:
             call = self.plan.batches.peek()
-            take_back(run, saved)
+            self.plan.start.take_back(run, saved)
             evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
             self._check_same(run, call, saved)
         trainer = Trainer(run, objective, self.plan.make_update(), self.plan.batches, watch)
@@ -250,7 +249,7 @@ def _trial(plan: TrainingPlan) -> dict[str, Tensor]:
     with scratch(), plan.recipe.environment.active():
         model, guide, objective = plan.programs()
         call = plan.batches.peek()
-        _ = plain_run(model, *call) if searches(guide) else evaluate(objective, model, guide, call)
+        _ = plain_run(model, *call) if plan.start.searches(guide) else evaluate(objective, model, guide, call)
         return dict(pyro.get_param_store().named_parameters())
 
 

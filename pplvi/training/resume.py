@@ -57,10 +57,9 @@ def run_state(trainer: Training) -> dict[str, Any]:
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Shape and dtype of every tensor, readable.
 
-    Example:
-        >>> import torch
-        >>> shapes({"loc": torch.zeros(3)})
-        {'loc': '(3,) torch.float32'}
+    >>> import torch
+    >>> shapes({"loc": torch.zeros(3)})
+    {'loc': '(3,) torch.float32'}
     """
     return {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
 

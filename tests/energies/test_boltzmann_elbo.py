@@ -280,7 +280,7 @@ def test_an_energy_inside_a_larger_program() -> None:
 @pytest.mark.parametrize("chains", [PersistentChains(4000, 2), TemperedChains(4000, 2, num_temperatures=4)], ids=str)
 def test_chains_leave_the_machine_invariant(chains: Chains) -> None:
     rbm = machine()
-    states = torch.cat([s["v"] for s in rbm._states(["v"], rbm.like())])
+    states = torch.cat([s["v"] for s in rbm.states(["v"], rbm.like())])
     betas = chains.betas(rbm.like()) if isinstance(chains, TemperedChains) else torch.ones(1)
     start = []
     for beta in betas:
