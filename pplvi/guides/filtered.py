@@ -49,22 +49,19 @@ class FilteredGuide(PyroModule):
     :raises ValueError: for a fraction or scheme that does not exist, or fewer than one particle.
 
     >>> from pplvi import Posterior
-    >>> from pplvi.samplers.state_space import StateSpace
-    >>> class Walk:
-    ...     def init(self, state):
-    ...         state["z"] = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...     def step(self, state, y):
-    ...         state["z"] = pyro.sample("z", dist.Normal(state["z"], 1.0))
-    ...         pyro.sample("y", dist.Normal(state["z"], 1.0), obs=y)
-    >>> class Prior(Walk):
-    ...     def init(self, state):
-    ...         pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...     def step(self, state, y):
-    ...         pyro.sample("z", dist.Normal(state["z"], 1.0))
-    >>> guide = FilteredGuide(Walk(), Prior(), num_particles=50)
-    >>> posterior = Posterior(StateSpace(Walk()), guide, (torch.tensor([0.3, -0.2, 0.9]),), num_draws=500, seed=0)
-    >>> round(float(posterior.log_evidence[0]), 1)  # exact: -4.496
-    -4.5
+    >>> def model(y):
+    ...     z = 0.0
+    ...     for t in pyro.markov(range(len(y))):
+    ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+    ...         pyro.sample(f"y_{t}", dist.Normal(z, 1.0), obs=y[t])
+    >>> def prior(y):
+    ...     z = 0.0
+    ...     for t in pyro.markov(range(len(y))):
+    ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+    >>> guide = FilteredGuide(model, prior, num_particles=50)
+    >>> posterior = Posterior(model, guide, (torch.tensor([0.3, -0.2, 0.9]),), num_draws=500, seed=0)
+    >>> round(float(posterior.log_evidence[0]), 1)  # exact: -4.264
+    -4.3
     """
 
     def __init__(

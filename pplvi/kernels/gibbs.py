@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,41 +21,8 @@ from pplvi.types import Values
 
 
 @dataclass(frozen=True)
-class GibbsKernel(InvariantKernel["GibbsMove"]):
-    """Gibbs sampling of all discrete sites, one coordinate after another (Geman & Geman 1984).
-
-    It leaves its target invariant, so that discrete targets can be annealed. Sites in plates common to the whole model
-    are drawn for all elements of the data at once. Models with continuous sites too need a second kernel for these:
-    ``AnnealedGuide(..., kernel=(GibbsKernel(), HamiltonianKernel(0.1)))``.
-
-    :param num_sweeps: sweeps over all coordinates in a transition.
-    :raises ValueError: for fewer than one sweep.
-
-    >>> kernel = GibbsKernel(num_sweeps=2)
-    """
-
-    kind: ClassVar[type] = Finite
-    lacking: ClassVar[str] = (
-        "have no finite support: expected discrete sites for GibbsKernel. Use HamiltonianKernel or another kernel for "
-        "continuous ones."
-    )
-    num_sweeps: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_sweeps < 1:
-            raise ValueError(f"num_sweeps={self.num_sweeps}: expected at least 1.")
-
-    def move_of(self, sites: tuple[Finite, ...]) -> GibbsMove:
-        """The sweeps over these sites."""
-        return GibbsMove(self, sites)
-
-
-@dataclass(frozen=True)
-class GibbsMove(SitesMove):
+class GibbsMove(SitesMove["GibbsKernel", Finite]):
     """The sweeps of a :class:`GibbsKernel` over a model's sites."""
-
-    kernel: GibbsKernel
-    sites: tuple[Finite, ...]
 
     @torch.no_grad()
     def move(self, previous: Values, frame: Frame) -> dict[str, Tensor]:
@@ -78,6 +45,33 @@ class GibbsMove(SitesMove):
         gumbel = -(-torch.rand_like(logits).log()).log()
         chosen = frame.align((logits + gumbel).argmax(0), site.events - site.unit)
         return torch.where(mask, options[chosen], value)
+
+
+@dataclass(frozen=True)
+class GibbsKernel(InvariantKernel):
+    """Gibbs sampling of all discrete sites, one coordinate after another (Geman & Geman 1984).
+
+    It leaves its target invariant, so that discrete targets can be annealed. Sites in plates common to the whole model
+    are drawn for all elements of the data at once. Models with continuous sites too need a second kernel for these:
+    ``AnnealedGuide(..., kernel=(GibbsKernel(), HamiltonianKernel(0.1)))``.
+
+    :param num_sweeps: sweeps over all coordinates in a transition.
+    :raises ValueError: for fewer than one sweep.
+
+    >>> kernel = GibbsKernel(num_sweeps=2)
+    """
+
+    moves: ClassVar[type[SitesMove[Any, Any]]] = GibbsMove
+    kind: ClassVar[type] = Finite
+    lacking: ClassVar[str] = (
+        "have no finite support: expected discrete sites for GibbsKernel. Use HamiltonianKernel or another kernel for "
+        "continuous ones."
+    )
+    num_sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_sweeps < 1:
+            raise ValueError(f"num_sweeps={self.num_sweeps}: expected at least 1.")
 
 
 def _masks(site: Finite, value: Tensor, aligned: Tensor) -> Iterator[Tensor]:

@@ -5,13 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from pplvi.types import LogDensity, MutableValues, Values
 
-Move = TypeVar("Move", bound="InvariantMove")
+
+class Named(Protocol):
+    """A site with a name."""
+
+    @property
+    def name(self) -> str:
+        """The name of the site."""
+        ...
+
+
+KernelT = TypeVar("KernelT")
+SiteT = TypeVar("SiteT", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -56,15 +67,15 @@ class InvariantMove(ABC):
 
 
 @dataclass(frozen=True)
-class SitesMove(InvariantMove):
+class SitesMove(InvariantMove, Generic[KernelT, SiteT]):
     """A move of those of a model's sites that are of its kernel's kind.
 
     :ivar kernel: the kernel that made it.
     :ivar sites: the sites that are moved.
     """
 
-    kernel: Any
-    sites: tuple[Any, ...]
+    kernel: KernelT
+    sites: tuple[SiteT, ...]
 
     @property
     def names(self) -> set[str]:
@@ -72,19 +83,21 @@ class SitesMove(InvariantMove):
         return {site.name for site in self.sites}
 
 
-class InvariantKernel(ABC, Generic[Move]):
+class InvariantKernel:
     """Moves the sites of one kind and leaves its target invariant; the others stay as they are.
 
     :cvar partial: some of a model's sites may be left to other kernels.
+    :cvar moves: the class of its moves.
     :cvar kind: the class of the sites that are moved.
     :cvar lacking: what to say of sites that are all of another kind, and what to do.
     """
 
     partial: ClassVar[bool] = True
+    moves: ClassVar[type[SitesMove[Any, Any]]]
     kind: ClassVar[type]
     lacking: ClassVar[str]
 
-    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[Move, Move]:
+    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[InvariantMove, InvariantMove]:
         """One move that is its own reversal; the target comes from the walk.
 
         :raises ValueError: for a model without sites of the kernel's kind.
@@ -92,9 +105,5 @@ class InvariantKernel(ABC, Generic[Move]):
         own = tuple(site for site in sites if isinstance(site, self.kind))
         if not own:
             raise ValueError(f"sites {[site.name for site in sites]} {self.lacking}")
-        move = self.move_of(own)
+        move = self.moves(self, own)
         return move, move
-
-    @abstractmethod
-    def move_of(self, sites: tuple[Any, ...]) -> Move:
-        """The move of these sites, all of the kernel's kind."""
