@@ -11,7 +11,6 @@ import torch
 
 from pplvi.compile.svi import Mode
 from pplvi.fitting.arguments import (
-    _check_call,
     _check_loss,
     _check_model,
     _check_numbers,
@@ -27,7 +26,7 @@ from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
-from pplvi.programs.calls import LastBatch
+from pplvi.programs.calls import LastBatch, checked_call
 from pplvi.programs.state import Environment, fingerprint
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
@@ -165,7 +164,7 @@ def fit(
     ((2, 400), 1.9)
     """
     _check_model(model)
-    args, kwargs = _check_call(args, kwargs)
+    args, kwargs = checked_call(args, kwargs, "fit(model, guide, args=(x, y))")
     _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
     _check_seed(seed, restarts)
     environment = Environment(dtype, device)

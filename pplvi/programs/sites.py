@@ -28,7 +28,12 @@ class Plate:
 
 
 def base_distribution(fn: Any) -> Any:
-    """A distribution without what Pyro wraps around it: independence, masks and expansions."""
+    """The distribution inside what makes it independent, masked or expanded.
+
+    >>> import torch, pyro.distributions as dist
+    >>> type(base_distribution(dist.Normal(torch.zeros(3), 1.0).to_event(1).mask(False))).__name__
+    'Normal'
+    """
     while hasattr(fn, "base_dist") and type(fn).__name__ in (
         "Independent",
         "MaskedDistribution",

@@ -47,13 +47,9 @@ class AutoDeterministicNormal(FoundGuide):
     :param num_draws: how many fixed draws ``M``; even. The paper's 30.
     :param linear_response: use the linear-response covariance; ``False`` keeps the mean field's own.
     :param init_scale: initial standard deviation of every unconstrained coordinate.
-    :param init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
-    :param init_loc_fn: start from this instead, any of Pyro's ``init_to_*``.
-    :param seed: makes runs reproducible and leaves the global random state as it was.
-    :param vectorize: run all draws in one call of the model; ``False`` for models that allow no other way.
-    :raises ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete
-        ones that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
-        first bad site) or has no second derivatives, and for a posterior whose objective has no minimum.
+    :param init_radius: of the start, as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`.
+    :raises ValueError: where :class:`pplvi.AutoPathfinder` does; on the first run, for a log density that has no second
+        derivatives, and for a posterior whose objective has no minimum.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(y):
