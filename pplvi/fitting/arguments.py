@@ -32,9 +32,8 @@ _PYRO_BOUNDS = (
 def monitor_of(objective: Any) -> str | None:
     """``"lower"`` or ``"upper"`` for a loss that bounds the log evidence, ``None`` for one that does not.
 
-    Example:
-        >>> monitor_of(pyro.infer.Trace_ELBO()), monitor_of(pyro.infer.ReweightedWakeSleep())
-        ('lower', None)
+    >>> monitor_of(pyro.infer.Trace_ELBO()), monitor_of(pyro.infer.ReweightedWakeSleep())
+    ('lower', None)
     """
     if hasattr(objective, "monitor"):
         found: str | None = objective.monitor

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "mixture_vae.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "mixture_vae.py"
 
 
 def test_rows_of_the_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

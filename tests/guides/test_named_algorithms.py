@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import Proposal, Walk
+from models import Proposal, Walk
 from torch import Tensor
 
 from pplvi.guides.annealed import AnnealedGuide
@@ -31,7 +31,7 @@ from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 Y = torch.tensor([0.8, 1.6, -0.2], dtype=torch.float64)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "hmm_heuristics.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hmm_heuristics.py"
 
 
 def test_rows_of_the_hidden_markov_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "restricted_boltzmann.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "restricted_boltzmann.py"
 
 
 def test_a_machine_learns_more_than_the_means_of_the_pixels(

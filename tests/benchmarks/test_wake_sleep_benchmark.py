@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "wake_sleep.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "wake_sleep.py"
 
 
 def test_rows_of_wake_sleep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import Chains
+from models import Chains
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import (
     AutoDelta,

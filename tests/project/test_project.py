@@ -15,7 +15,7 @@ import pytest
 
 import pplvi
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "pplvi"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400

@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import SCHOOLS, eight_schools
+from models import SCHOOLS, eight_schools
 from pyro import poutine
 from pyro.infer import (
     SVI,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gradients.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gradients.py"
 
 
 def test_dreg_keeps_its_signal_and_the_plain_gradient_loses_it(

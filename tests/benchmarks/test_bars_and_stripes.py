@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bars_and_stripes.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bars_and_stripes.py"
 
 
 def test_exact_gradients_lead_and_chains_from_the_data_trail(

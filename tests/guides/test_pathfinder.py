@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import Collinear, correlated
+from models import Collinear, correlated
 from pyro.infer import SVI, Predictive, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, init_to_value
 from torch.distributions import constraints

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import correlated
+from models import correlated
 
 from pplvi import Posterior
 from pplvi.guides import AutoBatchAndMatch

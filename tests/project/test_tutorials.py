@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.py"))
+TUTORIALS = sorted((Path(__file__).parents[2] / "tutorials").glob("*.py"))
 
 
 def run(tutorial: Path, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import Collinear, correlated
+from models import Collinear, correlated
 from torch.distributions import constraints
 
 from pplvi import Posterior

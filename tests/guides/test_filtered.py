@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import Proposal, Walk
+from models import Proposal, Walk
 from pyro.optim import Adam
 from torch import Tensor
 
