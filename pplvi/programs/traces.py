@@ -119,11 +119,11 @@ class Run:
 
     def site_log_prob(self, name: str, site: Site) -> Tensor:
         """Log density of one site, scaled and masked as Pyro defines it, without the batch plates' scale."""
-        return self.scaled(site, _unscaled_log_prob(name, site))
+        return self.scaled(site, unscaled_log_prob(name, site))
 
-    def unscaled_log_prob(self, name: str, site: Site) -> Tensor:
+    def drawn_log_prob(self, name: str, site: Site) -> Tensor:
         """Log density of one site as it was drawn: masked, but not scaled."""
-        return scale_and_mask(_unscaled_log_prob(name, site), mask=site["mask"])
+        return scale_and_mask(unscaled_log_prob(name, site), mask=site["mask"])
 
     def scaled(self, site: Site, values: Tensor) -> Tensor:
         """Values of a site's elements, scaled and masked as its log density is."""
@@ -189,7 +189,7 @@ class Run:
         a value that was not drawn here, such as that of a reverse kernel.
         """
         scored = self.scored_sites(detached=detached).items()
-        parts = {n: self._site_to_batch(n, site, self.unscaled_log_prob(n, site)) for n, site in scored}
+        parts = {n: self._site_to_batch(n, site, self.drawn_log_prob(n, site)) for n, site in scored}
         return self._total(parts) if parts else None
 
     def scored_sites(self, *, detached: bool) -> dict[str, Site]:
@@ -225,7 +225,8 @@ def _device_of(*traces: Any) -> torch.device | None:
     return None
 
 
-def _unscaled_log_prob(name: str, site: Site) -> Tensor:
+def unscaled_log_prob(name: str, site: Site) -> Tensor:
+    """Log density of a site's value, neither scaled nor masked; a value outside the support is named."""
     try:
         return site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
     except ValueError as error:

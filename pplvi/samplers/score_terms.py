@@ -79,7 +79,7 @@ def score_terms(run: Run, routing: Routing) -> ScoreTerms | None:
         terms = _terms(run, routing)
         below = _Below(run, terms if routing.per_draw == "order" else map(_unordered, terms))
         parts = [_flat(run, site, below(name, site)) for name, site in scored.items()]
-    scores = [_flat(run, site, _kept(run, run.unscaled_log_prob(name, site), site)) for name, site in scored.items()]
+    scores = [_flat(run, site, _kept(run, run.drawn_log_prob(name, site), site)) for name, site in scored.items()]
     sampled = [] if routing.exact_entropy else [n for n in scored if n not in _divergent(run, routing)]
     path = sum((run.to_batch(run.site_log_prob(name, scored[name]), name) for name in sampled), run.zeros())
     return ScoreTerms(torch.cat(scores, -1), torch.cat(parts, -1), path)
