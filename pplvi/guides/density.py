@@ -25,8 +25,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.programs import checks
 from pplvi.programs.running import plain_run
-from pplvi.programs.sites import PARTICLES, Site, is_enumerated, latent_sites, site_plates
+from pplvi.programs.sites import PARTICLES, Site, latent_sites, site_plates
 from pplvi.programs.state import preserved_rng
+from pplvi.programs.summing import is_summed
 from pplvi.programs.traces import Run
 
 CHUNK = 1_000  # rows that go through the model in one call
@@ -242,11 +243,6 @@ def _block(name: str, site: Site) -> _Block:
     batch = tuple(site["fn"].batch_shape)
     unconstrained = transform.inv(site["value"])
     return _Block(name, transform, batch, tuple(unconstrained.shape[len(batch) :]))
-
-
-def is_summed(site: Site) -> bool:
-    """Whether a site is, or asks to be, enumerated in parallel."""
-    return is_enumerated(site) or site["infer"].get("enumerate") == "parallel"
 
 
 def _refuse_subsampling(run: Run) -> None:

@@ -26,6 +26,7 @@ from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.sites import is_delta, latent_sites, site_plates
 from pplvi.programs.state import random_state
+from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.types import Program
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class Posterior(WeightedDraws):
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
+        if names := enumerated_by(leaves_out_summed(guide), self.args, self.kwargs):  # it can be drawn from all the same
+            model, guide = drawing(model, names), drawing(guide, names)
         chunks = _chunks(num_draws, chunk_size)
         with random_state(seed):
             draws = stack(
