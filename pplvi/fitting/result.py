@@ -19,8 +19,11 @@ from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
-from pplvi.posterior.report import describe_parameters, report
+from pplvi.posterior.report import describe_parameters, report, report_likelihood
 from pplvi.programs.handlers import parameters_of
+from pplvi.programs.running import plain_run
+from pplvi.programs.sites import latent_sites
+from pplvi.programs.summing import enumerated_by, is_summed
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
 from pplvi.types import Program
@@ -276,12 +279,22 @@ class Fit:
             facts["objective"] = self.objective
         if len(self.runs) > 1:
             facts["restarts"] = self._describe_restarts()
+        if self.mcmc is None and not self._has_latents(*self._call(args, kwargs)):
+            facts["seconds"] = f"{self.seconds:.1f}"
+            score = self.runs[self.best].score
+            return report_likelihood(-score, facts=facts, convergence=self._describe_end(), converged=self.converged)
         posterior = self._best_posterior(args, kwargs)
         if self.mcmc is None:
             facts |= self._describe_guide(posterior, *self._call(args, kwargs))
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = None if self.mcmc is not None else self._describe_end()
         return report(posterior, facts=facts, convergence=ended, converged=self.converged)
+
+    def _has_latents(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        run = self.runs[self.best]
+        with run.scope():
+            sites = latent_sites(plain_run(run.model, args, kwargs).model).values()
+        return not all(is_summed(site) for site in sites) or bool(enumerated_by(run.guide, args, kwargs))
 
     def _describe_guide(self, posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
         """How many parameters the guide has; of an amortised one also what one network for all data costs."""
