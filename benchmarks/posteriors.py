@@ -37,7 +37,7 @@ from benchmarks import numpyro_guides
 from benchmarks.posterior_reach import verdicts
 from benchmarks.posterior_targets import TARGETS, Target
 from benchmarks.posteriordb_models import MODELS, posteriordb
-from benchmarks.reporting import Table, command_line, rows_of, write
+from benchmarks.reporting import command_line, rows_of, table_of, write
 from pplvi import (
     ELBO,
     AutoBatchAndMatch,
@@ -296,7 +296,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         best = f" (best {BEST[target][0]}, reach {BEST[target][1]})" if target in BEST and target != last else ""
         lines.append(_line(target + best if target != last else "", guide, group))
         last = target
-    return Table(dict.fromkeys([*titles, "floors", "grads", "CPU s"], "<")).text(lines)
+    names = [*titles, "floors", "grads", "CPU s"]
+    return table_of([dict(zip(names, line, strict=True)) for line in lines])
 
 
 def _line(target: str, guide: str, group: Sequence[Mapping[str, Any]]) -> list[str]:

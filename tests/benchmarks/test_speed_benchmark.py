@@ -7,14 +7,11 @@ from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with short turns, in this process."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    module = importlib.import_module("speed")
+    module = importlib.import_module("benchmarks.speed")
     monkeypatch.setattr(module, "TURN_SECONDS", 0.01)
     monkeypatch.setattr(module, "TURNS", 2)
     monkeypatch.setattr(module, "BLOCK", 2)
