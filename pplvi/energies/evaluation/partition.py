@@ -70,8 +70,7 @@ def annealed_importance_sampling(
     guide: FactorisedGuide | None = None,
     num_raise_chains: int = 10,
     path: Literal["geometric", "moment_averaged"] = "geometric",
-    num_knots: int = 9,
-    knot_steps: int = 1000,
+    knots: tuple[int, int] = (9, 1000),
     seed: int | None = None,
 ) -> PartitionEstimate:
     """Estimate ``log Z`` of a machine by annealed importance sampling (Neal 2001; Salakhutdinov & Murray 2008).
@@ -93,8 +92,8 @@ def annealed_importance_sampling(
     :param num_raise_chains: chains of each datum for its RAISE bound.
     :param path: ``"geometric"``, or ``"moment_averaged"``: through machines whose mean statistics lie evenly between
         those of the base-rate model and of the machine (Grosse, Maddison & Salakhutdinov 2013).
-    :param num_knots: of the latter: number of machines between; from one to the next the path is geometric.
-    :param knot_steps: of the latter: training steps of each of them.
+    :param knots: of the latter: number of machines between, from one to the next of which the path is geometric, and
+        training steps of each of them.
     :param seed: seed of the chains; the process's random state stays as it was.
     :returns: the estimate, with its interval and its effective sample size. It warns where a few chains dominate.
     :raises ValueError: for fewer than two chains or betas, betas that do not go from 0 to 1, lateral connections, or
@@ -116,7 +115,7 @@ def annealed_importance_sampling(
     with random_state(seed), torch.no_grad():
         base = Between(machine, base_fields(machine, base_rate))
         chosen = _betas(base, num_betas, betas)
-        route = Route.through(base, () if path == "geometric" else averaged_machines(base, num_knots, knot_steps))
+        route = Route.through(base, () if path == "geometric" else averaged_machines(base, *knots))
         steps = MachineWalk(base.base_program, route.levels(chosen[1:])).walk(num_chains)
         log_weights = steps[-1][1]
         upper = None if samples is None else _upper_bound(route, chosen, samples)

@@ -58,9 +58,7 @@ class Chains:
 
     def step(self, log_density: Tensor) -> Step:
         """The step of chains with these log densities, ``(*chains)``: draws of the target before and after it."""
-        density = log_density.reshape(-1)
-        zero = torch.zeros_like(density).detach()
-        return Step(zero, zero, density, density, zero, density.detach(), zero)
+        return Step.equally_weighted(log_density.reshape(-1))
 
     def kept(self, machine: EnergyModel, start: Callable[[], Values], prefix: str = "chain") -> dict[str, Tensor]:
         """The chains of a machine, as buffers, one for each layer; made by ``start`` at the first use.
