@@ -84,7 +84,7 @@ def test_schedule_and_halving_scale_the_step(optim):
     moved = []
     for step in range(4):
         if step == 3:
-            update.halve()
+            update.backoff *= 0.5
         before, p.grad = p.item(), torch.ones_like(p)
         update([p])
         moved.append(before - p.item())
