@@ -31,13 +31,13 @@ from pplvi.programs.state import Environment, fingerprint
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.describe import describe
-from pplvi.training.optimizers import OptimLike, Update
+from pplvi.training.optimizers import OptimLike
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Originals, Recipe
 from pplvi.training.restart import Restart, publish
 from pplvi.training.restarts import best_of, train_restarts
 from pplvi.training.schedules import Schedule
-from pplvi.training.steps import CompiledUpdates
+from pplvi.training.steps import CompiledSteps, EagerSteps
 from pplvi.training.stopping import Plateau
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
@@ -194,11 +194,11 @@ def fit(
     if compile is not False:
         own_loss(objective)
     options = (optim, steps, schedule, clip)
-    make_update = partial(Update, *options) if compile is False else CompiledUpdates(*options, mode=compile)
+    make_steps = EagerSteps(*options) if compile is False else CompiledSteps(*options, mode=compile)
     plan = TrainingPlan(
         recipe,
         objective,
-        make_update=make_update,
+        steps=make_steps,
         batches=batches,
         watch=Watch(steps, rule, named, tuple(callbacks), save_every=checkpoint_every),
         restarts=restarts,
@@ -219,7 +219,6 @@ def fit(
         },
         start=SearchedStart(init),
     )
-    plan.make_update()  # a wrong optimiser, schedule or clip is told before anything runs
     runs = train_restarts(plan)
     best = best_of(runs, bound)
     recipe.adopt(runs[best])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -309,3 +309,15 @@ class FastPersistentChains(Chains):
         if not machine.remembers(name):
             machine.register_buffer(name, torch.zeros_like(value))
         return machine.kept(name)
+
+
+Negative = Literal["persistent", "contrastive", "fast", "tempered", "mean_field", "exact"]
+
+NAMED_CHAINS: dict[str, type[Chains]] = {
+    "persistent": PersistentChains,
+    "contrastive": ContrastiveDivergence,
+    "fast": FastPersistentChains,
+    "tempered": TemperedChains,
+    "mean_field": MeanFieldContrastiveDivergence,
+    "exact": EveryState,
+}

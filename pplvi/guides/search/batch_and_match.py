@@ -11,7 +11,7 @@ from torch import Tensor
 from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import elbos, explore
-from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack
+from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.pathfinder import check_counts
 
@@ -93,7 +93,7 @@ class AutoBatchAndMatch(FoundGuide):
         choices = [starts[0]] if found is None else [found, starts[0]]
         judged = elbos(density, choices, _JUDGE_DRAWS)
         self.elbo = max(judged)
-        return stack([choices[judged.index(self.elbo)]])
+        return stack_gaussians([choices[judged.index(self.elbo)]])
 
     def _matched(self, density: UnconstrainedDensity, loc: Tensor, covariance: Tensor) -> Gaussian | None:
         size = self._batch_size or _default_batch(density.dim)

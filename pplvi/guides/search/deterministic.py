@@ -12,7 +12,7 @@ from torch import Tensor
 from pplvi.guides.density import CHUNK, UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import check_proper, improper
-from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack
+from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
@@ -95,7 +95,7 @@ class AutoDeterministicNormal(FoundGuide):
             )
         response = objective.response(minimum, hessian)  # as wide as the posterior, which the mean field need not be
         check_proper(density, response, -hessian[: density.dim, : density.dim], float(density(response.loc[None])))
-        return stack([response if self._linear_response else objective.mean_field(minimum)])
+        return stack_gaussians([response if self._linear_response else objective.mean_field(minimum)])
 
 
 class _Objective:
