@@ -165,7 +165,7 @@ def test_an_error_while_writing_keeps_the_old_file(path, monkeypatch):
 def test_kill_in_the_middle_of_a_write_keeps_the_old_file(path, moment):
     script = f"""
         import os, sys, time, torch
-        from pplvi import checkpoint
+        from pplvi.training import checkpoint
         def hang(*arguments):
             print("writing", flush=True)
             time.sleep(60)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import pplvi.compile.svi
 from pplvi import fit
+from pplvi.fitting import Checkpoint, Minibatches
 from pplvi.losses.elbo import ELBO
 from pplvi.training.loop import SETTLE_EVERY, Trainer
 from pplvi.training.restart import TrainingError
@@ -69,8 +70,8 @@ def test_a_short_last_minibatch(last_batch, sizes, mode, monkeypatch):
         seen.append(len(y))
         model(y)
 
-    options = {"num_steps": 10, "seed": 0, "progress": False, "compile": mode, "last_batch": last_batch}
-    result = fit(counted, AutoNormal, data=list(Y.split(4)), **options)
+    options = {"num_steps": 10, "seed": 0, "progress": False, "compile": mode}
+    result = fit(counted, AutoNormal, data=Minibatches(list(Y.split(4)), last_batch), **options)
     assert result.losses.shape == (1, 10)
     assert set(seen[-20:]) == set(sizes)
     assert len(made) == (len(set(sizes)) if mode else 0)
@@ -83,15 +84,15 @@ def test_a_resumed_run_knows_how_long_a_batch_is(tmp_path: Path):
         if run.step == 51:
             raise KeyboardInterrupt
 
-    file, options = tmp_path / "run.pt", {"args": (), "data": list(Y.split(4)), "last_batch": "pad", "num_steps": 60}
+    file, options = tmp_path / "run.pt", {"args": (), "data": Minibatches(list(Y.split(4)), "pad"), "num_steps": 60}
     whole = train("trace", **options)
-    train("trace", checkpoint=file, checkpoint_every=51, callbacks=[interrupt], **options)
+    train("trace", checkpoint=Checkpoint(file, every=51), callbacks=[interrupt], **options)
     assert train("trace", resume=file, **options).runs[0].losses == whole.runs[0].losses
 
 
 def test_last_batch_is_checked():
     with pytest.raises(ValueError, match="last_batch='keep'"):
-        train("trace", last_batch="keep")
+        train("trace", data=Minibatches([Y], last_batch="keep"))
 
 
 def test_stopping_and_cooling_are_those_of_the_eager_loop():
@@ -118,7 +119,7 @@ def test_resumed_training_is_the_uninterrupted_one(mode, data, tmp_path: Path):
 
     file = tmp_path / "run.pt"
     whole = train(mode, **loader())
-    train(mode, checkpoint=file, checkpoint_every=70, callbacks=[interrupt], **loader())
+    train(mode, checkpoint=Checkpoint(file, every=70), callbacks=[interrupt], **loader())
     resumed = train(mode, resume=file, **loader())
     assert torch.equal(torch.as_tensor(whole.losses), torch.as_tensor(resumed.losses))
     for name, value in whole.params[0].items():
@@ -167,7 +168,7 @@ def test_statistics_of_an_encoder_are_resumed(tmp_path: Path):
     torch.testing.assert_close(buffers, expected, rtol=1e-4, atol=1e-4)
     assert buffers["encoder.1.num_batches_tracked"] == 70
     file = tmp_path / "run.pt"
-    autoencode("trace", checkpoint=file, checkpoint_every=20, callbacks=[interrupt])
+    autoencode("trace", checkpoint=Checkpoint(file, every=20), callbacks=[interrupt])
     resumed, again = autoencode("trace", resume=file)
     assert torch.equal(torch.as_tensor(resumed.losses), torch.as_tensor(whole.losses))
     assert all(torch.equal(value, buffers[name]) for name, value in again.items())

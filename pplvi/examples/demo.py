@@ -28,7 +28,7 @@ from torch.optim import Adam
 
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
-from pplvi.fitting.entry import Fit, fit
+from pplvi.fitting import Chains, Fit, fit
 from pplvi.guides import AutoFlow
 from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO, RenyiELBO
 from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
@@ -114,10 +114,9 @@ def sample(job: Job) -> Outcome:
     example = load(job.example)
     result = fit(
         example.model,
-        KERNEL,
+        Chains(KERNEL, num_warmup=job.num_draws // 2),
         args=example.args,
         num_steps=job.num_draws,
-        num_warmup=job.num_draws // 2,
         seed=0,
         progress=False,
     )
