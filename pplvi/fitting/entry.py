@@ -11,7 +11,6 @@ import torch
 
 from pplvi.compile.svi import Mode
 from pplvi.fitting.arguments import (
-    check_call,
     check_loss,
     check_model,
     check_numbers,
@@ -29,6 +28,7 @@ from pplvi.fitting.options import Auto, Chains, Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
+from pplvi.programs.calls import checked_call
 from pplvi.programs.state import Environment, fingerprint
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
@@ -157,7 +157,8 @@ def fit(
     ((2, 400), 1.9)
     """
     check_model(model)
-    call, environment = check_call(args, kwargs), Environment(dtype, device)
+    call = checked_call(args, kwargs, "fit(model, guide, args=(x, y))")
+    environment = Environment(dtype, device)
     check_numbers(num_steps=num_steps, restarts=restarts)
     check_seed(seed, restarts)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}

@@ -39,7 +39,7 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
     check_paths(plan)
     _check_data(plan)
     plan.batches.environment = plan.recipe.environment
-    session = _Session(plan, checkpoint.load(plan.resume) if plan.resume is not None else {"runs": []})
+    session = _Session(plan, checkpoint.read(plan.resume) if plan.resume is not None else {"runs": []})
     with preserved_rng(active=plan.seed is not None or session.side_by_side):
         try:
             session.go()
@@ -208,7 +208,7 @@ class _Session:
         """Put what is new into the file; a restart that has no state yet will start anew, and those behind it too."""
         if self.plan.checkpoint is not None and self.description:
             states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
-            checkpoint.save(self.plan.checkpoint, {**self.description, "runs": list(states)})
+            checkpoint.write(self.plan.checkpoint, {**self.description, "runs": list(states)})
             self.description = {}
 
     def _description(self, trainer: Training) -> dict[str, Any]:
