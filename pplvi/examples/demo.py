@@ -24,7 +24,6 @@ import torch
 from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
-from torch.optim import Adam
 
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
@@ -136,7 +135,7 @@ def approximate(job: Job) -> Outcome:
         GUIDES[job.guide],
         args=example.args,
         objective=OBJECTIVES[job.objective](),
-        optim=partial(Adam, lr=0.03),
+        learning_rate=0.03,
         num_steps=job.num_steps,
         seed=0,
         progress=False,

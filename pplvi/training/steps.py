@@ -246,13 +246,21 @@ class EagerSteps(Steps):
 class CompiledSteps(Steps):
     """Makes compiled steps; what ``"auto"`` has come to in one restart holds for the next.
 
-    :param options: of :class:`pplvi.training.Update`.
     :param mode: as of :class:`pplvi.compile.CompiledSVI`.
     :param chunk: the most steps in one call.
     """
 
-    def __init__(self, *options: Any, mode: Mode = True, chunk: int = 50) -> None:
-        super().__init__(*options)
+    def __init__(
+        self,
+        optim: OptimLike = None,
+        num_steps: int = 1000,
+        schedule: str | Schedule | None = "cosine",
+        clip: Any = "adaptive",
+        *,
+        mode: Mode = True,
+        chunk: int = 50,
+    ) -> None:
+        super().__init__(optim, num_steps, schedule, clip)
         self.mode, self.chunk = mode, chunk
         self.side_by_side = mode in ("trace", True, "auto")  # without a loop inside the program
         self.last: CompiledStepper | None = None

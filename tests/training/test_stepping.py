@@ -22,6 +22,7 @@ from pplvi.fitting import Checkpoint, Minibatches
 from pplvi.losses.elbo import ELBO
 from pplvi.training.loop import SETTLE_EVERY, Trainer
 from pplvi.training.restart import TrainingError
+from pplvi.training.steps import CompiledSteps, EagerSteps
 from pplvi.training.stopping import Plateau
 
 Y = torch.tensor([1.0, 2.5, 0.5, 3.0, 1.5, 2.0])
@@ -55,6 +56,33 @@ def test_traced_training_equals_the_eager_one(options):
     for mine, other in zip(ours.params, theirs.params, strict=True):
         for name, value in mine.items():
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "steps", [EagerSteps(clip=None), CompiledSteps(clip=None, mode="trace")], ids=["eager", "compiled"]
+)
+def test_eager_and_compiled_steps_have_one_interface(steps):
+    """Parameters are announced once, untouched; a state that is given back leads to the same steps."""
+    moved: list[Tensor] = []
+    guide, call = AutoNormal(model), ((Y,), {})
+    before = lambda: moved.append(guide.locs.mu.detach().clone())  # noqa: E731
+    stepper = steps(model, guide, ELBO(num_particles=4), before)
+    pyro.set_rng_seed(1)
+    stepper.many([call])
+    start, rng = {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}, torch.get_rng_state()
+    state = stepper.get_state()
+    first = [float(loss) for loss in stepper.many([call] * 3)]
+    assert len(moved) == 1
+    assert moved[0] != guide.locs.mu
+    assert stepper.update.count == 4
+
+    for name, p in pyro.get_param_store().named_parameters():
+        p.data.copy_(start[name])
+    torch.set_rng_state(rng)
+    stepper.set_state(state)
+    assert stepper.update.count == 1
+    assert [float(loss) for loss in stepper.many([call] * 3)] == first
+    assert len(moved) == 1
 
 
 @pytest.mark.parametrize(("last_batch", "sizes"), [("compile", [4, 2]), ("drop", [4]), ("pad", [4, 4])])
