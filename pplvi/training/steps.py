@@ -16,7 +16,7 @@ from pplvi.compile.vectorized import Apart
 from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import OptimLike, Update
-from pplvi.training.schedules import Cosine, Schedule
+from pplvi.training.schedules import Schedule
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
 
@@ -174,9 +174,8 @@ class CompiledStepper(Stepper):
             return 1
         every = [settle_every, watch.save_every, *(w.every for w in (watch.stop, watch.monitor) if w is not None)]
         ends = [watch.num_steps - at, *(n - at % n for n in every)]
-        schedule = self.update.schedule
-        if isinstance(schedule, Cosine) and schedule.cooling:
-            ends.append(schedule.end - self.update.count)
+        if self.update.left is not None:
+            ends.append(self.update.left)
         return max(1, min(ends))
 
     def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
