@@ -736,7 +736,7 @@ def test_the_short_forms_are_the_long_ones(tmp_path):
     long = fit(model, AutoNormal, **options, monitor=monitor, compile=Compile("trace"), checkpoint=file)
     assert (short.losses == long.losses).all()
     assert [run.monitored for run in short.runs] == [run.monitored for run in long.runs]
-    saved = [checkpoint.load_state(tmp_path / name) for name in "ab"]
+    saved = [checkpoint.read(tmp_path / name) for name in "ab"]
     assert saved[0]["settings"] == saved[1]["settings"]
 
 
