@@ -81,7 +81,9 @@ class Posterior(WeightedDraws):
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
-        if names := enumerated_by(leaves_out_summed(guide), self.args, self.kwargs):  # it can be drawn from all the same
+        if names := enumerated_by(
+            leaves_out_summed(guide), self.args, self.kwargs
+        ):  # it can be drawn from all the same
             model, guide = drawing(model, names), drawing(guide, names)
         chunks = _chunks(num_draws, chunk_size)
         if at_a_point := _is_at_a_point(model, guide, self.args, self.kwargs):
