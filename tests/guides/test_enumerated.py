@@ -93,7 +93,7 @@ def test_other_guides_run_to_a_report(guide: Callable[..., Any]) -> None:
         scale = pyro.sample("scale", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
         with pyro.plate("data", len(y)):
             z = pyro.sample("z", dist.Bernoulli(0.4))
-            pyro.sample("y", dist.Normal(4 * z - 2, scale.sum(-1, keepdim=True)), obs=y)
+            pyro.sample("y", dist.Normal(4 * z - 2, scale.sum(-1)), obs=y)
 
     result = pplvi.fit(model, guide, args=(Y,), num_steps=3, seed=0, progress=False)
     assert set(result.posterior(num_draws=20).draws.latents) == {"scale"}
