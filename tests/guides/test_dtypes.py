@@ -26,7 +26,7 @@ def name(family: Any) -> str:
 def regression(x: Tensor, y: Tensor) -> None:
     """``x`` is multiplied by a matrix, so that a weight of another type than the data is an error."""
     b = pyro.sample("b", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
-    mean = (b.unsqueeze(-2) @ x.T).squeeze(-2)
+    mean = (x @ b.reshape(*b.shape[:-2], 2, 1)).squeeze(-1)
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(mean, torch.tensor(0.5, dtype=x.dtype)), obs=y)
 
