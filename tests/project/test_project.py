@@ -8,11 +8,13 @@ import re
 import statistics
 import subprocess
 import sys
+import tomllib
 import types
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -255,6 +257,24 @@ def test_paths_in_documents_exist(document: str) -> None:
     places = [ROOT, PACKAGE, *(PACKAGE / name for name in ROOMS)]
     missing = {word for word in words if not any((place / word).exists() for place in places)}
     assert not missing - {"out/"}
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_documents_are_in_the_source_distribution() -> None:
+    included = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    )
+    assert {f"/{path.name}" for path in ROOT.glob("*.md")} - {"/README.md"} <= included  # hatch takes the readme itself
+    assert all((ROOT / path.removeprefix("/")).exists() for path in included)
+
+
+def test_hooks_are_of_the_projects_own_environment() -> None:
+    entries = re.findall(r"entry: (\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    development = project()["project"]["optional-dependencies"]["dev"]
+    assert {entry.removeprefix(".venv/bin/") for entry in entries} == {"ruff", "mypy"} <= set(development)
 
 
 # ---------------------------------------------------------------------- lint for the house
