@@ -119,7 +119,7 @@ def _by_plate(target: Target, seed: int) -> Fit:
 
 def _easiest(target: Target, seed: int) -> Fit:
     """The form of the model that "auto" takes, and a flow on it, as a user would do it."""
-    easier = pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=60.0).model
+    easier = pplvi.fit(target.model, "auto", seed=seed, progress=False).model
     return _flow(replace(target, model=easier), seed)
 
 
@@ -156,7 +156,7 @@ GUIDES: dict[str, Callable[[Target, int], Fit]] = {
     "flow, unrotated": partial(_flow, rotate=False, rate=1e-2),
     "hierarchical flow, Renyi": _by_plate,
     "flow, easiest form": _easiest,
-    "auto": lambda target, seed: pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=60.0),
+    "auto": lambda target, seed: pplvi.fit(target.model, "auto", seed=seed, progress=False),
 }  # fmt: skip
 ALL = [*GUIDES, *numpyro_guides.GUIDES]
 
