@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import one_hot, softplus
 
-from pplvi.energies.machines.one_hots import OneHots
+from pplvi.energies.machines.one_hot import OneHots
 
 Beta = float | Tensor
 

@@ -1,4 +1,4 @@
-"""The distribution of a layer of softmax units."""
+"""Layers of softmax units as distributions: one-hot codes side by side."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from torch import Size, Tensor
 
 
 class OneHots(TorchDistribution):
-    """Independent one-hot variables whose codes lie side by side on one event dimension.
-
-    :param logits: ``(*batch, units, categories)``.
-
-    >>> import torch
-    >>> OneHots(torch.zeros(2, 2)).log_prob(torch.tensor([1.0, 0.0, 0.0, 1.0])).exp()
-    tensor(0.2500)
-    """
+    """Independent one-hot variables whose codes lie side by side on one event dimension."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.independent(constraints.boolean, 1)
