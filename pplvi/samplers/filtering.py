@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pplvi.objectives.step import Step
-from pplvi.programs.memo import Memo, sizes
+from pplvi.programs.memo import Memo, argument_shapes
 from pplvi.programs.sites import latent_sites, sample_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.annealed import check_levels
@@ -82,8 +82,8 @@ _PLATES = Memo[Plates]()
 
 
 def plates_found(model: Any, guide: Any, course: Course) -> Plates:
-    """The plates of a pair, found once for arguments of these sizes."""
-    programs, key = (guide, model), sizes(course.args, course.kwargs)
+    """The plates of a pair, found once for arguments of these shapes."""
+    programs, key = (guide, model), argument_shapes(course.args, course.kwargs)
     if (known := _PLATES.recall(programs, key)) is not None:
         return known
     found = plates_of(course)
