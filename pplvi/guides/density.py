@@ -122,7 +122,8 @@ class UnconstrainedDensity:
         return self.pack({b.name: self.plain.model.nodes[b.name]["value"] for b in self.blocks}).detach()
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Log densities ``(S,)`` of rows ``(S, dim)``; differentiable where autograd is on."""
+        """Log densities ``(S,)`` of rows ``(S, dim)`` of any floating type; differentiable where autograd is on."""
+        u = u.to(self.device, self.dtype)  # the model may hold constants of its own type
         return torch.cat([self._chunk(part) for part in u.split(CHUNK if self.vectorize else 1)])
 
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
