@@ -13,7 +13,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 
 from pplvi.programs.running import plain_run
-from pplvi.programs.sites import is_enumerated, is_subsample, latent_sites
+from pplvi.programs.sites import is_enumerated, latent_sites
 from pplvi.types import Program
 
 
@@ -78,8 +78,8 @@ def _sample_unless_summed(kind: type[GuideMessenger], guide: GuideMessenger, msg
 
 def _traces(kind: type[GuideMessenger], guide: GuideMessenger) -> tuple[Trace, Trace]:
     """Model and guide of a run of both in one; the latents that are summed out are the model's alone."""
-    sites = {n: s for n, s in guide.trace.nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-    own = [name for name, site in sites.items() if not is_subsample(site) and is_summed(site)]
+    sites: dict[str, Any] = latent_sites(guide.trace)
+    own = [name for name, site in sites.items() if is_summed(site)]
     for name in own:
         sites[name]["infer"]["prior"] = sites[name]["fn"]  # where Pyro looks for the model's distribution
     model, program = kind.get_traces(guide)
@@ -97,7 +97,8 @@ def enumerated_by(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def drawing(program: Program, names: Collection[str]) -> Program:
     """The same program with these sites drawn, whatever they ask for."""
-    found: Program = poutine.infer_config(program, partial(_drawn, frozenset(names)))
+    configure: Any = partial(_drawn, frozenset(names))
+    found: Program = poutine.infer_config(program, configure)
     return found
 
 

@@ -171,3 +171,40 @@ def test_methods_of_gaussian_process_models_export() -> None:
     assert data.posterior["u"].shape[-1] == 4
     exact = gp.models.GPRegression(x, x.sin(), gp.kernels.RBF(1))
     assert "log likelihood" in pplvi.fit(exact.model, exact.guide, num_steps=3, seed=0, progress=False).summary()
+
+
+@config_enumerate
+def minibatch_model(y: Tensor, size: int | None = None) -> None:
+    with pyro.plate("data", len(y), subsample_size=size) as index:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+        pyro.sample("y", dist.Normal(2.0 * z, 1.0), obs=y[index])
+
+
+def local_minibatch_model(y: Tensor, size: int | None = None) -> None:
+    with pyro.plate("data", len(y), subsample_size=size) as index:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+
+@pytest.mark.parametrize(
+    ("model", "guide"),
+    [
+        (minibatch_model, AutoDiscreteParallel),
+        (local_minibatch_model, AutoMultivariateNormal),
+        (local_minibatch_model, AutoDiagonalNormal),
+        (local_minibatch_model, AutoIAFNormal),
+        (local_minibatch_model, AutoStructured),
+        (local_minibatch_model, AutoGaussian),
+        (local_minibatch_model, AutoLaplaceApproximation),
+    ],
+)
+def test_local_parameters_of_the_size_of_a_minibatch_are_refused(model: Any, guide: Any) -> None:
+    with pytest.raises(ValueError, match=r"3 of the 5 elements of plate 'data' only|inside plate 'data'"):
+        pplvi.fit(model, guide, args=(Y, 3), num_steps=2, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta, AutoNormalMessenger])
+def test_guides_with_parameters_for_every_datum_take_minibatches(guide: Any) -> None:
+    result = pplvi.fit(local_minibatch_model, guide, args=(Y, 3), num_steps=2, seed=0, progress=False)
+    sizes = {tuple(torch.as_tensor(value).shape) for value in result.params[0].values()}
+    assert sizes == {(5,)}
