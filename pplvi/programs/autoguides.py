@@ -73,7 +73,7 @@ def check_full_size(guide: Any, run: Any) -> None:
     if (parts := [p for p in plates if p.size < p.full_size]) and not isinstance(guide, AutoNormal | AutoDelta):
         raise ValueError(
             f"{type(guide).__name__} has local parameters for {parts[0].size} of the {parts[0].full_size} elements of "
-            f"plate {parts[0].name!r} only, those of its first minibatch, and would share them among all data: expected "
+            f"plate {parts[0].name!r} only, those of its first minibatch, shared among all data: expected "
             "parameters for every element. Use AutoNormal or AutoDelta, which have them, an amortised guide "
             "(pplvi.AutoAmortized), or the full data without subsample_size."
         )
