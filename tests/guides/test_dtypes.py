@@ -1,6 +1,7 @@
 """float32 and float64 programs under either default, values of thousands, and sites with nothing to choose."""
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import ImproperUniform
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -109,3 +110,25 @@ def test_empty_data_are_told(family: Callable[..., Any]) -> None:
 
     with pytest.raises(ValueError, match=r"pyro.plate of size 0 .*at least one element"):
         pplvi.fit(model, family, args=(torch.zeros(0),), num_steps=3, seed=0, progress=False)
+
+
+def improper(y: Tensor) -> None:
+    mean = pyro.sample("mean", ImproperUniform(constraints.real, (), ()))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, "nuts"])
+def test_an_improper_prior_that_cannot_be_drawn_from_asks_for_a_start(guide: Any) -> None:
+    with pytest.raises(ValueError, match=r"ImproperUniform prior.*init_to_value"):
+        pplvi.fit(improper, guide, args=(torch.tensor([1.0, 2.0]),), num_steps=3, seed=0, progress=False)
+
+
+def test_an_improper_prior_with_a_start_is_right() -> None:
+    y = torch.tensor([1.0, 2.0, 4.5])
+    start = init_to_value(values={"mean": torch.tensor(0.0)})
+    options: dict[str, Any] = {"optim": pyro.optim.Adam({"lr": 0.05}), "num_steps": 500, "seed": 0, "progress": False}
+    result = pplvi.fit(improper, lambda model: AutoNormal(model, init_loc_fn=start), args=(y,), **options)
+    value, error = result.posterior(num_draws=4000).total_log_evidence
+    exact = float(dist.Normal(y.mean(), 1.0).log_prob(y).sum()) + 0.5 * math.log(2 * math.pi / 3)
+    assert abs(value - exact) < 0.02 + 4 * error
