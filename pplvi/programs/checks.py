@@ -27,7 +27,7 @@ from pplvi.programs.traces import Run
 
 @contextmanager
 def named_errors() -> Iterator[None]:
-    """Turn Pyro's errors for an empty plate, no latent site, or an improper prior into a ``ValueError`` that says so."""
+    """Turn Pyro's errors for an empty plate, no latent site or an improper prior into a ``ValueError`` with advice."""
     try:
         yield
     except RuntimeError as error:

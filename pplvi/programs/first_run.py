@@ -103,12 +103,13 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
     :raises ValueError: for sites that are in only one of the two, disagreeing shapes or supports, undeclared batch
         dimensions, NaN in the data, empty plates.
     """
-    run = _plain_run(model, guide, args, kwargs)
+    run, trained = _plain_run(model, guide, args, kwargs), torch.is_grad_enabled()
     own = run.given_subsamples & frozenset(run.subsample_indices())
     with isolated():
         checks.check_pair(run)
         if checks.is_minibatch(run):
-            check_full_size(guide, run)
+            if trained:  # draws of such a guide can be looked at
+                check_full_size(guide, run)
             checks.check_minibatch(run, plain_run(model, args, kwargs))
         if own:
             given = given_subsamples(model, args, kwargs)

@@ -63,7 +63,7 @@ def _hide_in_model(guide: Any) -> None:
     else:
         model = poutine.block(model, hide_fn=_is_hidden)
     guide._model, guide._leaves_out_summed = (model, *others), True
-    if hasattr(guide, "_original_model"):  # whose dependencies a structured guide looks at
+    if getattr(guide, "_original_model", None):  # whose dependencies a structured guide looks at
         guide._original_model = tuple(poutine.block(whole, hide_fn=_is_hidden) for whole in guide._original_model)
 
 
