@@ -20,6 +20,7 @@ from pplvi.programs.running import plain_run
 from pplvi.programs.sites import (
     Plate,
     Site,
+    event_dims,
     is_delta,
     is_deterministic,
     is_enumerated,
@@ -203,7 +204,7 @@ class _Shapes:
         found = {}
         for name, site in sites.items():
             plain = self.plain.get(name, site)
-            event = _event_dims(plain)
+            event = event_dims(plain)
             width = run.nesting + 1 + (plain["value"].dim() if event is None else event)
             if run.enumerated and site["value"].dim() > width:
                 warnings.warn(f"deterministic site {name!r} depends on an enumerated site: left out.", stacklevel=2)
@@ -217,20 +218,6 @@ class _Shapes:
 def _as_plain(value: Tensor, shape: tuple[int, ...], num_draws: int) -> Tensor:
     padded = value.dim() > len(shape) and value.shape[0] == num_draws
     return value.reshape(num_draws, *shape) if padded else value.expand(num_draws, *shape)
-
-
-def _event_dims(site: Site) -> int | None:
-    """Event dimensions of a deterministic site inside plates: the declared ones, or else the fewest that leave batch
-    dimensions which fit its plates. ``None`` outside of plates, where the whole shape is one event."""
-    shape, plates = tuple(site["value"].shape), site_plates(site)
-    sizes = {p.dim: p.size for p in plates}
-    declared = site["fn"].event_dim
-    fewest = 0 if declared == len(shape) else declared
-    for event in range(fewest, len(shape) + 1) if plates else ():
-        batch = zip(range(-1, -1 - len(shape), -1), reversed(shape[: len(shape) - event]), strict=False)
-        if all(size in (1, sizes.get(dim)) for dim, size in batch) and len(shape) - event <= -min(sizes):
-            return event
-    return None
 
 
 def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:

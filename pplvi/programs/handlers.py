@@ -44,7 +44,18 @@ class Supply(Messenger):
         if self.but_delta and is_delta(msg):
             return
         if not msg["is_observed"] and msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+            msg["value"], msg["done"] = without_padding(self.values[msg["name"]], msg["fn"]), True
+
+
+def without_padding(value: Any, fn: Any) -> Any:
+    """A value without the dimensions of size 1, left of the shape of its distribution, that stand for nothing here."""
+    if not isinstance(value, Tensor) or is_subsample({"type": "sample", "fn": fn}):
+        return value
+    extra = value.dim() - len(fn.batch_shape) - len(fn.event_shape)
+    padding = 0
+    while padding < extra and value.shape[padding] == 1:
+        padding += 1
+    return value.reshape(value.shape[padding:]) if padding else value
 
 
 class Uncondition(UnconditionMessenger):

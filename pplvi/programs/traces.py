@@ -141,8 +141,7 @@ class Run:
                 raise ValueError(
                     f"site {name!r} has a log density of shape {tuple(density.shape)}, but only the dimensions {sizes} "
                     "(of its plates and the particles) may differ from 1. Declare the others with pyro.plate or "
-                    ".to_event(), keep dimensions when reducing over a plate (keepdim=True), index from the right, or "
-                    "run particles one after another: vectorize_particles=False (objectives), vectorize=False."
+                    ".to_event(), keep dimensions when reducing over a plate (keepdim=True), or index from the right."
                 )
         return self.to_batch(density, name)
 
