@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pyro.infer
@@ -12,6 +13,7 @@ from pyro.infer.elbo import ELBO as PyroELBO
 
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.calls import to_call
+from pplvi.programs.handlers import sized
 from pplvi.programs.state import Environment
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.replicas import Recipe
@@ -69,7 +71,18 @@ def _recipe(model: Program, guide: Any, batches: Batches, restarts: int, environ
             f"from the model to a guide, such as lambda model: {type(guide).__name__}(model)."
         )
     makes_guide = not isinstance(guide, torch.nn.Module) and makes_guides(guide, model, batches)
+    if makes_guide:
+        guide = _of_sized_plates(guide, model, batches)
     return Recipe(model, guide, makes_guide, restarts > 1, environment)
+
+
+def _of_sized_plates(guide: Callable[..., Any], model: Program, batches: Batches) -> Callable[..., Any]:
+    """What makes a guide, given the model with plates that have sizes: automatic guides make plates of their own."""
+    args, kwargs = batches.call if isinstance(batches, FullData) else batches.peek()
+    with scratch(), suppress(Exception):  # what is wrong with the model is said where it is trained
+        if sized(model, args, kwargs) is not model:
+            return lambda model: guide(sized(model, args, kwargs))
+    return guide
 
 
 def makes_guides(guide: Callable[..., Any], model: Program, batches: Batches) -> bool:

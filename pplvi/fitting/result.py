@@ -21,6 +21,7 @@ from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import describe_parameters, report
 from pplvi.programs.handlers import parameters_of
+from pplvi.programs.ways import Vectorize
 from pplvi.training.restart import Run, ScopedProgram
 from pplvi.training.stopping import has_settled
 from pplvi.types import Program
@@ -93,7 +94,7 @@ class Fit:
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
         self.notes: dict[str, str] = {}
         own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
-        self.vectorize: bool = objective.vectorize_particles if own else True
+        self.vectorize: Vectorize = objective.vectorize_particles if own else None
 
     def __repr__(self) -> str:
         if self.mcmc is not None:
@@ -157,7 +158,7 @@ class Fit:
         restart: int | None = None,
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
-        vectorize: bool | None = None,
+        vectorize: Vectorize = None,
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> Posterior:

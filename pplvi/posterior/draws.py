@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs import enumeration
-from pplvi.programs.joint import execute, run_model
+from pplvi.programs.joint import execute
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import (
     Plate,
@@ -30,6 +30,8 @@ from pplvi.programs.sites import (
     site_plates,
 )
 from pplvi.programs.traces import Run
+from pplvi.programs.unguided import run_model
+from pplvi.programs.ways import Vectorize
 from pplvi.types import Program
 
 
@@ -82,12 +84,13 @@ def draw(
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_draws: int,
-    vectorize: bool = True,
+    vectorize: Vectorize = None,
 ) -> Draws:
     """Draws of a guide, scored by the model: ``log_p - log_q`` is the log importance weight, ``(S, *batch)``, nats.
 
     :param num_draws: ``S``.
-    :param vectorize: all draws in one call of the programs, or one after another.
+    :param vectorize: the way of running draws, ``"broadcast"``, ``"vmap"`` or ``"loop"``; the fastest that is right
+        unless named.
     :raises ValueError: if model and guide do not fit together, or if the guide enumerates a site.
 
     >>> import pyro, pyro.distributions as dist
@@ -102,7 +105,7 @@ def draw(
     kwargs = kwargs or {}
 
     def run(size: int) -> Run:
-        found = execute(model, guide, args, kwargs, num_particles=size)
+        found = execute(model, guide, args, kwargs, num_particles=size, vectorize=vectorize)
         if found.guide_enumerated:
             names = sorted(name for name, site in latent_sites(found.guide).items() if is_enumerated(site))
             raise ValueError(
@@ -112,8 +115,7 @@ def draw(
         return found
 
     shapes = _Shapes(model, args, kwargs)
-    parts = [_read(run(size), shapes) for size in _sizes(num_draws, vectorize)]
-    return _concatenate(parts)
+    return _read(run(_checked(num_draws)), shapes)
 
 
 @torch.no_grad()
@@ -124,7 +126,7 @@ def predict(
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_draws: int,
-    vectorize: bool = True,
+    vectorize: Vectorize = None,
 ) -> Draws:
     """Draws of the model given latent draws (or prior ones, ``latents=None``); observed sites are sampled too.
 
@@ -150,7 +152,7 @@ def score(
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_draws: int,
-    vectorize: bool = True,
+    vectorize: Vectorize = None,
 ) -> Draws:
     """Score given latent draws, such as those of MCMC, under the model: densities and deterministic sites.
 
@@ -173,23 +175,27 @@ def _model_draws(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     num_draws: int,
-    vectorize: bool,
+    vectorize: Vectorize,
     *,
     sample_observed: bool,
 ) -> Draws:
-    shapes, parts, start = _Shapes(model, args, kwargs), [], 0
-    for size in _sizes(num_draws, vectorize):
-        given = {name: value[start : start + size] for name, value in (latents or {}).items()}
-        run = run_model(model, args, kwargs, num_particles=size, latents=given, sample_observed=sample_observed)
-        parts.append(_read(run, shapes, predicted=sample_observed))
-        start += size
-    return _concatenate(parts)
+    shapes, size = _Shapes(model, args, kwargs), _checked(num_draws)
+    run = run_model(
+        model,
+        args,
+        kwargs,
+        num_particles=size,
+        latents=latents,
+        sample_observed=sample_observed,
+        vectorize=vectorize,
+    )
+    return _read(run, shapes, predicted=sample_observed)
 
 
-def _sizes(num_draws: int, vectorize: bool) -> list[int]:
+def _checked(num_draws: int) -> int:
     if num_draws < 1:
         raise ValueError(f"num_draws={num_draws}: expected at least one draw.")
-    return [num_draws] if vectorize else [1] * num_draws
+    return num_draws
 
 
 class _Shapes:
@@ -268,13 +274,16 @@ def _pad(value: Tensor, dims: int) -> Tensor:
 
 def _select(value: Tensor, site: Site, run: Run, event: tuple[int, ...], with_draws: bool) -> Tensor:
     sizes = {p.dim: p.size for p in site_plates(site)}
+    batch = value.shape[value.dim() - len(event) - run.nesting : value.dim() - len(event)]
+    undeclared = {dim: size for dim, size in zip(range(-run.nesting, 0), batch, strict=True) if size != 1}
+    sizes = {**undeclared, **sizes}
     full = (run.num_particles if with_draws else 1, *(sizes.get(dim, 1) for dim in range(-run.nesting, 0)), *event)
     compact = (*full[:1], *(sizes[dim] for dim in sorted(sizes)), *event)
     if value.dim() > len(full):
         raise ValueError(
             f"site {site['name']!r} has shape {tuple(value.shape)} with all {run.num_particles} draws in one call, "
             f"expected at most {len(full)} dimensions (draws, plates, event). The program may count them from the "
-            "left: count from the right, or pass vectorize=False."
+            "left: count from the right."
         )
     value = value[:1] if not with_draws else value
     return value.expand(full).reshape(compact)[0 if not with_draws else slice(None)]

@@ -25,6 +25,7 @@ from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.sites import is_delta, latent_sites, site_plates
 from pplvi.programs.state import random_state
+from pplvi.programs.ways import Vectorize
 from pplvi.types import Program
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Posterior(WeightedDraws):
         args: positional arguments of model and guide; the full data, not a minibatch.
         kwargs: their keyword arguments.
         num_draws: how many draws are taken.
-        vectorize: run all draws in one call; ``False`` runs one after another, for programs that allow no other way.
+        vectorize: the way of running draws: ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
+            is right for the programs unless named.
         chunk_size: run at most so many draws in one call, to bound the memory; all at once unless given.
         seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
             unless given.
@@ -76,7 +78,7 @@ class Posterior(WeightedDraws):
         kwargs: Mapping[str, Any] | None = None,
         *,
         num_draws: int = 1000,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> None:
@@ -89,7 +91,7 @@ class Posterior(WeightedDraws):
                 for start, stop in chunks
             )
         _check_latents(draws)
-        if len(chunks) > 1 or not vectorize:
+        if len(chunks) > 1:
             _check_same_data(draws)
         super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
 
@@ -101,7 +103,7 @@ class Posterior(WeightedDraws):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
         chunk_size: int | None = None,
     ) -> Posterior:
         """The draws of a finished MCMC run, equally weighted, scored by the model.
@@ -158,7 +160,7 @@ class Posterior(WeightedDraws):
         guide: Program | None,
         args: tuple[Any, ...],
         kwargs: Any,
-        vectorize: bool,
+        vectorize: Vectorize,
         mcmc: MCMC | None = None,
     ) -> None:
         self.model, self.guide, self.args, self.kwargs = model, guide, tuple(args), dict(kwargs or {})
@@ -287,7 +289,7 @@ def _check_same_data(draws: Draws) -> None:
     if names := _subsampled(draws, draws.plates):
         raise ValueError(
             f"the plates {names} are subsampled anew in every run of the program, so that draws of several runs would "
-            "belong to different data: expected the full data, or one run (vectorize=True and no chunk_size)."
+            "belong to different data: expected the full data, or one run (no chunk_size)."
         )
 
 

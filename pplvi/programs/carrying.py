@@ -71,6 +71,7 @@ class Given:
     :ivar indices: names of the values that are indices of minibatches: they are no particle's own.
     :ivar exact: whether entropies and divergences of the guide's sites are wanted.
     :ivar spoil: whether random numbers written in place may leave NaN behind, to be seen by a check.
+    :ivar densities: whether log densities are wanted.
     :ivar supplied: names of sites that have one given value for all particles.
     """
 
@@ -78,6 +79,7 @@ class Given:
     supplied: frozenset[str] = frozenset()
     exact: bool = False
     spoil: bool = False
+    densities: bool = True
 
 
 def run_all(model: Program, guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given) -> Run:
@@ -116,9 +118,7 @@ def guide_all(guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given
     return _gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
 
 
-def model_at(
-    model: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given, guide_trace: Any
-) -> Run:
+def model_at(model: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given, guide_trace: Any) -> Run:
     """Run the model for each particle at the draws that one run of the guide has made for all."""
     found = {name: _particle_of(name, site, how) for name, site in guide_trace.nodes.items() if _is_value(site)}
     lanes = {name: value for name, (value, of_each) in found.items() if of_each}
@@ -171,9 +171,7 @@ def _has_particles(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
 
 
-def run_model_all(
-    program: Callable[[Lanes, _How], Trace], lanes: Lanes, how: _How, way: Way, given: Given
-) -> Run:
+def run_model_all(program: Callable[[Lanes, _How], Trace], lanes: Lanes, how: _How, way: Way, given: Given) -> Run:
     """Run one program for each particle, with values of its own; it is the model of a run without a guide."""
 
     def one(values: Lanes, single: _How) -> Run:
@@ -210,7 +208,7 @@ def _carried(
             run = one(values, single)
         if shared := [name for name in stacked.shared_draws(run) if name not in given.supplied]:
             raise CannotCarry(f"sites {shared} would have one draw for all particles.")
-        outputs, records = stacked.read(run, given.exact)
+        outputs, records = stacked.read(run, densities=given.densities, exact=given.exact)
         left[:] = records, run
         failed, mode.token, mode.failed = mode.failed, None, None
         return outputs, {} if failed is None else {"failed": failed}
@@ -238,7 +236,7 @@ def _looped(
     parts = []
     for particle in range(count):
         run = one({name: value[particle] for name, value in lanes.items()}, single)
-        outputs, records = stacked.read(run, given.exact)
+        outputs, records = stacked.read(run, densities=given.densities, exact=given.exact)
         parts.append(outputs)
     return stacked.stack(parts), records, run
 
@@ -266,3 +264,28 @@ class _Parameters(Messenger):
         made = msg["value"] is None and msg["name"] not in pyro.get_param_store()
         if made and not pyro.settings.get("module_local_params"):
             raise _NewParameter(msg["name"])
+
+
+def ways_of_rows(word: str | None) -> list[Way]:
+    """The ways of running a model at rows of given values that a word allows, the fastest first."""
+    ways = (BROADCAST, *(way for way in CARRIED if not way.guide), LOOP)
+    return [way for way in ways if word in (None, way.word)]
+
+
+def for_each(function: Callable[[Tensor], Tensor], rows: Tensor, *, written: bool) -> Tensor:
+    """A function of one row that runs a program, at every row, by ``vmap``; minus infinity where a factorisation fails.
+
+    :param written: the program writes draws into tensors that it makes.
+    """
+    mode = OutOfPlace()
+
+    def one(row: Tensor) -> tuple[Tensor, Tensor]:
+        mode.token = row[0] if written else None
+        with _OneMinibatch(), _Parameters():
+            value = function(row)
+        failed, mode.token, mode.failed = mode.failed, None, None
+        return value, torch.zeros_like(value, dtype=torch.bool) if failed is None else failed
+
+    with carried(mode):
+        values, failed = torch.func.vmap(one, randomness="different")(rows)
+    return values.masked_fill(failed, -torch.inf)

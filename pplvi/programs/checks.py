@@ -198,6 +198,22 @@ def differing_site(one: Run, other: Run, particle: int, *, exact: bool = False) 
     return None
 
 
+class DiffersError(Exception):
+    """Several particles that are run in some way have other densities, or other random numbers, than each alone."""
+
+
+def check_alone(both: Run, alone: Run, again: Run, particle: int) -> None:
+    """Check that a particle in one call with another has the densities that it has alone.
+
+    :param again: a second run of it alone: where the two differ, the programs draw random numbers of their own.
+    :raises DiffersError: with the site where it has not.
+    """
+    if differing_site(alone, again, 0, exact=True) is not None:
+        return
+    if (name := differing_site(both, alone, particle)) is not None:
+        raise DiffersError(f"site {name!r} has another log density with two particles in one call than alone.")
+
+
 def _same(ours: Tensor, theirs: Tensor) -> bool:
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
@@ -248,11 +264,12 @@ def check_subsamples(once: Mapping[str, Tensor], again: Mapping[str, Tensor], na
 
 
 def _check_declared(name: str, site: Site) -> None:
-    """Every batch dimension of a site has to be a plate, or particles would be mixed up with data."""
+    """Every batch dimension of a site has to be a plate, or to the right of one, where it is summed over as in Pyro."""
     sizes = {p.dim: p.size for p in site_plates(site)}
+    leftmost = min(sizes, default=0)
     batch = _batch_shape(name, site)
     for dim, size in zip(range(-1, -1 - len(batch), -1), reversed(batch), strict=True):
-        if size != 1 and sizes.get(dim) != size:
+        if size != 1 and sizes.get(dim, size if dim > leftmost else None) != size:
             raise ValueError(
                 f"site {name!r} has batch shape {batch}, but plates "
                 f"{ {p.name: (p.dim, p.size) for p in site_plates(site)} }: expected a plate of size {size} at "

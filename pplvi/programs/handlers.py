@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import pyro
@@ -16,7 +17,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pplvi.programs.sites import is_computed, is_delta, is_deterministic, is_factor, is_subsample
+from pplvi.programs.sites import is_computed, is_delta, is_deterministic, is_factor, is_subsample, site_plates
 
 
 class Detach(Messenger):
@@ -64,6 +65,36 @@ class Uncondition(UnconditionMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not (is_deterministic(msg) or is_factor(msg)):
             super()._pyro_sample(msg)
+
+
+class Sized(Messenger):
+    """Give plates that have no size (``pyro.plate("data")``) the one of what is inside, for guides that make them."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        sizes = {p.name: p.size for p in site_plates(msg)} if _sizeless(msg) else {}
+        msg["cond_indep_stack"] = tuple(
+            f._replace(size=sizes[f.name], full_size=sizes[f.name]) if f.name in sizes and f.size < 0 else f
+            for f in msg["cond_indep_stack"]
+        )
+
+
+def _sizeless(site: Any) -> bool:
+    return not is_subsample(site) and any(f.vectorized and f.size < 0 for f in site["cond_indep_stack"])
+
+
+def sized(program: Callable[..., Any], args: Any, kwargs: Any) -> Callable[..., Any]:
+    """A program in which every plate has a size; the program itself, if that is so with these arguments."""
+    with poutine.trace() as recorder:
+        program(*args, **kwargs)
+    if not any(s["type"] == "sample" and _sizeless(s) for s in recorder.trace.nodes.values()):
+        return program
+
+    @wraps(program)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with Sized():
+            return program(*args, **kwargs)
+
+    return run
 
 
 class Somewhere(Messenger):

@@ -9,22 +9,21 @@ site, before a later site can use them. No state of a program is kept but a hint
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from pyro import poutine
 from torch import Tensor
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, Given, Way, guide_all, run_all
 from pplvi.programs.first_run import _layout, _needed, _renewed, _supplied
-from pplvi.programs.handlers import Supply, Uncondition
 from pplvi.programs.memo import Layout, remember
-from pplvi.programs.running import _How, _trace, plain_run
-from pplvi.programs.traces import Run, spread
+from pplvi.programs.running import _How
+from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named, way_for
 from pplvi.types import Program
+
+Exact = Literal["entropy", "divergence"]
 
 
 def execute(
@@ -37,14 +36,14 @@ def execute(
     detach: bool = False,
     values: Mapping[str, Tensor] | None = None,
     vectorize: Vectorize = None,
-    exact: bool = False,
+    exact: Exact | None = None,
 ) -> Run:
     """Run the guide, then the model on the guide's draws, with all particles.
 
     :param detach: detach every draw at its site.
     :param values: values for guide sites to use instead of drawing (subsample indices too).
     :param vectorize: the way of running particles; the fastest that is right unless named.
-    :param exact: entropies and divergences of the guide's sites will be asked for.
+    :param exact: entropies of the guide's sites will be asked for, or their divergences too.
     :raises ValueError: if model and guide do not fit together (checked on the first run of the pair).
 
     >>> import pyro, pyro.distributions as dist
@@ -58,12 +57,12 @@ def execute(
     layout, word = _layout(model, guide, args, kwargs), named(vectorize)
 
     def attempt(layout: Layout) -> Run:
-        way, layout = (
-            (BROADCAST, layout) if num_particles == 1 else way_for(model, guide, args, kwargs, layout, word)
-        )
+        way, layout = (BROADCAST, layout) if num_particles == 1 else way_for(model, guide, args, kwargs, layout, word)
         supplied = _supplied(model, args, kwargs, layout, values)
         how = _How(num_particles, layout.nesting, layout.enumerated, detach, supplied)
-        return run_all(model, guide, args, kwargs, how, _with_divergences(way, exact), Given(layout.indices, exact=exact))
+        return run_all(
+            model, guide, args, kwargs, how, _for(exact, way), Given(layout.indices, exact=exact is not None)
+        )
 
     try:
         run = attempt(layout)
@@ -76,9 +75,9 @@ def execute(
     return run
 
 
-def _with_divergences(way: Way, exact: bool) -> Way:
+def _for(exact: Exact | None, way: Way) -> Way:
     """A divergence needs both distributions in one particle's run."""
-    return replace(way, guide=False) if exact and way.guide and not way.model else way
+    return replace(way, guide=False) if exact == "divergence" and not way.model else way
 
 
 def guide_run(
@@ -96,26 +95,3 @@ def guide_run(
         way, layout = way_for(model, guide, args, kwargs, layout, named(vectorize))
     how = _How(num_particles, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, values))
     return guide_all(guide, args, kwargs, how, way, Given(layout.indices))
-
-
-def run_model(
-    model: Program,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    num_particles: int = 1,
-    latents: Mapping[str, Tensor] | None = None,
-    sample_observed: bool = False,
-) -> Run:
-    """Run a model without a guide: latents are the given ones, ``(num_particles, *plates, *event)``, or drawn.
-
-    :param sample_observed: draw the observed sites too, instead of keeping their data.
-    :raises ValueError: if a given latent does not have the shape that the model has for these arguments.
-    """
-    plain = plain_run(model, args, kwargs)
-    enumerated = checks.enumerates(plain) and not sample_observed
-    how = _How(num_particles, plain.nesting, enumerated, values=spread(latents or {}, plain))
-    observing = Uncondition() if sample_observed else nullcontext()
-    with observing, Supply(how.values or {}):
-        trace = _trace(model, args, kwargs, how.enumerating(first=True), how.particles())
-    return Run(poutine.Trace(), trace, num_particles, plain.nesting, enumerated)

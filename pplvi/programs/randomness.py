@@ -101,7 +101,7 @@ class OutOfPlace(TorchFunctionMode):
     """Do out of place what ``vmap`` cannot do in place.
 
     :param token: a number of each particle: new tensors are then one of each particle, into which draws can be written.
-    :param spoil: leave NaN where a program wrote random numbers in place and may read them again, to be seen by a check.
+    :param spoil: leave NaN where a program wrote random numbers in place and may read them again, for a check to see.
     :ivar failed: whether a factorisation failed, for each particle; ``None`` if there was none.
     """
 
@@ -120,10 +120,9 @@ class OutOfPlace(TorchFunctionMode):
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func is torch.Tensor.new:
-            found = _renewed(*args, **kwargs)
-            return self._of_each(found) if self.token is not None else found
+            return self._of_each(_renewed(*args, **kwargs))
         found = func(*args, **kwargs)
-        return self._of_each(found) if self.token is not None and func in _FACTORIES else found
+        return self._of_each(found) if func in _FACTORIES else found
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         found = _DRAWS[func](*args, **kwargs)
@@ -132,7 +131,9 @@ class OutOfPlace(TorchFunctionMode):
         return found
 
     def _of_each(self, found: Tensor) -> Tensor:
-        return found if is_batched(found) else torch.where(self.token == self.token, found, found)  # type: ignore[arg-type]
+        if self.token is None or is_batched(found) or _functorch.maybe_current_level() is None:
+            return found
+        return torch.where(self.token == self.token, found, found)
 
     def _factor(self, matrix: Tensor, upper: bool = False, **_: Any) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(matrix.detach())
@@ -212,9 +213,9 @@ def carried(mode: OutOfPlace) -> Iterator[None]:
     """Run programs inside ``vmap``: random numbers of each particle's own, and no checks of arguments, which would
     branch on values and have been made in a plain run."""
     known = dirichlet._Dirichlet, von_mises._rejection_sample
-    dirichlet._Dirichlet, von_mises._rejection_sample = _Dirichlet, _rejected
+    dirichlet._Dirichlet, von_mises._rejection_sample = _Dirichlet, _rejected  # type: ignore[misc, assignment]
     try:
         with pyro.validation_enabled(False), mode:
             yield
     finally:
-        dirichlet._Dirichlet, von_mises._rejection_sample = known
+        dirichlet._Dirichlet, von_mises._rejection_sample = known  # type: ignore[misc]

@@ -114,6 +114,14 @@ def event_dims(site: Site) -> int | None:
     return None
 
 
+def batch_sizes(site: Site) -> dict[int, int]:
+    """Sizes of a site's batch dimensions, left to right: its plates, and what is in no plate."""
+    batch = tuple(site["fn"].batch_shape)
+    undeclared = {dim - len(batch): size for dim, size in enumerate(batch) if size != 1}
+    found = {**undeclared, **{p.dim: p.size for p in site_plates(site)}}
+    return dict(sorted(found.items()))
+
+
 def _subsampled_plates(site: Site) -> set[str]:
     frames = site["cond_indep_stack"]
     return {f.name for f in frames if f.full_size is not None and f.full_size != f.size}

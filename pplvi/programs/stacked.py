@@ -90,9 +90,10 @@ class Record:
 Records = dict[str, dict[str, Record]]
 
 
-def read(run: Run, exact: bool) -> tuple[Outputs, Records]:
+def read(run: Run, *, densities: bool = True, exact: bool = False) -> tuple[Outputs, Records]:
     """Take the run of one particle apart.
 
+    :param densities: log densities are wanted.
     :param exact: entropies and divergences are wanted too.
     """
     outputs: Outputs = {}
@@ -100,7 +101,7 @@ def read(run: Run, exact: bool) -> tuple[Outputs, Records]:
     for role, trace in (("guide", run.guide), ("model", run.model)):
         outputs[role], records[role] = {}, {}
         for name, site in trace.nodes.items():
-            outputs[role][name], records[role][name] = _numbers(site), _record(site)
+            outputs[role][name], records[role][name] = _numbers(site, densities), _record(site)
     if exact:
         _add_exact(run, outputs["guide"])
     return outputs, records
@@ -117,12 +118,12 @@ def _record(site: Site) -> Record:
     return Record(site, events, (torch.Size(fn.batch_shape), torch.Size(fn.event_shape)))
 
 
-def _numbers(site: Site) -> dict[str, Tensor]:
+def _numbers(site: Site, densities: bool) -> dict[str, Tensor]:
     """Everything of a site that may differ between particles."""
     if site["type"] != "sample" or is_subsample(site):
         return {}
     found = {key: site[key] for key in ("value", "scale", "mask")}
-    if not is_deterministic(site):
+    if densities and not is_deterministic(site):
         found["log_prob"] = site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
@@ -176,9 +177,11 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return first.expand(len(tensors), *first.shape) if same and first.numel() else torch.stack(list(tensors))
 
 
-def rebuild(records: Mapping[str, Record], outputs: Mapping[str, Mapping[str, Tensor]], count: int, nesting: int) -> Any:
+def rebuild(
+    records: Mapping[str, Record], outputs: Mapping[str, Mapping[str, Tensor]], count: int, nesting: int
+) -> Any:
     """The trace of all particles, as one run under a plate of them would have left it."""
-    trace = Trace()
+    trace: Any = Trace()
     plate = CondIndepStackFrame(PARTICLES, -nesting - 1, count, 0, count)
     for name, record in records.items():
         trace.nodes[name] = _rebuilt(record, outputs[name], plate) if outputs[name] else record.site

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-import pyro
-import torch
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
@@ -27,6 +25,7 @@ from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, remember
 from pplvi.programs.randomness import is_batched
 from pplvi.programs.running import _execute, _How, _recording, isolated
+from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
 from pplvi.programs.state import modules_of, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.types import Program
@@ -86,7 +85,11 @@ def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layou
         errors.append(error)
     raise ValueError(
         f"vectorize={word!r}: these programs cannot be run that way: {errors[0]}\nExpected "
-        + ("tensors that broadcast over one more dimension on the left" if word == "broadcast" else "no branch on draws")
+        + (
+            "tensors that broadcast over one more dimension on the left"
+            if word == "broadcast"
+            else "no branch on draws"
+        )
         + ". Drop vectorize= to have a way chosen that can."
     ) from errors[0]
 
@@ -94,10 +97,6 @@ def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layou
 def candidates(word: Word | None) -> list[Way]:
     """The ways that a word allows, the fastest first."""
     return [way for way in (BROADCAST, *CARRIED, LOOPED_MODEL, LOOP) if word in (None, way.word)]
-
-
-class _Differs(Exception):
-    """Two particles in one call have other densities than each alone."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,16 @@ class Trial:
         values = _supplied(self.model, self.args, self.kwargs, self.layout, None)
         how = _How(2, self.layout.nesting, self.layout.enumerated, values=values)
         given = Given(self.layout.indices, spoil=True)
-        with _outside_state() as outside:
+        with OutsideState() as outside:
             both = run_all(self.model, self.guide, self.args, self.kwargs, how, way, given)
-        if outside and way.word != "loop":
-            raise _Differs("random numbers of NumPy or of Python's random module are the same for all particles.")
+            if not both.guide_enumerated:  # scored at given values, as each alone will be: rounding is then the same
+                how = replace(how, values={**both.subsample_indices(), **_drawn(both)})
+                both = run_all(self.model, self.guide, self.args, self.kwargs, how, way, given)
+        outside.check(way)
         if held := list(held_by(self.model, self.guide)):
-            raise _Differs(f"the programs keep draws in {held}, which would be those of all particles at once.")
+            raise checks.DiffersError(
+                f"the programs keep draws in {held}, which would be those of all particles at once."
+            )
         if both.guide_enumerated:  # its later draws have a dimension for each enumerated value: none is one particle's
             return
         for particle in range(2):
@@ -139,32 +142,39 @@ class Trial:
         by_itself = replace(how, num_particles=1, values=values)
         with Supply(both.subsample_indices(of_model=True)):
             alone, again = (_execute(self.model, self.guide, self.args, self.kwargs, by_itself) for _ in range(2))
-        if checks.differing_site(alone, again, 0, exact=True) is not None:
-            return  # the programs draw random numbers of their own
-        if (name := checks.differing_site(both, alone, particle)) is not None:
-            raise _Differs(f"site {name!r} has another log density with two particles in one call than alone.")
+        checks.check_alone(both, alone, again, particle)
 
 
-class _outside_state:
-    """Whether random numbers of NumPy or of Python's ``random`` were drawn inside."""
+def _drawn(run: Run) -> dict[str, Tensor]:
+    sites = latent_sites(run.guide).items()
+    return {name: site["value"].clone() for name, site in sites if not (is_delta(site) or is_enumerated(site))}
+
+
+class OutsideState:
+    """Tells whether random numbers of NumPy or of Python's ``random`` were drawn inside."""
 
     def __init__(self) -> None:
         self.changed = False
 
-    def __enter__(self) -> _outside_state:
+    def __enter__(self) -> OutsideState:
         self._before = self._state()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.changed = self._state() != self._before
 
-    def __bool__(self) -> bool:
-        return self.changed
+    def check(self, way: Way) -> None:
+        """Check that such numbers are not shared by all particles.
+
+        :raises DiffersError: if they would be.
+        """
+        if self.changed and way.word != "loop":
+            raise checks.DiffersError("random numbers of NumPy or Python's random are the same for all particles.")
 
     @staticmethod
     def _state() -> Any:
-        name, keys, *rest = np.random.get_state(legacy=True)
-        return name, keys.tobytes(), *rest, random.getstate()
+        numpy: Any = np.random.get_state(legacy=True)
+        return numpy[1].tobytes(), numpy[2:], random.getstate()
 
 
 def held_by(*programs: Program) -> Iterator[str]:

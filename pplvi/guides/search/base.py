@@ -17,6 +17,7 @@ from pplvi.guides.base import ContinuousGuide
 from pplvi.guides.density import UnconstrainedDensity, is_summed, outside_of_handlers
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture
 from pplvi.programs.state import preserved_rng, random_state
+from pplvi.programs.ways import Vectorize
 
 _PARTS = Gaussian._fields
 _TRIES = 100
@@ -34,7 +35,8 @@ class FoundGuide(ContinuousGuide):
         init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
         init_loc_fn: start from this instead, any of Pyro's ``init_to_*``, called anew for each start.
         seed: makes runs reproducible and leaves the global random state as it was.
-        vectorize: run all rows in one call of the model; ``False`` for models that allow no other way.
+        vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that is
+            right for the model unless named.
 
     Raises:
         ValueError: ``init_radius`` is not a positive number; on the first run, for a model without latent sites, with
@@ -49,7 +51,7 @@ class FoundGuide(ContinuousGuide):
         init_radius: float = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: int | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
         if isinstance(init_radius, bool) or not 0 < float(init_radius) < math.inf:
             raise ValueError(f"init_radius is {init_radius!r}; expected a positive finite number, for example 2.0")

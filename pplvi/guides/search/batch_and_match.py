@@ -14,6 +14,7 @@ from pplvi.guides.search.explore import elbos, explore
 from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.pathfinder import check_counts
+from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoBatchAndMatch"]
 
@@ -55,7 +56,8 @@ class AutoBatchAndMatch(FoundGuide):
         init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
         init_loc_fn: start from this instead, any of Pyro's ``init_to_*``.
         seed: makes runs reproducible and leaves the global random state as it was.
-        vectorize: run a batch in one call of the model; ``False`` for models that allow no other way.
+        vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that is
+            right for the model unless named.
 
     Raises:
         ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete ones
@@ -88,7 +90,7 @@ class AutoBatchAndMatch(FoundGuide):
         init_radius: float = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: int | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
         if batch_size is not None and (
             isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 2

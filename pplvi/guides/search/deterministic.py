@@ -16,6 +16,7 @@ from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
+from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoDeterministicNormal"]
 
@@ -48,7 +49,8 @@ class AutoDeterministicNormal(FoundGuide):
         init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
         init_loc_fn: start from this instead, any of Pyro's ``init_to_*``.
         seed: makes runs reproducible and leaves the global random state as it was.
-        vectorize: run all draws in one call of the model; ``False`` for models that allow no other way.
+        vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that is
+            right for the model unless named.
 
     Raises:
         ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete ones
@@ -80,7 +82,7 @@ class AutoDeterministicNormal(FoundGuide):
         init_radius: float = 0.5,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: int | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
         if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 2 or num_draws % 2:
             raise ValueError(f"num_draws is {num_draws!r}; expected an even number of at least 2, for example 30")

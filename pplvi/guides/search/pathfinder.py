@@ -16,6 +16,7 @@ from pplvi.guides.search.explore import Path, explore
 from pplvi.guides.search.gaussians import Gaussian, stack
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
+from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoPathfinder", "Path", "init_to_pathfinder"]
 
@@ -59,7 +60,8 @@ class AutoPathfinder(FoundGuide):
         tolerances: Stan's settings ``tol_obj``, ``tol_rel_obj``, ``tol_grad``, ``tol_rel_grad``, ``tol_param`` and
             ``init_alpha``, in place of its defaults.
         seed: makes runs reproducible and leaves the global random state as it was.
-        vectorize: run paths and draws in one call of the model; ``False`` for models that allow no other way.
+        vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that is
+            right for the model unless named.
 
     Raises:
         ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete ones
@@ -96,7 +98,7 @@ class AutoPathfinder(FoundGuide):
         init_loc_fn: Callable[..., Any] | None = None,
         tolerances: Mapping[str, float] | None = None,
         seed: int | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
         if isinstance(moment_matching, bool) or not isinstance(moment_matching, int) or moment_matching < 0:
             raise ValueError(f"moment_matching is {moment_matching!r}; expected a number of rounds, 0 for none")
