@@ -131,6 +131,7 @@ class UnconstrainedDensity:
 
     def __call__(self, u: Tensor) -> Tensor:
         """Log densities ``(S,)`` of rows ``(S, dim)``; differentiable where autograd is on."""
+        u = u.to(self.device, self.dtype)  # of the model's data, which a float64 row would not meet
         return torch.cat([self._chunk(part) for part in u.split(1 if self.way == LOOP else CHUNK)])
 
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:

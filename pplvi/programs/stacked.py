@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.distributions.kl import register_kl
 
-from pplvi.programs.masks import without_missing
 from pplvi.programs.randomness import is_batched
 from pplvi.programs.sites import (
     PARTICLES,
@@ -31,7 +30,7 @@ from pplvi.programs.sites import (
     latent_sites,
     sample_sites,
 )
-from pplvi.programs.traces import Run
+from pplvi.programs.traces import Run, unscaled_log_prob
 
 Outputs = dict[str, dict[str, dict[str, Tensor]]]
 """Tensors of one particle, or stacked ones of all: by program, site and kind."""
@@ -124,7 +123,7 @@ def _numbers(site: Site, densities: bool) -> dict[str, Tensor]:
         return {}
     found = {key: site[key] for key in ("value", "scale", "mask")}
     if densities and not is_deterministic(site):
-        found["log_prob"] = site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
+        found["log_prob"] = unscaled_log_prob(site["name"], site)
     return {key: value for key, value in found.items() if isinstance(value, Tensor)}
 
 

@@ -120,7 +120,7 @@ class Run:
 
     def site_log_prob(self, name: str, site: Site) -> Tensor:
         """Log density of one site, scaled and masked as Pyro defines it, without the batch plates' scale."""
-        return scale_and_mask(_unscaled_log_prob(name, site), self._scale_of(site), site["mask"])
+        return scale_and_mask(unscaled_log_prob(name, site), self._scale_of(site), site["mask"])
 
     def _scale_of(self, site: Site) -> Any:
         return site["scale"] / self.scale if self.scale != 1.0 else site["scale"]
@@ -183,7 +183,7 @@ class Run:
             if site["is_observed"] and not is_factor(site):
                 continue
             if not is_enumerated(site) and (detached or not getattr(site["fn"], "has_rsample", False)):
-                unscaled = scale_and_mask(_unscaled_log_prob(name, site), mask=site["mask"])
+                unscaled = scale_and_mask(unscaled_log_prob(name, site), mask=site["mask"])
                 parts[name] = self._site_to_batch(name, site, unscaled)
         return self._total(parts) if parts else None
 
@@ -207,7 +207,8 @@ def _device_of(*traces: Any) -> torch.device | None:
     return None
 
 
-def _unscaled_log_prob(name: str, site: Site) -> Tensor:
+def unscaled_log_prob(name: str, site: Site) -> Tensor:
+    """Log density of a site's value, neither scaled nor masked; a value outside the support is named."""
     try:
         return site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
     except ValueError as error:

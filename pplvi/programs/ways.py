@@ -73,6 +73,7 @@ def way_for(
 
 def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: Word | None) -> Way:
     trial = Trial(model, guide, args, kwargs, layout)
+    trial.check_alone()
     coupled = isinstance(poutine.unwrap(guide), GuideMessenger)
     errors: list[Exception] = []
     for way in candidates(word):
@@ -108,6 +109,16 @@ class Trial:
     args: Any
     kwargs: Mapping[str, Any]
     layout: Layout
+
+    def check_alone(self) -> None:
+        """Check the densities of one particle: arguments of distributions are not checked under ``vmap``.
+
+        :raises ValueError: what is wrong with them.
+        """
+        with isolated(), preserved_buffers(model=self.model, guide=self.guide):
+            values = _supplied(self.model, self.args, self.kwargs, self.layout, None)
+            how = _How(1, self.layout.nesting, self.layout.enumerated, values=values)
+            _execute(self.model, self.guide, self.args, self.kwargs, how).log_target()
 
     def failure(self, way: Way) -> Exception | None:
         """What goes wrong when the programs are run in this way."""
