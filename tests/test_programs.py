@@ -36,8 +36,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import pplvi
 from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.joint import execute
-from pplvi.programs.unguided import run_model
 from pplvi.programs.sites import sample_sites
+from pplvi.programs.unguided import run_model
 
 pytestmark = pytest.mark.usefixtures("float64")
 
