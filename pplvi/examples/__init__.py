@@ -14,12 +14,10 @@ __all__ = ["LOADERS", "Example", "diabetes", "eight_schools", "grunfeld", "load"
 def load(name: str) -> Example:
     """The example of that name: one of `LOADERS`.
 
-    Raises:
-        ValueError: for a name that is not there.
+    :raises ValueError: for a name that is not there.
 
-    Example:
-        >>> load("grunfeld").name
-        'grunfeld'
+    >>> load("grunfeld").name
+    'grunfeld'
     """
     if name not in LOADERS:
         raise ValueError(f"no example is called {name!r}: expected one of {sorted(LOADERS)}")

@@ -93,10 +93,9 @@ class Outcome:
 def plan(examples: Sequence[str], num_steps: int, num_draws: int, out: Path) -> list[Job]:
     """All runs, the long ones first so that the cores end together.
 
-    Example:
-        >>> jobs = plan(["eight_schools"], 100, 100, Path("out"))
-        >>> len(jobs), jobs[0].guide, jobs[1].stem
-        (10, 'NUTS', 'out/eight_schools-AutoFlow-ELBO')
+    >>> jobs = plan(["eight_schools"], 100, 100, Path("out"))
+    >>> len(jobs), jobs[0].guide, jobs[1].stem
+    (10, 'NUTS', 'out/eight_schools-AutoFlow-ELBO')
     """
     pairs = [(REFERENCE, ""), *((guide, objective) for guide in GUIDES for objective in OBJECTIVES)]
     return [Job(example, *pair, num_steps, num_draws, out) for pair in pairs for example in examples]
@@ -173,10 +172,9 @@ def save(axes: Any, path: str) -> None:
 def errors(draws: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, float]:
     r"""Largest error of a mean and of a standard deviation over all latents, in standard deviations of the reference.
 
-    Example:
-        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
-        >>> errors({"x": 2 * x}, {"x": x})
-        (1.0, 1.0)
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> errors({"x": 2 * x}, {"x": x})
+    (1.0, 1.0)
     """
     pairs = [(_columns(draws[name]), _columns(reference[name])) for name in reference]
     mean = max(((a.mean(0) - b.mean(0)).abs() / b.std(0)).max().item() for a, b in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,10 +12,12 @@ import pyro.infer
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
+from pplvi.losses.base import Loss
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.calls import to_call
 from pplvi.programs.handlers import sized
 from pplvi.programs.state import Environment
+from pplvi.programs.ways import Vectorize
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import scratch
@@ -34,9 +37,8 @@ _PYRO_BOUNDS = (
 def monitor_of(objective: Any) -> str | None:
     """``"lower"`` or ``"upper"`` for a loss that bounds the log evidence, ``None`` for one that does not.
 
-    Example:
-        >>> monitor_of(pyro.infer.Trace_ELBO()), monitor_of(pyro.infer.ReweightedWakeSleep())
-        ('lower', None)
+    >>> monitor_of(pyro.infer.Trace_ELBO()), monitor_of(pyro.infer.ReweightedWakeSleep())
+    ('lower', None)
     """
     if hasattr(objective, "monitor"):
         found: str | None = objective.monitor
@@ -119,6 +121,15 @@ def _check_loss(loss: Any, name: str) -> Any:
     if isinstance(loss, type) or not (isinstance(loss, PyroELBO) or callable(loss)):
         raise ValueError(f"{name}={loss!r}: expected a loss such as pplvi.ELBO(), or pyro.infer.Trace_ELBO().")
     return loss
+
+
+def in_way(objective: Any, vectorize: Vectorize) -> Any:
+    """An objective that runs its particles in this way; the same one if it does so already."""
+    if vectorize is None or not isinstance(objective, Loss):
+        return objective
+    objective = copy.copy(objective)
+    objective.vectorize_particles = vectorize
+    return objective
 
 
 def _check_model(model: Any) -> None:

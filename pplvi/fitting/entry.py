@@ -20,22 +20,25 @@ from pplvi.fitting.arguments import (
     _recipe,
     _refuse,
     _stopping_rule,
+    in_way,
     monitor_of,
 )
 from pplvi.fitting.auto import select
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.result import Fit
-from pplvi.fitting.starts import check_init
+from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
+from pplvi.programs import ways
 from pplvi.programs.calls import LastBatch
 from pplvi.programs.state import Environment, fingerprint
+from pplvi.programs.ways import Vectorize
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.describe import describe
 from pplvi.training.optimizers import OptimLike, Update
-from pplvi.training.plan import Plan
+from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Originals, Recipe
-from pplvi.training.restart import Run, publish
+from pplvi.training.restart import Restart, publish
 from pplvi.training.restarts import best_of, train_restarts
 from pplvi.training.schedules import Schedule
 from pplvi.training.steps import CompiledUpdates
@@ -69,7 +72,7 @@ def fit(
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
     held_back: Any = None,
-    callbacks: Sequence[Callable[[Run], Any]] = (),
+    callbacks: Sequence[Callable[[Restart], Any]] = (),
     progress: bool = True,
     checkpoint: PathLike | None = None,
     checkpoint_every: int = 500,
@@ -78,6 +81,7 @@ def fit(
     dtype: torch.dtype | None = None,
     num_warmup: int | None = None,
     budget: float | None = None,
+    vectorize: Vectorize = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -136,13 +140,16 @@ def fit(
         monitor is named.
     :param monitor: a loss to judge by in place of the objective, evaluated every tenth step, on ``held_back`` if given.
     :param held_back: data for the monitor (what one item of ``data`` is); the monitor is ``ELBO()`` unless given.
-    :param callbacks: functions of the :class:`pplvi.training.Run`, called after each step; returning true ends it.
+    :param callbacks: functions of the :class:`pplvi.training.Restart`, called after each step; returning true ends it.
     :param progress: show a bar with the smoothed loss and the time left.
     :param checkpoint: a file to write every ``checkpoint_every`` steps and at the end of every restart.
     :param checkpoint_every: steps between two checkpoints.
     :param resume: a checkpoint to continue; the result is, to the bit, that of a run that was never interrupted.
     :param device: where to move the data and modules to, and the default device meanwhile.
     :param dtype: floating point type of data and modules, and the default meanwhile.
+    :param vectorize: the way of running several particles and draws: ``"broadcast"``, as one more dimension on the left
+        of all tensors; ``"vmap"``, carried by ``torch.func.vmap``; ``"loop"`` (``False``), one after another. The
+        fastest that is right for the programs is found by trying unless one is named.
     :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
@@ -153,28 +160,34 @@ def fit(
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference"; the parts name their own sources:
     :class:`pplvi.training.Plateau`, :class:`pplvi.training.Cosine`, :class:`pplvi.training.AdaptiveClip`.
 
-    Example:
-        >>> import pyro.distributions as dist
-        >>> from pyro.infer.autoguide import AutoNormal
-        >>> def model(y):
-        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        ...     with pyro.plate("data", len(y)):
-        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
-        >>> y = torch.tensor([1.0, -2.0, 3.0, -1.0])
-        >>> result = fit(model, AutoNormal, args=(y,), num_steps=400, restarts=2, seed=0, progress=False)
-        >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
-        ((2, 400), 1.9)
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(y):
+    ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+    >>> y = torch.tensor([1.0, -2.0, 3.0, -1.0])
+    >>> result = fit(model, AutoNormal, args=(y,), num_steps=400, restarts=2, seed=0, progress=False)
+    >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
+    ((2, 400), 1.9)
     """
     _check_model(model)
     args, kwargs = _check_call(args, kwargs)
     _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
     _check_seed(seed, restarts)
+    ways.named(vectorize)
     environment = Environment(dtype, device)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "monitor": monitor, "init": init}
     unused |= {"held_back": held_back, "callbacks": callbacks or None, "checkpoint": checkpoint, "resume": resume}
     if isinstance(guide, str) and guide == "auto":
         _refuse({**unused, "num_steps": num_steps, "num_warmup": num_warmup}, "guide='auto'")
-        same: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "dtype": dtype}
+        same: dict[str, Any] = {
+            "restarts": restarts,
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+            "vectorize": vectorize,
+        }
         originals = Originals(model, args, kwargs, environment)
         return select(partial(fit, args=args, kwargs=kwargs, progress=progress, **same), model, originals, budget)
     if budget is not None:
@@ -182,11 +195,13 @@ def fit(
     if (make_kernel := kernel_factory(guide)) is not None:
         _refuse(unused)
         recipe = Recipe(model, make_kernel, True, False, environment)
-        return _fit_chains(recipe, (args, kwargs), num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress)
+        chains = _fit_chains(recipe, (args, kwargs), num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress)
+        chains.vectorize = vectorize
+        return chains
     check_init(init)
     if num_warmup is not None:
         raise ValueError(f"num_warmup={num_warmup} is for MCMC: expected guide='nuts', got {guide!r}.")
-    objective = _check_loss(ELBO() if objective is None else objective, "objective")
+    objective = in_way(_check_loss(ELBO() if objective is None else objective, "objective"), vectorize)
     named = _named_monitor(monitor, held_back, environment)
     steps = num_steps or NUM_STEPS
     batches = make_batches(data, args, kwargs, seed is not None, last_batch)
@@ -197,7 +212,7 @@ def fit(
         own_loss(objective)
     options = (optim, steps, schedule, clip)
     make_update = partial(Update, *options) if compile is False else CompiledUpdates(*options, mode=compile)
-    plan = Plan(
+    plan = TrainingPlan(
         recipe,
         objective,
         make_update=make_update,
@@ -219,7 +234,7 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint((args, kwargs)),
         },
-        init=init,
+        start=SearchedStart(init),
     )
     plan.make_update()  # a wrong optimiser, schedule or clip is told before anything runs
     runs = train_restarts(plan)
@@ -236,13 +251,14 @@ def fit(
         seed=seed,
         objective=objective,
         is_bound=bound,
+        vectorize=vectorize,
     )
 
 
 def _fit_chains(
     recipe: Recipe, call: Call, num_samples: int, num_warmup: int | None, chains: int, seed: int | None, progress: bool
 ) -> Fit:
-    run = Run(0, recipe.model, recipe.guide, recipe.environment, seed)
+    run = Restart(0, recipe.model, recipe.guide, recipe.environment, seed)
     recipe.environment.move_module(recipe.model)
     start = time.perf_counter()
     with run.scope():

@@ -22,7 +22,7 @@ from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import describe_parameters, report
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.ways import Vectorize
-from pplvi.training.restart import Run, ScopedProgram
+from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
 from pplvi.types import Program
 
@@ -51,35 +51,33 @@ class Fit:
     (nats). An objective that is no bound, and no monitor: the best is restart 0. Its parameters are in Pyro's global
     store when ``fit`` returns; the others are kept and used under scopes of their own.
 
-    :ivar runs: the restarts (:class:`pplvi.training.Run`); one for all MCMC chains.
+    :ivar runs: the restarts (:class:`pplvi.training.Restart`); one for all MCMC chains.
     :ivar best: index of the best restart.
     :ivar objective: the objective; ``None`` for MCMC.
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
     :ivar seed: the seed of restart 0.
     :ivar notes: what the report says besides, such as what ``"auto"`` tried.
-    :ivar vectorize: whether all draws of a posterior are made in one call of the programs. An objective of
-        :mod:`pplvi.losses.elbo` decides by its ``vectorize_particles``; with another one, or MCMC, set it to ``False``
-        for programs that allow no such call.
+    :ivar vectorize: the way in which draws of a posterior are run, ``"broadcast"``, ``"vmap"`` or ``"loop"``
+        (``False``); where it is ``None`` or ``True``, the fastest that is right for the programs.
 
     Source: Kucukelbir et al. (2017), "Automatic differentiation variational inference", for the work flow; restarts
     as chains after Gelman & Rubin (1992), "Inference from iterative simulation using multiple sequences".
 
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> from pplvi import fit
-        >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-        >>> result = fit(
-        ...     model, pyro.infer.autoguide.AutoNormal, args=(torch.tensor(1.0),), num_steps=300, seed=0, progress=False
-        ... )
-        >>> result.losses.shape, result.reasons, round(result.posterior().draws.latents["z"].mean().item(), 1)
-        ((1, 300), ['num_steps'], 0.5)
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from pplvi import fit
+    >>> def model(y):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    >>> result = fit(
+    ...     model, pyro.infer.autoguide.AutoNormal, args=(torch.tensor(1.0),), num_steps=300, seed=0, progress=False
+    ... )
+    >>> result.losses.shape, result.reasons, round(result.posterior().draws.latents["z"].mean().item(), 1)
+    ((1, 300), ['num_steps'], 0.5)
     """
 
     def __init__(
         self,
-        runs: list[Run],
+        runs: list[Restart],
         best: int,
         *,
         guide_name: str,
@@ -89,12 +87,13 @@ class Fit:
         objective: Any = None,
         is_bound: bool = False,
         mcmc: MCMC | None = None,
+        vectorize: Vectorize = None,
     ) -> None:
         self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
         self.notes: dict[str, str] = {}
         own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
-        self.vectorize: Vectorize = objective.vectorize_particles if own else None
+        self.vectorize: Vectorize = objective.vectorize_particles if own and vectorize is None else vectorize
 
     def __repr__(self) -> str:
         if self.mcmc is not None:
@@ -131,7 +130,7 @@ class Fit:
 
     @property
     def reasons(self) -> list[str]:
-        """Why each restart ended: see :class:`pplvi.training.Run`."""
+        """Why each restart ended: see :class:`pplvi.training.Restart`."""
         return [run.reason for run in self.runs]
 
     @property
@@ -168,7 +167,7 @@ class Fit:
         :param restart: its index; the best unless given.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
-        :param vectorize: draw all at once, or one after another; :attr:`vectorize` unless given.
+        :param vectorize: the way of running draws; :attr:`vectorize` unless given.
         :param chunk_size: draw at most so many at once.
         :param seed: for the draws; by default the seed of the restart.
         :raises ValueError: if the fit had no ``args`` and none are given, or there is no such restart.
@@ -184,7 +183,7 @@ class Fit:
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
             return Posterior(model, run.guide, *call, num_draws=num_draws, **options)
 
-    def _run(self, restart: int) -> Run:
+    def _run(self, restart: int) -> Restart:
         if not 0 <= restart < len(self.runs):
             raise ValueError(f"restart={restart}: expected an index from 0 to {len(self.runs) - 1}.")
         return self.runs[restart]

@@ -22,7 +22,7 @@ class Known(dist.TorchDistribution):
     :param support: its support, which tells the event dimensions.
     :param score: log density of a value, of the batch shape; zero unless given.
 
-    >>> Known(torch.tensor([1.0, 2.0]), constraints.real).sample()
+    >>> Known(torch.tensor([1.0, 2.0]), dist.constraints.real).sample()
     tensor([1., 2.])
     """
 

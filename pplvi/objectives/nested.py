@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pplvi.objectives.forward_kl import log_normalizer_gradient
-from pplvi.objectives.step import Monitor, Objective, Routing, Step, Terms
+from pplvi.objectives.step import BoundSide, Objective, Routing, Step, Terms
 from pplvi.weights.algebra import expectation
 
 
@@ -55,7 +55,7 @@ class IncrementalBound(Objective):
     tensor(0.5000)
     """
 
-    monitor: ClassVar[Monitor] = "lower"
+    monitor: ClassVar[BoundSide] = "lower"
     linear: ClassVar[bool] = True
 
     @property
@@ -157,7 +157,7 @@ class FilteringBound(Objective):
     tensor(-0.)
     """
 
-    monitor: ClassVar[Monitor] = "lower"
+    monitor: ClassVar[BoundSide] = "lower"
 
     @property
     def routing(self) -> Routing:
@@ -186,7 +186,7 @@ class FilteringForwardKL(_SelfNormalised):
     tensor(-0.)
     """
 
-    monitor: ClassVar[Monitor] = "lower"
+    monitor: ClassVar[BoundSide] = "lower"
 
     @property
     def routing(self) -> Routing:

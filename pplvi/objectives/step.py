@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Monitor = Literal["lower", "upper"]
+BoundSide = Literal["lower", "upper"]
 
 
 Estimator = Literal["reparam", "score", "vimco", "stl", "dreg"]
@@ -127,7 +127,7 @@ class Objective(ABC):
         the guide with another proposal (``"mixture"``), where ``log_weight`` is not that of ``log_forward``.
     """
 
-    monitor: ClassVar[Monitor | None] = None
+    monitor: ClassVar[BoundSide | None] = None
     linear: ClassVar[bool] = False
     self_normalised: ClassVar[bool] = False
     proposals: ClassVar[frozenset[str]] = frozenset({"guide"})

@@ -23,9 +23,8 @@ def to_call(item: Any) -> Call:
 
     :raises ValueError: if the item is no tensor, tuple, list or dictionary.
 
-    Example:
-        >>> to_call({"x": 1}), to_call([1, 2])
-        (((), {'x': 1}), ((1, 2), {}))
+    >>> to_call({"x": 1}), to_call([1, 2])
+    (((), {'x': 1}), ((1, 2), {}))
     """
     if isinstance(item, Tensor):
         return (item,), {}

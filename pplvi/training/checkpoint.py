@@ -76,11 +76,10 @@ def save(path: PathLike, state: Mapping[str, Any]) -> None:
     :param state: nested containers of tensors, arrays, numbers and strings.
     :raises ValueError: if the state holds anything else, or the directory does not exist.
 
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(f"{folder}/run.pt", {"loc": torch.ones(2)})
-        ...     load(f"{folder}/run.pt")
-        {'loc': tensor([1., 1.])}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/run.pt", {"loc": torch.ones(2)})
+    ...     load(f"{folder}/run.pt")
+    {'loc': tensor([1., 1.])}
     """
     payload = _to_bytes(encode(state))
     content = _to_bytes(

@@ -20,7 +20,7 @@ from pplvi.compile.vectorized import Apart, Together
 from pplvi.programs.calls import Arguments
 from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.training.loop import Trainer
-from pplvi.training.steps import Loss, Turns
+from pplvi.training.steps import StepLoss, Turns
 from pplvi.types import Call
 
 _LOG = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Lockstep:
             self._answer(member, losses)
 
     @staticmethod
-    def _answer(member: Member, losses: Sequence[Loss] | Sequence[Tensor]) -> None:
+    def _answer(member: Member, losses: Sequence[StepLoss] | Sequence[Tensor]) -> None:
         member.go_on(lambda turns: turns.send(losses))
 
     def _share(self, call: Call) -> None:

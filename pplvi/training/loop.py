@@ -1,6 +1,6 @@
 """The loop of one restart: step, watch, stop, and go back when a loss is not a number.
 
-Nothing here knows about guides or ArviZ. The replaceable core is a :data:`pplvi.training.Step`; the loop
+Nothing here knows about guides or ArviZ. The replaceable core is a :data:`pplvi.training.TakeStep`; the loop
 around it keeps the trace, takes a copy of the state every :data:`SETTLE_EVERY` steps, and returns to the last copy
 when the loss or a parameter is no longer finite.
 """
@@ -23,9 +23,9 @@ from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.state import clone, rng_state, set_rng_state
 from pplvi.training.batches import Batches
 from pplvi.training.optimizers import Update
-from pplvi.training.restart import Run, TrainingError, copy_into
+from pplvi.training.restart import Restart, TrainingError, copy_into
 from pplvi.training.schedules import Cosine
-from pplvi.training.steps import Loss, Turns, drive, next_calls, replayed, stride, svi_step
+from pplvi.training.steps import StepLoss, Turns, drive, next_calls, replayed, stride, svi_step
 from pplvi.training.watch import Watch
 from pplvi.types import Call
 
@@ -34,7 +34,7 @@ MAX_ROLLBACKS = 10
 
 
 class Trainer:
-    """Trains one :class:`Run`; call :meth:`train` inside ``run.scope()``.
+    """Trains one :class:`Restart`; call :meth:`train` inside ``run.scope()``.
 
     :param run: the restart.
     :param objective: a Pyro ``ELBO``, or a loss as ``SVI`` takes it.
@@ -43,7 +43,7 @@ class Trainer:
     :param watch: what is done between the steps.
     """
 
-    def __init__(self, run: Run, objective: Any, update: Update, batches: Batches, watch: Watch) -> None:
+    def __init__(self, run: Restart, objective: Any, update: Update, batches: Batches, watch: Watch) -> None:
         self.run, self.update, self.batches, self.watch = run, update, batches, watch
         self.step: Any = svi_step(run.model, run.guide, update, objective)
         self.update.before_first = self._settle
@@ -58,7 +58,7 @@ class Trainer:
         """
         drive(self.turns(), self.take)
 
-    def take(self, calls: Sequence[Call]) -> Sequence[Loss]:
+    def take(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
         """One step on each of these calls."""
         return self.step.many(calls) if len(calls) > 1 else [self.step(*calls[0])]
 
@@ -83,7 +83,7 @@ class Trainer:
         if (yield from self._attempt(calls)):
             self._after_step(self.call)
 
-    def _attempt(self, calls: Sequence[Call]) -> Generator[Sequence[Call], Sequence[Loss], bool]:
+    def _attempt(self, calls: Sequence[Call]) -> Generator[Sequence[Call], Sequence[StepLoss], bool]:
         """Take steps; false if one failed and they were taken back."""
         careful = self.capture() if self.run.rollbacks else self.good
         call = calls[0]

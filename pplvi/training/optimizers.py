@@ -222,12 +222,11 @@ class Update(PyroOptim):
     :param clip: ``"adaptive"``, ``None``, or the largest norm of the gradient of all parameters together.
     :raises ValueError: for an argument of another kind.
 
-    Example:
-        >>> loc = pyro.param("loc", torch.tensor(3.0)).unconstrained()
-        >>> (loc**2).backward()
-        >>> Update(partial(torch.optim.SGD, lr=0.5), schedule=None, clip=2.0)([loc])
-        >>> round(loc.item(), 4)
-        2.0
+    >>> loc = pyro.param("loc", torch.tensor(3.0)).unconstrained()
+    >>> (loc**2).backward()
+    >>> Update(partial(torch.optim.SGD, lr=0.5), schedule=None, clip=2.0)([loc])
+    >>> round(loc.item(), 4)
+    2.0
     """
 
     def __init__(
@@ -272,10 +271,6 @@ class Update(PyroOptim):
         """Tell optimisers for model and guide the programs and the call that the next step is for."""
         if isinstance(self.engine, PyroEngine) and isinstance(self.engine.optim, PerProgram):
             self.engine.optim.call = call
-
-    def halve(self) -> None:
-        """Halve the learning rate from now on."""
-        self.backoff *= 0.5
 
     def get_state(self) -> dict[str, Any]:
         """A copy of everything that the next steps depend on."""

@@ -25,9 +25,8 @@ class Cosine:
 
     :param num_steps: steps until the factor is 0.
 
-    Example:
-        >>> [round(Cosine(100)(t), 2) for t in (0, 50, 100)]
-        [1.0, 0.5, 0.0]
+    >>> [round(Cosine(100)(t), 2) for t in (0, 50, 100)]
+    [1.0, 0.5, 0.0]
     """
 
     def __init__(self, num_steps: int) -> None:
@@ -66,10 +65,9 @@ class NormClip:
 
     Source: Pascanu, Mikolov & Bengio (2013), "On the difficulty of training recurrent neural networks".
 
-    Example:
-        >>> g = [torch.tensor([3.0]), torch.tensor([4.0])]
-        >>> NormClip(1.0)(g); torch.cat(g)
-        tensor([0.6000, 0.8000])
+    >>> g = [torch.tensor([3.0]), torch.tensor([4.0])]
+    >>> NormClip(1.0)(g); torch.cat(g)
+    tensor([0.6000, 0.8000])
     """
 
     def __init__(self, max_norm: float) -> None:
@@ -96,11 +94,10 @@ class AdaptiveClip:
     Source: after Seetharaman et al. (2020), "AutoClip: adaptive gradient clipping for source separation networks",
     which clips at a quantile of all norms so far.
 
-    Example:
-        >>> clip, g = AdaptiveClip(factor=2.0), torch.ones(1)
-        >>> for _ in range(5): clip([torch.ones(1)])
-        >>> g = torch.tensor([100.0]); clip([g]); g
-        tensor([2.])
+    >>> clip, g = AdaptiveClip(factor=2.0), torch.ones(1)
+    >>> for _ in range(5): clip([torch.ones(1)])
+    >>> g = torch.tensor([100.0]); clip([g]); g
+    tensor([2.])
     """
 
     def __init__(self, factor: float = 10.0, window: int = 100) -> None:

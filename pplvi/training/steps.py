@@ -19,9 +19,9 @@ from pplvi.training.schedules import Cosine, Schedule
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
 
-Loss = float | Tensor
-Step = Callable[[tuple[Any, ...], dict[str, Any]], Loss]
-Turns = Generator[Sequence[Call], Sequence[Loss], None]
+StepLoss = float | Tensor
+TakeStep = Callable[[tuple[Any, ...], dict[str, Any]], StepLoss]
+Turns = Generator[Sequence[Call], Sequence[StepLoss], None]
 
 
 class CompiledUpdate(Update):
@@ -119,13 +119,13 @@ class CompiledStep:
         return losses.unbind()
 
 
-def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> Step:
+def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> TakeStep:
     """The core of the loop: Pyro's own ``SVI.step``, or the compiled step that the update belongs to."""
     if isinstance(update, CompiledUpdate):
         return update.make_step(model, guide, objective)
     svi = SVI(model, guide, update, loss=objective)
 
-    def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
+    def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepLoss:
         update.at(model, guide, args, kwargs)
         loss = svi.step(*args, **kwargs)
         return sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for model and guide
@@ -133,7 +133,7 @@ def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> 
     return step
 
 
-def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[Loss]]) -> None:
+def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[StepLoss]]) -> None:
     """Take the steps that are asked for; what is raised meanwhile is raised where they were asked for."""
     with suppress(StopIteration):
         calls = next(turns)

@@ -19,7 +19,7 @@ from pplvi.energies.learning.chains import (
     PersistentChains,
     TemperedChains,
 )
-from pplvi.energies.learning.statistics import has_statistics, log_densities
+from pplvi.energies.learning.statistics import has_statistics, joint_log_densities
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import EnergyModel
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
@@ -158,7 +158,7 @@ class BoltzmannELBO(Loss):
         partly = machine.masks(kwargs.get("mask"), observed).keys()
         _check_complete(posterior.means, partly | (machine.layers.keys() - observed.keys()))
         draws = self.negative.move(machine, data, torch.is_grad_enabled())
-        log_data, log_draws = log_densities(machine, [data, draws])
+        log_data, log_draws = joint_log_densities(machine, [data, draws])
         self._follow(machine, data)
         scale = 1.0 if size is None else size / len(log_data)
         positive = Step.from_proposal(log_data.unsqueeze(0), -posterior.entropy.unsqueeze(0), scale=scale)

@@ -48,18 +48,14 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, c
     In up to 20 dimensions mixtures of 2, 4, ... Gaussians follow, each by weighted EM on the draws of the last; one
     that finds clearly more evidence counts in any case.
 
-    Args:
-        density: the target, over ``dim`` coordinates.
-        start: components, with one leading dimension, of an equal mixture.
-        rounds: the most rounds.
-        components: the most Gaussians of a mixture; 1 for none.
+    Source: Cappe, Douc, Guillin, Marin and Robert 2008, Adaptive importance sampling in general mixture classes;
+    Paananen, Piironen, Buerkner and Vehtari 2021, Implicitly adaptive importance sampling.
 
-    Returns:
-        The best found, which may be ``start``; one leading dimension as well.
-
-    References:
-        Cappe, Douc, Guillin, Marin and Robert 2008, Adaptive importance sampling in general mixture classes; Paananen,
-        Piironen, Buerkner and Vehtari 2021, Implicitly adaptive importance sampling.
+    :param density: the target, over ``dim`` coordinates.
+    :param start: components, with one leading dimension, of an equal mixture.
+    :param rounds: the most rounds.
+    :param components: the most Gaussians of a mixture; 1 for none.
+    :returns: the best found, which may be ``start``; one leading dimension as well.
     """
     if density.dim > MOST_DIMENSIONS or not rounds:
         return start

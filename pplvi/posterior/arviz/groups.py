@@ -129,8 +129,7 @@ def predictive_groups(chains: Sequence[Chain], dims: Dims) -> Groups:
 def prior_groups(posterior: Posterior, num_draws: int, dims: Dims) -> Groups:
     """The sites of the model drawn without the data.
 
-    Raises:
-        ValueError: if a prior cannot be drawn from.
+    :raises ValueError: if a prior cannot be drawn from.
     """
     try:
         drawn = _run(predict, posterior, None, num_draws)
