@@ -235,19 +235,19 @@ class UnconstrainedDensity:
                     "sites with poutine.block (enumerate discrete ones: pyro.infer.config_enumerate(model)), and draw "
                     "no random numbers outside of pyro.sample."
                 )
-            self.way = self._first_right(alone)
+            self.way = self._first_right()
 
-    def _first_right(self, alone: Tensor) -> Way:
+    def _first_right(self) -> Way:
         """The first way in which rows have the density that one has alone."""
         errors: list[str] = []
         for way in self._ways:
             self.way = way
-            if way == LOOP or (error := self._failure(alone)) is None:
+            if way == LOOP or (error := self._failure()) is None:
                 return way
             errors.append(error)
         raise ValueError(f"vectorize={self._ways[0].word!r}: the model cannot be run that way: {errors[0]}")
 
-    def _failure(self, alone: Tensor) -> str | None:
+    def _failure(self) -> str | None:
         rows = self.start + 0.1 * torch.linspace(-1.0, 1.0, 8, dtype=self.dtype)[:, None]
         rows = torch.cat([rows.to(self.device), self.start[None]])
         try:

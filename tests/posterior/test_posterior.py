@@ -328,14 +328,18 @@ def left_counting_model(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), 1.0), obs=y)
 
 
-def test_programs_that_cannot_be_vectorised_are_told_what_to_do() -> None:
+def test_programs_that_count_from_the_left_are_carried() -> None:
     def guide(x: Tensor, y: Tensor) -> None:
         pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
 
     args = (torch.randn(6, 3), torch.randn(6))
-    with pytest.raises(ValueError, match=r"site 'y' has .* vectorize=False"):
-        Posterior(left_counting_model, guide, args, num_draws=10)
-    assert Posterior(left_counting_model, guide, args, num_draws=10, vectorize=False).ess > 1
+    with pytest.raises(ValueError, match=r"vectorize='broadcast'"):
+        Posterior(left_counting_model, guide, args, num_draws=10, vectorize="broadcast")
+    x, y = args
+    for vectorize in (None, "vmap", False):
+        posterior = Posterior(left_counting_model, guide, args, num_draws=10, vectorize=vectorize)
+        mean = posterior.draws.latents["w"] @ x.T
+        assert torch.allclose(posterior.log_weight, dist.Normal(mean, 1.0).log_prob(y).sum(-1), atol=1e-5)
 
 
 def test_enumerated_sites_are_summed_out_of_the_weights() -> None:
