@@ -70,7 +70,7 @@ class Uncondition(UnconditionMessenger):
 class Sized(Messenger):
     """Give plates that have no size (``pyro.plate("data")``) the one of what is inside, for guides that make them."""
 
-    def _pyro_post_sample(self, msg: Any) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         sizes = {p.name: p.size for p in site_plates(msg)} if _sizeless(msg) else {}
         msg["cond_indep_stack"] = tuple(
             f._replace(size=sizes[f.name], full_size=sizes[f.name]) if f.name in sizes and f.size < 0 else f
