@@ -1,4 +1,4 @@
-"""Three small real data sets with their models, for the demo, the tutorials and the tests.
+"""Real data sets with their models, for demo, tutorials and tests. Imports ``fitting`` and what stands below.
 
 `load(name)` gives an `Example` with `model`, `args`, and `coords` and `dims` for ArviZ.
 """

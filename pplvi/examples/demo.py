@@ -156,11 +156,11 @@ def show(job: Job, example: Example, result: Fit) -> None:
     """Write what a fit has to say: its report, its ArviZ data and its plots."""
     Path(f"{job.stem}.txt").write_text(result.summary() + "\n", encoding="utf-8")
     result.to_arviz(coords=example.coords, dims=example.dims).to_netcdf(f"{job.stem}.nc")
-    save(plot_objective(result), f"{job.stem}-objective.png")
-    save(plot_weights(result), f"{job.stem}-weights.png")
+    save_figure(plot_objective(result), f"{job.stem}-objective.png")
+    save_figure(plot_weights(result), f"{job.stem}-weights.png")
 
 
-def save(axes: Any, path: str) -> None:
+def save_figure(axes: Any, path: str) -> None:
     """Write the figure that some axes are in, and close it."""
     from matplotlib import pyplot
 
@@ -221,7 +221,7 @@ def plot_all(outcomes: Iterable[Outcome]) -> None:
         if tuple(names) == SHOWN:
             reference = rows[example, REFERENCE, ""].draws
             axes = plot_against_reference(outcome.weighted, reference, labels=[SHOWN[0], REFERENCE])
-            save(axes, f"{outcome.job.stem}-against-{REFERENCE}.png")
+            save_figure(axes, f"{outcome.job.stem}-against-{REFERENCE}.png")
 
 
 def row(outcome: Outcome, reference: Outcome) -> str:

@@ -23,7 +23,7 @@ from pplvi.training.replicas import Recipe
 from pplvi.training.restart import scratch
 from pplvi.training.stopping import Plateau
 from pplvi.training.watch import Monitor
-from pplvi.types import Call, Program
+from pplvi.types import Program
 
 _PYRO_BOUNDS = (
     pyro.infer.Trace_ELBO,
@@ -140,16 +140,6 @@ def _check_model(model: Any) -> None:
         )
     if not callable(model):
         raise ValueError(f"model={model!r}: expected a Pyro program, that is a callable with pyro.sample statements.")
-
-
-def _check_call(args: Any, kwargs: Any) -> Call:
-    if not isinstance(args, (tuple, list)):
-        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, args=(x,).")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise ValueError(
-            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments."
-        )
-    return tuple(args), dict(kwargs or {})
 
 
 def _check_numbers(**numbers: Any) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from pplvi.compile.svi import Mode
 from pplvi.fitting.arguments import (
-    _check_call,
     _check_loss,
     _check_model,
     _check_numbers,
@@ -29,19 +28,19 @@ from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
-from pplvi.programs.calls import LastBatch
+from pplvi.programs.calls import LastBatch, checked_call
 from pplvi.programs.state import Environment, fingerprint
 from pplvi.programs.ways import Vectorize
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.describe import describe
-from pplvi.training.optimizers import OptimLike, Update
+from pplvi.training.optimizers import OptimLike
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Originals, Recipe
 from pplvi.training.restart import Restart, publish
 from pplvi.training.restarts import best_of, train_restarts
 from pplvi.training.schedules import Schedule
-from pplvi.training.steps import CompiledUpdates
+from pplvi.training.steps import CompiledSteps, EagerSteps
 from pplvi.training.stopping import Plateau
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
@@ -172,7 +171,7 @@ def fit(
     ((2, 400), 1.9)
     """
     _check_model(model)
-    args, kwargs = _check_call(args, kwargs)
+    args, kwargs = checked_call(args, kwargs, "fit(model, guide, args=(x, y))")
     _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
     _check_seed(seed, restarts)
     ways.named(vectorize)
@@ -211,11 +210,11 @@ def fit(
     if compile is not False:
         own_loss(objective)
     options = (optim, steps, schedule, clip)
-    make_update = partial(Update, *options) if compile is False else CompiledUpdates(*options, mode=compile)
+    make_steps = EagerSteps(*options) if compile is False else CompiledSteps(*options, mode=compile)
     plan = TrainingPlan(
         recipe,
         objective,
-        make_update=make_update,
+        steps=make_steps,
         batches=batches,
         watch=Watch(steps, rule, named, tuple(callbacks), save_every=checkpoint_every),
         restarts=restarts,
@@ -236,7 +235,6 @@ def fit(
         },
         start=SearchedStart(init),
     )
-    plan.make_update()  # a wrong optimiser, schedule or clip is told before anything runs
     runs = train_restarts(plan)
     best = best_of(runs, bound)
     recipe.adopt(runs[best])

@@ -21,6 +21,7 @@ from torch import Tensor
 from pplvi.posterior.draws import Draws, draw, predict, score, stack
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.calls import checked_call
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.sites import is_delta, latent_sites, site_plates
@@ -77,7 +78,7 @@ class Posterior(WeightedDraws):
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> None:
-        _check_call(args, kwargs)
+        checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
         chunks = _chunks(num_draws, chunk_size)
         with random_state(seed):
@@ -126,7 +127,7 @@ class Posterior(WeightedDraws):
         >>> Posterior.from_mcmc(mcmc, model, (torch.tensor(0.5),)).log_p.shape
         torch.Size([20])
         """
-        _check_call(args, kwargs)
+        checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         chains = mcmc.get_samples(group_by_chain=True)
         if not chains:
             raise ValueError("the MCMC run has no draws: expected a finished run. Call mcmc.run(...) first.")
@@ -228,16 +229,6 @@ def _told_how_to_predict() -> Iterator[None]:
             f"{error} In predict(...) the latter is new_sites=['name of the site']. A guide that maps data to latents "
             "(amortised) has draws for the new data: Posterior(model, guide, (x_new,)).predict()."
         ) from error
-
-
-def _check_call(args: Any, kwargs: Any) -> None:
-    if not isinstance(args, (tuple, list)):
-        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, (x, y).")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise ValueError(
-            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments. Pass all "
-            "positional ones as one tuple: Posterior(model, guide, (x, y))."
-        )
 
 
 def name_of(program: Any) -> str:

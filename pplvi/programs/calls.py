@@ -38,6 +38,25 @@ def to_call(item: Any) -> Call:
     )
 
 
+def checked_call(args: Any, kwargs: Any, example: str) -> Call:
+    """Arguments and keyword arguments of the model as a user gave them.
+
+    :param example: how the caller is called.
+    :raises ValueError: for arguments that are no tuple or list, or keyword arguments that are no dictionary.
+
+    >>> checked_call([1, 2], None, "fit(model, guide, args=(x, y))")
+    ((1, 2), {})
+    """
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, {example}.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments. Pass all "
+            f"positional ones as one tuple: {example}."
+        )
+    return tuple(args), dict(kwargs or {})
+
+
 @dataclass(frozen=True, eq=False)
 class Arguments:
     """A call, taken apart.

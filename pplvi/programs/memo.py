@@ -2,15 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-Key = tuple[int | None, ...]
+Found = TypeVar("Found")
+
+
+class Memo(Generic[Found]):
+    """What has been found of one or several programs together, for as long as all of them live.
+
+    Programs that are not hashable or not weakly referable are not remembered: they are inspected anew at every call.
+
+    >>> memo = Memo[int]()
+    >>> def program():
+    ...     pass
+    >>> memo.keep((program, program), "nesting", 2)
+    2
+    >>> memo.recall((program, program), "nesting"), memo.recall((program, program), "other")
+    (2, None)
+    """
+
+    def __init__(self) -> None:
+        self._table: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def recall(self, programs: tuple[Any, ...], key: Hashable = None) -> Found | None:
+        """What has been kept of these programs under a key, if anything.
+
+        :param programs: the programs, always in the same order.
+        :param key: what else it depends on, such as :func:`dimensions` or :func:`shapes` of arguments.
+        """
+        owners, methods = _apart(programs)
+        with suppress(KeyError, TypeError):
+            table: Any = self._table
+            for owner in owners:
+                table = table[owner]
+            found: Found = table[methods, key]
+            return found
+        return None
+
+    def keep(self, programs: tuple[Any, ...], key: Hashable, found: Found) -> Found:
+        """Keep, and return, what has been found of these programs."""
+        owners, methods = _apart(programs)
+        with suppress(TypeError):
+            table = self._table
+            for owner in owners[:-1]:
+                table = table.setdefault(owner, WeakKeyDictionary())
+            table.setdefault(owners[-1], {})[methods, key] = found
+        return found
+
+
+def _apart(programs: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...]]:
+    """What lives as long as each program, and which of its methods each is: a bound method is made anew at will."""
+    owners = [getattr(program, "__self__", program) for program in programs]
+    return owners, tuple(getattr(program, "__func__", None) for program in programs)
+
+
+def dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Numbers of dimensions of arguments: a column where a vector is meant must not broadcast unseen.
+
+    >>> import torch
+    >>> dimensions((torch.zeros(3), 1.0), {"x": torch.zeros(3, 1)})
+    (1, None, 2)
+    """
+    return tuple(value.dim() if isinstance(value, Tensor) else None for value in (*args, *kwargs.values()))
+
+
+def shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, ...]:
+    """Shapes of arguments, for what depends on the sizes too.
+
+    >>> import torch
+    >>> shapes((torch.zeros(3), 1.0), {})
+    ((3,), None)
+    """
+    return tuple(tuple(value.shape) if isinstance(value, Tensor) else None for value in (*args, *kwargs.values()))
 
 
 @dataclass(frozen=True)
@@ -33,31 +102,14 @@ class Layout:
     dreams_together: bool = True
 
 
-_ByCall = dict[Key, Layout]
-_LAYOUTS: WeakKeyDictionary[Any, dict[Any, WeakKeyDictionary[Any, dict[Any, _ByCall]]]] = WeakKeyDictionary()
-
-
-def _owner(program: Any) -> tuple[Any, Any]:
-    """What lives as long as a program, and which of its methods the program is: bound methods are made anew at will."""
-    return getattr(program, "__self__", program), getattr(program, "__func__", None)
-
-
-def _key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Key:
-    """Numbers of dimensions: a column where a vector is meant must not broadcast unseen."""
-    return tuple(value.dim() if isinstance(value, Tensor) else None for value in (*args, *kwargs.values()))
+_LAYOUTS = Memo[Layout]()
 
 
 def recall(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout | None:
     """The layout of a pair for arguments with these numbers of dimensions, if there has been one."""
-    (ours, method), (theirs, other) = _owner(model), _owner(guide)
-    with suppress(KeyError, TypeError):
-        return _LAYOUTS[ours][method][theirs][other][_key(args, kwargs)]
-    return None
+    return _LAYOUTS.recall((model, guide), dimensions(args, kwargs))
 
 
 def remember(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout) -> None:
     """Keep a layout for as long as both programs live."""
-    (ours, method), (theirs, other) = _owner(model), _owner(guide)
-    with suppress(TypeError):  # not hashable or not weakly referable: inspected anew at every call
-        guides = _LAYOUTS.setdefault(ours, {}).setdefault(method, WeakKeyDictionary())
-        guides.setdefault(theirs, {}).setdefault(other, {})[_key(args, kwargs)] = layout
+    _LAYOUTS.keep((model, guide), dimensions(args, kwargs), layout)

@@ -27,7 +27,13 @@ class Plate:
         return self.full_size / self.size
 
 
-def _base_distribution(fn: Any) -> Any:
+def base_distribution(fn: Any) -> Any:
+    """The distribution inside what makes it independent, masked or expanded.
+
+    >>> import torch, pyro.distributions as dist
+    >>> type(base_distribution(dist.Normal(torch.zeros(3), 1.0).to_event(1).mask(False))).__name__
+    'Normal'
+    """
     while hasattr(fn, "base_dist") and type(fn).__name__ in (
         "Independent",
         "MaskedDistribution",
@@ -39,7 +45,7 @@ def _base_distribution(fn: Any) -> Any:
 
 def kind_of(fn: Any) -> str:
     """Name of the family of a distribution, without what expands, masks or reshapes it."""
-    base = _base_distribution(fn)
+    base = base_distribution(fn)
     return str(getattr(base, "kind", type(base).__name__))
 
 
@@ -50,7 +56,7 @@ def is_delta(site: Any) -> bool:
 
 def is_computed(site: Any) -> bool:
     """Whether the site's value is computed from other draws, by a kernel that is a map, and not drawn."""
-    return bool(getattr(_base_distribution(site["fn"]), "computed", False))
+    return bool(getattr(base_distribution(site["fn"]), "computed", False))
 
 
 def is_subsample(site: Any) -> bool:

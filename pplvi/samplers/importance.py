@@ -36,7 +36,8 @@ class Importance:
         yield found
 
 
-def _as_step(run: Run, log_target: Tensor, log_forward: Tensor, **more: Tensor | None) -> Step:
+def step_of(run: Run, log_target: Tensor, log_forward: Tensor, **more: Tensor | None) -> Step:
+    """The step of a run with these densities, ``(num_particles, *batch)``, with the run's scales."""
     return Step.from_proposal(
         log_target, log_forward, scale=run.scale, subsampled=run.subsampled, averaged=run.guide_enumerated, **more
     )
@@ -74,7 +75,7 @@ def _live_step(model: Program, guide: Program, args: Any, kwargs: Any, request: 
             "the guide enumerates some sites and draws others that cannot be reparameterised: expected one or the "
             "other. Enumerate all discrete sites of the guide, or none."
         )
-    return _as_step(run, log_target, log_forward, log_score=log_score), run
+    return step_of(run, log_target, log_forward, log_score=log_score), run
 
 
 def _exact(routing: Routing) -> Exact | None:
@@ -114,7 +115,7 @@ def _frozen_step(model: Program, guide: Program, args: Any, kwargs: Any, request
     log_target_fixed = run.log_target() - jacobian
     log_forward = sum((densities[name] for name in leaves), zero)
     paths = {name: drawn.guide.nodes[name]["value"] for name in leaves}
-    step = _as_step(
+    step = step_of(
         run,
         log_target_fixed + _path(run, log_target_fixed, leaves, paths),
         log_forward.detach() + _path(run, log_forward, leaves, paths),

@@ -16,7 +16,7 @@ from pplvi.programs.joint import execute, guide_run
 from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.base import Request
-from pplvi.samplers.importance import _as_step
+from pplvi.samplers.importance import step_of
 from pplvi.types import Program, Values
 
 
@@ -61,7 +61,7 @@ class DefensiveMixture:
             log_target, log_forward = run.log_target(), run.log_forward()
             own, other = math.log1p(-self.weight), math.log(self.weight)
             mixture = torch.logaddexp(own + log_forward, other + self._log_component(run, model, *call)).detach()
-            step = _as_step(run, log_target, log_forward)
+            step = step_of(run, log_target, log_forward)
             parts.append(replace(step, log_weight=log_target.detach() - mixture))
         yield Step.concatenate(parts)
 

@@ -4,7 +4,7 @@ from pplvi.training.optimizers import Update
 from pplvi.training.per_program import PerProgram
 from pplvi.training.restart import Restart
 from pplvi.training.schedules import AdaptiveClip, Cosine, Schedule
-from pplvi.training.steps import TakeStep
+from pplvi.training.steps import Stepper
 from pplvi.training.stopping import Plateau, has_settled
 from pplvi.training.watch import Watch
 
@@ -15,7 +15,7 @@ __all__ = [
     "Plateau",
     "Restart",
     "Schedule",
-    "TakeStep",
+    "Stepper",
     "Update",
     "Watch",
     "has_settled",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from pplvi.training.batches import Batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.loop import Trainer
-from pplvi.training.optimizers import Update
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Restart
+from pplvi.training.steps import Steps
 from pplvi.training.watch import Watch
 from pplvi.types import Program
 
@@ -41,14 +41,14 @@ class Start:
 class TrainingPlan:
     """Everything that :func:`train_restarts` needs.
 
-    :ivar make_update: makes the optimiser of a restart.
+    :ivar steps: makes what takes the steps of a restart.
     :ivar settings: readable settings that a resumed run has to share, by name.
     :ivar start: what happens before the first step.
     """
 
     recipe: Recipe
     objective: Any
-    make_update: Callable[[], Update]
+    steps: Steps
     batches: Batches
     watch: Watch
     restarts: int = 1

@@ -22,7 +22,6 @@ from pplvi.training.plan import TrainingPlan
 from pplvi.training.progress import Progress
 from pplvi.training.restart import Restart, TrainingError, evaluate, scratch
 from pplvi.training.resume import check_equal, check_paths, run_state, shapes, signature
-from pplvi.training.steps import CompiledUpdates
 from pplvi.training.watch import Training, Watch
 from pplvi.types import Call
 
@@ -40,7 +39,7 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
     check_paths(plan)
     _check_data(plan)
     plan.batches.environment = plan.recipe.environment
-    session = _Session(plan, checkpoint.load(plan.resume) if plan.resume is not None else {"runs": []})
+    session = _Session(plan, checkpoint.read(plan.resume) if plan.resume is not None else {"runs": []})
     with preserved_rng(active=plan.seed is not None or session.side_by_side):
         try:
             session.go()
@@ -90,9 +89,7 @@ class _Session:
     @property
     def side_by_side(self) -> bool:
         """Whether restarts are trained together: compiled steps on the same data, no loop inside the program."""
-        make = self.plan.make_update
-        compiled = isinstance(make, CompiledUpdates) and make.mode in ("trace", True, "auto")
-        return compiled and self.plan.restarts > 1 and isinstance(self.plan.batches, FullData)
+        return self.plan.steps.side_by_side and self.plan.restarts > 1 and isinstance(self.plan.batches, FullData)
 
     def _go_side_by_side(self) -> None:
         progress = Progress(self.plan.watch.num_steps, 1, self.plan.progress)
@@ -178,7 +175,7 @@ class _Session:
             self.plan.start.take_back(run, saved)
             evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
             self._check_same(run, call, saved)
-        trainer = Trainer(run, objective, self.plan.make_update(), self.plan.batches, watch)
+        trainer = Trainer(run, objective, self.plan.steps, self.plan.batches, watch)
         return trainer if saved is None else self._put_back(trainer, saved)
 
     def _put_back(self, trainer: Trainer, saved: Mapping[str, Any]) -> Trainer:
@@ -211,7 +208,7 @@ class _Session:
         """Put what is new into the file; a restart that has no state yet will start anew, and those behind it too."""
         if self.plan.checkpoint is not None and self.description:
             states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
-            checkpoint.save(self.plan.checkpoint, {**self.description, "runs": list(states)})
+            checkpoint.write(self.plan.checkpoint, {**self.description, "runs": list(states)})
             self.description = {}
 
     def _description(self, trainer: Training) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pplvi.compile.flat_optimizers import CLIP_FACTOR, CLIP_WINDOW, check_clip
+
 Schedule = Callable[[int], float]
 
 
@@ -100,7 +102,7 @@ class AdaptiveClip:
     tensor([2.])
     """
 
-    def __init__(self, factor: float = 10.0, window: int = 100) -> None:
+    def __init__(self, factor: float = CLIP_FACTOR, window: int = CLIP_WINDOW) -> None:
         self.factor, self.window = factor, window
         self.count = 0
         self.norms: Tensor | None = None
@@ -161,10 +163,7 @@ def make_clip(clip: str | float | None) -> NormClip | AdaptiveClip | None:
 
     :raises ValueError: for anything else.
     """
+    check_clip(clip)
     if clip is None:
         return None
-    if clip == "adaptive":
-        return AdaptiveClip()
-    if isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0:
-        return NormClip(float(clip))
-    raise ValueError(f"clip={clip!r}: expected 'adaptive', a positive norm, or None.")
+    return AdaptiveClip() if clip == "adaptive" else NormClip(float(clip))

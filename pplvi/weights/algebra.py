@@ -35,8 +35,8 @@ def logmeanexp(x: Tensor, dim: int = 0, keepdim: bool = False) -> Tensor:
     >>> logmeanexp(torch.tensor([0.0, math.log(3.0)])).exp()
     tensor(2.)
     """
-    dim = _particle_dim(x, dim)
-    dead = _dead(x, dim)
+    dim = particle_dim(x, dim)
+    dead = dead_columns(x, dim)
     total = torch.logsumexp(x.masked_fill(dead, 0.0), dim, keepdim) - math.log(x.shape[dim])
     return total.masked_fill(dead if keepdim else dead.squeeze(dim), -math.inf)
 
@@ -57,8 +57,8 @@ def normalize(log_weight: Tensor, dim: int = 0) -> Tensor:
     >>> normalize(torch.tensor([1000.0, 1000.0 + math.log(3.0)]))
     tensor([0.2500, 0.7500])
     """
-    dim = _particle_dim(log_weight, dim)
-    dead = _dead(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
+    dead = dead_columns(log_weight, dim)
     return torch.softmax(log_weight.masked_fill(dead, 0.0), dim).masked_fill(dead, 0.0)
 
 
@@ -81,7 +81,7 @@ def expectation(log_weight: Tensor, values: Tensor, dim: int = 0) -> Tensor:
     >>> expectation(torch.tensor([0.0, math.log(3.0)]), torch.tensor([1.0, 5.0]))
     tensor(4.)
     """
-    dim = _particle_dim(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
     if values.shape[: log_weight.dim()] != log_weight.shape:
         raise ValueError(
             f"values has shape {tuple(values.shape)}, which does not begin with the shape "
@@ -108,8 +108,8 @@ def effective_sample_size(log_weight: Tensor, dim: int = 0) -> Tensor:
     >>> effective_sample_size(torch.tensor([0.0, 0.0, -math.inf]))
     tensor(2.)
     """
-    dim = _particle_dim(log_weight, dim)
-    dead = _dead(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
+    dead = dead_columns(log_weight, dim)
     safe = log_weight.masked_fill(dead, 0.0)
     ess = (2 * torch.logsumexp(safe, dim) - torch.logsumexp(2 * safe, dim)).exp()
     return ess.masked_fill(dead.squeeze(dim), 0.0)
@@ -144,7 +144,14 @@ def log_evidence(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return estimate, ((num_particles / ess - 1).clamp(min=0) / (num_particles - 1)).sqrt()
 
 
-def _particle_dim(log_weight: Tensor, dim: int) -> int:
+def particle_dim(log_weight: Tensor, dim: int) -> int:
+    """The dimension of the particles, counted from the left.
+
+    :raises ValueError: for log-weights that are not floating-point numbers, have no such dimension, or no particle.
+
+    >>> particle_dim(torch.zeros(3, 5), -2)
+    0
+    """
     if not log_weight.is_floating_point() or not -log_weight.dim() <= dim < log_weight.dim():
         raise ValueError(
             f"got {log_weight.dtype} of shape {tuple(log_weight.shape)} with dim={dim}; expected floating-point "
@@ -155,5 +162,10 @@ def _particle_dim(log_weight: Tensor, dim: int) -> int:
     return dim % log_weight.dim()
 
 
-def _dead(log_weight: Tensor, dim: int) -> Tensor:
+def dead_columns(log_weight: Tensor, dim: int) -> Tensor:
+    """Where every particle has weight 0; the particle dimension is kept, with size 1.
+
+    >>> dead_columns(torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]]), 0)
+    tensor([[False,  True]])
+    """
     return log_weight.detach().isneginf().all(dim, keepdim=True)

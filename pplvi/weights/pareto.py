@@ -8,7 +8,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from pplvi.weights.algebra import _particle_dim
+from pplvi.weights.algebra import particle_dim
 
 _MIN_TAIL = 5
 
@@ -58,7 +58,7 @@ def pareto_smooth(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     >>> smoothed.shape, bool(abs(pareto_k - 0.5) < 0.1)
     (torch.Size([100000]), True)
     """
-    dim = _particle_dim(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
     columns = log_weight.detach().movedim(dim, -1).cpu()  # a loop over columns: faster there, whatever the device
     if bool((columns.isnan() | columns.isposinf()).any()):
         raise ValueError(

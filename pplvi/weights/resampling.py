@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pplvi.weights.algebra import _dead, _particle_dim, effective_sample_size, logmeanexp
+from pplvi.weights.algebra import dead_columns, effective_sample_size, logmeanexp, particle_dim
 
 ResamplingScheme = Literal["systematic", "stratified", "multinomial"]
 
@@ -38,7 +38,7 @@ def resample(
     >>> resample(torch.tensor([0.5, 0.0, 0.25, 0.25]).log())
     tensor([0, 0, 2, 3])
     """
-    dim = _particle_dim(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
     num_samples = log_weight.shape[dim] if num_samples is None else num_samples
     if scheme not in get_args(ResamplingScheme) or num_samples < 1:
         raise ValueError(
@@ -46,7 +46,7 @@ def resample(
             f"{', '.join(map(repr, get_args(ResamplingScheme)))} and at least 1 sample."
         )
     columns = log_weight.detach().movedim(dim, -1).double()
-    columns = columns.masked_fill(_dead(columns, -1), 0.0)
+    columns = columns.masked_fill(dead_columns(columns, -1), 0.0)
     total = torch.softmax(columns, -1).cumsum(-1)
     points = _uniform_points(total, num_samples, scheme)
     # The last total and the largest point are pinned, so that rounding never picks a particle of weight 0.

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def test_every_table_has_its_rows(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     small = "--epochs 1 --betas 20 --chains 10 --sweeps 5 --hidden 4 --repeats 2 --speed-work 500 --rounds 1"
-    command = [sys.executable, "benchmarks/boltzmann.py", "--out", str(out), *small.split()]
+    command = [sys.executable, "-m", "benchmarks.boltzmann", "--out", str(out), *small.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]

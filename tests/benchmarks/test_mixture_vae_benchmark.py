@@ -21,5 +21,5 @@ def test_rows_of_the_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert nvi.error < prior.error
     assert nvi.ess_of_an_image > 5 * rws.ess_of_an_image
     assert nvi.accuracy > 0.5
-    assert math.isnan(json.loads(out.read_text())[0]["ess"])
+    assert math.isnan(json.loads(out.read_text())["rows"][0]["ess"])
     assert "accuracy" in capsys.readouterr().out

@@ -27,7 +27,7 @@ def test_rows_of_the_ring(tmp_path: Path, capsys: pytest.CaptureFixture[str], co
     assert long[1].ess > short[1].ess
     assert long[0].betas == short[0].betas
     assert long[1].betas != short[1].betas
-    assert len(json.loads(out.read_text())) == 2
+    assert len(json.loads(out.read_text())["rows"]) == 2
     assert "log Z (R)" in capsys.readouterr().out
 
 
@@ -48,4 +48,4 @@ def test_nested_gradients_have_more_signal_with_more_samples(tmp_path: Path, com
     rows = command("nested_gradients")([*options, "--objectives", "NVI", "AVO", "--out", str(out)])
     ratio = {(row.objective, row.trained_steps, row.num_samples): row.snr for row in rows}
     assert all(ratio[name, 0, 64] > ratio[name, 0, 4] for name in ("NVI", "AVO"))
-    assert len(json.loads(out.read_text())) == 8
+    assert len(json.loads(out.read_text())["rows"]) == 8

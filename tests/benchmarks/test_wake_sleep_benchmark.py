@@ -23,5 +23,5 @@ def test_rows_of_wake_sleep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert -64 * math.log(2) < last.log_p  # better than fair coins
         assert first.log_p < last.log_p < -5
         assert all(point.gap >= 0 and point.gap_on_dreams >= 0 for point in row.curve)
-    assert [row["method"] for row in json.loads(out.read_text())] == ["WakeSleep", "RWS mixture"]
+    assert [row["method"] for row in json.loads(out.read_text())["rows"]] == ["WakeSleep", "RWS mixture"]
     assert "log p" in capsys.readouterr().out

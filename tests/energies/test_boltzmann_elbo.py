@@ -15,8 +15,10 @@ from pplvi.energies import (
     BoltzmannMachine,
     Chains,
     ContrastiveDivergence,
+    EnergyModel,
     EveryState,
     FastPersistentChains,
+    MeanFieldContrastiveDivergence,
     PersistentChains,
     RestrictedBoltzmannMachine,
     TemperedChains,
@@ -502,3 +504,10 @@ def test_weights_are_limited_in_norm() -> None:
     assert torch.equal(after[:, small], before[:, small])
     with pytest.raises(ValueError, match="positive"):
         rbm.limit_norms(0.0)
+
+
+@pytest.mark.parametrize("chains", [EveryState(), MeanFieldContrastiveDivergence(), FastPersistentChains()], ids=str)
+def test_chains_that_need_fields_refuse_other_energies(chains: Chains) -> None:
+    other = EnergyModel({"v": BernoulliUnits(3)}, centered=False, name="")
+    with pytest.raises(ValueError, match=rf"{type(chains).__name__} of EnergyModel.*expected a BoltzmannMachine"):
+        chains.move(other, {"v": torch.zeros(2, 3)}, False)

@@ -14,11 +14,14 @@ from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
     CategoricalUnits,
+    CopiedUnits,
     EnergyModel,
     GaussianUnits,
     RestrictedBoltzmannMachine,
     Units,
 )
+from pplvi.energies.machines.measures import BaseMeasure
+from pplvi.energies.machines.training_step import training_step
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -308,3 +311,29 @@ def test_an_energy_with_its_conditionals_is_trained_as_any_other() -> None:
         svi.step(v)
     after = gated.log_marginal(v).mean() - (-gated.energy(every)).logsumexp(0)
     assert after > log_likelihood + 0.2
+
+
+@pytest.mark.parametrize("kind", [*MACHINES, "Gaussian", "copies of Gaussian"])
+def test_a_training_step_knows_the_same_energies_and_fields(kind: str) -> None:
+    gaussian = GaussianUnits(3, variance=0.25)
+    real = {"Gaussian": gaussian, "copies of Gaussian": CopiedUnits(gaussian)}
+    layers, connections = MACHINES[kind]() if kind in MACHINES else ({"v": real[kind], "h": B(2)}, [("v", "h")])
+    machine = BoltzmannMachine(layers, connections, init_scale=1.0)
+    values = machine.draw((5,))
+    plain = {layer: machine.field(layer, values) for layer in layers}
+    with training_step():
+        for _ in range(2):  # worked out, and known
+            for layer, field in plain.items():
+                torch.testing.assert_close(machine.field(layer, values), field)
+        energy = machine.energy(values)
+    torch.testing.assert_close(energy, machine.energy(values))
+
+
+def test_a_continuum_has_no_states_to_list() -> None:
+    rbm = RestrictedBoltzmannMachine(2, 3, visible="gaussian")
+    with pytest.raises(ValueError, match=r"states of GaussianUnits.*num_states"):
+        list(rbm.states(["v"], rbm.like()))
+    with pytest.raises(NotImplementedError, match="GaussianUnits are a continuum"):
+        BaseMeasure(rbm.layers["v"], (), rbm.like()).enumerate_support()
+    with pytest.raises(ValueError, match=r"no tensor 'chain_v': expected one of.*offset_v"):
+        rbm.kept("chain_v")

@@ -214,7 +214,7 @@ def test_the_moment_averaged_path_reaches_the_same_log_z(kind: str) -> None:
     machine = with_biases(machines()[kind])
     exact = machine.log_partition().item()
     found = annealed_importance_sampling(
-        machine, 300, 100, path="moment_averaged", num_knots=3, knot_steps=150, samples=None, seed=0
+        machine, 300, 100, path="moment_averaged", knots=(3, 150), samples=None, seed=0
     )
     low, high = found.interval
     assert low < exact < high
@@ -239,5 +239,5 @@ def test_paths_that_do_not_exist_are_refused() -> None:
         annealed_importance_sampling(machines()["rbm"], path="arithmetic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not all binary"):
         annealed_importance_sampling(machines()["gaussian"], path="moment_averaged")
-    with pytest.raises(ValueError, match="num_knots=0"):
-        annealed_importance_sampling(machines()["rbm"], path="moment_averaged", num_knots=0)
+    with pytest.raises(ValueError, match=r"knots=\(0, 1000\)"):
+        annealed_importance_sampling(machines()["rbm"], path="moment_averaged", knots=(0, 1000))

@@ -575,7 +575,7 @@ def test_a_one_shot_iterator_is_refused_with_a_checkpoint_and_with_restarts(tmp_
 def test_constraints_come_from_the_program_and_never_from_the_file(tmp_path):
     path = tmp_path / "run.pt"
     fit(model, AutoNormal, args=(Y,), num_steps=5, seed=0, checkpoint=path)
-    saved = checkpoint.load(path)
+    saved = checkpoint.read(path)
     assert "constraints" not in saved["runs"][0]
     assert set(saved["runs"][0]["params"]) == set(pyro.get_param_store().keys())
     pyro.clear_param_store()
@@ -606,7 +606,7 @@ def test_kill_in_the_middle_of_a_write_loses_nothing(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    saved = len(checkpoint.load(path)["runs"][0]["losses"])
+    saved = len(checkpoint.read(path)["runs"][0]["losses"])
     assert saved in (10, 15)
     options = {"num_steps": 24, "seed": 1, "checkpoint_every": 5}
     resumed = fit(model, AutoNormal, data=loader(), checkpoint=path, resume=path, **options)

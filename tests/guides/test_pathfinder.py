@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from pplvi import ELBO, ImportanceWeightedELBO, Posterior
 from pplvi.guides import AutoFlow
 from pplvi.guides.density import UnconstrainedDensity
-from pplvi.guides.search.gaussians import GaussianMixture, full_gaussian, local_gaussian, stack
+from pplvi.guides.search.gaussians import GaussianMixture, full_gaussian, local_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options, minimise
 from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
 
@@ -239,7 +239,7 @@ def test_local_gaussian_is_the_dense_bfgs_inverse_hessian():
 def test_mixture_has_the_density_of_its_draws():
     parts = [full_gaussian(*correlated(2, seed)) for seed in (1, 2)]
     normals = [dist.MultivariateNormal(*correlated(2, seed)) for seed in (1, 2)]
-    mixture = GaussianMixture(stack(parts))
+    mixture = GaussianMixture(stack_gaussians(parts))
     z = mixture.sample((50_000,))
     both = torch.stack([normal.log_prob(z) for normal in normals])
     assert torch.allclose(mixture.log_prob(z), both.logsumexp(0) - math.log(2))
@@ -501,11 +501,12 @@ def test_refused_models(model, message):
         {"num_paths": 0},
         {"history": 1.5},
         {"elbo_draws": True},
-        {"max_iterations": -1},
+        {"lbfgs": {"max_iterations": -1}},
+        {"lbfgs": {"max_iterations": 0}},
         {"moment_matching": -1},
         {"init_radius": math.inf},
-        {"tolerances": {"tol_objective": 1e-3}},
-        {"tolerances": {"tol_obj": -1.0}},
+        {"lbfgs": {"tol_objective": 1e-3}},
+        {"lbfgs": {"tol_obj": -1.0}},
     ],
 )
 def test_refused_settings(options):

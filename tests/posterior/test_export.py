@@ -307,7 +307,7 @@ def test_sources_that_are_no_posterior_are_refused(source):
 
 
 def test_arguments_of_a_run_are_refused_with_a_posterior():
-    with pytest.raises(ValueError, match="model, args and kwargs describe an MCMC run"):
+    with pytest.raises(ValueError, match="args are those of an MCMC run"):
         to_arviz(posterior_of_mean(), args=(torch.tensor(Y),))
 
 

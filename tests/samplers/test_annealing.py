@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -170,6 +171,33 @@ def test_weighted_draws_of_one_guide_are_the_proposal_of_another(num_inner: int,
     assert (error < 0.1 * exact).all()
     if not resample:  # the mean of six weights varies less than one of them
         assert (torch.stack(spread).mean() < 0.4) == (num_inner == 6)
+
+
+def test_one_particle_is_picked_from_its_inner_draws() -> None:
+    """For each of 4000 independent data: the mean weight is the mass of the target, 3."""
+
+    def each(loc: float, scale: float) -> None:
+        with pyro.plate("data", 4000):
+            pyro.sample("z", dist.Normal(loc, scale))
+            pyro.factor("mass", torch.tensor(3.0).log())
+
+    def start() -> None:
+        with pyro.plate("data", 4000):
+            pyro.sample("z", dist.Normal(0.0, 1.5))
+
+    def moved(previous: dict[str, Tensor]) -> None:
+        with pyro.plate("data", 4000):
+            pyro.sample("z", dist.Normal(0.5 * previous["z"] + 0.3, 0.8))
+
+    between, wanted = partial(each, 0.5, 1.0), partial(each, 1.0, 0.5)
+    guide = NestedGuide(NestedGuide(start, [(between, moved, moved)]), [(wanted, moved, moved)], num_inner=5)
+    request = Request(1, routing=Routing(detach=True, local=True))
+    *_, step = Annealed()(wanted, guide, (), {}, request)
+    assert step.log_weight_in.shape == step.log_weight.shape == (1, 4000)
+    weight = step.log_weight[0].exp()
+    error = weight.std() / 4000**0.5
+    assert error < 0.2
+    assert abs(weight.mean() - 3) < 4 * error
 
 
 def test_a_nested_sampler_trains_both_guides_and_has_no_density() -> None:

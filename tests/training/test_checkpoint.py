@@ -26,16 +26,16 @@ STATE = {
 
 @pytest.fixture
 def path(tmp_path):
-    checkpoint.save(tmp_path / "run.pt", STATE)
+    checkpoint.write(tmp_path / "run.pt", STATE)
     return tmp_path / "run.pt"
 
 
 def assert_intact(path):
-    assert torch.equal(checkpoint.load(path)["params"]["loc"], STATE["params"]["loc"])
+    assert torch.equal(checkpoint.read(path)["params"]["loc"], STATE["params"]["loc"])
 
 
 def test_round_trip(path):
-    loaded = checkpoint.load(path)
+    loaded = checkpoint.read(path)
     assert (loaded["step"], loaded["losses"]) == (3, [1.0, 2.0])
     assert_intact(path)
     assert os.listdir(path.parent) == ["run.pt"]
@@ -48,8 +48,8 @@ def test_arrays_scalars_and_nesting_come_back(tmp_path):
         "scalar": np.float64(0.5),
         "nested": ({1: [None, True, "x"]}, (1, (2.5,))),
     }
-    checkpoint.save(tmp_path / "a.pt", state)
-    loaded = checkpoint.load(tmp_path / "a.pt")
+    checkpoint.write(tmp_path / "a.pt", state)
+    loaded = checkpoint.read(tmp_path / "a.pt")
     assert loaded["uint"].dtype == np.uint32
     assert loaded["uint"].tolist() == [0, 1, 2]
     assert loaded["float"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
@@ -60,15 +60,15 @@ def test_arrays_scalars_and_nesting_come_back(tmp_path):
 def test_the_random_state_comes_back_to_the_bit(tmp_path):
     pyro.set_rng_seed(5)
     random.gauss(0, 1), np.random.normal()  # both keep a second number in their state
-    checkpoint.save(tmp_path / "rng.pt", {"rng": rng_state()})
+    checkpoint.write(tmp_path / "rng.pt", {"rng": rng_state()})
     first = torch.rand(2).tolist(), random.gauss(0, 1), np.random.normal()
-    set_rng_state(checkpoint.load(tmp_path / "rng.pt")["rng"])
+    set_rng_state(checkpoint.read(tmp_path / "rng.pt")["rng"])
     assert (torch.rand(2).tolist(), random.gauss(0, 1), np.random.normal()) == first
 
 
 def test_what_cannot_be_read_back_is_refused_when_it_is_written(path):
     with pytest.raises(ValueError, match=r"state\['a'\]\[1\] is a object"):
-        checkpoint.save(path, {"a": [1, object()]})
+        checkpoint.write(path, {"a": [1, object()]})
     assert_intact(path)
 
 
@@ -77,7 +77,7 @@ def test_every_truncation_is_noticed(path):
     for length in range(0, len(content), 97):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match="corrupt or truncated"):
-            checkpoint.load(path)
+            checkpoint.read(path)
         assert len(path.read_bytes()) == length
 
 
@@ -98,20 +98,20 @@ def test_no_flipped_bit_gets_through(path):
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "other").write_bytes(content)
     with pytest.raises(ValueError, match=r"corrupt|not a checkpoint"):
-        checkpoint.load(tmp_path / "other")
+        checkpoint.read(tmp_path / "other")
 
 
 def test_other_torch_files_newer_formats_and_missing_files_are_refused(tmp_path):
     torch.save({"loc": torch.ones(1)}, tmp_path / "torch.pt")
     with pytest.raises(ValueError, match="not a checkpoint of pplvi"):
-        checkpoint.load(tmp_path / "torch.pt")
+        checkpoint.read(tmp_path / "torch.pt")
     torch.save({"format": checkpoint.FORMAT, "version": 99}, tmp_path / "new.pt")
     with pytest.raises(ValueError, match="format 99, expected 1"):
-        checkpoint.load(tmp_path / "new.pt")
+        checkpoint.read(tmp_path / "new.pt")
     with pytest.raises(ValueError, match="there is no checkpoint"):
-        checkpoint.load(tmp_path / "none.pt")
+        checkpoint.read(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="cannot write"):
-        checkpoint.save(tmp_path / "no" / "where.pt", {})
+        checkpoint.write(tmp_path / "no" / "where.pt", {})
 
 
 class Evil:
@@ -140,7 +140,7 @@ def test_a_file_from_a_stranger_runs_no_code(tmp_path, inside):
         torch.save(content, buffer)
     (tmp_path / "evil.pt").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="corrupt"):
-        checkpoint.load(tmp_path / "evil.pt")
+        checkpoint.read(tmp_path / "evil.pt")
     assert not os.path.exists(target)
 
 
@@ -154,7 +154,7 @@ def test_an_error_while_writing_keeps_the_old_file(path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(path, {"params": {"loc": torch.zeros(50)}})
+        checkpoint.write(path, {"params": {"loc": torch.zeros(50)}})
     monkeypatch.undo()
     assert_intact(path)
     assert os.listdir(path.parent) == ["run.pt"]
@@ -170,7 +170,7 @@ def test_kill_in_the_middle_of_a_write_keeps_the_old_file(path, moment):
             print("writing", flush=True)
             time.sleep(60)
         os.{moment} = hang
-        checkpoint.save({str(path)!r}, {{"params": {{"loc": torch.zeros(10**6)}}}})
+        checkpoint.write({str(path)!r}, {{"params": {{"loc": torch.zeros(10**6)}}}})
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
@@ -178,5 +178,5 @@ def test_kill_in_the_middle_of_a_write_keeps_the_old_file(path, moment):
     process.wait()
     process.stdout.close()
     assert_intact(path)
-    checkpoint.save(path, {**STATE, "step": 4})
-    assert checkpoint.load(path)["step"] == 4
+    checkpoint.write(path, {**STATE, "step": 4})
+    assert checkpoint.read(path)["step"] == 4

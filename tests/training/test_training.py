@@ -16,6 +16,7 @@ import pplvi
 from pplvi.programs.calls import to_call
 from pplvi.training import batches, loop
 from pplvi.training.batches import make_batches
+from pplvi.training.steps import EagerStepper
 from pplvi.training.stopping import Plateau
 
 Y = torch.linspace(-1.0, 2.0, 20)
@@ -359,14 +360,13 @@ def test_mistakes_are_raised_at_once():
 
 
 def test_losses_that_are_tensors_are_read_late(monkeypatch):
-    def make(model, guide, update, objective):
-        step = training_svi_step(model, guide, update, objective)
-        return lambda args, kwargs: torch.tensor(step(args, kwargs), dtype=torch.float64)
+    def many(self, calls):
+        return [torch.tensor(loss, dtype=torch.float64) for loss in floats(self, calls)]
 
-    training_svi_step = loop.svi_step
+    floats = EagerStepper.many
     options = {"args": (Y,), "num_steps": 120, "objective": Trace_ELBO(), "optim": adam()}
     expected = fit(model, AutoNormal, **options).losses
-    monkeypatch.setattr(loop, "svi_step", make)
+    monkeypatch.setattr(EagerStepper, "many", many)
     kinds = []
     result = fit(model, AutoNormal, **options, callbacks=[lambda run: kinds.append(type(run.losses[-1])) and None])
     assert kinds.count(torch.Tensor) > 100

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,9 +58,7 @@ class Chains:
 
     def step(self, log_density: Tensor) -> Step:
         """The step of chains with these log densities, ``(*chains)``: draws of the target before and after it."""
-        density = log_density.reshape(-1)
-        zero = torch.zeros_like(density).detach()
-        return Step(zero, zero, density, density, zero, density.detach(), zero)
+        return Step.equally_weighted(log_density.reshape(-1))
 
     def kept(self, machine: EnergyModel, start: Callable[[], Values], prefix: str = "chain") -> dict[str, Tensor]:
         """The chains of a machine, as buffers, one for each layer; made by ``start`` at the first use.
@@ -311,3 +309,15 @@ class FastPersistentChains(Chains):
         if not machine.remembers(name):
             machine.register_buffer(name, torch.zeros_like(value))
         return machine.kept(name)
+
+
+Negative = Literal["persistent", "contrastive", "fast", "tempered", "mean_field", "exact"]
+
+NAMED_CHAINS: dict[str, type[Chains]] = {
+    "persistent": PersistentChains,
+    "contrastive": ContrastiveDivergence,
+    "fast": FastPersistentChains,
+    "tempered": TemperedChains,
+    "mean_field": MeanFieldContrastiveDivergence,
+    "exact": EveryState,
+}

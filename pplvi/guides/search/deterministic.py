@@ -12,7 +12,7 @@ from torch import Tensor
 from pplvi.guides.density import CHUNK, UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import check_proper, improper
-from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack
+from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
@@ -48,14 +48,9 @@ class AutoDeterministicNormal(FoundGuide):
     :param num_draws: how many fixed draws ``M``; even. The paper's 30.
     :param linear_response: use the linear-response covariance; ``False`` keeps the mean field's own.
     :param init_scale: initial standard deviation of every unconstrained coordinate.
-    :param init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
-    :param init_loc_fn: start from this instead, any of Pyro's ``init_to_*``.
-    :param seed: makes runs reproducible and leaves the global random state as it was.
-    :param vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
-        is right for the programs unless named.
-    :raises ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete
-        ones that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
-        first bad site) or has no second derivatives, and for a posterior whose objective has no minimum.
+    :param init_radius: of the start, as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`.
+    :raises ValueError: where :class:`pplvi.AutoPathfinder` does; on the first run, for a log density that has no second
+        derivatives, and for a posterior whose objective has no minimum.
 
     >>> import pyro, pyro.distributions as dist
     >>> def model(y):
@@ -101,7 +96,7 @@ class AutoDeterministicNormal(FoundGuide):
             )
         response = objective.response(minimum, hessian)  # as wide as the posterior, which the mean field need not be
         check_proper(density, response, -hessian[: density.dim, : density.dim], float(density(response.loc[None])))
-        return stack([response if self._linear_response else objective.mean_field(minimum)])
+        return stack_gaussians([response if self._linear_response else objective.mean_field(minimum)])
 
 
 class _Objective:

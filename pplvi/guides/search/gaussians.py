@@ -158,7 +158,7 @@ def _healthy(found: Gaussian, failed: Tensor) -> Gaussian | None:
     return found if not bool(failed) and all(bool(part.isfinite().all()) for part in found) else None
 
 
-def stack(parts: Sequence[Gaussian]) -> Gaussian:
+def stack_gaussians(parts: Sequence[Gaussian]) -> Gaussian:
     """Several Gaussians as one batch; ranks are filled up with directions in which nothing is added."""
     rank = max(part.tril.shape[-1] for part in parts)
     padded = [_padded(part, rank) for part in parts]

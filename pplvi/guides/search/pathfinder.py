@@ -13,7 +13,7 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import OptimizationPath, explore
-from pplvi.guides.search.gaussians import Gaussian, stack
+from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
 from pplvi.programs.ways import Vectorize
@@ -48,7 +48,6 @@ class AutoPathfinder(FoundGuide):
     :param model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
     :param num_paths: how many paths; one gives a Gaussian.
     :param history: how many pairs the inverse Hessian keeps.
-    :param max_iterations: the most iterations of a path.
     :param elbo_draws: draws ``K`` behind each ELBO.
     :param exact_hessian: give a converged path one Gaussian more, that of the exact Hessian at its end, and let
         Newton's method end a path of more than 50 iterations, in up to 100 dimensions. ``False`` is the paper.
@@ -59,8 +58,8 @@ class AutoPathfinder(FoundGuide):
         2, 4, ... up to so many Gaussians, by EM on the weighted draws; kept by the same rule. 1 for none.
     :param init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
     :param init_loc_fn: start from this instead, any of Pyro's ``init_to_*``, called anew for each path.
-    :param tolerances: Stan's settings ``tol_obj``, ``tol_rel_obj``, ``tol_grad``, ``tol_rel_grad``, ``tol_param`` and
-        ``init_alpha``, in place of its defaults.
+    :param lbfgs: settings of L-BFGS in place of Stan's defaults: ``max_iterations`` of a path, ``tol_obj``,
+        ``tol_rel_obj``, ``tol_grad``, ``tol_rel_grad``, ``tol_param`` and ``init_alpha``.
     :param seed: makes runs reproducible and leaves the global random state as it was.
     :param vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
         is right for the programs unless named.
@@ -84,23 +83,22 @@ class AutoPathfinder(FoundGuide):
         *,
         num_paths: int = 4,
         history: int = 6,
-        max_iterations: int = 1000,
         elbo_draws: int = 25,
         exact_hessian: bool = True,
         moment_matching: int = 10,
         num_components: int = 8,
         init_radius: float = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
-        tolerances: Mapping[str, float] | None = None,
+        lbfgs: Mapping[str, float] | None = None,
         seed: int | None = None,
         vectorize: Vectorize = None,
     ) -> None:
         if isinstance(moment_matching, bool) or not isinstance(moment_matching, int) or moment_matching < 0:
             raise ValueError(f"moment_matching is {moment_matching!r}; expected a number of rounds, 0 for none")
-        check_counts(num_paths=num_paths, history=history, max_iterations=max_iterations, elbo_draws=elbo_draws)
+        check_counts(num_paths=num_paths, history=history, elbo_draws=elbo_draws)
         check_counts(num_components=num_components)
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
-        self._options = _options(history, max_iterations, tolerances or {})
+        self._options = _options(history, lbfgs or {})
         self._num_paths, self._elbo_draws = num_paths, elbo_draws
         self._exact_hessian, self._moment_matching = exact_hessian, moment_matching
         self._num_components = num_components
@@ -110,7 +108,7 @@ class AutoPathfinder(FoundGuide):
         options = Options(**self._options, precision=torch.finfo(density.dtype).eps)
         starts = self._starts(density, self._num_paths)
         self._paths, found = explore(density, starts, options, self._elbo_draws, exact=self._exact_hessian)
-        return match_moments(density, stack(found), self._moment_matching, self._num_components)
+        return match_moments(density, stack_gaussians(found), self._moment_matching, self._num_components)
 
     @property
     def paths(self) -> tuple[OptimizationPath, ...]:
@@ -145,12 +143,13 @@ def init_to_pathfinder(
     return init_to_value(values=guide.best_values(), fallback=init_to_median)
 
 
-def _options(history: int, max_iterations: int, tolerances: Mapping[str, float]) -> dict[str, Any]:
-    known = [f.name for f in fields(Options) if f.name.startswith("tol_")] + ["init_alpha"]
-    wrong = {name: value for name, value in tolerances.items() if name not in known or not 0 <= value < math.inf}
+def _options(history: int, lbfgs: Mapping[str, float]) -> dict[str, Any]:
+    known = {f.name for f in fields(Options)} - {"history", "precision"}
+    wrong = {name: value for name, value in lbfgs.items() if name not in known or not 0 <= value < math.inf}
     if wrong:
-        raise ValueError(f"tolerances has {wrong}; expected numbers of at least 0 for some of {sorted(known)}")
-    return {"history": history, "max_iterations": max_iterations, **tolerances}
+        raise ValueError(f"lbfgs has {wrong}; expected numbers of at least 0 for some of {sorted(known)}")
+    check_counts(max_iterations=lbfgs.get("max_iterations", Options.max_iterations))
+    return {"history": history, **lbfgs}
 
 
 def check_counts(**counts: Any) -> None:

@@ -7,7 +7,7 @@ resampled with their Pareto-smoothed weights, so that summaries which know no we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -21,7 +21,7 @@ from pplvi.posterior.arviz.groups import (
     base_groups,
     chains_of,
     diagnostics,
-    divergences,
+    divergent_transitions,
     predictive_groups,
     prior_groups,
     summary,
@@ -50,9 +50,7 @@ def to_arviz(
     losses: Tensor | np.ndarray | None = None,
     attrs: Mapping[str, Any] | None = None,
     seed: int | None = None,
-    model: Callable[..., Any] | None = None,
     args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
 ) -> arviz.InferenceData:
     r"""Posterior draws, predictions, densities and data in the groups of ArviZ's schema.
 
@@ -101,9 +99,8 @@ def to_arviz(
     :param losses: the objective at each step, ``(restarts, num_steps)``, in nats.
     :param attrs: attributes to add, such as the objective and the seed.
     :param seed: makes the export reproducible and leaves the global random state as it was.
-    :param model: the model of an MCMC run; the one of its kernel unless given.
-    :param args: the arguments of an MCMC run.
-    :param kwargs: its keyword arguments.
+    :param args: the arguments of an MCMC run of its kernel's model; for another model, or keyword arguments, export
+        ``Posterior.from_mcmc(mcmc, model, args, kwargs)``.
     :returns: ``arviz.InferenceData``; with ArviZ 1.x an :class:`xarray.DataTree` of the same groups. Its attributes,
         and those of ``posterior``, are ``attrs``, ``pareto_k`` (the largest of the batch), ``ess`` (the smallest),
         ``elbo``, ``log_evidence``, ``log_evidence_error`` (nats), for each chain, and the versions of the libraries.
@@ -123,7 +120,7 @@ def to_arviz(
     (('chain', 'draw', 'school'), 1.0)
     """
     _check_choices(draws=draws, restarts=restarts)
-    dims, posteriors = dims or {}, _posteriors(source, model, args, kwargs)
+    dims, posteriors = dims or {}, _posteriors(source, args)
     traces = _traces(losses, len(posteriors))
     chosen = _best(posteriors, best)
     if restarts == "best":
@@ -136,7 +133,7 @@ def to_arviz(
             groups |= predictive_groups(chains, dims)
         if num_prior:
             groups |= prior_groups(posteriors[chosen], num_prior, dims)
-    groups["sample_stats"] |= diagnostics(posteriors) | divergences(posteriors)
+    groups["sample_stats"] |= diagnostics(posteriors) | divergent_transitions(posteriors)
     groups["optimization"] = {"loss": (("chain", "step"), traces)} if traces.size else {}
     _check_dims(groups, dims)
     kind = "mcmc" if posteriors[0].is_mcmc else draws
@@ -153,13 +150,13 @@ def _check_choices(**choices: str) -> None:
             raise ValueError(f"{name}={value!r}; expected one of {list(get_args(kinds))}.")
 
 
-def _posteriors(source: Any, model: Any, args: tuple[Any, ...], kwargs: Any) -> list[Posterior]:
+def _posteriors(source: Any, args: tuple[Any, ...]) -> list[Posterior]:
     if isinstance(source, MCMC):
-        return [Posterior.from_mcmc(source, model or source.kernel.model, args, kwargs)]
-    if model is not None or args or kwargs:
+        return [Posterior.from_mcmc(source, source.kernel.model, args)]
+    if args:
         raise ValueError(
-            "model, args and kwargs describe an MCMC run, and a posterior has its own; expected none of them. Give the "
-            "full data to the posterior: Posterior(model, guide, args), or fit.posterior(args=args)."
+            "args are those of an MCMC run, and a posterior has its own; expected none. Give the full data to the "
+            "posterior: Posterior(model, guide, args), or fit.posterior(args=args)."
         )
     if hasattr(source, "posteriors"):
         raise ValueError(

@@ -98,7 +98,9 @@ def equal(first: Any, second: Any) -> bool:
     return bool(np.array_equal(first, second, equal_nan=numbers))
 
 
-def stack(chains: Sequence[Mapping[str, Tensor]], names: Names, like: Mapping[str, Tensor] | None = None) -> Group:
+def stack_chains(
+    chains: Sequence[Mapping[str, Tensor]], names: Names, like: Mapping[str, Tensor] | None = None
+) -> Group:
     """Put the draws of several chains, each ``(num_draws, *shape)``, into one group, chain and draw first.
 
     :param chains: the variables of each chain.
