@@ -20,6 +20,7 @@ from pplvi.programs.running import plain_run
 from pplvi.programs.sites import (
     Plate,
     Site,
+    batch_plates,
     event_dims,
     is_delta,
     is_deterministic,
@@ -240,10 +241,15 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
         log_p=None if predicted else run.log_target(),
         log_q=run.log_forward() if run.guide.nodes else None,
         batch=run.batch,
-        plates={n: site_plates(s) for n, s in sites.items()},
+        plates={n: _plates(s) for n, s in sites.items()},
         factors=frozenset(kinds["factor"]),
         random=any(not is_delta(s) for s in latent_sites(run.guide).values()),
     )
+
+
+def _plates(site: Site) -> tuple[Plate, ...]:
+    plain = is_deterministic(site) or is_enumerated(site) or not isinstance(site["value"], Tensor)
+    return site_plates(site) if plain else batch_plates(site)
 
 
 def _kind(site: Site) -> str:

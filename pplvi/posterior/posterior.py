@@ -24,7 +24,7 @@ from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
-from pplvi.programs.sites import is_delta, latent_sites, site_plates
+from pplvi.programs.sites import batch_sizes, is_delta, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.ways import Vectorize
 from pplvi.types import Program
@@ -158,7 +158,7 @@ class Posterior(WeightedDraws):
     def _without_padding(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Drop the dimensions of size 1 that stand for plates a site is not in: ``(S, *plates, *event)`` is left."""
         sites = latent_sites(plain_run(self.model, self.args, self.kwargs).model)
-        shapes = {name: (*(p.size for p in site_plates(s)), *s["fn"].event_shape) for name, s in sites.items()}
+        shapes = {name: (*batch_sizes(s).values(), *s["fn"].event_shape) for name, s in sites.items()}
         return {name: value.reshape(-1, *shapes.get(name, value.shape[1:])) for name, value in latents.items()}
 
     def _score(self, latents: Mapping[str, Tensor], start: int, stop: int) -> Draws:

@@ -68,25 +68,30 @@ class Uncondition(UnconditionMessenger):
 
 
 class Sized(Messenger):
-    """Give plates that have no size (``pyro.plate("data")``) the one of what is inside, for guides that make them."""
+    """Show the plates of a program as automatic guides can make them again.
+
+    Those that have no size (``pyro.plate("data")``) get the one of what is inside; sequential ones are left out, since
+    a guide has a site for each of their turns.
+    """
 
     def _pyro_sample(self, msg: Any) -> None:
-        sizes = {p.name: p.size for p in site_plates(msg)} if _sizeless(msg) else {}
-        msg["cond_indep_stack"] = tuple(
-            f._replace(size=sizes[f.name], full_size=sizes[f.name]) if f.name in sizes and f.size < 0 else f
-            for f in msg["cond_indep_stack"]
-        )
+        if not is_subsample(msg) and _unsized(msg):
+            sizes = {p.name: p.size for p in site_plates(msg)}
+            frames = (f for f in msg["cond_indep_stack"] if f.vectorized)
+            msg["cond_indep_stack"] = tuple(
+                f._replace(size=sizes[f.name], full_size=sizes[f.name]) if f.size < 0 else f for f in frames
+            )
 
 
-def _sizeless(site: Any) -> bool:
-    return not is_subsample(site) and any(f.vectorized and f.size < 0 for f in site["cond_indep_stack"])
+def _unsized(site: Any) -> bool:
+    return any(not f.vectorized or f.size < 0 for f in site["cond_indep_stack"])
 
 
 def sized(program: Callable[..., Any], args: Any, kwargs: Any) -> Callable[..., Any]:
-    """A program in which every plate has a size; the program itself, if that is so with these arguments."""
+    """A program whose plates automatic guides can make; the program itself, if they can with these arguments."""
     with poutine.trace() as recorder:
         program(*args, **kwargs)
-    if not any(s["type"] == "sample" and _sizeless(s) for s in recorder.trace.nodes.values()):
+    if not any(s["type"] == "sample" and _unsized(s) for s in recorder.trace.nodes.values()):
         return program
 
     @wraps(program)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 Site = dict[str, Any]
 
 
@@ -118,6 +120,21 @@ def event_dims(site: Site) -> int | None:
         if all(size in (1, sizes.get(dim)) for dim, size in batch) and len(shape) - event <= -min(sizes):
             return event
     return None
+
+
+def batch_plates(site: Site) -> tuple[Plate, ...]:
+    """The plates around a site, left to right, and what is right of one and in no plate, as ``y_dim_0`` of site y."""
+    plates = {p.dim: p for p in site_plates(site)}
+    value, events = site["value"], len(site["fn"].event_shape)
+    batch = tuple(torch.broadcast_shapes(site["fn"].batch_shape, value.shape[: value.dim() - events]))
+    found: dict[int, Plate] = {}
+    for dim in range(min(plates, default=0), 0):
+        size = batch[dim] if len(batch) >= -dim else 1
+        if dim in plates:
+            found[dim] = plates[dim]
+        elif size != 1:
+            found[dim] = Plate(f"{site['name']}_dim_{len(found) - len(plates.keys() & found.keys())}", dim, size, size)
+    return tuple(found[dim] for dim in sorted(found))
 
 
 def batch_sizes(site: Site) -> dict[int, int]:
