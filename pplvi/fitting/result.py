@@ -21,7 +21,7 @@ from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import describe_parameters, report
 from pplvi.programs.handlers import parameters_of
-from pplvi.programs.ways import Vectorize
+from pplvi.programs.ways import Vectorize, is_looped
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
 from pplvi.types import Program
@@ -280,6 +280,10 @@ class Fit:
         posterior = self._best_posterior(args, kwargs)
         if self.mcmc is None:
             facts |= self._describe_guide(posterior, *self._call(args, kwargs))
+            if is_looped(posterior.model, self.runs[self.best].guide, posterior.args, posterior.kwargs):
+                facts["draws"] = (
+                    f"run one after another, {posterior.num_draws} runs of the programs, which branch on what they draw"
+                )
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = None if self.mcmc is not None else self._describe_end()
         return report(posterior, facts=facts, convergence=ended, converged=self.converged)

@@ -17,6 +17,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pplvi.programs.randomness import carries_gradient
 from pplvi.programs.sites import is_computed, is_delta, is_deterministic, is_factor, is_subsample, site_plates
 
 
@@ -25,7 +26,7 @@ class Detach(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and isinstance(msg["value"], Tensor):
-            if (is_delta(msg) or is_computed(msg)) and msg["value"].requires_grad:
+            if (is_delta(msg) or is_computed(msg)) and carries_gradient(msg["value"]):
                 raise ValueError(
                     f"site {msg['name']!r} is a deterministic function of parameters, so it has no density at fixed "
                     "draws: expected a stochastic guide for this objective or estimator. Use an objective with "

@@ -22,7 +22,7 @@ from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, run_all
 from pplvi.programs.first_run import _supplied
 from pplvi.programs.handlers import Supply
-from pplvi.programs.memo import Layout, remember
+from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.randomness import is_batched
 from pplvi.programs.running import _execute, _How, _recording, isolated
 from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
@@ -93,6 +93,12 @@ def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layou
         )
         + ". Drop vectorize= to have a way chosen that can."
     ) from errors[0]
+
+
+def is_looped(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
+    """Whether several particles of these programs have been run one after another, as no faster way is right."""
+    layout = recall(model, guide, args, kwargs)
+    return layout is not None and None in layout.ways and layout.ways[None].word == "loop"
 
 
 def candidates(word: Word | None) -> list[Way]:

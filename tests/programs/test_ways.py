@@ -18,18 +18,12 @@ from pplvi.programs.joint import execute
 from pplvi.programs.memo import recall
 from pplvi.programs.unguided import run_model
 
+pytestmark = pytest.mark.usefixtures("float64")
 torch.manual_seed(0)
 X = torch.randn(12, 3, dtype=torch.float64)
 Y = X @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + 0.5 * torch.randn(12, dtype=torch.float64)
 GROUP = torch.tensor([0, 1, 2, 3] * 3)
 LAYER = torch.nn.Linear(3, 1, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def evidence(covariance, y):
@@ -388,6 +382,14 @@ def test_effect_based_guides_are_one_program_with_their_model():
     assert (way.word, way.guide) == ("vmap", False)
     fit = pplvi.fit(product, AutoNormalMessenger, args=(X, Y), num_steps=300, seed=0, progress=False)
     assert fit.posterior(num_draws=200).elbo.value == pytest.approx(-fit.losses[0, -20:].mean(), abs=2.0)
+
+
+def test_a_report_says_where_draws_are_looped():
+    def text(model):
+        return pplvi.fit(model, AutoNormal, args=(X, Y), num_steps=10, seed=0, progress=False).summary()
+
+    assert "run one after another, 1000 runs of the programs" in text(branching)
+    assert "one after another" not in text(product)
 
 
 class Machine:
