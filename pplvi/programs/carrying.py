@@ -82,7 +82,7 @@ class Given:
     densities: bool = True
 
 
-def run_all(model: Program, guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given) -> Run:
+def run_particles(model: Program, guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given) -> Run:
     """Run guide and model with all particles in this way.
 
     :raises CannotCarry: if particles carried by ``vmap`` would not be independent.
@@ -208,7 +208,7 @@ def _carried(
             run = one(values, single)
         if shared := [name for name in stacked.shared_draws(run) if name not in given.supplied]:
             raise CannotCarry(f"sites {shared} would have one draw for all particles.")
-        outputs, records = stacked.read(run, densities=given.densities, exact=given.exact)
+        outputs, records = stacked.take_apart(run, densities=given.densities, exact=given.exact)
         left[:] = records, run
         failed, mode.token, mode.failed = mode.failed, None, None
         return outputs, {} if failed is None else {"failed": failed}
@@ -236,9 +236,9 @@ def _looped(
     parts = []
     for particle in range(count):
         run = one({name: value[particle] for name, value in lanes.items()}, single)
-        outputs, records = stacked.read(run, densities=given.densities, exact=given.exact)
+        outputs, records = stacked.take_apart(run, densities=given.densities, exact=given.exact)
         parts.append(outputs)
-    return stacked.stack(parts), records, run
+    return stacked.stack_outputs(parts), records, run
 
 
 class _OneMinibatch(Messenger):

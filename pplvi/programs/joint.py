@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.carrying import BROADCAST, Given, Way, guide_all, run_all
+from pplvi.programs.carrying import BROADCAST, Given, Way, guide_all, run_particles
 from pplvi.programs.first_run import _layout, _needed, _renewed, _supplied
 from pplvi.programs.memo import Layout, remember
 from pplvi.programs.running import _How
@@ -60,7 +60,7 @@ def execute(
         way, layout = (BROADCAST, layout) if num_particles == 1 else way_for(model, guide, args, kwargs, layout, word)
         supplied = _supplied(model, args, kwargs, layout, values)
         how = _How(num_particles, layout.nesting, layout.enumerated, detach, supplied)
-        return run_all(
+        return run_particles(
             model, guide, args, kwargs, how, _for(exact, way), Given(layout.indices, exact=exact is not None)
         )
 

@@ -115,6 +115,10 @@ class OutOfPlace(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DRAWS and not (is_batched(args[0]) and self.token is not None):
             return self._drawn(func, args, kwargs)
+        if func is torch.Tensor.clamp_:
+            return args[0].copy_(torch.clamp(*args, **kwargs))
+        if func is torch.binomial:
+            return torch.binomial(*_alike(*args), **kwargs)
         if func in _FACTORISATIONS:
             return self._factor(*args, **kwargs)
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
@@ -145,6 +149,12 @@ class OutOfPlace(TorchFunctionMode):
         return factor.mH if upper else factor
 
 
+def _alike(count: Tensor, prob: Tensor) -> tuple[Tensor, Tensor]:
+    """Both numbers as each particle's, if one is."""
+    own = (count == count) & (prob == prob)
+    return torch.where(own, count, count), torch.where(own, prob, prob)
+
+
 def _renewed(like: Tensor, *size: Any, **options: Any) -> Tensor:
     """The legacy constructor ``x.new(...)``: a new tensor of a shape, or of data."""
     if len(size) == 1 and not isinstance(size[0], int):
@@ -152,6 +162,34 @@ def _renewed(like: Tensor, *size: Any, **options: Any) -> Tensor:
             return torch.as_tensor(size[0], dtype=like.dtype, device=like.device)
         size = tuple(size[0])
     return torch.empty(size, dtype=like.dtype, device=options.get("device") or like.device)
+
+
+def _at_front(count: int, in_dims: tuple[int | None, ...], args: tuple[Tensor, ...]) -> list[Tensor]:
+    """Arguments of an elementwise operation with the particles at the front of each, ready to broadcast."""
+    pairs = zip(args, in_dims, strict=True)
+    moved = [x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
+    width = max(x.dim() for x in moved)
+    return [x.reshape(len(x), *(1,) * (width - x.dim()), *x.shape[1:]) for x in moved]
+
+
+class _DirichletSlope(torch.autograd.Function):
+    """The derivative of a Dirichlet draw, element by element: all particles at once."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> Tensor:
+        return torch._dirichlet_grad(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * 3
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+        return _DirichletSlope.apply(*_at_front(info.batch_size, in_dims, args)), 0
 
 
 class _Dirichlet(torch.autograd.Function):
@@ -171,7 +209,7 @@ class _Dirichlet(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         value, concentration = ctx.saved_tensors
         total = concentration.sum(-1, True).expand_as(concentration)
-        slope = torch._dirichlet_grad(value, concentration, total)
+        slope = _DirichletSlope.apply(value, concentration, total)
         (grad,) = grads
         return slope * (grad - (value * grad).sum(-1, True))
 
@@ -193,10 +231,7 @@ class _Rejection(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
-        pairs = zip(args, in_dims, strict=True)
-        moved = [x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
-        width = moved[-1].dim()
-        moved = [x.reshape(len(x), *(1,) * (width - x.dim()), *x.shape[1:]) for x in moved]
+        moved = _at_front(info.batch_size, in_dims, args)
         return _Rejection.apply(*moved[:-1], moved[-1].contiguous()), 0
 
 

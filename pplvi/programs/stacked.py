@@ -89,7 +89,7 @@ class Record:
 Records = dict[str, dict[str, Record]]
 
 
-def read(run: Run, *, densities: bool = True, exact: bool = False) -> tuple[Outputs, Records]:
+def take_apart(run: Run, *, densities: bool = True, exact: bool = False) -> tuple[Outputs, Records]:
     """Take the run of one particle apart.
 
     :param densities: log densities are wanted.
@@ -158,7 +158,7 @@ def shared_draws(run: Run) -> list[str]:
     return sorted(name for name, site in drawn.items() if not is_batched(site["value"]))
 
 
-def stack(parts: Sequence[Outputs]) -> Outputs:
+def stack_outputs(parts: Sequence[Outputs]) -> Outputs:
     """Stack the tensors of single particles; those that are one and the same in all runs keep one copy of it."""
     first = parts[0]
     return {

@@ -19,7 +19,7 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, run_all
+from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, run_particles
 from pplvi.programs.first_run import _supplied
 from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, recall, remember
@@ -140,10 +140,10 @@ class Trial:
         how = _How(2, self.layout.nesting, self.layout.enumerated, values=values)
         given = Given(self.layout.indices, spoil=True)
         with OutsideState() as outside:
-            both = run_all(self.model, self.guide, self.args, self.kwargs, how, way, given)
+            both = run_particles(self.model, self.guide, self.args, self.kwargs, how, way, given)
             if not both.guide_enumerated:  # scored at given values, as each alone will be: rounding is then the same
                 how = replace(how, values={**both.subsample_indices(), **_drawn(both)})
-                both = run_all(self.model, self.guide, self.args, self.kwargs, how, way, given)
+                both = run_particles(self.model, self.guide, self.args, self.kwargs, how, way, given)
         outside.check(way)
         if held := list(held_by(self.model, self.guide)):
             raise checks.DiffersError(

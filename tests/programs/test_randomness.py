@@ -1,4 +1,4 @@
-"""Distributions are drawn from inside vmap: each particle's own draws, of the right moments, with the right gradients."""
+"""Distributions are drawn from inside vmap: draws of each particle's own, of the right moments and gradients."""
 
 import math
 
@@ -53,6 +53,7 @@ FAMILIES = {
     "MixtureSameFamily": lambda t: dist.MixtureSameFamily(
         dist.Categorical(vector(0.4, 0.6)), dist.Normal(vector(0.0, 1.0) * t, 1.0)
     ),
+    "Multinomial": lambda t: dist.Multinomial(10, vector(0.2, 0.3, 0.5) * t),
     "MultivariateNormal": lambda t: dist.MultivariateNormal(vector(0.0, 1.0) * t, torch.eye(2)),
     "MultivariateStudentT": lambda t: dist.MultivariateStudentT(3.0 * t, vector(0.0, 1.0), torch.eye(2)),
     "NegativeBinomial": lambda t: dist.NegativeBinomial(5, 0.4 * t),
@@ -82,11 +83,10 @@ LOOPED = {  # they branch on their draws, or have gradients of their own that vm
     "MixtureOfDiagNormals": lambda t: dist.MixtureOfDiagNormals(
         torch.zeros(2, 3) * t, torch.ones(2, 3), torch.zeros(2)
     ),
-    "Multinomial": lambda t: dist.Multinomial(10, vector(0.2, 0.3, 0.5) * t),
     "OMTMultivariateNormal": lambda t: dist.OMTMultivariateNormal(vector(0.0, 1.0) * t, torch.eye(2)),
     "ProjectedNormal": lambda t: dist.ProjectedNormal(vector(1.0, 1.0) * t),
     "Stable": lambda t: dist.Stable(1.5 * t, 0.3),
-    "Wishart": lambda t: dist.Wishart(3.0 * t, torch.eye(2)),
+    "Wishart": lambda t: dist.Wishart(9.0 * t, torch.eye(2)),
 }
 
 
@@ -105,14 +105,12 @@ def bounded(values):
     return values.clamp(-10.0, 10.0)  # heavy tails have no moments
 
 
-@pytest.mark.parametrize(
-    "like", [lambda t: t, lambda t: torch.tensor(1.0)], ids=["own parameters", "shared parameters"]
-)
+@pytest.mark.parametrize("like", [lambda t: t, lambda t: torch.tensor(1.0)], ids=["own", "shared"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_draws_are_each_particles_own(name, like):
     torch.manual_seed(0)
     make = FAMILIES[name]
-    found = draws(make, like, written=name == "OrderedLogistic")
+    found = draws(make, like, written=name in ("Multinomial", "OrderedLogistic"))
     alone = make(torch.tensor(1.0)).expand([COUNT]).sample().float().reshape(COUNT, -1)
     distinct, expected = (len(torch.unique(x, dim=0)) for x in (found, alone))
     assert distinct > 0.5 * expected > 0.5
@@ -123,6 +121,7 @@ def test_draws_are_each_particles_own(name, like):
         assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * error).all(), spread
 
 
+@pytest.mark.filterwarnings("ignore:Singular sample")
 @pytest.mark.parametrize("name", LOOPED)
 def test_families_that_are_left_to_the_loop(name):
     assert LOOPED[name](torch.tensor(1.0)).sample().isfinite().all()
@@ -130,7 +129,7 @@ def test_families_that_are_left_to_the_loop(name):
         draws(LOOPED[name], lambda t: t, written=True)
 
 
-@pytest.mark.parametrize("name", ["Beta", "Dirichlet", "Gamma", "HalfCauchy", "LKJCholesky", "Normal", "StudentT"])
+@pytest.mark.parametrize("name", ["Beta", "Dirichlet", "Gamma", "HalfCauchy", "Normal", "StudentT"])
 def test_gradients_of_draws_are_those_of_the_loop(name):
     """The mean derivative of a function of the draws, with respect to a parameter that all share."""
 
