@@ -11,6 +11,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
+from pplvi.programs.checks import named_errors
 from pplvi.programs.state import preserved_rng
 from pplvi.types import Program
 
@@ -59,7 +60,8 @@ def run_chains(
                 make_kernel(model), num_samples=num_samples, warmup_steps=num_warmup, disable_progbar=not progress
             )
             try:
-                chain.run(*args, **kwargs)
+                with named_errors():
+                    chain.run(*args, **kwargs)
             except KeyboardInterrupt:
                 if not chains:
                     raise

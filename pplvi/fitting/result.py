@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts
+from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts, has_latents
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
-from pplvi.posterior.report import report
+from pplvi.posterior.report import report, report_likelihood
 from pplvi.programs.ways import Vectorize, is_looped
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
@@ -265,6 +265,9 @@ class Fit:
             facts["objective"] = self.objective
         if len(self.runs) > 1:
             facts["restarts"] = describe_restarts(self.runs, self.best)
+        if trained and not has_latents(run, self._call(args, kwargs)):
+            facts["seconds"] = f"{self.seconds:.1f}"
+            return report_likelihood(-run.score, facts=facts, convergence=describe_end(run), converged=self.converged)
         posterior = self._best_posterior(args, kwargs)
         if trained:
             facts |= describe_guide(run, posterior, self._call(args, kwargs), self.seed)

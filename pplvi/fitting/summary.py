@@ -10,6 +10,9 @@ from pplvi.guides.amortized.refinement import amortization_gap
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import describe_parameters
 from pplvi.programs.handlers import parameters_of
+from pplvi.programs.running import plain_run
+from pplvi.programs.sites import latent_sites
+from pplvi.programs.summing import enumerated_by, is_summed
 from pplvi.training.restart import Restart
 from pplvi.types import Call
 
@@ -28,6 +31,13 @@ def describe_end(run: Restart) -> str:
     """Why the training of a restart ended, and what it went through."""
     backs = f", after {run.rollbacks} returns from a loss that was not finite" if run.rollbacks else ""
     return _REASONS[run.reason].format(steps=run.step) + backs
+
+
+def has_latents(run: Restart, call: Call) -> bool:
+    """Whether there is anything to have a posterior of: sites that are drawn, or enumerated by the guide."""
+    with run.scope():
+        sites = latent_sites(plain_run(run.model, *call).model).values()
+        return not all(is_summed(site) for site in sites) or bool(enumerated_by(run.guide, *call))
 
 
 def describe_restarts(runs: Sequence[Restart], best: int) -> str:

@@ -26,8 +26,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pplvi.programs import checks
 from pplvi.programs.carrying import LOOP, Way, for_each, ways_of_rows
 from pplvi.programs.running import plain_run
-from pplvi.programs.sites import PARTICLES, Site, is_enumerated, latent_sites, site_plates
+from pplvi.programs.sites import PARTICLES, Site, latent_sites, site_plates
 from pplvi.programs.state import preserved_rng
+from pplvi.programs.summing import is_summed
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named
 
@@ -126,8 +127,8 @@ class UnconstrainedDensity:
         return self.pack({b.name: self.plain.model.nodes[b.name]["value"] for b in self.blocks}).detach()
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Log densities ``(S,)`` of rows ``(S, dim)``; differentiable where autograd is on."""
-        u = u.to(self.device, self.dtype)  # of the model's data, which a float64 row would not meet
+        """Log densities ``(S,)`` of rows ``(S, dim)`` of any floating type; differentiable where autograd is on."""
+        u = u.to(self.device, self.dtype)  # the model may hold constants of its own type
         return torch.cat([self._chunk(part) for part in u.split(1 if self.way == LOOP else CHUNK)])
 
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,11 +269,6 @@ def _block(name: str, site: Site) -> _Block:
     batch = tuple(site["fn"].batch_shape)
     unconstrained = transform.inv(site["value"])
     return _Block(name, transform, batch, tuple(unconstrained.shape[len(batch) :]))
-
-
-def is_summed(site: Site) -> bool:
-    """Whether a site is, or asks to be, enumerated in parallel."""
-    return is_enumerated(site) or site["infer"].get("enumerate") == "parallel"
 
 
 def _refuse_subsampling(run: Run) -> None:

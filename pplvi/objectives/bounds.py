@@ -14,8 +14,10 @@ are frozen, and which bound it reports. All quantities are in nats; particles ar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -67,7 +69,13 @@ class RenyiBound(Objective):
             freeze=self.estimator in ("stl", "dreg"),
             exact_entropy=self.exact_entropy,
             analytic_kl=self.analytic_kl,
+            per_draw=self._per_draw,
         )
+
+    @property
+    def _per_draw(self) -> Literal["plates", "order"] | None:
+        """The plain score function is that of Pyro's ``Trace_ELBO``, draw by draw."""
+        return None if not self.linear else "plates" if self.estimator == "score" else "order"
 
     @property
     def min_particles(self) -> int:
@@ -86,7 +94,8 @@ class RenyiBound(Objective):
         log_weight = step.log_weight_in + step.log_increment
         gain = self._doubly_reparameterised(log_weight, step) if self.estimator == "dreg" else self.bound(log_weight)
         if step.log_score is not None:
-            gain = gain + self._score_term(log_weight.detach(), step.log_score)
+            self._check_score(len(log_weight))
+            gain = gain + self._score_term(log_weight.detach(), step)
         sign = -1.0 if self.monitor == "lower" else 1.0
         return Terms(sign * self.bound(log_weight.detach()), sign * gain)
 
@@ -95,40 +104,56 @@ class RenyiBound(Objective):
         c = self.alpha * u + (1.0 - self.alpha) * u**2
         return weighted_sum(c, log_weight) + weighted_sum(u - c, step.log_target_fixed)
 
-    def _score_term(self, log_weight: Tensor, log_score: Tensor) -> Tensor:
+    def _check_score(self, num_particles: int) -> None:
         if self.estimator == "reparam":
             raise ValueError(
                 "estimator='reparam' was asked for, but the guide has sites that cannot be reparameterised: expected "
                 "only sites with has_rsample. Use estimator=None, 'vimco' or 'score', or enumerate discrete sites."
             )
-        if self.estimator != "score" and len(log_weight) < 2:
+        if self.estimator != "score" and num_particles < 2:
             raise ValueError(
                 "num_particles=1 with sites that cannot be reparameterised: the leave-one-out baseline (VIMCO) needs "
                 "at least 2 particles. Raise num_particles, or use estimator='score' (no baseline, higher variance)."
             )
-        if not log_score.requires_grad:  # only the value is wanted: no K x K matrix
-            return torch.zeros_like(log_score[0])
-        term = (self._signal(log_weight) * log_score).sum(0)
-        if not self.linear or self.exact_entropy or self.analytic_kl:
-            return term
+
+    def _score_term(self, log_weight: Tensor, step: Step) -> Tensor:
+        assert step.log_score is not None
+        if not step.log_score.requires_grad:  # only the value is wanted
+            return torch.zeros_like(step.log_score[0])
+        if step.score is not None and step.below is not None and step.score_path is not None:
+            term, path = (self._signal(step.below) * step.score).sum((0, -1)), step.score_path
+        else:
+            term, path = (self._signal(log_weight) * step.log_score).sum(0), step.log_score
+            if not self.linear or self.exact_entropy or self.analytic_kl:
+                return term
         # E[grad log q] = 0: taking the pathwise -log q of these sites out again only lowers the variance.
-        return term + (log_score - log_score.detach()).mean(0)
+        return term + (path - path.detach()).mean(0)
 
     def _signal(self, log_weight: Tensor) -> Tensor:
         """Learning signal of each particle's score function, detached."""
         if self.estimator == "score":
             return log_weight / len(log_weight) if self.linear else self.bound(log_weight).expand_as(log_weight)
-        return self.bound(log_weight) - self.bound(_leave_one_out(log_weight), dim=1)
+        others = _leave_one_out(log_weight, torch.cumsum, torch.add, 0.0) / (len(log_weight) - 1)
+        if self.linear:
+            return (log_weight - others) / len(log_weight)
+        return self.bound(log_weight) - self._without_one(log_weight, others)
+
+    def _without_one(self, log_weight: Tensor, others: Tensor) -> Tensor:
+        """The bound with each particle's log weight in turn replaced by the mean of the others."""
+        power = 1.0 - self.alpha
+        rest = _leave_one_out(power * log_weight, torch.logcumsumexp, torch.logaddexp, -math.inf)
+        return (torch.logaddexp(rest, power * others) - math.log(len(log_weight))) / power
 
 
-def _leave_one_out(log_weight: Tensor) -> Tensor:
-    """``(K, K, *batch)``: row k has particle k's log weight replaced by the mean of the others."""
-    count = len(log_weight)
-    rows = log_weight.unsqueeze(0).expand(count, *log_weight.shape)
-    own = torch.eye(count, dtype=torch.bool, device=log_weight.device)
-    own = own.reshape(count, count, *[1] * (log_weight.dim() - 1))
-    others = torch.where(own, 0.0, rows).sum(1) / (count - 1)
-    return torch.where(own, others.unsqueeze(1), rows)
+def _leave_one_out(
+    values: Tensor, running: Callable[..., Tensor], both: Callable[[Tensor, Tensor], Tensor], nothing: float
+) -> Tensor:
+    """Total of all rows but each in turn, from the running totals before and after it: nothing is subtracted, and
+    memory grows as the number of rows."""
+    edge = torch.full_like(values[:1], nothing)
+    before = torch.cat([edge, running(values, 0)[:-1]])
+    after = torch.cat([edge, running(values.flip(0), 0)[:-1]]).flip(0)
+    return both(before, after)
 
 
 @dataclass(frozen=True)

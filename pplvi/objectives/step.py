@@ -32,6 +32,9 @@ class Step:
     :ivar log_initial: ``log gamma[k-1](z[k-1])``.
     :ivar log_forward: ``log q[k](z[k] | z[k-1])``.
     :ivar log_score: the part of the guide's log density whose draws carry no path gradient, unscaled, or ``None``.
+    :ivar score: the same for each single draw, ``(num_particles, *batch, draws)``, for linear objectives, or ``None``.
+    :ivar below: the part of the log weight that depends on each of these draws, detached, of the same shape.
+    :ivar score_path: what these densities add to ``log_forward``, whose gradient has mean zero.
     :ivar scale: subsample scale of the batch plates: multiplies the objective, never a weight.
     :ivar subsampled: subsampled plates outside ``batch``; their scale is inside the densities.
     :ivar averaged: the densities are exact expectations over enumerated guide sites, so there are no weights.
@@ -52,6 +55,9 @@ class Step:
     scale: float = 1.0
     subsampled: tuple[str, ...] = ()
     averaged: bool = False
+    score: Tensor | None = None
+    below: Tensor | None = None
+    score_path: Tensor | None = None
 
     @classmethod
     def from_proposal(
@@ -169,6 +175,9 @@ class Routing:
     :ivar freeze: parameters of the guide's densities are frozen, and ``log_target_fixed`` is provided.
     :ivar exact_entropy: ``-log_forward`` is the sum of the guide sites' exact entropies.
     :ivar analytic_kl: divergences between guide and prior take the place of ``log q - log p`` where they are known.
+    :ivar per_draw: of draws without a path gradient, each score function comes with the part of the log weight that
+        depends on the draw, enough for objectives linear in the log weight: by the ``"plates"``, or by the ``"order"``
+        of the sites too.
     :ivar local: of an objective of one level among many: whether draws and weights are detached between levels, or
         stay attached back to the last resampling. ``None`` for an objective of a single step.
     """
@@ -177,6 +186,7 @@ class Routing:
     freeze: bool = False
     exact_entropy: bool = False
     analytic_kl: bool = False
+    per_draw: Literal["plates", "order"] | None = None
     local: bool | None = None
 
 

@@ -340,3 +340,15 @@ def _join(values: list[Any]) -> Any:
 def stack(parts: Iterable[Draws]) -> Draws:
     """Put several sets of draws of one program behind each other."""
     return _concatenate(list(parts))
+
+
+def repeated(draws: Draws, num_draws: int) -> Draws:
+    """One draw as many: every tensor with a draw dimension shows the same numbers ``num_draws`` times."""
+
+    def again(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: again(entry) for name, entry in value.items()}
+        return None if value is None else value.expand(num_draws, *value.shape[1:])
+
+    names = ("latents", "deterministics", "log_likelihood", "log_p", "log_q")
+    return replace(draws, **{name: again(getattr(draws, name)) for name in names})

@@ -10,6 +10,7 @@ weights of its own.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
+from torch.distributions import biject_to
 
-from pplvi.posterior.draws import Draws, draw, predict, score, stack
+from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
@@ -26,6 +28,7 @@ from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.sites import batch_sizes, is_delta, latent_sites
 from pplvi.programs.state import random_state
+from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.ways import Vectorize
 from pplvi.types import Program
 
@@ -80,12 +83,19 @@ class Posterior(WeightedDraws):
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
+        if names := enumerated_by(
+            leaves_out_summed(guide), self.args, self.kwargs
+        ):  # it can be drawn from all the same
+            model, guide = drawing(model, names), drawing(guide, names)
         chunks = _chunks(num_draws, chunk_size)
+        if at_a_point := _is_at_a_point(model, guide, self.args, self.kwargs):
+            chunks = [(0, 1)]
         with random_state(seed):
             draws = stack(
                 draw(model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=vectorize)
                 for start, stop in chunks
             )
+        draws = repeated(draws, num_draws) if at_a_point else draws
         _check_latents(draws)
         if len(chunks) > 1:
             _check_same_data(draws)
@@ -265,6 +275,14 @@ def _subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
     return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})
 
 
+def _is_at_a_point(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
+    """Whether all draws of a guide are one and the same, so that one run says it all."""
+    with isolated():
+        run = execute(model, guide, args, kwargs)
+    random = (site for site in latent_sites(run.guide).values() if not is_delta(site))
+    return next(random, None) is None and not run.subsampled and run.scale == 1.0
+
+
 def _point_sites(draws: Draws, model: Program, guide: Program, args: Any, kwargs: Any) -> frozenset[str]:
     """Latent sites that the guide holds at a point: ``Delta`` there, and the same in every draw."""
     if not draws.random:
@@ -274,7 +292,17 @@ def _point_sites(draws: Draws, model: Program, guide: Program, args: Any, kwargs
         return frozenset()
     with isolated():
         run = execute(model, guide, args, kwargs)
-    return frozenset(name for name, site in latent_sites(run.guide).items() if name in same and is_delta(site))
+    held = {name for name, site in latent_sites(run.guide).items() if name in same and is_delta(site)}
+    return frozenset(name for name in held if name not in run.model.nodes or not _is_constant(run.model.nodes[name]))
+
+
+def _is_constant(site: Any) -> bool:
+    """Whether a latent has one value only, such as the probability of a single class: any guide is exact there."""
+    try:
+        free = biject_to(site["fn"].support).inverse_shape(site["value"].shape)
+    except NotImplementedError:
+        return False
+    return math.prod(free) == 0 < site["value"].numel()
 
 
 def _chunks(total: int, chunk_size: int | None) -> list[tuple[int, int]]:

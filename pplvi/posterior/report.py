@@ -151,6 +151,39 @@ def report(
     return "\n".join(lines + [line for item in advice for line in _bullet(item)])
 
 
+def report_likelihood(
+    log_likelihood: float, *, facts: Mapping[str, Any] | None = None, convergence: str, converged: bool | None = None
+) -> str:
+    """A report on a model without latent sites, whose parameters were fitted by maximum likelihood.
+
+    :param log_likelihood: of the data at the parameters found, in nats.
+    :param facts: what else to print at the top.
+    :param convergence: a sentence on how the training ended.
+    :param converged: whether it had converged; ``None`` if that cannot be judged.
+    :returns: several lines of text, to be printed.
+
+    >>> print(report_likelihood(-3.7, convergence="took all 50 steps", converged=False))
+    training          took all 50 steps
+    log likelihood    -3.700 nats
+    <BLANKLINE>
+    The model has no latent sites: its parameters are a maximum likelihood estimate, of whose uncertainty
+    the fit says nothing.
+    <BLANKLINE>
+    What to try next:
+    - train on: the training had not converged; more steps (num_steps=) or another learning rate
+    - priors on the parameters (pyro.sample instead of pyro.param), for a posterior
+    """
+    rows = [*(facts or {}).items(), ("training", convergence), ("log likelihood", f"{log_likelihood:.3f} nats")]
+    lines = ["", *textwrap.wrap(_LIKELIHOOD, _WIDTH), "", "What to try next:"]
+    advice = (_PRIORS,) if converged is not False else (_UNCONVERGED, _PRIORS)
+    return "\n".join([*(_row(*row) for row in rows), *lines, *(line for item in advice for line in _bullet(item))])
+
+
+_LIKELIHOOD = (
+    "The model has no latent sites: its parameters are a maximum likelihood estimate, of whose uncertainty the fit "
+    "says nothing."
+)
+_PRIORS = "priors on the parameters (pyro.sample instead of pyro.param), for a posterior"
 _UNCONVERGED = "train on: the training had not converged; more steps (num_steps=) or another learning rate"
 
 

@@ -27,10 +27,12 @@ from pplvi.programs.traces import Run
 
 @contextmanager
 def named_errors() -> Iterator[None]:
-    """Turn Pyro's errors for an empty plate, and for a guide without work, into a ``ValueError`` that says so."""
+    """Turn Pyro's errors for an empty plate, no latent site or an improper prior into a ``ValueError`` saying so."""
     try:
         yield
     except RuntimeError as error:
+        if "ImproperUniform does not support sampling" in str(error):
+            raise ValueError(_NO_START) from error
         if "found no latent variables" not in str(error):
             raise
         raise ValueError(
@@ -43,6 +45,14 @@ def named_errors() -> Iterator[None]:
         raise ValueError(
             "a pyro.plate of size 0 was met: expected at least one element. Drop empty batches before the step."
         ) from error
+
+
+_NO_START = (
+    "a latent has an ImproperUniform prior, which cannot be drawn from to find a start: expected one by name, "
+    "lambda model: AutoNormal(model, init_loc_fn=init_to_value(values={...})) or, for MCMC, "
+    "partial(NUTS, init_strategy=init_to_value(values={...})). Or use pplvi.AutoPathfinder, which needs none, or a "
+    "proper prior."
+)
 
 
 def _raised_by_pyro(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from pplvi.programs.masks import without_missing
 from pplvi.programs.sites import Site
 
 Tree = OrderedDict[frozenset[str], list[Tensor]]
+Terms = list[tuple[frozenset[str], Tensor]]
 
 
 class Trace(Protocol):
@@ -33,20 +34,25 @@ class Trace(Protocol):
         """Give every dimension of every log density a symbol."""
 
 
-def log_densities(model: Trace, guide: Trace, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+def log_densities(model: Trace, guide: Trace, scale: float) -> tuple[Terms, Terms]:
     """Terms of the log joint density of an enumerated model and of the log density of its guide.
 
     Sites enumerated in the model only are summed out: ``log sum_z p(x, z)``. Over sites enumerated in the guide every
     term is averaged: ``sum_z q(z) [...]``, gradients included.
 
     :param scale: subsample scale to leave out of every density.
-    :returns: two lists of tensors, aligned right on plate dimensions, to be summed.
+    :returns: two lists of tensors, aligned right on plate dimensions, to be summed, each with its plates' names.
     :raises ValueError: if sites that share an enumerated variable have different scales.
     """
     symbols = _pack(model, guide)
     average = _GuideAverage(guide, symbols)
-    target = [average(ordinal, term) for ordinal, term in _model_terms(model, guide, scale)]
-    forward = [average(_ordinal(guide, s), _rescaled(s["packed"]["log_prob"], 1 / scale)) for s in _sites(guide)]
+    names = {symbol: name for trace in (model, guide) for name, symbol in trace.plate_to_symbol.items()}
+
+    def term(ordinal: frozenset[str], density: Tensor) -> tuple[frozenset[str], Tensor]:
+        return frozenset(names[symbol] for symbol in ordinal), average(ordinal, density)
+
+    target = [term(ordinal, density) for ordinal, density in _model_terms(model, guide, scale)]
+    forward = [term(_ordinal(guide, s), _rescaled(s["packed"]["log_prob"], 1 / scale)) for s in _sites(guide)]
     return target, forward
 
 

@@ -110,8 +110,21 @@ class Somewhere(Messenger):
         fn = msg["fn"]
         if isinstance(fn, ImproperUniform) and not msg["is_observed"] and msg["value"] is None:
             transform = biject_to(fn.support)
-            free = 2 * torch.rand(transform.inverse_shape(fn.shape())) - 1
+            free = 2 * torch.rand(transform.inverse_shape(fn.shape()), dtype=float_dtype(fn)) - 1
             msg["value"], msg["done"] = transform(free).expand(fn.shape()), True
+
+
+def float_dtype(fn: Any) -> torch.dtype:
+    """The floating point type of a distribution's draws, which is that of its parameters, without drawing.
+
+    >>> import pyro.distributions as dist
+    >>> float_dtype(dist.LogNormal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+    torch.float64
+    """
+    parts = [value for value in vars(fn).values() if isinstance(value, Tensor) and value.is_floating_point()]
+    found = [part.dtype for part in parts]
+    found += [float_dtype(getattr(fn, base)) for base in ("base_dist", "_normal", "_gamma") if hasattr(fn, base)]
+    return max(found, key=lambda dtype: torch.finfo(dtype).bits, default=torch.get_default_dtype())
 
 
 class SubsampleRecorder(Messenger):

@@ -164,9 +164,9 @@ def modules_of(program: Any) -> dict[str, torch.nn.Module]:
     >>> list(modules_of(lambda x: encoder(x))), list(modules_of(encoder.forward))
     (['encoder'], [''])
     """
-    program = inspect.unwrap(program)
+    program = inspect.unwrap(program, stop=inspect.ismethod)
     while isinstance(program, functools.partial):
-        program = inspect.unwrap(program.func)
+        program = inspect.unwrap(program.func, stop=inspect.ismethod)
     if (module := module_of(program)) is not None:
         return {"": module}
     if (owner := getattr(program, "__self__", None)) is not None or not inspect.isfunction(program):

@@ -120,7 +120,15 @@ class Run:
 
     def site_log_prob(self, name: str, site: Site) -> Tensor:
         """Log density of one site, scaled and masked as Pyro defines it, without the batch plates' scale."""
-        return scale_and_mask(unscaled_log_prob(name, site), self._scale_of(site), site["mask"])
+        return self.scaled(site, unscaled_log_prob(name, site))
+
+    def drawn_log_prob(self, name: str, site: Site) -> Tensor:
+        """Log density of one site as it was drawn: masked, but not scaled."""
+        return scale_and_mask(unscaled_log_prob(name, site), mask=site["mask"])
+
+    def scaled(self, site: Site, values: Tensor) -> Tensor:
+        """Values of a site's elements, scaled and masked as its log density is."""
+        return scale_and_mask(values, self._scale_of(site), site["mask"])
 
     def _scale_of(self, site: Site) -> Any:
         return site["scale"] / self.scale if self.scale != 1.0 else site["scale"]
@@ -132,7 +140,7 @@ class Run:
 
     def scaled_to_batch(self, name: str, site: Site, values: Tensor) -> Tensor:
         """What stands for a site's log density, such as its entropy, scaled, masked and summed as that is."""
-        return self._site_to_batch(name, site, scale_and_mask(values, self._scale_of(site), site["mask"]))
+        return self._site_to_batch(name, site, self.scaled(site, values))
 
     def _site_to_batch(self, name: str, site: Site, density: Tensor) -> Tensor:
         """As :meth:`to_batch`, once sure that every dimension is one of the site's plates or the particles."""
@@ -156,20 +164,24 @@ class Run:
         return sum(densities.values(), self.zeros())
 
     @cached_property
-    def _enumerated_densities(self) -> tuple[list[Tensor], list[Tensor]]:
-        target, forward = enumeration.log_densities(self.model, self.guide, self.scale)
-        return [self.to_batch(t) for t in target], [self.to_batch(t) for t in forward]
+    def _enumerated_densities(self) -> tuple[enumeration.Terms, enumeration.Terms]:
+        return enumeration.log_densities(self.model, self.guide, self.scale)
+
+    @property
+    def enumerated_target(self) -> enumeration.Terms:
+        """Terms of the model's log density where sites are enumerated, each with the names of its plates."""
+        return self._enumerated_densities[0]
 
     def log_target(self) -> Tensor:
         """Log joint density of the model at the guide's draws, enumerated model sites summed out."""
         if self.enumerated:
-            return sum(self._enumerated_densities[0], self.zeros())
+            return sum((self.to_batch(term) for _, term in self._enumerated_densities[0]), self.zeros())
         return self._total(self.log_probs(self.model))
 
     def log_forward(self) -> Tensor:
         """Log density of the guide at its draws, auxiliary sites included."""
         if self.enumerated:
-            return sum(self._enumerated_densities[1], self.zeros())
+            return sum((self.to_batch(term) for _, term in self._enumerated_densities[1]), self.zeros())
         return self._total(self.log_probs(self.guide))
 
     def log_score(self, *, detached: bool) -> Tensor | None:
@@ -178,25 +190,33 @@ class Run:
         With detached draws these are all sites, otherwise the ones that cannot be reparameterised; never the density of
         a value that was not drawn here, such as that of a reverse kernel.
         """
-        parts = {}
-        for name, site in sample_sites(self.guide):
-            if site["is_observed"] and not is_factor(site):
-                continue
-            if not is_enumerated(site) and (detached or not getattr(site["fn"], "has_rsample", False)):
-                unscaled = scale_and_mask(unscaled_log_prob(name, site), mask=site["mask"])
-                parts[name] = self._site_to_batch(name, site, unscaled)
+        scored = self.scored_sites(detached=detached).items()
+        parts = {n: self._site_to_batch(n, site, self.drawn_log_prob(n, site)) for n, site in scored}
         return self._total(parts) if parts else None
+
+    def scored_sites(self, *, detached: bool) -> dict[str, Site]:
+        """The guide's sites behind :meth:`log_score`. A factor is the density of a random choice made out of sight if
+        it says so (``has_rsample=False``), and otherwise no choice at all."""
+        return {name: site for name, site in sample_sites(self.guide) if _is_scored(site, detached)}
 
     def entropies(self) -> dict[str, Tensor]:
         """Entropy of each guide site given the draws above it: exact where the distribution has one, for a ``Delta``
         minus its log density. Scaled and masked as the site is."""
-        found = {}
-        for name, site in sample_sites(self.guide):
-            if is_delta(site) or site["is_observed"]:
-                found[name] = -self._site_to_batch(name, site, self.site_log_prob(name, site))
-            else:
-                found[name] = self.scaled_to_batch(name, site, _entropy(name, site))
-        return found
+        sites = sample_sites(self.guide)
+        return {name: self._site_to_batch(name, site, self.entropy(name, site)) for name, site in sites}
+
+    def entropy(self, name: str, site: Site) -> Tensor:
+        """Entropy of one guide site, as :meth:`entropies`, one number for each element of its plates."""
+        if is_delta(site) or site["is_observed"]:
+            return -self.site_log_prob(name, site)
+        return self.scaled(site, _entropy(name, site))
+
+
+def _is_scored(site: Site, detached: bool) -> bool:
+    pathwise = bool(getattr(site["fn"], "has_rsample", False))
+    if is_factor(site):
+        return not pathwise
+    return not site["is_observed"] and not is_enumerated(site) and (detached or not pathwise)
 
 
 def _device_of(*traces: Any) -> torch.device | None:

@@ -30,6 +30,15 @@ def divergences(run: Run) -> dict[str, Tensor]:
     >>> divergences(execute(program, lambda: program(2.0), (), {}))
     {'z': tensor([2.])}
     """
+    model = latent_sites(run.model)
+    return {n: run.scaled_to_batch(n, model[n], kl) for n, kl in divergent_sites(run).items()}
+
+
+def divergent_sites(run: Run) -> dict[str, Tensor]:
+    """As :func:`divergences`, neither scaled nor summed: one number for each element of a site's plates.
+
+    :raises ValueError: for models with enumerated sites.
+    """
     if run.enumerated:
         raise ValueError(
             "entropy='kl' with enumerated sites: they are summed out jointly, and no divergence is one site's. Use "
@@ -37,7 +46,7 @@ def divergences(run: Run) -> dict[str, Tensor]:
         )
     model, guide = latent_sites(run.model), latent_sites(run.guide)
     found = {n: _divergence(guide[n], model[n]) for n in _in_order(list(model), list(guide))}
-    return {n: run.scaled_to_batch(n, model[n], kl) for n, kl in found.items() if kl is not None}
+    return {n: kl for n, kl in found.items() if kl is not None}
 
 
 def _in_order(model: list[str], guide: list[str]) -> list[str]:

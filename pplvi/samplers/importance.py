@@ -7,6 +7,7 @@ it can use; a sampler says with ``proposal`` whether it draws from the guide or 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.base import Request
 from pplvi.samplers.divergences import divergences, without
+from pplvi.samplers.score_terms import score_terms
 from pplvi.types import Program
 
 
@@ -75,7 +77,13 @@ def _live_step(model: Program, guide: Program, args: Any, kwargs: Any, request: 
             "the guide enumerates some sites and draws others that cannot be reparameterised: expected one or the "
             "other. Enumerate all discrete sites of the guide, or none."
         )
-    return step_of(run, log_target, log_forward, log_score=log_score), run
+    step = step_of(run, log_target, log_forward, log_score=log_score)
+    return (_with_draws(step, run, routing) if routing.per_draw else step), run
+
+
+def _with_draws(step: Step, run: Run, routing: Routing) -> Step:
+    terms = score_terms(run, routing)
+    return step if terms is None else replace(step, score=terms.score, below=terms.below, score_path=terms.path)
 
 
 def _exact(routing: Routing) -> Exact | None:

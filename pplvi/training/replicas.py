@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import Environment, buffers_of, module_of
+from pplvi.programs.summing import leaves_out_summed
 from pplvi.training.restart import Restart, copy_into, scratch
 from pplvi.types import Program
 
@@ -40,7 +41,7 @@ class Recipe:
         model, guide = self._copies() if self.apart else (self.model, self.guide)
         copy_into(_tensors(model, None if self.makes_guide else guide), initial or {})
         self.environment.move_module(model)
-        guide = guide(model) if self.makes_guide else guide
+        guide = leaves_out_summed(guide(model) if self.makes_guide else guide)
         self.environment.move_module(guide)
         return model, guide
 

@@ -94,7 +94,7 @@ def _smooth_tail(tail: Tensor, cutoff: float) -> tuple[float, Tensor]:
     if tail.shape[0] < _MIN_TAIL:
         return math.inf, tail
     excess = tail.exp() - math.exp(cutoff)
-    k, sigma = fit_generalized_pareto(excess)
+    k, sigma = _fitted(excess)
     if not math.isfinite(k):
         return math.inf, tail
     probabilities = (torch.arange(tail.shape[0], dtype=tail.dtype) + 0.5) / tail.shape[0]
@@ -103,3 +103,12 @@ def _smooth_tail(tail: Tensor, cutoff: float) -> tuple[float, Tensor]:
     smoothed = torch.empty_like(tail)
     smoothed[tail.argsort(stable=True)] = (quantiles + math.exp(cutoff)).log().clamp(max=0.0)
     return k, smoothed
+
+
+def _fitted(excess: Tensor) -> tuple[float, float]:
+    """k-hat and scale. Pyro's fit divides by its rate, which is zero for an exponential tail and for ties."""
+    try:
+        k, sigma = fit_generalized_pareto(excess)
+    except ZeroDivisionError:
+        return 5 / (len(excess) + 10), float(excess.mean())  # k = 0, drawn towards 1/2 as by ten more observations
+    return k, sigma

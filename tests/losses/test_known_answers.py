@@ -108,7 +108,7 @@ def _flip_guide(step: Step) -> Step:
 
 
 def _flip_score(step: Step) -> Step:
-    return replace(step, log_score=-step.log_score)
+    return replace(step, log_score=-step.log_score, score=None if step.score is None else -step.score)
 
 
 def _heavier(step: Step) -> Step:

@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pplvi.guides.base import ContinuousGuide
-from pplvi.guides.density import UnconstrainedDensity, is_summed, outside_of_handlers
+from pplvi.guides.density import UnconstrainedDensity, outside_of_handlers
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture
+from pplvi.programs import checks
+from pplvi.programs.handlers import float_dtype
 from pplvi.programs.state import preserved_rng, random_state
+from pplvi.programs.summing import is_summed
 from pplvi.programs.ways import Vectorize
 
 _PARTS = Gaussian._fields
@@ -75,13 +78,15 @@ class FoundGuide(ContinuousGuide):
         self._setup_prototype(*args, **kwargs)
         return self
 
+    _leaves_out_summed = True  # its density sums them out
+
     @staticmethod
     def _prototype_hide_fn(msg: Any) -> bool:
         return bool(prototype_hide_fn(msg)) or is_summed(msg)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            with preserved_rng(active=self._seed is not None):
+            with preserved_rng(active=self._seed is not None), checks.named_errors():
                 self._read_model(*args, **kwargs)
             if "loc" not in self._buffers:  # else its result was loaded by load_state_dict
                 with random_state(self._seed), outside_of_handlers():
@@ -188,4 +193,4 @@ def _init_site(init: Callable[..., Any], site: Any) -> Any:
 def _init_to_zero(site: Any) -> Tensor:
     """The value at zero in unconstrained space, which also exists where nothing can be drawn (improper priors)."""
     transform, fn = biject_to(site["fn"].support), site["fn"]
-    return transform(torch.zeros(transform.inverse_shape(fn.shape()))).expand(fn.shape())
+    return transform(torch.zeros(transform.inverse_shape(fn.shape()), dtype=float_dtype(fn))).expand(fn.shape())

@@ -121,7 +121,9 @@ class _Objective:
 
     def _rows(self, eta: Tensor) -> tuple[Tensor, Tensor]:
         found = [self.value_and_gradient(row) for row in eta]
-        return torch.tensor([value for value, _ in found]), torch.stack([gradient for _, gradient in found])
+        return torch.tensor([value for value, _ in found], dtype=torch.float64), torch.stack(
+            [gradient for _, gradient in found]
+        )
 
     def curvature(self, eta: Tensor) -> Callable[[Tensor], Tensor]:
         """The Hessian at a point as a map of vectors: one graph, a backward pass for each product."""

@@ -86,6 +86,8 @@ class Scout:
 
     def finish(self, trail: Trail) -> tuple[OptimizationPath, Gaussian | None]:
         """The summary of a path that has ended and its best Gaussian, if exact that of the Hessian among them."""
+        if trail.reason == "converged" and self.exact and torch.finfo(self.density.dtype).bits < 64:
+            self._leap(trail)  # rounding can end a path on a ridge, where values no longer change
         self.look(trail)
         end = trail.points[-1]
         if trail.reason == "converged" and self.density.dim <= MOST_DIMENSIONS:

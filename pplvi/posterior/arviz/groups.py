@@ -154,7 +154,7 @@ def _constant_data(posterior: Posterior, names: Names) -> Group:
 
 
 def _arguments(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    program = inspect.unwrap(model)
+    program = inspect.unwrap(model, stop=inspect.ismethod)  # what a method wraps is not bound
     signature = inspect.signature(program.forward if isinstance(program, torch.nn.Module) else program)
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         keywords = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
