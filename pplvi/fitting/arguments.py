@@ -12,6 +12,7 @@ from pyro.infer.elbo import ELBO as PyroELBO
 
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.calls import to_call
+from pplvi.programs.inputs import to_inputs
 from pplvi.programs.state import Environment
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.replicas import Recipe
@@ -54,7 +55,7 @@ def _named_monitor(monitor: Any, held_back: Any, environment: Environment) -> Mo
     if monitor is None and held_back is None:
         return None
     loss = _check_loss(ELBO() if monitor is None else monitor, "monitor")
-    return Monitor(loss, None if held_back is None else environment.move(to_call(held_back)))
+    return Monitor(loss, None if held_back is None else to_inputs(None, *to_call(held_back), environment))
 
 
 def _recipe(model: Program, guide: Any, batches: Batches, restarts: int, environment: Environment) -> Recipe:

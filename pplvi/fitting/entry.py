@@ -23,11 +23,13 @@ from pplvi.fitting.arguments import (
     monitor_of,
 )
 from pplvi.fitting.auto import select
+from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs.calls import LastBatch
+from pplvi.programs.inputs import Inputs
 from pplvi.programs.state import Environment, fingerprint
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
@@ -170,6 +172,10 @@ def fit(
     _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
     _check_seed(seed, restarts)
     environment = Environment(dtype, device)
+    if data is None:
+        args, kwargs = checked_inputs(model, args, kwargs, environment)
+        if not (isinstance(guide, str) and guide == "auto"):
+            warn_of_no_data(model, args, kwargs, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "monitor": monitor, "init": init}
     unused |= {"held_back": held_back, "callbacks": callbacks or None, "checkpoint": checkpoint, "resume": resume}
     if isinstance(guide, str) and guide == "auto":
@@ -190,6 +196,7 @@ def fit(
     named = _named_monitor(monitor, held_back, environment)
     steps = num_steps or NUM_STEPS
     batches = make_batches(data, args, kwargs, seed is not None, last_batch)
+    batches.inputs = Inputs(model, dtype, check=data is not None)
     recipe = _recipe(model, guide, batches, restarts, environment)
     bound = named is not None or monitor_of(objective) is not None
     rule = _stopping_rule(stop, schedule) if bound else None
@@ -244,6 +251,7 @@ def _fit_chains(
 ) -> Fit:
     run = Run(0, recipe.model, recipe.guide, recipe.environment, seed)
     recipe.environment.move_module(recipe.model)
+    check_chains(recipe.model, *call, recipe.environment)
     start = time.perf_counter()
     with run.scope():
         mcmc = run_chains(

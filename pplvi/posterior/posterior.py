@@ -21,6 +21,7 @@ from torch import Tensor
 from pplvi.posterior.draws import Draws, draw, predict, score, stack
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.sites import is_delta, latent_sites, site_plates
@@ -161,7 +162,9 @@ class Posterior(WeightedDraws):
         vectorize: bool,
         mcmc: MCMC | None = None,
     ) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, tuple(args), dict(kwargs or {})
+        self.model, self.guide = model, guide
+        self.args, self.kwargs = to_inputs(model, tuple(args), dict(kwargs or {}))
+        check_finite(model, self.args, self.kwargs)
         self.vectorize, self.mcmc = vectorize, mcmc
 
     def _without_padding(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -211,7 +214,7 @@ class Posterior(WeightedDraws):
                 f"latent sites in the subsampled plates {names} belong to one minibatch, and the model would draw "
                 "another: expected a posterior on the full data. Or let the model draw these sites: new_sites=."
             )
-        args, kwargs = (args, kwargs) if args or kwargs else (self.args, self.kwargs)
+        args, kwargs = to_inputs(self.model, args, kwargs) if args or kwargs else (self.args, self.kwargs)
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples

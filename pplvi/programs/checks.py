@@ -78,6 +78,27 @@ def check_pair(run: Run) -> None:
     _warn_of_joint_factors(run)
 
 
+def check_model(run: Run) -> None:
+    """Check a run of a model alone, as the model of a pair is checked.
+
+    :raises ValueError: with the site, what came, what was expected and what to do.
+    """
+    if not latent_sites(run.model):
+        raise ValueError(
+            "the model has no latent sites, so there is nothing to draw: expected at least one pyro.sample without "
+            "obs=. For maximum likelihood train a guide without sites, such as `lambda *args: None`."
+        )
+    for name, site in sample_sites(run.model):
+        _check_data(name, site)
+        _check_declared(name, site)
+
+
+def has_data(run: Run) -> bool:
+    """Whether a model has an observed site or a factor."""
+    found = (s for _, s in sample_sites(run.model) if s["is_observed"])
+    return any(is_factor(site) or not is_deterministic(site) for site in found)
+
+
 def check_run(run: Run) -> None:
     """Check what may differ from run to run and needs no tensor's value: names of sites, and shared plates.
 

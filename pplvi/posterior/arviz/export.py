@@ -26,7 +26,7 @@ from pplvi.posterior.arviz.groups import (
     prior_groups,
     summary,
 )
-from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, to_numpy, wrap
+from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, storable, to_numpy, wrap
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
 from pplvi.programs.state import random_state
@@ -84,7 +84,8 @@ def to_arviz(
     :meth:`pplvi.Posterior.loo` leaves them out.
 
     The plates are named dimensions; what follows them is named by ``dims`` or ``<variable>_dim_<i>``. Dimensions of a
-    constant are named after the plates of a site if its shape begins with theirs.
+    constant are named after the plates of a site if its shape begins with theirs. A slash in a name, which a NetCDF
+    file cannot hold, becomes a point; the attribute ``renamed`` says where.
 
     Args:
         source: the posterior; several of them, one for each restart, of the same model, data and number of draws; or
@@ -147,8 +148,11 @@ def to_arviz(
     groups["optimization"] = {"loss": (("chain", "step"), traces)} if traces.size else {}
     _check_dims(groups, dims)
     kind = "mcmc" if posteriors[0].is_mcmc else draws
-    described = attributes({"draws": kind, **summary(posteriors), **(attrs or {})})
-    return wrap(datasets(groups, coords, described), described)
+    groups, renamed = storable(groups)
+    notes = {"renamed": ", ".join(f"{old} is {new}" for old, new in renamed.items())} if renamed else {}
+    described = attributes({"draws": kind, **summary(posteriors), **notes, **(attrs or {})})
+    labels = {renamed.get(dim, dim): values for dim, values in (coords or {}).items()}
+    return wrap(datasets(groups, labels, described), described)
 
 
 # --- what is exported -----------------------------------------------------------------------------------------------
