@@ -24,6 +24,7 @@ from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
+from pplvi.programs.scales import without_scale
 from pplvi.programs.sites import is_delta, latent_sites, site_plates
 from pplvi.programs.state import random_state
 from pplvi.types import Program
@@ -37,7 +38,9 @@ class Posterior(WeightedDraws):
 
     .. math:: z_s \sim q, \qquad \log w_s = \log p(x, z_s) - \log q(z_s)
 
-    It takes any guide that was trained in any way, ``pplvi.fit`` or a loop written by hand.
+    It takes any guide that was trained in any way, ``pplvi.fit`` or a loop written by hand. Where a site of the guide
+    stands under ``poutine.scale``, as in a KL term that is warmed up, densities and weights are those of both programs
+    without it; a scale in the model alone is a part of the target.
 
     Args:
         model: the model, a callable with Pyro primitives.
@@ -83,6 +86,7 @@ class Posterior(WeightedDraws):
     ) -> None:
         _check_call(args, kwargs)
         self._remember(model, guide, args, kwargs, vectorize)
+        model, guide = without_scale(model, guide, self.args, self.kwargs)
         chunks = _chunks(num_draws, chunk_size)
         with random_state(seed):
             draws = stack(
