@@ -23,11 +23,12 @@ from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
+from pplvi.programs.plates import with_all_data
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.scales import without_scale
 from pplvi.programs.sites import is_delta, latent_sites, site_plates
 from pplvi.programs.state import random_state
-from pplvi.types import Program
+from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     from arviz.stats.stats_utils import ELPDData
@@ -40,7 +41,8 @@ class Posterior(WeightedDraws):
 
     It takes any guide that was trained in any way, ``pplvi.fit`` or a loop written by hand. Where a site of the guide
     stands under ``poutine.scale``, as in a KL term that is warmed up, densities and weights are those of both programs
-    without it; a scale in the model alone is a part of the target.
+    without it; a scale in the model alone is a part of the target. Plates that the programs subsample themselves
+    (``subsample_size=``) are whole here, if the arguments hold the data for it.
 
     Args:
         model: the model, a callable with Pyro primitives.
@@ -87,6 +89,7 @@ class Posterior(WeightedDraws):
         _check_call(args, kwargs)
         self._remember(model, guide, args, kwargs, vectorize)
         model, guide = without_scale(model, guide, self.args, self.kwargs)
+        self.model, guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
         chunks = _chunks(num_draws, chunk_size)
         with random_state(seed):
             draws = stack(
@@ -167,7 +170,7 @@ class Posterior(WeightedDraws):
         mcmc: MCMC | None = None,
     ) -> None:
         self.model, self.guide = model, guide
-        self.args, self.kwargs = to_inputs(model, tuple(args), dict(kwargs or {}))
+        self._call: Call = to_inputs(model, tuple(args), dict(kwargs or {}))
         check_finite(model, self.args, self.kwargs)
         self.vectorize, self.mcmc = vectorize, mcmc
 
@@ -176,6 +179,16 @@ class Posterior(WeightedDraws):
         sites = latent_sites(plain_run(self.model, self.args, self.kwargs).model)
         shapes = {name: (*(p.size for p in site_plates(s)), *s["fn"].event_shape) for name, s in sites.items()}
         return {name: value.reshape(-1, *shapes.get(name, value.shape[1:])) for name, value in latents.items()}
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of model and guide."""
+        return self._call[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Their keyword arguments."""
+        return self._call[1]
 
     def _score(self, latents: Mapping[str, Tensor], start: int, stop: int) -> Draws:
         part = {name: value[start:stop] for name, value in latents.items()}

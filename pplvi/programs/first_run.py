@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs import checks
+from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.handlers import SubsampleRecorder, Supply
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.running import _execute, _How, _plain_run, _recording, isolated, plain_run
@@ -106,6 +107,7 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
     own = run.given_subsamples & frozenset(run.subsample_indices())
     with isolated():
         checks.check_pair(run)
+        check_local_sizes(guide)
         if checks.is_minibatch(run):
             checks.check_minibatch(run, plain_run(model, args, kwargs))
         if own:

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 
+from pplvi.programs.handlers import within
 from pplvi.programs.running import _plain_run
 from pplvi.programs.sites import PARTICLES, Site, sample_sites
 from pplvi.types import Program
@@ -67,4 +68,4 @@ def without_scale(
             "from its model: the weights would be those of another density. Expected programs without poutine.scale "
             "(the parameters stay the same), or a guide of another class."
         )
-    return Unscale()(model), Unscale()(guide)
+    return within(Unscale, model), within(Unscale, guide)

@@ -12,6 +12,7 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from pplvi.compile.svi import CompiledSVI, Mode
+from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
@@ -128,6 +129,8 @@ def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> 
     def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
         update.at(model, guide, args, kwargs)
         loss = svi.step(*args, **kwargs)
+        if update.count <= 1:  # losses of Pyro check nothing before
+            check_local_sizes(guide)
         return sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for model and guide
 
     return step
