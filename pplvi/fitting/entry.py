@@ -29,6 +29,7 @@ from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs.calls import LastBatch
+from pplvi.programs.errors import explained
 from pplvi.programs.inputs import Inputs
 from pplvi.programs.state import Environment, fingerprint
 from pplvi.training.batches import make_batches
@@ -51,6 +52,7 @@ NUM_STEPS = 5000
 NUM_DRAWS = 1000
 
 
+@explained()
 def fit(
     model: Program,
     guide: Any,

@@ -79,8 +79,12 @@ class ContinuousGuide(OwnedGuide, AutoContinuous):
         try:
             super()._setup_prototype(*args, **kwargs)
         except NotImplementedError as error:
+            if is_own(error):
+                raise
+            if known := explanation(error):
+                raise ValueError(known) from error
             raise ValueError(
-                f"{type(self).__name__} cannot guide this model: {error}. Expected latent sites whose support maps to "
+                f"{type(self).__name__} cannot guide this model: {without_empty_tables(str(error))}. Expected latent sites whose support maps to "
                 "the real line, in plates that are entered (`with pyro.plate(...)`). Rewrite the site, for example "
                 "with a reparameterisation of pyro.infer.reparam, or hide it: poutine.block(model, hide=[...])."
             ) from error

@@ -21,6 +21,7 @@ from torch import Tensor
 from pplvi.posterior.draws import Draws, draw, predict, score, stack
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.errors import explained
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
 from pplvi.programs.plates import with_all_data
@@ -74,6 +75,7 @@ class Posterior(WeightedDraws):
         (True, -1.33)
     """
 
+    @explained()
     def __init__(
         self,
         model: Program,
@@ -102,6 +104,7 @@ class Posterior(WeightedDraws):
         super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
 
     @classmethod
+    @explained()
     def from_mcmc(
         cls,
         mcmc: MCMC,
@@ -194,6 +197,7 @@ class Posterior(WeightedDraws):
         part = {name: value[start:stop] for name, value in latents.items()}
         return score(self.model, part, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
 
+    @explained()
     def predict(
         self,
         *args: Any,
@@ -239,6 +243,7 @@ class Posterior(WeightedDraws):
                 found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
         return _observed_as_before(found, self.draws)
 
+    @explained()
     def loo(self, var_name: str | None = None) -> ELPDData:
         """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import dropwhile
 from typing import Any
 
@@ -23,33 +22,6 @@ from pplvi.programs.sites import (
     site_plates,
 )
 from pplvi.programs.traces import Run
-
-
-@contextmanager
-def named_errors() -> Iterator[None]:
-    """Turn Pyro's errors for an empty plate, and for a guide without work, into a ``ValueError`` that says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "found no latent variables" not in str(error):
-            raise
-        raise ValueError(
-            f"{error}: this guide needs at least one latent site, but the model has none. For maximum likelihood pass "
-            "a guide without sites, such as `lambda *args: None`."
-        ) from error
-    except ZeroDivisionError as error:
-        if not _raised_by_pyro(error):
-            raise
-        raise ValueError(
-            "a pyro.plate of size 0 was met: expected at least one element. Drop empty batches before the step."
-        ) from error
-
-
-def _raised_by_pyro(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("pyro.")
 
 
 def enumerates(run: Run) -> bool:

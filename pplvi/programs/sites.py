@@ -9,7 +9,7 @@ from typing import Any
 Site = dict[str, Any]
 
 
-PARTICLES = "_pplvi_particles"
+PARTICLES = "all draws in one call"  # messages of Pyro show it
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from pplvi.posterior.arviz.groups import (
 from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, storable, to_numpy, wrap
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
+from pplvi.programs.errors import explained
 from pplvi.programs.state import random_state
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 RestartsKind = Literal["all", "best"]
 
 
+@explained()
 def to_arviz(
     source: Posterior | Sequence[Posterior] | MCMC,
     *,
@@ -131,6 +133,7 @@ def to_arviz(
         (('chain', 'draw', 'school'), 1.0)
     """
     _check_choices(draws=draws, restarts=restarts)
+    _check_mappings(coords=coords, dims=dims)
     dims, posteriors = dims or {}, _posteriors(source, model, args, kwargs)
     traces = _traces(losses, len(posteriors))
     chosen = _best(posteriors, best)
@@ -162,6 +165,13 @@ def _check_choices(**choices: str) -> None:
     for (name, value), kinds in zip(choices.items(), (DrawsKind, RestartsKind), strict=True):
         if value not in get_args(kinds):
             raise ValueError(f"{name}={value!r}; expected one of {list(get_args(kinds))}.")
+
+
+def _check_mappings(**given: Any) -> None:
+    for name, value in given.items():
+        pairs = value.items() if isinstance(value, Mapping) else ()
+        if (value is not None and not isinstance(value, Mapping)) or any(not hasattr(v, "__len__") for _, v in pairs):
+            raise ValueError(f"{name}={value!r}; expected a dictionary with a list for each name.")
 
 
 def _posteriors(source: Any, model: Any, args: tuple[Any, ...], kwargs: Any) -> list[Posterior]:
