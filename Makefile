@@ -8,13 +8,21 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS := 1
 export MPLBACKEND := Agg
 
-.PHONY: demo test lint format clean
+# What a developer needs between two edits: the lower rooms with their doctests, and one fit.
+QUICK := pplvi/types.py pplvi/weights pplvi/objectives pplvi/programs \
+	tests/weights tests/objectives tests/programs \
+	tests/fitting/test_fit.py::test_equal_to_a_loop_by_hand_to_the_bit
+
+.PHONY: demo test test-quick lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pplvi.examples.demo --out out
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 15
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 20
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(QUICK)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,10 +1,14 @@
 """Test set-up shared by the tests and the doctests: one thread, an empty parameter store and fixed seeds."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Compiled programs of one run serve all its workers and processes, and the next run.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent / ".pytest_cache" / "inductor"))
 
+import gc
 import warnings
 from collections.abc import Iterator
 
@@ -12,13 +16,23 @@ import pyro
 import pytest
 import torch
 
+from pplvi.compile import backends
+
 torch.set_num_threads(1)
+# A precompiled header takes longer than a program, but here some sixty programs share it.
+backends._CPU_OPTIONS["cpp_cache_precompile_headers"] = True
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Workers that import ArviZ for the first time of the day at once race for its stamp file: it is written first.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import arviz  # noqa: F401
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay: the garbage collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

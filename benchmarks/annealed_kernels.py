@@ -11,15 +11,13 @@ the order of the rows. Targets of known log Z:
 Columns: the gap log Z - ELBO in nats and the effective sample size of the weights on the extended space, both from
 20,000 draws, and the CPU seconds of training. The first row has no transition.
 
-    python benchmarks/annealed_kernels.py --out benchmarks/results/annealed_kernels.json
+    python -m benchmarks.annealed_kernels --out benchmarks/results/annealed_kernels.json
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 from time import process_time
 from typing import Any
@@ -27,10 +25,11 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from annealing_ring import ring
 from pyro.distributions import constraints
 from torch import Tensor
 
+from benchmarks.annealing_ring import ring
+from benchmarks.reporting import Table, command_line, write
 from pplvi.compile import CompiledSVI
 from pplvi.guides import AnnealedGuide
 from pplvi.kernels import ControlledLangevinKernel, LangevinKernel, UncorrectedHamiltonianKernel
@@ -38,6 +37,8 @@ from pplvi.losses import ELBO
 from pplvi.programs import execute
 from pplvi.training import Cosine
 from pplvi.weights import effective_sample_size
+
+QUICK = "--targets funnel --kernels DAIS --transitions 2 --particles 4 --draws 500 --seeds 1 --steps 3"
 
 
 @dataclass(frozen=True)
@@ -138,18 +139,19 @@ def log_weights(target: Target, guide: Any, count: int) -> Tensor:
 
 def table(rows: Sequence[Row]) -> str:
     """Medians over seeds."""
-    lines = [f"{'target':8}{'kernel':8}{'gradients':>10}{'gap':>10}{'worst':>10}{'ESS/N':>8}{'seconds':>9}"]
+    titles = {"gradients": "d", "gap": "8.3f", "worst": "8.3f", "ESS/N": "6.3f", "seconds": "8.1f"}
+    lines = []
     for target, kernel in dict.fromkeys((row.target, row.kernel) for row in rows):
         own = [row for row in rows if (row.target, row.kernel) == (target, kernel)]
         gap, worst = median(row.gap for row in own), max(row.gap for row in own)
         ess, seconds = median(row.ess for row in own), median(row.seconds for row in own)
-        lines.append(f"{target:8}{kernel:8}{own[0].gradients:10d}{gap:10.3f}{worst:10.3f}{ess:8.3f}{seconds:9.1f}")
-    return "\n".join(lines)
+        lines.append((target, kernel, own[0].gradients, gap, worst, ess, seconds))
+    return Table({"target": "<8", "kernel": "<6", **titles}).text(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--kernels", nargs="+", default=list(kernels(TARGETS["ring"])))
     parser.add_argument("--transitions", type=int, default=8)
@@ -158,14 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=20_000)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     for target in options.targets:
         for kernel in options.kernels:
             rows += [measure(target, kernel, seed, options) for seed in range(options.seeds)]
-            if options.out:
-                options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            write(options, rows=rows)
     print(table(rows))
     return rows
 

@@ -11,16 +11,13 @@ Published for K = 8 (ESS of 1,000; log Z): AVO 295, 2.06; NVI 319, 2.07; NVIR 96
 2.08. The row "best" has the same sample budget and other choices: a kernel with two smooth hidden layers and a full
 covariance, betas that start early, and a learning rate that falls.
 
-    python benchmarks/annealing_ring.py --targets 8 6 4 2 --steps 20000 --batches 100 --out ring.json
+    python -m benchmarks.annealing_ring --targets 8 6 4 2 --steps 20000 --batches 100 --out ring.json
 """
 
-import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from time import process_time
 from typing import Any
 
@@ -34,6 +31,7 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.nn.functional import linear, silu, softplus
 
+from benchmarks.reporting import Table, command_line, write
 from pplvi.compile import CompiledSVI, Mode
 from pplvi.guides import AnnealedGuide
 from pplvi.kernels import Coordinates, Kernel, ResidualKernel
@@ -44,6 +42,8 @@ from pplvi.samplers import Annealed, Request
 from pplvi.samplers.annealed import Resampling
 from pplvi.training import Cosine, Schedule
 from pplvi.weights import effective_sample_size, logmeanexp
+
+QUICK = "--targets 2 --methods AVO --steps 2 --batches 2 --mode eager"
 
 BUDGET = 288
 EARLY = (0.02, 0.065, 0.14, 0.25, 0.4, 0.62)
@@ -207,34 +207,29 @@ def measure(method: str, num_targets: int, steps: int, batches: int, seed: int, 
     return Row(method, num_targets, seed, steps, ess, log_z, sd, ess_resampled, log_z_resampled, each, betas)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text."""
-    head = f"{'method':8}{'K':>3}{'ESS':>8}{'log Z':>9}{'sd':>8}{'ESS (R)':>9}{'log Z (R)':>11}{'ms/step':>9}"
-    lines = [
-        f"{r.method:8}{r.num_targets:3}{r.ess:8.0f}{r.log_z:9.3f}{r.log_z_sd:8.3f}{r.ess_resampled:9.0f}"
-        f"{r.log_z_resampled:11.3f}{r.ms_a_step:9.1f}"
-        for r in rows
-    ]
-    return "\n".join([head, *lines])
+def table() -> Table:
+    """Its titles."""
+    titles = {"method": "<6", "K": "3d", "ESS": "5.0f", "log Z": "6.3f", "sd": "6.3f"}
+    return Table({**titles, "ESS (R)": "5.0f", "log Z (R)": "6.3f", "ms/step": "7.1f"})
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--targets", type=int, nargs="+", default=[8])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(PUBLISHED))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--mode", choices=list(HOW), default="compiled", help="how CompiledSVI runs a step")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     rows: list[Row] = []
+    shown = table()
     for num_targets, method, seed in product(options.targets, options.methods, options.seeds):
         rows.append(measure(method, num_targets, options.steps, options.batches, seed, HOW[options.mode]))
-        print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        r = rows[-1]
+        shown.show(r.method, num_targets, r.ess, r.log_z, r.log_z_sd, r.ess_resampled, r.log_z_resampled, r.ms_a_step)
+        write(options, rows=rows)
     return rows
 
 

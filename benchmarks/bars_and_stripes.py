@@ -8,25 +8,26 @@ Reproduces the finding of Melchior, Fischer & Wiskott (JMLR 2016), "How to cente
 on such data: centered gradients reach higher likelihoods than plain ones, persistent chains higher ones than chains
 that start at the data, and the exact gradient the highest.
 
-    python benchmarks/bars_and_stripes.py --out benchmarks/results/bars_and_stripes.json
+    python -m benchmarks.bars_and_stripes --out benchmarks/results/bars_and_stripes.json
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pyro
 import torch
 from torch import Tensor
 
+from benchmarks.reporting import Table, command_line, write
 from pplvi import BoltzmannELBO, CompiledSVI
 from pplvi.energies import RestrictedBoltzmannMachine
+
+QUICK = "--steps 20 --seeds 1 --no-compile"
 
 OPTIMUM = -(0.25 * math.log(8.0) + 0.75 * math.log(16.0))
 REACH = {
@@ -90,29 +91,24 @@ def row(negative: str, centered: bool, momentum: float, settings: argparse.Names
 
 def show(rows: Sequence[Row]) -> None:
     print(f"mean log likelihood in nats; no model is above {OPTIMUM:.4f}")
-    names = f"{'mean':>8} {'lowest':>8} {'highest':>8} {'reach':>7} CPU s"
-    print(f"{'negative phase':14} {'centered':8} {'momentum':8} {names}")
+    titles = {"mean": "8.4f", "lowest": "8.4f", "highest": "8.4f", "reach": "7.3f", "CPU s": "5.1f"}
+    table = Table({"negative phase": "<14", "centered": "<8", "momentum": "8.1f", **titles})
     for r in rows:
-        reach = "" if r.published is None else f"{r.published:.3f}"
-        numbers = f"{r.mean:8.4f} {min(r.seeds):8.4f} {max(r.seeds):8.4f} {reach:>7} {r.cpu_seconds:5.1f}"
-        print(f"{r.negative:14} {r.centered!s:8} {r.momentum:8.1f} {numbers}")
+        numbers = r.mean, min(r.seeds), max(r.seeds), r.published, r.cpu_seconds
+        table.show(r.negative, str(r.centered), r.momentum, *numbers)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=100, help="data, and chains, in a step")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of the first step")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
-    parser.add_argument("--out", type=Path, help="where to write the table as JSON")
     settings = parser.parse_args(arguments)
     rows = [row(*kind, settings) for kind in ROWS]
     show(rows)
-    if settings.out is not None:
-        kept = {name: value for name, value in vars(settings).items() if name != "out"}
-        content = {"settings": kept, "optimum": OPTIMUM, "rows": [asdict(r) for r in rows]}
-        settings.out.write_text(json.dumps(content, indent=1))
+    write(settings, optimum=OPTIMUM, rows=rows)
     return rows
 
 

@@ -9,14 +9,13 @@
 - ``speed``: chain-temperatures a CPU second of annealed importance sampling, beside a bare torch loop and the two
   matrix products a temperature that nothing can do without.
 
-    python benchmarks/boltzmann.py --data ../shared/data/mnist --compile --out benchmarks/results/boltzmann.json
+    python -m benchmarks.boltzmann --data ../shared/data/mnist --compile --out benchmarks/results/boltzmann.json
 
 Without ``--data`` scikit-learn's digits, 8 x 8, stand in. Machines small enough for exact likelihoods, and the speed of
 an update, are in ``restricted_boltzmann.py``, deep machines in ``deep_boltzmann.py``.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +25,13 @@ from typing import Any
 
 import pyro
 import torch
-from boltzmann_training import EVERY, Training, load, started
 from torch import Tensor
 
+from benchmarks.boltzmann_training import EVERY, Training, load, started
+from benchmarks.reporting import command_line, rows_of, table_of, write
 from pplvi import RestrictedBoltzmannMachine, annealed_importance_sampling
+
+QUICK = "--epochs 1 --betas 20 --chains 10 --sweeps 5 --hidden 4 --repeats 2 --speed-work 500 --rounds 1"
 
 Row = dict[str, Any]
 
@@ -148,24 +150,20 @@ TABLES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 
 
 def shown(row: Row) -> str:
-    numbers = {k: v for k, v in row.items() if k not in ("table", "what", "estimates")}
-    return f"{row['what']:<50} " + ", ".join(
-        f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
-    )
+    return table_of([{k: v for k, v in row.items() if k != "table"}])
 
 
 def merged(path: Path, rows: list[Row]) -> list[Row]:
     """The rows of a file, with new ones in the place of old ones of the same name."""
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    old = rows_of(path)
     new = {(row["table"], row["what"]) for row in rows}
     return [row for row in old if (row["table"], row["what"]) not in new] + rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder of mnist_sampled.npz")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--out", type=Path, help="JSON file; rows are merged into it")
     parser.add_argument("--epochs", type=int, help="in place of each row's own")
     parser.add_argument("--betas", type=int, default=10_000)
     parser.add_argument("--chains", type=int, default=100)
@@ -184,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in TABLES[name](options):
             print(shown(row), flush=True)
             if options.out:
-                options.out.write_text(json.dumps({"rows": merged(options.out, [row])}, indent=1) + "\n")
+                write(options, rows=merged(options.out, [row]))
 
 
 if __name__ == "__main__":

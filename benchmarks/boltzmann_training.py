@@ -1,9 +1,7 @@
 """What the benchmarks of Boltzmann machines share: binary images, training with averaged weights, tables as files."""
 
-import argparse
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -127,13 +125,3 @@ class Training:
         """The machine with averaged parameters."""
         assert self._average is not None
         return self._average.module
-
-
-def write_table(options: argparse.Namespace, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows of a table with its settings, beside what the file ``options.out`` has of other tables."""
-    if options.out is None:
-        return
-    tables = json.loads(options.out.read_text()) if options.out.exists() else {}
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "machine", "data", "tables")}
-    tables[name] = {"data": "digits" if options.data is None else "mnist", "settings": settings, "rows": rows}
-    options.out.write_text(json.dumps(tables, indent=1) + "\n")

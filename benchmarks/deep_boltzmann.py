@@ -13,24 +13,23 @@ Four tables, on scikit-learn's digits (8x8, thresholded) or on binary MNIST:
 
 A machine of full size and classifiers that start from it are in ``deep_boltzmann_large.py``.
 
-    python benchmarks/deep_boltzmann.py --out benchmarks/results/deep_boltzmann.json
-    python benchmarks/deep_boltzmann.py --tables training --data ../shared/data/mnist --widths 784 500 500
+    python -m benchmarks.deep_boltzmann --out benchmarks/results/deep_boltzmann.json
+    python -m benchmarks.deep_boltzmann --tables training --data ../shared/data/mnist --widths 784 500 500
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-from boltzmann_training import Data, load, write_table
 from pyro.infer import SVI
 from pyro.optim import SGD, Adam
 from torch import Tensor, nn
 
+from benchmarks.boltzmann_training import Data, load
+from benchmarks.reporting import command_line, table_of, write_table
 from pplvi import (
     BoltzmannELBO,
     CompiledSVI,
@@ -41,6 +40,8 @@ from pplvi import (
     pretrain,
 )
 from pplvi.energies import annealed_importance_sampling
+
+QUICK = "--seconds 0.2 --small 64 6 5 --widths 64 10 8 --speed-widths 12 8 6 --repeats 1"
 
 Row = dict[str, Any]
 BATCH = 100
@@ -315,17 +316,9 @@ class Products:
 # ---------------------------------------------------------------------- tables
 
 
-def show(name: str, rows: list[Row]) -> None:
-    """A markdown table."""
-    print(f"\n{name}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        cells = (f"{x:.4g}" if isinstance(x, float) else "-" if x is None else str(x) for x in row.values())
-        print(f"| {' | '.join(cells)} |")
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Print the tables, and write them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     names = ["training", "hessian", "recognition", "speed"]
     parser.add_argument("--tables", nargs="+", default=names, choices=names)
     parser.add_argument("--data", help="folder with mnist_threshold.npz; digits unless given")
@@ -336,7 +329,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     parser.add_argument("--seeds", type=int, default=1, help="of training")
     parser.add_argument("--speed-widths", type=int, nargs=3, default=[784, 500, 1000])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     data = load(options.data, "threshold")
@@ -351,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for name in options.tables:
         found[name] = makers[name]()
-        show(f"{name} ({data.name})", found[name])
+        print(f"\n{name} ({data.name})\n\n{table_of(found[name])}")
         write_table(options, name, found[name])
     return found
 

@@ -7,7 +7,7 @@
 - ``labels``: test errors after fine-tuning on all, 1,000 and 100 labels, from a machine's weights or a random start
   (published there: 0.95 % with all labels; 6.5 % and 16.2 % with 1,000 and 100, 10.9 % and 23.8 % from a random start).
 
-    python benchmarks/deep_boltzmann_large.py --data ../shared/data/mnist --compile --machine dbm.pt \\
+    python -m benchmarks.deep_boltzmann_large --data ../shared/data/mnist --compile --machine dbm.pt \\
         --epochs 12 --out benchmarks/results/deep_boltzmann_large.json
 
 ``curve`` writes the averaged machine to the file ``--machine`` and ``labels`` starts from it, whatever made it; without
@@ -25,10 +25,13 @@ from typing import Any
 
 import pyro
 import torch
-from boltzmann_training import EVERY, Data, Training, load, started, write_table
 from torch import Tensor, nn
 
+from benchmarks.boltzmann_training import EVERY, Data, Training, load, started
+from benchmarks.reporting import command_line, table_of, write_table
 from pplvi import DeepBoltzmannMachine, MeanFieldGuide, annealed_importance_sampling, to_classifier
+
+QUICK = "--tables curve --widths 64 20 15 --updates 20 --points 1 --betas 10 --final-betas 10 --chains 5"
 
 Row = dict[str, Any]
 
@@ -165,33 +168,28 @@ def shuffled(count: int, size: int, updates: int) -> Iterator[Tensor]:
 TABLES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"curve": curve, "labels": labels}
 
 
-def shown(row: Row) -> str:
-    single = {key: value for key, value in row.items() if not isinstance(value, list)}
-    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in single.items())
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     """Print the tables row by row, and write them as JSON."""
     options = parsed(argv)
     torch.set_num_threads(1)
     if options.tables == ["labels"] and not options.machine:
         raise SystemExit("labels alone needs a trained machine: --machine FILE, made by --tables curve.")
-    options.machine = options.machine or Path("deep_boltzmann_large.pt")
+    beside = options.out or Path("deep_boltzmann_large.json")
+    options.machine = options.machine or beside.with_suffix(".pt")
     found: dict[str, list[Row]] = {}
     for name in options.tables:
         found[name] = []
         for row in TABLES[name](options):
-            print(f"{name}: {shown(row)}", flush=True)
+            print(f"{name}\n{table_of([row])}", flush=True)
             found[name].append(row)
             write_table(options, name, found[name])
     return found
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--data", type=Path, help="folder of mnist_sampled.npz and mnist_threshold.npz")
-    parser.add_argument("--out", type=Path, help="JSON file; tables are merged into it")
     parser.add_argument("--machine", type=Path, help="file of the trained machine: written by curve, read by labels")
     parser.add_argument("--widths", type=int, nargs="+", help="784 500 1000; 64 100 100 for digits")
     curve = parser.add_argument_group("curve")

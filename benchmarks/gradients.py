@@ -10,14 +10,11 @@ Model: z ~ N(mu, I), x | z ~ N(z, I) in 20 dimensions; guide q(z | x) = N(A x + 
 a perturbation. The gradient is that in b at one datum. Independent replicas of the datum are one plate, so that a
 single call of the loss gives as many independent gradients.
 
-    python benchmarks/gradients.py --out gradients.json
+    python -m benchmarks.gradients --out gradients.json
 """
 
-import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from time import perf_counter
 
 import pyro
@@ -25,7 +22,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from benchmarks.reporting import Table, command_line, write
 from pplvi.losses import ImportanceWeightedELBO
+
+QUICK = "--particles 2 4 --replicas 20"
 
 DIMENSIONS = 20
 ESTIMATORS = ("reparam", "stl", "dreg", "vimco")
@@ -119,25 +119,20 @@ def run(particles: Sequence[int], replicas: int, seed: int, perturbation: float)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, with the fitted power of K."""
-    lines = [f"{'estimator':>10} {'K':>6} {'signal':>10} {'sd':>10} {'SNR':>8} {'seconds':>8}"]
-    for estimator in ESTIMATORS:
-        own = [row for row in rows if row.estimator == estimator]
-        lines += [
-            f"{r.estimator:>10} {r.num_particles:>6} {r.signal:>10.5f} {r.sd:>10.5f} {r.snr:>8.3f} {r.seconds:>8.2f}"
-            for r in own
-        ]
-        lines.append(f"{'':>10} SNR goes as K^{slope(own):.2f}")
-    return "\n".join(lines)
+    """The rows as text, and the fitted power of K."""
+    titles = {"K": "6d", "signal": "10.5f", "sd": "10.5f", "SNR": "8.3f", "seconds": "8.2f"}
+    own = {e: [row for row in rows if row.estimator == e] for e in ESTIMATORS}
+    cells = [(e, r.num_particles, r.signal, r.sd, r.snr, r.seconds) for e in ESTIMATORS for r in own[e]]
+    slopes = [f"{e}: SNR goes as K^{slope(own[e]):.2f}" for e in ESTIMATORS]
+    return "\n".join([Table({"estimator": "<9", **titles}).text(cells), *slopes])
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--particles", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--replicas", type=int, default=2000, help="independent gradients of each kind")
     parser.add_argument("--perturbation", type=float, default=0.1, help="standard deviation of b around its optimum")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the rows as JSON")
     options = parser.parse_args(arguments)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -146,12 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     finally:
         torch.set_default_dtype(default)
     print(table(rows))
-    if options.out is not None:
-        slopes = {e: slope([row for row in rows if row.estimator == e]) for e in ESTIMATORS}
-        settings = {name: value for name, value in vars(options).items() if name != "out"}
-        options.out.write_text(
-            json.dumps({"settings": settings, "rows": [asdict(r) for r in rows], "slopes": slopes}, indent=1)
-        )
+    slopes = {e: slope([row for row in rows if row.estimator == e]) for e in ESTIMATORS}
+    write(options, rows=rows, slopes=slopes)
     return rows
 
 

@@ -14,17 +14,15 @@ with, and log Z with the states summed out exactly, by the forward algorithm at 
 The paper has 200 time steps and 2,000 held-out instances with 1,000 samples; the defaults are smaller. Unlike there the
 four means have different prior means, so that labels cannot be switched.
 
-    python benchmarks/hmm_heuristics.py --out benchmarks/results/hmm_heuristics.json
+    python -m benchmarks.hmm_heuristics --out benchmarks/results/hmm_heuristics.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -36,9 +34,12 @@ from pyro.optim import Adam
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from benchmarks.reporting import Table, command_line, write
 from pplvi import FilteringELBO
 from pplvi.objectives import NestedForwardKL, log_normalizer_ratio
 from pplvi.weights import effective_sample_size, logmeanexp
+
+QUICK = "--time-steps 4 --test-instances 20 --samples 20 --particles 5 --iterations 2"
 
 CENTRES = torch.tensor([-4.5, -1.5, 1.5, 4.5])
 ROWS = 1.0 + 4.0 * torch.eye(4)
@@ -214,7 +215,7 @@ def train(method: str, options: argparse.Namespace) -> Proposal:
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Print the table and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--time-steps", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=200)
@@ -224,13 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--test-instances", type=int, default=40)
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     pyro.set_rng_seed(options.seed + 1)
     batches = list(simulate(options.time_steps, options.test_instances).split(20, 1))
     rows = []
     names = ("log Z", "ESS", "log Z (R)", "ESS (R)", "log Z (z out)", "ESS (z out)")
-    print(f"{'factor':8s}" + "".join(f"{name:>14s}" for name in names))
+    table = Table({"factor": "<8", **dict.fromkeys(names, "13.2f")})
     for method in options.methods:
         start = time.process_time()
         with pyro.validation_enabled(False):
@@ -238,10 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             seconds = time.process_time() - start
             row = Row(method, *evaluate(proposal, batches, options.samples), seconds)
         rows.append(row)
-        print(f"{method:8s}" + "".join(f"{value:14.2f}" for value in list(asdict(row).values())[1:-1]))
-    if options.out:
-        settings = {name: value for name, value in vars(options).items() if name != "out"}
-        options.out.write_text(json.dumps({"settings": settings, "rows": [asdict(row) for row in rows]}, indent=1))
+        table.show(method, *list(asdict(row).values())[1:-1])
+    write(options, rows=rows)
     return rows
 
 

@@ -7,30 +7,30 @@ torch; and the recorded and the compiled step of ``CompiledSVI``. Time is CPU ti
 that take turns, for 8 targets and 36 particles. Memory is the largest number of bytes that autograd keeps for backward
 passes at any one time, each storage counted once, for 1,000 particles.
 
-    python benchmarks/levels.py --out benchmarks/results/levels.json
+    python -m benchmarks.levels --out benchmarks/results/levels.json
 """
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from time import process_time
 from typing import Any
 
 import pyro
 import torch
-from annealing_ring import MODES, ring, start
 from pyro.optim import Adam
 from torch import Tensor
 from torch.distributions import Normal
 from torch.nn.functional import softplus
 
+from benchmarks.annealing_ring import MODES, ring, start
+from benchmarks.reporting import Table, command_line, write
 from pplvi.compile import CompiledSVI, Mode
 from pplvi.guides import AnnealedGuide
 from pplvi.kernels import ResidualKernel
 from pplvi.losses import NestedELBO
 from pplvi.weights import resample
+
+QUICK = "--no-compiler --rounds 2 --targets 2 --particles 100"
 
 Step = Callable[[], Any]
 
@@ -220,25 +220,26 @@ def memory_table(targets: Sequence[int], num_particles: int) -> list[dict[str, A
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--targets", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--particles", type=int, default=1000, help="of the memory table")
     parser.add_argument("--no-compiler", action="store_true", help="leave out the compiled step")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     modes: tuple[Mode, ...] = ("trace",) if options.no_compiler else ("trace", True)
+    kept = Table({"targets": "7d", "step": "<15", "MB": "9.2f"})
+    spent = Table({"resampling": "<14", "step": "<20", "ms": "8.2f"})
     memory = memory_table(options.targets, options.particles)
     for row in memory:
-        print(f"{row['targets']:3} targets, {row['step']:15}{row['bytes'] / 1e6:9.2f} MB", flush=True)
+        kept.show(row["targets"], row["step"], row["bytes"] / 1e6)
+    print()
     times = time_table(options.rounds, modes)
     for row in times:
-        print(f"{'resampling' if row['resampling'] else 'no resampling':15}{row['step']:20}{row['ms']:8.2f} ms")
+        spent.show("at every level" if row["resampling"] else "none", row["step"], row["ms"])
     found = {"memory": memory, "time": times}
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1))
+    write(options, **found)
     return found
 
 

@@ -16,14 +16,13 @@ test batches whose lambda is drawn from the prior, the effective sample size of 
 NVI's outer weights and, in the median image, of its inner ones), and the share of images whose most probable class is
 right. Lines beside them: the posterior mean of lambda if the labels were seen, which nothing can beat, and the prior's.
 
-    python benchmarks/mixture_vae.py --seconds 60 --out mixture_vae.json
-    python benchmarks/mixture_vae.py --data DIR --seconds 120 --out mixture_vae_mnist.json
+    python -m benchmarks.mixture_vae --seconds 60 --out mixture_vae.json
+    python -m benchmarks.mixture_vae --data DIR --seconds 120 --out mixture_vae_mnist.json
 """
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from time import process_time
 
@@ -35,12 +34,15 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from benchmarks.reporting import Table, command_line, write
 from pplvi import ELBO, CompiledSVI, ForwardKL, ReweightedWakeSleep
 from pplvi.losses import Loss
 from pplvi.objectives import ForwardKLDivergence, Step
 from pplvi.programs import Run, execute
 from pplvi.programs.joint import Program
 from pplvi.weights import effective_sample_size, expectation, resample
+
+QUICK = "--seconds 0.2 --fit-steps 20 --mode trace --test-batches 1"
 
 CLASSES, BATCH, K = 10, 300, 10
 
@@ -247,7 +249,12 @@ def fitted(train: tuple[Tensor, Tensor], options: argparse.Namespace) -> Generat
 
 
 def measure(
-    method: str, generator: Generator, train: tuple[Tensor, Tensor], test: list, options: argparse.Namespace
+    method: str,
+    generator: Generator,
+    train: tuple[Tensor, Tensor],
+    test: list,
+    options: argparse.Namespace,
+    shown: Table,
 ) -> list[Row]:
     """Train the guide and evaluate it at a quarter, a half and the end of the budget."""
     pyro.clear_param_store()
@@ -262,21 +269,19 @@ def measure(
             svi.step(batch(train)[0])
             steps, spent = steps + 1, process_time() - began
         rows.append(Row(method, spent, steps, *evaluate(method, generator, recogniser, test)))
-        print(line(rows[-1]), flush=True)
+        shown.show(*astuple(rows[-1]))
     return rows
 
 
-def line(row: Row) -> str:
-    """A row as text."""
-    return (
-        f"{row.method:8}{row.seconds:8.0f}{row.steps:8d}{row.error:12.4f}{row.ess:8.1f}{row.ess_of_an_image:11.1f}"
-        f"{row.accuracy:10.3f}"
-    )
+def table() -> Table:
+    """Its titles."""
+    titles = {"seconds": "8.0f", "steps": "8d", "error": "8.4f", "ESS": "8.1f", "an image": "8.1f", "accuracy": "8.3f"}
+    return Table({"method": "<8", **titles})
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder with mnist_sampled.npz")
     parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of training for each method")
     parser.add_argument("--fit-steps", type=int, default=3000, help="steps for components and decoder")
@@ -285,25 +290,23 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--mode", default="compiled", choices=["compiled", "trace"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     options.mode = True if options.mode == "compiled" else "trace"
     pyro.set_rng_seed(options.seed)
     train, held = data(options.data)
     test = [batch(held) for _ in range(options.test_batches)]
-    print(f"{'method':8}{'seconds':>8}{'steps':>8}{'error':>12}{'ESS':>8}{'an image':>11}{'accuracy':>10}")
+    shown = table()
     seen = [(1 + torch.bincount(labels, minlength=CLASSES)) / (CLASSES + BATCH) for _, labels, _ in test]
     errors = {"labels": seen, "prior": [torch.full((CLASSES,), 1 / CLASSES)] * len(test)}
     rows = []
     for name, means in errors.items():
         error = torch.stack([(m - b[2]).abs().mean() for m, b in zip(means, test, strict=True)]).mean().item()
         rows.append(Row(name, 0.0, 0, error, float("nan"), float("nan"), float("nan")))
-        print(line(rows[-1]), flush=True)
+        shown.show(*astuple(rows[-1]))
     generator = fitted(train, options)
     for method in METHODS:
-        rows += measure(method, generator, train, test, options)
-    if options.out:
-        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        rows += measure(method, generator, train, test, options, shown)
+    write(options, rows=rows)
     return rows
 
 

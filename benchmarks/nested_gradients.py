@@ -13,22 +13,20 @@ The signal is the norm of the mean gradient, the noise the norm of one gradient'
 repetitions, SNR their ratio; the noise that is left in the mean is taken off the signal. At random kernels, and
 after ``--steps`` steps of NVIR.
 
-    python benchmarks/nested_gradients.py --out benchmarks/results/nested_gradients.json
+    python -m benchmarks.nested_gradients --out benchmarks/results/nested_gradients.json
 """
 
-import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from time import process_time
 
 import pyro
 import torch
-from annealing_ring import ring, start
 from pyro.optim import Adam
 from torch import Tensor
 
+from benchmarks.annealing_ring import ring, start
+from benchmarks.reporting import Table, command_line, write
 from pplvi.compile import CompiledSVI, FlatParameters, record
 from pplvi.guides import AnnealedGuide
 from pplvi.kernels import ResidualKernel
@@ -37,6 +35,8 @@ from pplvi.objectives import FilteringBound
 from pplvi.programs import parameters_of
 from pplvi.samplers import Annealed
 from pplvi.samplers.annealed import Resampling
+
+QUICK = "--targets 2 --samples 4 --repetitions 4 --steps 0 --objectives NVI"
 
 OBJECTIVES = ("NVI", "NVIR", "AVO", "ELBO", "IWAE", "FIVO")
 
@@ -94,22 +94,22 @@ def table(rows: Sequence[Row]) -> str:
     lines = []
     for steps in sorted({row.trained_steps for row in rows}):
         counts = sorted({row.num_samples for row in rows})
-        lines += [f"after {steps} steps", "objective" + "".join(f"{count:>9}" for count in counts)]
-        for name in dict.fromkeys(row.objective for row in rows):
-            cells = {r.num_samples: r.snr for r in rows if (r.objective, r.trained_steps) == (name, steps)}
-            lines.append(f"{name:9}" + "".join(f"{cells[count]:9.3f}" for count in counts))
+        own = {(r.objective, r.num_samples): r.snr for r in rows if r.trained_steps == steps}
+        names = dict.fromkeys(row.objective for row in rows)
+        cells = [(name, *(own[name, count] for count in counts)) for name in names]
+        columns = {"objective": "<9", **{str(count): "7.3f" for count in counts}}
+        lines += [f"after {steps} steps", Table(columns).text(cells)]
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--targets", type=int, default=8)
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 16, 64, 256])
     parser.add_argument("--repetitions", type=int, default=400)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -120,8 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         svi.run(steps)
         for name in options.objectives:
             rows += [measure(guide, name, steps, count, options.repetitions) for count in options.samples]
-            if options.out:
-                options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+            write(options, rows=rows)
     print(table(rows))
     return rows
 

@@ -14,10 +14,11 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from posterior_targets import Draws, Target, columns, eight_schools
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.distributions import biject_to
+
+from benchmarks.posterior_targets import Draws, Target, columns, eight_schools
 
 Program = Callable[[], None]
 Coordinates = Callable[[Draws], Tensor]

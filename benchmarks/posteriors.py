@@ -8,7 +8,7 @@ reference samples differs too: the floors are the same errors between the two ha
 Compares with the gaps published or measured elsewhere (``BEST``), with the reach that the project set itself, and,
 where NumPyro is installed, with NumPyro's guides on the targets that numpyro_guides.py has.
 
-    python benchmarks/posteriors.py --data ../shared/data --seeds 0 1 2 3 4
+    python -m benchmarks.posteriors --data ../shared/data --seeds 0 1 2 3 4
 
 A second table says which cells got to the reach (posterior_reach.py).
 
@@ -17,7 +17,6 @@ Results are merged into benchmarks/results/posteriors.json, so that parts can be
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -28,16 +27,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpyro_guides
 import pyro
 import torch
-from posterior_reach import verdicts
-from posterior_targets import TARGETS, Target
-from posteriordb_models import MODELS, posteriordb
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 import pplvi
+from benchmarks import numpyro_guides
+from benchmarks.posterior_reach import verdicts
+from benchmarks.posterior_targets import TARGETS, Target
+from benchmarks.posteriordb_models import MODELS, posteriordb
+from benchmarks.reporting import Table, command_line, rows_of, write
 from pplvi import (
     ELBO,
     AutoBatchAndMatch,
@@ -49,6 +49,8 @@ from pplvi import (
     RenyiELBO,
 )
 from pplvi.posterior import WeightedDraws
+
+QUICK = "--targets funnel --guides deterministic --seeds 0 --draws 500"
 
 DRAWS, CHUNK, QUANTILES = 20_000, 2_500, 2_001
 SCHOOLS = "eight_schools-eight_schools_noncentered"
@@ -265,19 +267,14 @@ def load(data: Path, key: str) -> Target:
     return TARGETS[key](data) if key in TARGETS else posteriordb(data, key)
 
 
-def merge(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Write rows into a file, in the place of older ones of the same target, guide and seed."""
-    old = json.loads(path.read_text()) if path.exists() else []
+def merge(options: argparse.Namespace, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Write rows into the file, in the place of older ones of the same target, guide and seed."""
     new = [asdict(row) for row in rows]
     done = {(r["target"], r["guide"], r["seed"]) for r in new}
-    kept = [r for r in old if (r["target"], r["guide"], r["seed"]) not in done] + new
+    kept = [r for r in rows_of(options.out) if (r["target"], r["guide"], r["seed"]) not in done] + new
     kept.sort(key=lambda r: (_order(r["target"]), _place(r["guide"]), r["seed"]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(kept, indent=1)
-    part = path.with_suffix(".part")
-    part.write_text(text + "\n")
-    part.replace(path)  # whole or not at all: several runs may share the file
-    return list(json.loads(text))
+    write(options, rows=kept)
+    return rows_of(options.out)
 
 
 def _order(key: str) -> int:
@@ -289,21 +286,20 @@ def _place(guide: str) -> int:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: the median over seeds and, in brackets, the worst; errors raw / importance-resampled."""
-    head = "| target | guide | seeds | log Z - ELBO | log Z err | ESS/N | k-hat | mean err | sd err | W1 | floors |"
-    lines = [head + " grads | CPU s |", "|" + "---|" * 13]
+    """The median over seeds and, in brackets, the worst; errors raw / importance-resampled."""
+    titles = ["target", "guide", "seeds", "log Z - ELBO", "log Z err", "ESS/N", "k-hat", "mean err", "sd err", "W1"]
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["target"], row["guide"]), []).append(row)
-    last = ""
+    lines, last = [], ""
     for (target, guide), group in groups.items():
         best = f" (best {BEST[target][0]}, reach {BEST[target][1]})" if target in BEST and target != last else ""
         lines.append(_line(target + best if target != last else "", guide, group))
         last = target
-    return "\n".join(lines)
+    return Table(dict.fromkeys([*titles, "floors", "grads", "CPU s"], "<")).text(lines)
 
 
-def _line(target: str, guide: str, group: Sequence[Mapping[str, Any]]) -> str:
+def _line(target: str, guide: str, group: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = sorted({r["note"] for r in group} - {""})
     cells = [target, guide + (f" ({', '.join(notes)})" if notes else ""), str(len(group))]
     cells += [_cell([r["gap"] for r in group], 3), _cell([_size(r["log_z_error"]) for r in group], 3)]
@@ -314,7 +310,7 @@ def _line(target: str, guide: str, group: Sequence[Mapping[str, Any]]) -> str:
     floor = [group[-1].get(name) for name in ("mean_floor", "sd_floor", "floor")]
     cells += [" / ".join("-" if value is None else f"{value:.3f}" for value in floor)]
     cells += [f"{statistics.median(r['gradients'] for r in group):,.0f}", _cell([r["cpu_seconds"] for r in group], 1)]
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def _size(value: float | None) -> float | None:
@@ -328,19 +324,19 @@ def _cell(values: Sequence[float | None], digits: int, worst: Callable[[list[flo
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run parts of the table, merge them into the file, print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--targets", nargs="+", default=[*TARGETS, SCHOOLS, *MODELS])
     parser.add_argument("--guides", nargs="+", default=ALL, choices=ALL)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.set_defaults(out=RESULTS)
     parser.add_argument("--report", action="store_true", help="only print what is in the file")
     options = parser.parse_args(arguments)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = merge(options.out, [])
+    rows: list[dict[str, Any]] = rows_of(options.out)
     try:
         for key in [] if options.report else options.targets:
             target = load(options.data, key)
@@ -364,7 +360,7 @@ def _run_one(key: str, target: Target, guide: str, seed: int, options: Any, rows
         print(f"{key}, {guide}, seed {seed}: {error}", flush=True)
         return rows
     print(f"{key}, {guide}, seed {seed}: {time.perf_counter() - start:.1f} s, {row}", flush=True)
-    return merge(options.out, [row])
+    return merge(options, [row])
 
 
 if __name__ == "__main__":

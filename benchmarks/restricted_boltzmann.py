@@ -10,27 +10,29 @@ The second table times an update of a 784-500 machine (PCD-1, batch 100, float32
 ``SVI``, compiled, scikit-learn's ``BernoulliRBM``, a loop in bare torch, and the five matrix products that no
 implementation can do without.
 
-    python benchmarks/restricted_boltzmann.py --data ../shared/data/mnist --out restricted_boltzmann.json
+    python -m benchmarks.restricted_boltzmann --data ../shared/data/mnist --out restricted_boltzmann.json
 
 Without ``--data`` it runs on scikit-learn's 8x8 digits, thresholded.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import pyro
 import torch
-from boltzmann_training import Kind, batches, load
 from torch import Tensor
 
+from benchmarks.boltzmann_training import Kind, batches, load
+from benchmarks.reporting import Table, command_line, write
 from pplvi import BoltzmannELBO, CompiledSVI, RestrictedBoltzmannMachine
+
+QUICK = "--no-compile --seeds 1 --share 0.02 --turns 1 --rows 0"
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,15 @@ def train(setup: Setup, seed: int, settings: argparse.Namespace) -> tuple[float,
     return mean_log_prob(rbm, test), mean_log_prob(rbm, data[:10_000])
 
 
-def likelihood(setup: Setup, settings: argparse.Namespace) -> Row:
+def likelihood(setup: Setup, settings: argparse.Namespace, table: Table) -> Row:
     start = time.process_time()
     seeds = setup.seeds if settings.seeds is None else settings.seeds
     found = [train(setup, seed, settings) for seed in range(seeds)]
     tests, trains = ([float(x) for x in part] for part in zip(*found, strict=True))
     spent = (time.process_time() - start) / seeds
     row = Row(setup.name, setup.images, tests, trains, setup.published, setup.reach, spent)
-    numbers = f"{statistics.fmean(tests):9.2f} {min(tests):9.2f} {statistics.fmean(trains):9.2f}"
-    print(
-        f"{row.name:16} {row.images:10} {numbers} {row.published or '':>9} {row.reach or '':>8} {spent:6.0f}",
-        flush=True,
-    )
+    numbers = statistics.fmean(tests), min(tests), statistics.fmean(trains)
+    table.show(row.name, row.images, *numbers, row.published, row.reach, spent)
     return row
 
 
@@ -186,30 +185,27 @@ def speed(settings: argparse.Namespace) -> dict[str, float]:
                 times[name].append((time.process_time() - start) / 20 * 1e3)
     found = {name: statistics.median(values) for name, values in times.items()}
     print(f"\nCPU ms an update, {pixels}-{hidden}, PCD-1, batch 100, float32")
+    shown = Table({"update": "<16", "ms": "7.2f", "times bare torch": "7.2f"})
     for name, value in found.items():
-        print(f"{name:16} {value:7.2f} {value / found['bare torch']:6.2f} times bare torch")
+        shown.show(name, value, value / found["bare torch"])
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[list[Row], dict[str, float]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder of mnist_threshold.npz and mnist_sampled.npz")
     parser.add_argument("--share", type=float, default=1.0, help="share of the epochs to train for")
     parser.add_argument("--turns", type=int, default=9, help="turns of the timed updates; 0 for none")
     parser.add_argument("--rows", type=int, nargs="*", help="which set-ups to run, from 0; all by default")
     parser.add_argument("--seeds", type=int, help="how many of them, in place of each row's own number")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="needs a C++ compiler")
-    parser.add_argument("--out", type=Path, help="where to write the tables as JSON")
     settings = parser.parse_args(arguments)
-    names = f"{'test':>9} {'lowest':>9} {'train':>9} {'published':>9} {'reach':>8}  CPU s"
-    print(f"{'16 hidden units':16} {'images':10} {names}")
+    titles = {**dict.fromkeys(["test", "lowest", "train", "published", "reach"], "8.2f"), "CPU s": "6.0f"}
+    table = Table({"16 hidden units": "<16", "images": "<10", **titles})
     chosen = SETUPS if settings.rows is None else [SETUPS[i] for i in settings.rows]
-    rows = [likelihood(setup, settings) for setup in chosen]
+    rows = [likelihood(setup, settings, table) for setup in chosen]
     times = speed(settings) if settings.turns else {}
-    if settings.out is not None:
-        kept = {name: value for name, value in vars(settings).items() if name not in ("out", "data")}
-        content = {"settings": kept, "log_likelihood": [asdict(r) for r in rows], "ms": times}
-        settings.out.write_text(json.dumps(content, indent=1))
+    write(settings, log_likelihood=rows, ms=times)
     return rows, times
 
 

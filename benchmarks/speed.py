@@ -12,7 +12,7 @@ for itself at the step from which on it has used less CPU time than Pyro, first 
 NumPyro takes part where it is installed (pip install -c constraints.txt -e '.[bench]'). Rows that are not measured anew
 are kept, so the table can be made one problem at a time:
 
-    python benchmarks/speed.py --out speed.json --only schools logistic-100/numpyro logistic-100/max
+    python -m benchmarks.speed --out speed.json --only schools logistic-100/numpyro logistic-100/max
 """
 
 import argparse
@@ -33,10 +33,13 @@ from typing import Any
 import pyro
 import pyro.infer
 import torch
-from speed_problems import NUMPYRO, PROBLEMS, Problem, numpyro_programs
 
+from benchmarks.reporting import Table, command_line, rows_of, write
+from benchmarks.speed_problems import NUMPYRO, PROBLEMS, Problem, numpyro_programs
 from pplvi.compile import CompiledSVI
 from pplvi.losses import ELBO
+
+QUICK = "--only hierarchical/eager"
 
 BLOCK = 100  # steps between two looks at the ELBO, and in one call where a way takes several
 MAX_STEPS = 6000
@@ -218,8 +221,9 @@ def in_process(folder: str, **order: Any) -> Any:
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TMPDIR": folder}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder, "inductor"))
-    command = [sys.executable, __file__, "--worker", json.dumps(order)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-m", "benchmarks.speed", "--worker", json.dumps(order)]
+    root = Path(__file__).parents[1]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, check=False)
     if run.returncode:
         return {"failed": (run.stderr.strip().splitlines() or ["no message"])[-1][:160]}
     return json.loads(run.stdout.splitlines()[-1])
@@ -252,28 +256,23 @@ def pays_from(row: Row, base: Row | None, state: str) -> str:
     return f"{max(0.0, row[state]['cpu'] - base['cold']['cpu']) * 1e3 / gain:.0f}" if gain > 0 else "never"
 
 
-def seconds(row: Row, state: str, what: str) -> str:
-    value = row.get(state, {}).get(what)
-    return "-" if value is None else f"{value:.1f}"
-
-
 def table(rows: Sequence[Row]) -> str:
     """Rows as text, times in CPU seconds."""
-    head = f"{'problem':<14}{'way':<12}{'CPU ms':>9}{'wall ms':>9}{'x faster':>9}{'cold s':>8}{'warm s':>8}"
-    lines = [head + f"{'pays from':>11}{'(warm)':>8}{'converged s':>13}{'(warm)':>8}"]
+    titles = {"CPU ms": "9.4f", "wall ms": "9.4f", "x faster": "9.1f", "cold s": "7.1f", "warm s": "7.1f"}
+    titles |= {"pays from": "9", "(warm)": "7", "converged s": "11.1f", "(warm) s": "7.1f"}
+    lines: list[list[Any]] = []
     for row in rows:
-        label = f"{row['problem']:<14}{row['way']:<12}"
         failure = row.get("failed") or row["cold"].get("failed")
         if failure or "cpu_ms" not in row:
-            lines.append(f"{label} {failure}")
+            lines.append([row["problem"], row["way"], *[None] * len(titles), failure])
             continue
         base = next((r for r in rows if r["problem"] == row["problem"] and "cpu_ms" in r and "cpu" in r["cold"]), None)
-        lines.append(
-            f"{label}{row['cpu_ms']:>9.4f}{row['wall_ms']:>9.4f}{row['times']:>9.1f}{seconds(row, 'cold', 'cpu'):>8}"
-            f"{seconds(row, 'warm', 'cpu'):>8}{pays_from(row, base, 'cold'):>11}{pays_from(row, base, 'warm'):>8}"
-            f"{seconds(row, 'cold', 'converged_cpu'):>13}{seconds(row, 'warm', 'converged_cpu'):>8}"
-        )
-    return "\n".join(lines)
+        cold, warm = row.get("cold", {}), row.get("warm", {})
+        numbers = [row["cpu_ms"], row["wall_ms"], row["times"], cold.get("cpu"), warm.get("cpu")]
+        pays = [pays_from(row, base, "cold"), pays_from(row, base, "warm")]
+        converged = [cold.get("converged_cpu"), warm.get("converged_cpu")]
+        lines.append([row["problem"], row["way"], *numbers, *pays, *converged, ""])
+    return Table({"problem": "<14", "way": "<10", **titles, "failed": "<"}).text(lines)
 
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
@@ -284,8 +283,8 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("speed.json"))
+    parser = command_line(__doc__)
+    parser.set_defaults(out=Path("speed.json"))
     parser.add_argument("--data", help="an .npz file with a matrix and a vector of labels")
     parser.add_argument("--only", nargs="+", default=["*"], help="problem or problem/way, with wildcards")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
@@ -293,13 +292,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if options.worker:
         print(json.dumps(work(**options.worker)))
         return []
-    rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    rows: list[Row] = rows_of(options.out)
     for name in PROBLEMS:
         chosen = [w for w in ways_of(name) if any(fnmatch(f"{name}/{w}", p) or fnmatch(name, p) for p in options.only)]
         if chosen:
             rows = merged(rows, measure(name, chosen, options.data))
             titles = {name: make(options.data).title for name, make in PROBLEMS.items()}
-            options.out.write_text(json.dumps({"problems": titles, "rows": rows}, indent=1))
+            write(options, problems=titles, rows=rows)
             print(table([row for row in rows if row["problem"] == name]), flush=True)
     return rows
 

@@ -7,10 +7,10 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from annealing_ring import BUDGET, ring, start
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
+from benchmarks.annealing_ring import BUDGET, ring, start
 from pplvi.examples.eight_schools import EFFECTS, STANDARD_ERRORS
 from pplvi.guides import AnnealedGuide
 from pplvi.kernels import ResidualKernel

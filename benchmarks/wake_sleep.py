@@ -19,16 +19,16 @@ model dreams at that moment. A sleep phase is trained on dreams, which early in 
 guide's gap is small on dreams then and large on data, so that the model learns from poor draws. ``--out`` has the whole
 learning curve, at 1/64, 1/32, ..., 1 of the budget.
 
-    python benchmarks/wake_sleep.py --seconds 40 --out wake_sleep.json
-    python benchmarks/wake_sleep.py --data DIR --seconds 300 --test-images 500 --out wake_sleep_mnist.json
+    python -m benchmarks.wake_sleep --seconds 40 --out wake_sleep.json
+    python -m benchmarks.wake_sleep --data DIR --seconds 300 --test-images 500 --out wake_sleep_mnist.json
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
+from typing import Any
 
 import numpy as np
 import pyro
@@ -38,8 +38,11 @@ from pyro import poutine
 from pyro.optim import Adam
 from torch import Tensor, nn
 
+from benchmarks.reporting import Table, command_line, write
 from pplvi import CompiledSVI, ImportanceWeightedELBO, ReweightedWakeSleep, WakeSleep
 from pplvi.weights import logmeanexp
+
+QUICK = "--methods WakeSleep --mode trace --seconds 0.2 --points 1 --draws 20 --hidden 4 --test-images 10"
 
 K = 10
 LOSSES: dict[str, Callable[[], object]] = {
@@ -153,25 +156,21 @@ def measure(method: str, train: Tensor, test: Tensor, options: argparse.Namespac
     return Row(method, 1000 * spent / steps, tuple(curve))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The end of training, and the gaps early in it."""
-    head = (
-        f"{'method':13}{'ms/step':>8}{'steps':>8}{'log p':>9}{'ELBO':>9}{'gap':>7}{'dreams':>8}   early data (dreams)"
-    )
-    lines = []
-    for row in rows:
-        last = row.curve[-1]
-        early = "  ".join(f"{p.gap:.1f} ({p.gap_on_dreams:.1f})" for p in row.curve[:3])
-        lines.append(
-            f"{row.method:13}{row.ms_a_step:8.2f}{last.steps:8d}{last.log_p:9.2f}{last.elbo:9.2f}{last.gap:7.2f}"
-            f"{last.gap_on_dreams:8.2f}   {early}"
-        )
-    return "\n".join([head, *lines])
+def table() -> Table:
+    """Its titles: the end of training, and the gaps early in it."""
+    titles = {"ms/step": "7.2f", "steps": "7d", **dict.fromkeys(["log p", "ELBO", "gap", "dreams"], "8.2f")}
+    return Table({"method": "<12", **titles, "early data (dreams)": "<"})
+
+
+def cells(row: Row) -> tuple[Any, ...]:
+    last = row.curve[-1]
+    early = "  ".join(f"{p.gap:.1f} ({p.gap_on_dreams:.1f})" for p in row.curve[:3])
+    return row.method, row.ms_a_step, last.steps, last.log_p, last.elbo, last.gap, last.gap_on_dreams, early
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder with mnist_sampled.npz")
     parser.add_argument("--methods", nargs="+", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--seconds", type=float, default=40.0, help="CPU seconds of training for each method")
@@ -183,18 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--test-images", type=int)
     parser.add_argument("--mode", default="compiled", choices=["compiled", "trace"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     options.hidden = options.hidden or (20 if options.data is None else 200)
     options.lr = options.lr or (3e-3 if options.data is None else 1e-3)
     options.mode = True if options.mode == "compiled" else "trace"
     train, test = images(options.data, options.test_images)
     rows: list[Row] = []
+    shown = table()
     for method in options.methods:
         rows.append(measure(method, train, test, options))
-        print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        shown.show(*cells(rows[-1]))
+        write(options, rows=rows)
     return rows
 
 

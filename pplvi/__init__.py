@@ -6,84 +6,152 @@ Names are imported when they are first used, so that ``import pplvi`` is light a
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pplvi.compile import CompiledSVI as CompiledSVI
+    from pplvi.energies import BoltzmannELBO as BoltzmannELBO
+    from pplvi.energies import BoltzmannMachine as BoltzmannMachine
+    from pplvi.energies import DeepBeliefNetwork as DeepBeliefNetwork
+    from pplvi.energies import DeepBoltzmannMachine as DeepBoltzmannMachine
+    from pplvi.energies import GibbsGuide as GibbsGuide
+    from pplvi.energies import MeanFieldGuide as MeanFieldGuide
+    from pplvi.energies import MultiPrediction as MultiPrediction
+    from pplvi.energies import RecognitionGuide as RecognitionGuide
+    from pplvi.energies import RestrictedBoltzmannMachine as RestrictedBoltzmannMachine
+    from pplvi.energies import SparsityPenalty as SparsityPenalty
+    from pplvi.energies import TAPGuide as TAPGuide
+    from pplvi.energies import UpDown as UpDown
+    from pplvi.energies import annealed_importance_sampling as annealed_importance_sampling
+    from pplvi.energies import pretrain as pretrain
+    from pplvi.energies import raise_bound as raise_bound
+    from pplvi.energies import to_classifier as to_classifier
+    from pplvi.fitting import Fit as Fit
+    from pplvi.fitting import fit as fit
+    from pplvi.fitting import flow_recipe as flow_recipe
+    from pplvi.fitting import search_learning_rate as search_learning_rate
+    from pplvi.guides import AnnealedGuide as AnnealedGuide
+    from pplvi.guides import AutoAmortized as AutoAmortized
+    from pplvi.guides import AutoBatchAndMatch as AutoBatchAndMatch
+    from pplvi.guides import AutoDeterministicNormal as AutoDeterministicNormal
+    from pplvi.guides import AutoFlow as AutoFlow
+    from pplvi.guides import AutoHierarchical as AutoHierarchical
+    from pplvi.guides import AutoMixture as AutoMixture
+    from pplvi.guides import AutoPathfinder as AutoPathfinder
+    from pplvi.guides import AutoSemiDAIS as AutoSemiDAIS
+    from pplvi.guides import FilteredGuide as FilteredGuide
+    from pplvi.guides import NestedGuide as NestedGuide
+    from pplvi.guides import amortization_gap as amortization_gap
+    from pplvi.guides import init_to_pathfinder as init_to_pathfinder
+    from pplvi.guides import refine as refine
+    from pplvi.guides import start_at_pathfinder as start_at_pathfinder
+    from pplvi.kernels import ControlledLangevinKernel as ControlledLangevinKernel
+    from pplvi.kernels import HamiltonianKernel as HamiltonianKernel
+    from pplvi.kernels import LangevinKernel as LangevinKernel
+    from pplvi.kernels import ResidualKernel as ResidualKernel
+    from pplvi.losses import ELBO as ELBO
+    from pplvi.losses import ChiELBO as ChiELBO
+    from pplvi.losses import FilteringELBO as FilteringELBO
+    from pplvi.losses import ForwardKL as ForwardKL
+    from pplvi.losses import ImportanceWeightedELBO as ImportanceWeightedELBO
+    from pplvi.losses import NestedELBO as NestedELBO
+    from pplvi.losses import RenyiELBO as RenyiELBO
+    from pplvi.losses import ReweightedWakeSleep as ReweightedWakeSleep
+    from pplvi.losses import ThermodynamicELBO as ThermodynamicELBO
+    from pplvi.losses import WakeSleep as WakeSleep
+    from pplvi.losses import WeightedELBO as WeightedELBO
+    from pplvi.posterior import Posterior as Posterior
+    from pplvi.posterior import compare as compare
+    from pplvi.posterior import plot_against_reference as plot_against_reference
+    from pplvi.posterior import plot_objective as plot_objective
+    from pplvi.posterior import plot_weights as plot_weights
+    from pplvi.posterior import to_arviz as to_arviz
+    from pplvi.programs import noncentered as noncentered
+    from pplvi.samplers import Annealed as Annealed
+    from pplvi.samplers import GeometricPath as GeometricPath
+    from pplvi.samplers import ProgramPath as ProgramPath
+    from pplvi.samplers import StateSpace as StateSpace
+    from pplvi.training import PerProgram as PerProgram
+    from pplvi.weights import Resampling as Resampling
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ELBO": "losses.elbo",
-    "ChiELBO": "losses.elbo",
-    "ForwardKL": "losses.elbo",
-    "ImportanceWeightedELBO": "losses.elbo",
-    "RenyiELBO": "losses.elbo",
-    "ThermodynamicELBO": "losses.elbo",
-    "WeightedELBO": "losses.base",
-    "ReweightedWakeSleep": "losses.wake_sleep",
-    "WakeSleep": "losses.wake_sleep",
-    "PerProgram": "training.per_program",
-    "AutoAmortized": "guides",
-    "amortization_gap": "guides",
-    "refine": "guides",
-    "AutoBatchAndMatch": "guides",
-    "AutoDeterministicNormal": "guides",
-    "AutoFlow": "guides",
-    "AutoHierarchical": "guides",
-    "annealed_importance_sampling": "energies",
-    "raise_bound": "energies",
-    "AutoMixture": "guides",
-    "AutoPathfinder": "guides",
-    "AutoSemiDAIS": "guides",
-    "init_to_pathfinder": "guides",
-    "start_at_pathfinder": "guides",
-    "AnnealedGuide": "guides",
-    "NestedGuide": "guides",
-    "NestedELBO": "losses.nested",
-    "Annealed": "samplers.annealed",
-    "Resampling": "samplers.annealed",
-    "GeometricPath": "samplers.paths",
-    "ProgramPath": "samplers.paths",
-    "ResidualKernel": "kernels.residual",
-    "LangevinKernel": "kernels.langevin",
-    "HamiltonianKernel": "kernels.hamiltonian",
-    "ControlledLangevinKernel": "kernels.langevin",
-    "BoltzmannELBO": "energies.learning.boltzmann_elbo",
+    "CompiledSVI": "compile",
+    "BoltzmannELBO": "energies",
     "BoltzmannMachine": "energies",
     "DeepBeliefNetwork": "energies",
     "DeepBoltzmannMachine": "energies",
     "GibbsGuide": "energies",
     "MeanFieldGuide": "energies",
-    "MultiPrediction": "energies.learning.multi_prediction",
+    "MultiPrediction": "energies",
     "RecognitionGuide": "energies",
-    "TAPGuide": "energies",
-    "UpDown": "energies.learning.up_down",
-    "pretrain": "energies.learning.pretraining",
-    "to_classifier": "energies",
     "RestrictedBoltzmannMachine": "energies",
-    "SparsityPenalty": "energies.learning.sparsity",
+    "SparsityPenalty": "energies",
+    "TAPGuide": "energies",
+    "UpDown": "energies",
+    "annealed_importance_sampling": "energies",
+    "pretrain": "energies",
+    "raise_bound": "energies",
+    "to_classifier": "energies",
+    "Fit": "fitting",
+    "fit": "fitting",
+    "flow_recipe": "fitting",
+    "search_learning_rate": "fitting",
+    "AnnealedGuide": "guides",
+    "AutoAmortized": "guides",
+    "AutoBatchAndMatch": "guides",
+    "AutoDeterministicNormal": "guides",
+    "AutoFlow": "guides",
+    "AutoHierarchical": "guides",
+    "AutoMixture": "guides",
+    "AutoPathfinder": "guides",
+    "AutoSemiDAIS": "guides",
     "FilteredGuide": "guides",
-    "FilteringELBO": "losses.filtering",
-    "StateSpace": "samplers.state_space",
-    "CompiledSVI": "compile.svi",
-    "Fit": "fitting.entry",
-    "fit": "fitting.entry",
-    "flow_recipe": "fitting.flow_recipe",
-    "search_learning_rate": "fitting.flow_recipe",
-    "noncentered": "programs.reparam",
-    "Posterior": "posterior.posterior",
-    "compare": "posterior.comparison",
-    "plot_against_reference": "posterior.plots",
-    "plot_objective": "posterior.plots",
-    "plot_weights": "posterior.plots",
-    "to_arviz": "posterior.arviz.export",
+    "NestedGuide": "guides",
+    "amortization_gap": "guides",
+    "init_to_pathfinder": "guides",
+    "refine": "guides",
+    "start_at_pathfinder": "guides",
+    "ControlledLangevinKernel": "kernels",
+    "HamiltonianKernel": "kernels",
+    "LangevinKernel": "kernels",
+    "ResidualKernel": "kernels",
+    "ELBO": "losses",
+    "ChiELBO": "losses",
+    "FilteringELBO": "losses",
+    "ForwardKL": "losses",
+    "ImportanceWeightedELBO": "losses",
+    "NestedELBO": "losses",
+    "RenyiELBO": "losses",
+    "ReweightedWakeSleep": "losses",
+    "ThermodynamicELBO": "losses",
+    "WakeSleep": "losses",
+    "WeightedELBO": "losses",
+    "Posterior": "posterior",
+    "compare": "posterior",
+    "plot_against_reference": "posterior",
+    "plot_objective": "posterior",
+    "plot_weights": "posterior",
+    "to_arviz": "posterior",
+    "noncentered": "programs",
+    "Annealed": "samplers",
+    "GeometricPath": "samplers",
+    "ProgramPath": "samplers",
+    "StateSpace": "samplers",
+    "PerProgram": "training",
+    "Resampling": "weights",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'pplvi' has no attribute {name!r}")
-    return getattr(import_module(f"pplvi.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # a type checker would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'pplvi' has no attribute {name!r}")
+        return getattr(import_module(f"pplvi.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Beta, Binomial, Normal
 
 from pplvi.losses.base import WeightedELBO
+from pplvi.objectives.step import Objective, Step
 
 Values = dict[str, Tensor]
 Getter = Callable[[str], Tensor]
@@ -75,15 +76,33 @@ class Estimates:
         yield from self.gradients.items()
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One weighted step of all replicas, on which any objective with the same routing can be tried."""
+
+    step: Step
+    leaves: Values
+
+    @classmethod
+    def of(cls, loss: WeightedELBO, problem: Problem, replicas: int = REPLICAS, programs: object = None) -> "Drawn":
+        pyro.clear_param_store()
+        (step,) = loss.steps(*(programs or problem.programs(replicas)))
+        store = pyro.get_param_store()
+        return cls(step, {name: pyro.param(name).unconstrained() for name in problem.params if name in store})
+
+    def estimates(self, objective: Objective) -> Estimates:
+        """Value and gradient of an objective in every replica."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        terms = objective(self.step)
+        (self.step.scale * terms.surrogate.sum()).backward(retain_graph=True)
+        gradients = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in self.leaves.items()}
+        return Estimates(self.step.scale * terms.value, {n: g.flatten() for n, g in gradients.items()})
+
+
 def estimate(loss: WeightedELBO, problem: Problem, replicas: int = REPLICAS, programs: object = None) -> Estimates:
     """Value and gradient of a loss in every replica, from one vectorised call."""
-    pyro.clear_param_store()
-    (step,) = loss.steps(*(programs or problem.programs(replicas)))
-    terms = loss.objective(step)
-    (step.scale * terms.surrogate.sum()).backward()
-    found = {name: pyro.param(name).unconstrained().grad for name in problem.params if name in pyro.get_param_store()}
-    gradients = {n: torch.zeros(replicas) if g is None else g.reshape(replicas) for n, g in found.items()}
-    return Estimates(step.scale * terms.value, gradients)
+    return Drawn.of(loss, problem, replicas, programs).estimates(loss.objective)
 
 
 def expectation(

@@ -26,7 +26,17 @@ State = tuple[Tensor, ...]
 OptimLike = PyroOptim | Callable[[list[Tensor]], Optimizer]
 Clip = float | Literal["adaptive"] | None
 
-CLIP_FACTOR, CLIP_WINDOW = 10.0, 100
+CLIP_FACTOR, CLIP_WINDOW = 10.0, 100  # of "adaptive": times the median norm of so many steps
+
+
+def check_clip(clip: Any) -> None:
+    """Check an argument of this name.
+
+    :raises ValueError: for anything but ``"adaptive"``, a positive norm or ``None``.
+    """
+    number = isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0
+    if not number and clip is not None and clip != "adaptive":
+        raise ValueError(f"clip={clip!r}: expected 'adaptive', a positive norm, or None.")
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,7 @@ class FlatUpdate:
     clip: Clip = None
 
     def __post_init__(self) -> None:
-        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool) and self.clip > 0
-        if not number and self.clip not in (None, "adaptive"):
-            raise ValueError(f"clip={self.clip!r}: expected 'adaptive', a positive norm, or None.")
+        check_clip(self.clip)
 
     def init(self, parameters: Tensor) -> State:
         """The state before the first step: a count, zeros, and the norms of past gradients if the clip needs them."""

@@ -179,10 +179,9 @@ class CompiledSVI:
 
         :raises ValueError: before the first step.
         """
-        if self.parameters is None:
-            raise ValueError("there are no parameters before the first step: expected a step, or run(0, *args).")
+        parameters, _ = self._made()
         return {
-            "parameters": {name: p.detach().clone() for name, p in self.parameters.named.items()},
+            "parameters": {name: p.detach().clone() for name, p in parameters.named.items()},
             "buffers": {name: b.clone() for name, b in self.buffers().items()},
             "optimizer": self.optimizer_state(),
             "count": self.count,
@@ -203,12 +202,11 @@ class CompiledSVI:
         """
         self._waiting = state
         if self.parameters is not None:
-            self._put_back(self.parameters, state)
+            self._put_back(*self._made(), state)
 
-    def _put_back(self, parameters: FlatParameters, state: Mapping[str, Any]) -> None:
-        assert self._update is not None
+    def _put_back(self, parameters: FlatParameters, update: FlatUpdate, state: Mapping[str, Any]) -> None:
         values = state.get("parameters", parameters.named)
-        optimizer = state["optimizer"] or self._update.init(parameters.flat)
+        optimizer = state["optimizer"] or update.init(parameters.flat)
         mine, theirs = ({n: tuple(p.shape) for n, p in named.items()} for named in (parameters.named, values))
         if mine != theirs or [s.shape for s in self.state] != [s.shape for s in optimizer]:
             raise ValueError(f"the state has the parameters {theirs}: expected {mine}, the same optimiser and clip.")
@@ -225,6 +223,11 @@ class CompiledSVI:
 
     # ------------------------------------------------------------------ the step
 
+    def _made(self) -> tuple[FlatParameters, FlatUpdate]:
+        if self.parameters is None or self._update is None:
+            raise ValueError("there are no parameters before the first step: expected a step, or run(0, *args).")
+        return self.parameters, self._update
+
     def _ready(self, arguments: Arguments) -> FlatParameters:
         """The parameters: materialised at the first call, which moves neither the random state nor buffers."""
         if self.parameters is None:
@@ -233,7 +236,7 @@ class CompiledSVI:
                 self._update = flat_update(self.optim, parameters.named, self.clip)
             self.state = self._update.init(parameters.flat)
             if self._waiting is not None:
-                self._put_back(parameters, self._waiting)
+                self._put_back(parameters, self._update, self._waiting)
             self.parameters = parameters
         self.parameters.refresh()
         return self.parameters
@@ -247,9 +250,7 @@ class CompiledSVI:
 
     def _step_on(self, arguments: Arguments) -> Callable[..., tuple[Tensor, ...]]:
         """The step as a pure function ``(flat, *state, rate, *tensors) -> (flat, *state, loss)``."""
-        parameters, update, width = self.parameters, self._update, 1 + len(self.state)
-        assert parameters is not None
-        assert update is not None
+        (parameters, update), width = self._made(), 1 + len(self.state)
 
         def step(*inputs: Tensor) -> tuple[Tensor, ...]:
             (flat, *state), (rate, *tensors) = inputs[:width], inputs[width:]
@@ -338,21 +339,21 @@ class CompiledSVI:
 
     def carried(self) -> tuple[Tensor, ...]:
         """What goes from step to step: the parameters as one vector, and the optimiser's state."""
-        assert self.parameters is not None
-        self.parameters.refresh()
-        return self.parameters.flat, *self.state
+        parameters, _ = self._made()
+        parameters.refresh()
+        return parameters.flat, *self.state
 
     def recorded(self, arguments: Arguments) -> Traced:
         """The step on such arguments as a graph.
 
         :raises Untraceable: with the site and the reason.
         """
-        assert self.parameters is not None
-        self.parameters.check(self._asked_for(arguments))
+        parameters, _ = self._made()
+        parameters.check(self._asked_for(arguments))
         carried = self.carried()
         inputs = (*carried, torch.ones_like(self.state[0]), *arguments.tensors)
         with self._same_buffers():
-            return record(self._step_on(arguments), inputs, self.parameters.places, len(carried))
+            return record(self._step_on(arguments), inputs, parameters.places, len(carried))
 
     def backend(
         self, traced: Traced, carried: Sequence[Tensor], inputs: Sequence[Tensor], loop: _Loop | None

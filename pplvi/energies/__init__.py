@@ -1,7 +1,8 @@
-"""Undirected models: energies as Pyro programs, their chains, guides and partition functions."""
+"""Undirected models: machines, their posteriors, training and judging. Imports ``fitting`` and what stands below."""
 
 from pplvi.energies.evaluation.monitors import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
 from pplvi.energies.evaluation.partition import PartitionEstimate, annealed_importance_sampling, raise_bound
+from pplvi.energies.learning.boltzmann_elbo import BoltzmannELBO
 from pplvi.energies.learning.chains import (
     Chains,
     ContrastiveDivergence,
@@ -12,7 +13,11 @@ from pplvi.energies.learning.chains import (
     TemperedChains,
 )
 from pplvi.energies.learning.classifier import BoltzmannClassifier, to_classifier
+from pplvi.energies.learning.multi_prediction import MultiPrediction
+from pplvi.energies.learning.pretraining import pretrain
+from pplvi.energies.learning.sparsity import SparsityPenalty
 from pplvi.energies.learning.stacking import Stage, stages
+from pplvi.energies.learning.up_down import UpDown
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.copies import CopiedUnits
 from pplvi.energies.machines.dbm import DeepBoltzmannMachine
@@ -33,6 +38,7 @@ __all__ = [
     "BernoulliUnits",
     "BoltzmannClassifier",
     "BoltzmannDistribution",
+    "BoltzmannELBO",
     "BoltzmannMachine",
     "CategoricalUnits",
     "Chains",
@@ -53,20 +59,24 @@ __all__ = [
     "MeanField",
     "MeanFieldContrastiveDivergence",
     "MeanFieldGuide",
+    "MultiPrediction",
     "PartitionEstimate",
     "PersistentChains",
     "RecognitionGuide",
     "RecognitionNetwork",
     "RestrictedBoltzmannMachine",
+    "SparsityPenalty",
     "Stage",
     "TAPGuide",
     "TemperedChains",
     "Units",
+    "UpDown",
     "annealed_importance_sampling",
     "chain_mixing",
     "free_energy_gap",
     "inpaint",
     "nearest_neighbours",
+    "pretrain",
     "raise_bound",
     "stages",
     "to_classifier",

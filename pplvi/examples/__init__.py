@@ -1,4 +1,4 @@
-"""Three small real data sets with their models, for the demo, the tutorials and the tests.
+"""Real data sets with their models, for demo, tutorials and tests. Imports ``fitting`` and what stands below.
 
 `load(name)` gives an `Example` with `model`, `args`, and `coords` and `dims` for ArviZ.
 """
@@ -14,12 +14,10 @@ __all__ = ["LOADERS", "Example", "diabetes", "eight_schools", "grunfeld", "load"
 def load(name: str) -> Example:
     """The example of that name: one of `LOADERS`.
 
-    Raises:
-        ValueError: for a name that is not there.
+    :raises ValueError: for a name that is not there.
 
-    Example:
-        >>> load("grunfeld").name
-        'grunfeld'
+    >>> load("grunfeld").name
+    'grunfeld'
     """
     if name not in LOADERS:
         raise ValueError(f"no example is called {name!r}: expected one of {sorted(LOADERS)}")

@@ -93,10 +93,9 @@ class Outcome:
 def plan(examples: Sequence[str], num_steps: int, num_draws: int, out: Path) -> list[Job]:
     """All runs, the long ones first so that the cores end together.
 
-    Example:
-        >>> jobs = plan(["eight_schools"], 100, 100, Path("out"))
-        >>> len(jobs), jobs[0].guide, jobs[1].stem
-        (10, 'NUTS', 'out/eight_schools-AutoFlow-ELBO')
+    >>> jobs = plan(["eight_schools"], 100, 100, Path("out"))
+    >>> len(jobs), jobs[0].guide, jobs[1].stem
+    (10, 'NUTS', 'out/eight_schools-AutoFlow-ELBO')
     """
     pairs = [(REFERENCE, ""), *((guide, objective) for guide in GUIDES for objective in OBJECTIVES)]
     return [Job(example, *pair, num_steps, num_draws, out) for pair in pairs for example in examples]
@@ -157,11 +156,11 @@ def show(job: Job, example: Example, result: Fit) -> None:
     """Write what a fit has to say: its report, its ArviZ data and its plots."""
     Path(f"{job.stem}.txt").write_text(result.summary() + "\n", encoding="utf-8")
     result.to_arviz(coords=example.coords, dims=example.dims).to_netcdf(f"{job.stem}.nc")
-    save(plot_objective(result), f"{job.stem}-objective.png")
-    save(plot_weights(result), f"{job.stem}-weights.png")
+    save_figure(plot_objective(result), f"{job.stem}-objective.png")
+    save_figure(plot_weights(result), f"{job.stem}-weights.png")
 
 
-def save(axes: Any, path: str) -> None:
+def save_figure(axes: Any, path: str) -> None:
     """Write the figure that some axes are in, and close it."""
     from matplotlib import pyplot
 
@@ -173,10 +172,9 @@ def save(axes: Any, path: str) -> None:
 def errors(draws: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, float]:
     r"""Largest error of a mean and of a standard deviation over all latents, in standard deviations of the reference.
 
-    Example:
-        >>> x = torch.tensor([[0.0], [1.0], [2.0]])
-        >>> errors({"x": 2 * x}, {"x": x})
-        (1.0, 1.0)
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> errors({"x": 2 * x}, {"x": x})
+    (1.0, 1.0)
     """
     pairs = [(_columns(draws[name]), _columns(reference[name])) for name in reference]
     mean = max(((a.mean(0) - b.mean(0)).abs() / b.std(0)).max().item() for a, b in pairs)
@@ -223,7 +221,7 @@ def plot_all(outcomes: Iterable[Outcome]) -> None:
         if tuple(names) == SHOWN:
             reference = rows[example, REFERENCE, ""].draws
             axes = plot_against_reference(outcome.weighted, reference, labels=[SHOWN[0], REFERENCE])
-            save(axes, f"{outcome.job.stem}-against-{REFERENCE}.png")
+            save_figure(axes, f"{outcome.job.stem}-against-{REFERENCE}.png")
 
 
 def row(outcome: Outcome, reference: Outcome) -> str:

@@ -22,10 +22,9 @@ from pplvi.examples.example import Example, standardize
 def model(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Standardised progression `y` of shape (n,) given measurements `x` of shape (n, k); returns the progression.
 
-    Example:
-        >>> x, y = load().args
-        >>> model(x).shape == y.shape
-        True
+    >>> x, y = load().args
+    >>> model(x).shape == y.shape
+    True
     """
     intercept = pyro.sample("intercept", dist.Normal(0.0, 1.0))
     q, r = torch.linalg.qr(x)
@@ -44,13 +43,11 @@ def model(x: Tensor, y: Tensor | None = None) -> Tensor:
 def load() -> Example:
     """The diabetes regression with standardised columns, in the default dtype.
 
-    Raises:
-        ImportError: without scikit-learn, which carries the data.
+    :raises ImportError: without scikit-learn, which carries the data.
 
-    Example:
-        >>> x, y = load().args
-        >>> tuple(x.shape), tuple(y.shape)
-        ((442, 10), (442,))
+    >>> x, y = load().args
+    >>> tuple(x.shape), tuple(y.shape)
+    ((442, 10), (442,))
     """
     from sklearn.datasets import load_diabetes
 

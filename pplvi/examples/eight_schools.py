@@ -22,9 +22,8 @@ SCHOOLS = ("A", "B", "C", "D", "E", "F", "G", "H")
 def model(sigma: Tensor, y: Tensor | None = None) -> Tensor:
     """Score gains `y` of shape (8,) with known standard errors `sigma` of shape (8,); returns the gains.
 
-    Example:
-        >>> model(*load().args).shape
-        torch.Size([8])
+    >>> model(*load().args).shape
+    torch.Size([8])
     """
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
@@ -37,9 +36,8 @@ def model(sigma: Tensor, y: Tensor | None = None) -> Tensor:
 def load() -> Example:
     """The eight schools with their data, in the default dtype.
 
-    Example:
-        >>> load().args[1].tolist()
-        [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
+    >>> load().args[1].tolist()
+    [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
     """
     return Example(
         "eight_schools", model, (torch.tensor(STANDARD_ERRORS), torch.tensor(EFFECTS)), {"school": list(SCHOOLS)}

@@ -11,18 +11,16 @@ from torch import Tensor
 class Example:
     """A model with its data.
 
-    Attributes:
-        name: what tables and files call it.
-        model: an ordinary Pyro program; its last argument is the observed data, None to sample it.
-        args: the arguments of the model, data last.
-        coords: dimension -> names of its elements, for ArviZ; a plate is a dimension.
-        dims: variable -> names of its dimensions, where they are no plates.
+    :param name: what tables and files call it.
+    :param model: an ordinary Pyro program; its last argument is the observed data, None to sample it.
+    :param args: the arguments of the model, data last.
+    :param coords: dimension -> names of its elements, for ArviZ; a plate is a dimension.
+    :param dims: variable -> names of its dimensions, where they are no plates.
 
-    Example:
-        >>> from pplvi.examples import eight_schools
-        >>> example = eight_schools.load()
-        >>> example.name, len(example.args)
-        ('eight_schools', 2)
+    >>> from pplvi.examples import eight_schools
+    >>> example = eight_schools.load()
+    >>> example.name, len(example.args)
+    ('eight_schools', 2)
     """
 
     name: str
@@ -35,9 +33,8 @@ class Example:
 def standardize(x: Tensor) -> Tensor:
     """Columns with mean 0 and standard deviation 1 over dim 0: (x - mean) / sd, same shape.
 
-    Example:
-        >>> import torch
-        >>> standardize(torch.tensor([1.0, 2.0, 3.0])).tolist()
-        [-1.0, 0.0, 1.0]
+    >>> import torch
+    >>> standardize(torch.tensor([1.0, 2.0, 3.0])).tolist()
+    [-1.0, 0.0, 1.0]
     """
     return (x - x.mean(0)) / x.std(0)

@@ -22,10 +22,9 @@ from pplvi.examples.example import Example
 def model(value: Tensor, capital: Tensor, investment: Tensor | None = None) -> Tensor:
     """Investment of shape (years, firms) given market value and capital of the same shape; returns the investment.
 
-    Example:
-        >>> value, capital, investment = load().args
-        >>> model(value, capital).shape == investment.shape
-        True
+    >>> value, capital, investment = load().args
+    >>> model(value, capital).shape == investment.shape
+    True
     """
     years, firms = value.shape
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -43,12 +42,11 @@ def model(value: Tensor, capital: Tensor, investment: Tensor | None = None) -> T
 def load() -> Example:
     """The panel of eleven firms in logarithms, centred and scaled, in the default dtype.
 
-    Example:
-        >>> example = load()
-        >>> [tuple(arg.shape) for arg in example.args]
-        [(20, 11), (20, 11), (20, 11)]
-        >>> example.coords["firm"][:2]
-        ['General Motors', 'US Steel']
+    >>> example = load()
+    >>> [tuple(arg.shape) for arg in example.args]
+    [(20, 11), (20, 11), (20, 11)]
+    >>> example.coords["firm"][:2]
+    ['General Motors', 'US Steel']
     """
     rows = _rows()
     firms, years = list(dict.fromkeys(row["firm"] for row in rows)), sorted({int(row["year"]) for row in rows})

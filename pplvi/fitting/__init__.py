@@ -1,4 +1,4 @@
-"""One call from a model to a posterior. Imports ``training`` and ``guides`` and what stands below."""
+"""One call from a model to a posterior. Imports ``training`` and what stands below."""
 
 from pplvi.fitting.entry import fit
 from pplvi.fitting.flow_recipe import flow_recipe, search_learning_rate

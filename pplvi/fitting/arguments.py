@@ -19,7 +19,7 @@ from pplvi.training.replicas import Recipe
 from pplvi.training.restart import scratch
 from pplvi.training.stopping import Plateau
 from pplvi.training.watch import Monitor
-from pplvi.types import Call, Program
+from pplvi.types import Program
 
 _PYRO_BOUNDS = (
     pyro.infer.Trace_ELBO,
@@ -33,9 +33,8 @@ _PYRO_BOUNDS = (
 def monitor_of(objective: Any) -> str | None:
     """``"lower"`` or ``"upper"`` for a loss that bounds the log evidence, ``None`` for one that does not.
 
-    Example:
-        >>> monitor_of(pyro.infer.Trace_ELBO()), monitor_of(pyro.infer.ReweightedWakeSleep())
-        ('lower', None)
+    >>> monitor_of(pyro.infer.Trace_ELBO()), monitor_of(pyro.infer.ReweightedWakeSleep())
+    ('lower', None)
     """
     if hasattr(objective, "monitor"):
         found: str | None = objective.monitor
@@ -117,16 +116,6 @@ def _check_model(model: Any) -> None:
         )
     if not callable(model):
         raise ValueError(f"model={model!r}: expected a Pyro program, that is a callable with pyro.sample statements.")
-
-
-def _check_call(args: Any, kwargs: Any) -> Call:
-    if not isinstance(args, (tuple, list)):
-        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, args=(x,).")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise ValueError(
-            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments."
-        )
-    return tuple(args), dict(kwargs or {})
 
 
 def _check_numbers(**numbers: Any) -> None:

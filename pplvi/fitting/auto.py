@@ -137,10 +137,9 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     ladder = _Ladder(fit, originals, time.perf_counter() + (BUDGET if budget is None else budget))
     forms = originals.look(forms_of, model)
     reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
-    if not ladder.done:
-        raise ladder.errors[0]
     best = ladder.best
-    assert best.fit is not None
+    if best.fit is None:
+        raise ladder.errors[0]
     originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
     best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
@@ -173,8 +172,8 @@ class _Ladder:
 
     @property
     def best(self) -> Attempt:
-        """The attempt with the least k-hat, in the form that was chosen."""
-        return min(self.done, key=lambda attempt: (attempt.form != self.form, attempt.pareto_k))
+        """The attempt that has a fit, in the form that was chosen, and the least k-hat."""
+        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.pareto_k))
 
     @property
     def comparison(self) -> str:

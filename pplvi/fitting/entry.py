@@ -11,7 +11,6 @@ import torch
 
 from pplvi.compile.svi import Mode
 from pplvi.fitting.arguments import (
-    _check_call,
     _check_loss,
     _check_model,
     _check_numbers,
@@ -26,22 +25,22 @@ from pplvi.fitting.auto import select
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.result import Fit
-from pplvi.fitting.starts import check_init
+from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
-from pplvi.programs.calls import LastBatch
+from pplvi.programs.calls import LastBatch, checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import Inputs
 from pplvi.programs.state import Environment, fingerprint
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.describe import describe
-from pplvi.training.optimizers import OptimLike, Update
-from pplvi.training.plan import Plan
+from pplvi.training.optimizers import OptimLike
+from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Originals, Recipe
-from pplvi.training.restart import Run, publish
+from pplvi.training.restart import Restart, publish
 from pplvi.training.restarts import best_of, train_restarts
 from pplvi.training.schedules import Schedule
-from pplvi.training.steps import CompiledUpdates
+from pplvi.training.steps import CompiledSteps, EagerSteps
 from pplvi.training.stopping import Plateau
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
@@ -73,7 +72,7 @@ def fit(
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
     held_back: Any = None,
-    callbacks: Sequence[Callable[[Run], Any]] = (),
+    callbacks: Sequence[Callable[[Restart], Any]] = (),
     progress: bool = True,
     checkpoint: PathLike | None = None,
     checkpoint_every: int = 500,
@@ -140,7 +139,7 @@ def fit(
         monitor is named.
     :param monitor: a loss to judge by in place of the objective, evaluated every tenth step, on ``held_back`` if given.
     :param held_back: data for the monitor (what one item of ``data`` is); the monitor is ``ELBO()`` unless given.
-    :param callbacks: functions of the :class:`pplvi.training.Run`, called after each step; returning true ends it.
+    :param callbacks: functions of the :class:`pplvi.training.Restart`, called after each step; returning true ends it.
     :param progress: show a bar with the smoothed loss and the time left.
     :param checkpoint: a file to write every ``checkpoint_every`` steps and at the end of every restart.
     :param checkpoint_every: steps between two checkpoints.
@@ -157,20 +156,19 @@ def fit(
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference"; the parts name their own sources:
     :class:`pplvi.training.Plateau`, :class:`pplvi.training.Cosine`, :class:`pplvi.training.AdaptiveClip`.
 
-    Example:
-        >>> import pyro.distributions as dist
-        >>> from pyro.infer.autoguide import AutoNormal
-        >>> def model(y):
-        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        ...     with pyro.plate("data", len(y)):
-        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
-        >>> y = torch.tensor([1.0, -2.0, 3.0, -1.0])
-        >>> result = fit(model, AutoNormal, args=(y,), num_steps=400, restarts=2, seed=0, progress=False)
-        >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
-        ((2, 400), 1.9)
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model(y):
+    ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+    >>> y = torch.tensor([1.0, -2.0, 3.0, -1.0])
+    >>> result = fit(model, AutoNormal, args=(y,), num_steps=400, restarts=2, seed=0, progress=False)
+    >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
+    ((2, 400), 1.9)
     """
     _check_model(model)
-    args, kwargs = _check_call(args, kwargs)
+    args, kwargs = checked_call(args, kwargs, "fit(model, guide, args=(x, y))")
     _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
     _check_seed(seed, restarts)
     environment = Environment(dtype, device)
@@ -205,11 +203,11 @@ def fit(
     if compile is not False:
         own_loss(objective)
     options = (optim, steps, schedule, clip)
-    make_update = partial(Update, *options) if compile is False else CompiledUpdates(*options, mode=compile)
-    plan = Plan(
+    make_steps = EagerSteps(*options) if compile is False else CompiledSteps(*options, mode=compile)
+    plan = TrainingPlan(
         recipe,
         objective,
-        make_update=make_update,
+        steps=make_steps,
         batches=batches,
         watch=Watch(steps, rule, named, tuple(callbacks), save_every=checkpoint_every),
         restarts=restarts,
@@ -228,9 +226,8 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint((args, kwargs)),
         },
-        init=init,
+        start=SearchedStart(init),
     )
-    plan.make_update()  # a wrong optimiser, schedule or clip is told before anything runs
     runs = train_restarts(plan)
     best = best_of(runs, bound)
     recipe.adopt(runs[best])
@@ -251,7 +248,7 @@ def fit(
 def _fit_chains(
     recipe: Recipe, call: Call, num_samples: int, num_warmup: int | None, chains: int, seed: int | None, progress: bool
 ) -> Fit:
-    run = Run(0, recipe.model, recipe.guide, recipe.environment, seed)
+    run = Restart(0, recipe.model, recipe.guide, recipe.environment, seed)
     recipe.environment.move_module(recipe.model)
     check_chains(recipe.model, *call, recipe.environment)
     start = time.perf_counter()

@@ -35,9 +35,8 @@ def flow_recipe(num_steps: int = 1000, learning_rate: float = 5e-3, num_particle
     Source: Agrawal, Sheldon & Domke (2020), "Advances in black-box VI: normalizing flows, importance weighting, and
     optimization"; Roeder, Wu & Duvenaud (2017).
 
-    Example:
-        >>> sorted(flow_recipe())
-        ['init', 'num_steps', 'objective', 'optim', 'stop']
+    >>> sorted(flow_recipe())
+    ['init', 'num_steps', 'objective', 'optim', 'stop']
     """
     return {
         "objective": ELBO(num_particles, estimator="stl"),
@@ -66,16 +65,15 @@ def search_learning_rate(
     Source: Agrawal, Sheldon & Domke (2020), "Advances in black-box VI: normalizing flows, importance weighting, and
     optimization".
 
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> from pplvi import AutoFlow, fit
-        >>> def model():
-        ...     pyro.sample("x", dist.Exponential(1.0))
-        >>> def train(rate):
-        ...     recipe = flow_recipe(20, rate, num_particles=16)
-        ...     return fit(model, partial(AutoFlow, flow="quadratic"), seed=0, progress=False, **recipe)
-        >>> search_learning_rate(train, (1e-5, 5e-3)).notes["learning rate"][:5]
-        '0.005'
+    >>> import pyro, pyro.distributions as dist
+    >>> from pplvi import AutoFlow, fit
+    >>> def model():
+    ...     pyro.sample("x", dist.Exponential(1.0))
+    >>> def train(rate):
+    ...     recipe = flow_recipe(20, rate, num_particles=16)
+    ...     return fit(model, partial(AutoFlow, flow="quadratic"), seed=0, progress=False, **recipe)
+    >>> search_learning_rate(train, (1e-5, 5e-3)).notes["learning rate"][:5]
+    '0.005'
     """
     _check_rates(rates)
     found: dict[float, tuple[float, Fit]] = {}

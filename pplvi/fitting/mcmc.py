@@ -22,9 +22,8 @@ def kernel_factory(guide: Any) -> KernelFactory | None:
 
     :returns: ``None`` for anything else.
 
-    Example:
-        >>> kernel_factory("nuts") is NUTS, kernel_factory(partial(NUTS, max_tree_depth=5)) is None
-        (True, False)
+    >>> kernel_factory("nuts") is NUTS, kernel_factory(partial(NUTS, max_tree_depth=5)) is None
+    (True, False)
     """
     if isinstance(guide, str):
         return NUTS if guide == "nuts" else None

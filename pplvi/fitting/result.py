@@ -22,7 +22,7 @@ from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import describe_parameters, report
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.inputs import to_inputs
-from pplvi.training.restart import Run, ScopedProgram
+from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
 from pplvi.types import Call, Program
 
@@ -51,7 +51,7 @@ class Fit:
     (nats). An objective that is no bound, and no monitor: the best is restart 0. Its parameters are in Pyro's global
     store when ``fit`` returns; the others are kept and used under scopes of their own.
 
-    :ivar runs: the restarts (:class:`pplvi.training.Run`); one for all MCMC chains.
+    :ivar runs: the restarts (:class:`pplvi.training.Restart`); one for all MCMC chains.
     :ivar best: index of the best restart.
     :ivar objective: the objective; ``None`` for MCMC.
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
@@ -64,22 +64,21 @@ class Fit:
     Source: Kucukelbir et al. (2017), "Automatic differentiation variational inference", for the work flow; restarts
     as chains after Gelman & Rubin (1992), "Inference from iterative simulation using multiple sequences".
 
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> from pplvi import fit
-        >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-        >>> result = fit(
-        ...     model, pyro.infer.autoguide.AutoNormal, args=(torch.tensor(1.0),), num_steps=300, seed=0, progress=False
-        ... )
-        >>> result.losses.shape, result.reasons, round(result.posterior().draws.latents["z"].mean().item(), 1)
-        ((1, 300), ['num_steps'], 0.5)
+    >>> import pyro, torch, pyro.distributions as dist
+    >>> from pplvi import fit
+    >>> def model(y):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    >>> result = fit(
+    ...     model, pyro.infer.autoguide.AutoNormal, args=(torch.tensor(1.0),), num_steps=300, seed=0, progress=False
+    ... )
+    >>> result.losses.shape, result.reasons, round(result.posterior().draws.latents["z"].mean().item(), 1)
+    ((1, 300), ['num_steps'], 0.5)
     """
 
     def __init__(
         self,
-        runs: list[Run],
+        runs: list[Restart],
         best: int,
         *,
         guide_name: str,
@@ -131,7 +130,7 @@ class Fit:
 
     @property
     def reasons(self) -> list[str]:
-        """Why each restart ended: see :class:`pplvi.training.Run`."""
+        """Why each restart ended: see :class:`pplvi.training.Restart`."""
         return [run.reason for run in self.runs]
 
     @property
@@ -184,7 +183,7 @@ class Fit:
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
             return Posterior(model, run.guide, *call, num_draws=num_draws, **options)
 
-    def _run(self, restart: int) -> Run:
+    def _run(self, restart: int) -> Restart:
         if not 0 <= restart < len(self.runs):
             raise ValueError(f"restart={restart}: expected an index from 0 to {len(self.runs) - 1}.")
         return self.runs[restart]

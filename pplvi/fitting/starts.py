@@ -17,8 +17,9 @@ from pplvi.losses.elbo import ELBO
 from pplvi.programs.running import plain_run
 from pplvi.training.batches import FullData
 from pplvi.training.loop import Trainer
-from pplvi.training.restart import Run, evaluate, unobtrusive
-from pplvi.types import Call
+from pplvi.training.plan import Start
+from pplvi.training.restart import Restart, evaluate, unobtrusive
+from pplvi.types import Call, Program
 
 SEARCHES: dict[str, Any] = {"pathfinder": AutoPathfinder, "match": AutoBatchAndMatch}
 _SCORE_DRAWS = 1000
@@ -33,41 +34,56 @@ def check_init(init: Any) -> None:
         raise ValueError(f"init={init!r}: expected one of {list(SEARCHES)}, or None for the guide's own init_loc_fn.")
 
 
-def searches(guide: Any) -> bool:
-    """Whether a guide finds itself, so that its first run is a search."""
-    return isinstance(guide, FoundGuide)
+class SearchedStart(Start):
+    """Guides that find themselves search before the first step; others may start at a Gaussian that was searched for.
 
-
-def begin(trainer: Trainer, init: str | None) -> bool:
-    """Search for a guide that finds itself, or start one at Pathfinder's Gaussian.
-
-    :returns: whether nothing is left to train.
-    :raises ValueError: for minibatches, and where the search fails.
+    :param init: ``"pathfinder"``, ``"match"``, or ``None`` for the guide's own start.
     """
-    run = trainer.run
-    if run.reason == "found":
+
+    def __init__(self, init: str | None = None) -> None:
+        self.init = init
+
+    def begin(self, trainer: Trainer) -> bool:
+        """Search for a guide that finds itself, or start one at Pathfinder's Gaussian.
+
+        :returns: whether nothing is left to train.
+        :raises ValueError: for minibatches, and where the search fails.
+        """
+        run = trainer.run
+        if run.reason == "found":
+            return True
+        if run.step or not (self.init or self.searches(run.guide)):
+            return False
+        start = time.perf_counter()
+        call = trainer.call = _full_call(trainer, self.init)
+        done = self._search(trainer, call)
+        run.seconds = time.perf_counter() - start
+        if done:
+            _finish(trainer)
+        return done
+
+    def searches(self, guide: Program) -> bool:
+        """Whether a guide finds itself, so that its first run is a search."""
+        return isinstance(guide, FoundGuide)
+
+    def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
+        """Give a guide that finds itself what a checkpoint holds of it, so that it does not search again."""
+        if isinstance(run.guide, FoundGuide) and saved["reason"] == "found":
+            named = {
+                name.removeprefix("guide."): b for name, b in saved["buffers"].items() if name.startswith("guide.")
+            }
+            run.guide.load_state_dict(named)
+
+    def _search(self, trainer: Trainer, call: Call) -> bool:
+        run, guide = trainer.run, cast(Any, trainer.run.guide)
+        if not self.searches(guide):
+            start_at_pathfinder(guide, run.model, *call, search=SEARCHES[cast(str, self.init)])
+            return False
+        guide.run(*call[0], **call[1])
+        if _parameters(run, call):
+            return False
+        run.monitored.append(_score(trainer, guide, call))
         return True
-    if run.step or not (init or isinstance(run.guide, FoundGuide)):
-        return False
-    start = time.perf_counter()
-    call = trainer.call = _full_call(trainer, init)
-    done = _search(trainer, call, init)
-    run.seconds = time.perf_counter() - start
-    if done:
-        _finish(trainer)
-    return done
-
-
-def _search(trainer: Trainer, call: Call, init: str | None) -> bool:
-    run, guide = trainer.run, cast(Any, trainer.run.guide)
-    if not searches(guide):
-        start_at_pathfinder(guide, run.model, *call, search=SEARCHES[cast(str, init)])
-        return False
-    guide.run(*call[0], **call[1])
-    if _parameters(run, call):
-        return False
-    run.monitored.append(_score(trainer, guide, call))
-    return True
 
 
 def _finish(trainer: Trainer) -> None:
@@ -87,7 +103,7 @@ def _full_call(trainer: Trainer, init: str | None) -> Call:
     return next(trainer.batches)
 
 
-def _parameters(run: Run, call: Call) -> list[Tensor]:
+def _parameters(run: Restart, call: Call) -> list[Tensor]:
     """What of the model can be trained."""
     with unobtrusive(run):
         plain_run(run.model, *call)
@@ -101,10 +117,3 @@ def _score(trainer: Trainer, guide: FoundGuide, call: Call) -> float:
         return monitor(run, call)
     with unobtrusive(run):
         return evaluate(ELBO(_SCORE_DRAWS, vectorize_particles=guide.vectorize), run.model, guide, call)
-
-
-def take_back(run: Run, saved: Mapping[str, Any]) -> None:
-    """Give a guide that finds itself what a checkpoint holds of it, so that it does not search again."""
-    if isinstance(run.guide, FoundGuide) and saved["reason"] == "found":
-        named = {name.removeprefix("guide."): b for name, b in saved["buffers"].items() if name.startswith("guide.")}
-        run.guide.load_state_dict(named)

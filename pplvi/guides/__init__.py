@@ -1,4 +1,4 @@
-"""Guide families on Pyro's ``AutoGuide`` contract, one a file. Any Pyro guide works with every objective as well."""
+"""Guide families on Pyro's ``AutoGuide`` contract, one a file. Imports ``samplers`` and what stands below."""
 
 from pplvi.guides.amortized.amortized import AutoAmortized
 from pplvi.guides.amortized.hierarchical import AutoHierarchical

@@ -53,7 +53,7 @@ class _Reversed(dist.TorchDistribution):
         return -self.base.log_prob(value)
 
 
-class _Level(Messenger):
+class Level(Messenger):
     """Give the sites of one level names of their own, and share the plates' indices between levels."""
 
     def __init__(self, label: str, indices: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class _Level(Messenger):
             self.values[msg["infer"].pop("_site")] = msg["value"]
 
 
-class _Backward(_Level):
+class Backward(Level):
     """Score the values of the level before under a reverse kernel, negatively."""
 
     def __init__(self, label: str, indices: dict[str, Any], given: Mapping[str, Tensor]) -> None:
@@ -143,7 +143,7 @@ class _Walked(PyroModule):
                 "the first draws of this guide are weighted draws of another one, which have no density: expected a "
                 "guide that is walked level by level, with NestedELBO or the Annealed sampler."
             )
-        with _Level("_0", indices) as level:
+        with Level("_0", indices) as level:
             plan.initial(*args, **kwargs)
         return climb(plan.forward, plan.reverse, level.values, args, kwargs, indices)
 
@@ -165,11 +165,11 @@ def climb(
     """
     for k, (ahead, back) in enumerate(zip(forward, reverse, strict=True), 1):
         previous = values
-        with _Level(last if k == len(forward) else f"_{k}", indices) as level:
+        with Level(last if k == len(forward) else f"_{k}", indices) as level:
             ahead(previous, *args, **kwargs)
         values = level.values
         _check_cover("forward", values, previous)
-        with _Backward(f"_{k}_reverse", indices, previous) as backward:
+        with Backward(f"_{k}_reverse", indices, previous) as backward:
             back(values, *args, **kwargs)
         _check_cover("reverse", backward.values, previous)
     return values

@@ -25,6 +25,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import IndependentTransform
 
 from pplvi.guides.owned import OwnedGuide
+from pplvi.programs.errors import explanation, is_own, without_empty_tables
 
 __all__ = ["ContinuousGuide"]
 
@@ -34,14 +35,11 @@ _CHUNK = 1_000  # draws pushed through the map at once by `median` and `quantile
 class ContinuousGuide(OwnedGuide, AutoContinuous):
     """Base of guides ``z = T(x)``, ``x ~ Normal(0, 1)``, over all continuous latents in unconstrained space.
 
-    Args:
-        model: a Pyro model; all its latent sites are continuous and none sits in a subsampled plate.
-        init_loc_fn: per-site initial value, any of Pyro's ``init_to_*``.
-        init_scale: initial standard deviation of every unconstrained coordinate.
-
-    Raises:
-        ValueError: ``init_scale`` is not a positive number; on the first run, when the model has no latent site, a
-            discrete one, or a latent site in a subsampled plate.
+    :param model: a Pyro model; all its latent sites are continuous and none sits in a subsampled plate.
+    :param init_loc_fn: per-site initial value, any of Pyro's ``init_to_*``.
+    :param init_scale: initial standard deviation of every unconstrained coordinate.
+    :raises ValueError: ``init_scale`` is not a positive number; on the first run, when the model has no latent site, a
+        discrete one, or a latent site in a subsampled plate.
     """
 
     scale_constraint = constraints.softplus_positive
@@ -83,8 +81,9 @@ class ContinuousGuide(OwnedGuide, AutoContinuous):
                 raise
             if known := explanation(error):
                 raise ValueError(known) from error
+            reason = without_empty_tables(str(error))
             raise ValueError(
-                f"{type(self).__name__} cannot guide this model: {without_empty_tables(str(error))}. Expected latent sites whose support maps to "
+                f"{type(self).__name__} cannot guide this model: {reason}. Expected latent sites whose support maps to "
                 "the real line, in plates that are entered (`with pyro.plate(...)`). Rewrite the site, for example "
                 "with a reparameterisation of pyro.infer.reparam, or hide it: poutine.block(model, hide=[...])."
             ) from error
@@ -181,14 +180,9 @@ class ContinuousGuide(OwnedGuide, AutoContinuous):
         quantiles of the constrained value; the others (simplex, covariance, ...) get the quantiles of the unconstrained
         coordinates mapped to the support, as in Pyro's own guides, so that a median is a valid value of the site.
 
-        Args:
-            quantiles: probabilities in ``[0, 1]``, shape ``(Q,)``.
-
-        Returns:
-            ``{site: (Q, *shape of the site)}``.
-
-        Raises:
-            ValueError: a probability outside ``[0, 1]``, or the guide has not run yet.
+        :param quantiles: probabilities in ``[0, 1]``, shape ``(Q,)``.
+        :returns: ``{site: (Q, *shape of the site)}``.
+        :raises ValueError: a probability outside ``[0, 1]``, or the guide has not run yet.
         """
         draws = self._latent_draws(*args, **kwargs)
         probs = torch.as_tensor(quantiles, dtype=draws.dtype, device=draws.device)

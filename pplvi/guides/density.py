@@ -76,25 +76,21 @@ class UnconstrainedDensity:
     Enumerated sites are summed out. Validation is off inside: a value out of range is a density of ``-inf`` or NaN and
     no error, so that a line search can go back.
 
-    Args:
-        model: a Pyro model; its latent sites are continuous, or enumerated in parallel.
-        args: positional arguments of the model.
-        kwargs: its keyword arguments.
-        prototype: a model with the same sites that runs without values, such as the model with an ``InitMessenger``;
-            the model itself unless given.
-        vectorize: run all rows in one call of the model; ``False`` runs one after another.
+    :param model: a Pyro model; its latent sites are continuous, or enumerated in parallel.
+    :param args: positional arguments of the model.
+    :param kwargs: its keyword arguments.
+    :param prototype: a model with the same sites that runs without values, such as the model with an ``InitMessenger``;
+        the model itself unless given.
+    :param vectorize: run all rows in one call of the model; ``False`` runs one after another.
+    :raises ValueError: for subsampled plates, a model without continuous latents, and a density that is not a function
+        of ``u`` alone.
 
-    Raises:
-        ValueError: for subsampled plates, a model without continuous latents, and a density that is not a function of
-            ``u`` alone.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> density = UnconstrainedDensity(lambda: pyro.sample("x", dist.Exponential(1.0)))
-        >>> density(torch.zeros(3, 1))  # x = exp(0): log p = -1, log Jacobian 0
-        tensor([-1., -1., -1.])
-        >>> density.unpack(torch.zeros(2, 1))["x"]
-        tensor([1., 1.])
+    >>> import pyro.distributions as dist
+    >>> density = UnconstrainedDensity(lambda: pyro.sample("x", dist.Exponential(1.0)))
+    >>> density(torch.zeros(3, 1))  # x = exp(0): log p = -1, log Jacobian 0
+    tensor([-1., -1., -1.])
+    >>> density.unpack(torch.zeros(2, 1))["x"]
+    tensor([1., 1.])
     """
 
     def __init__(
@@ -178,7 +174,7 @@ class UnconstrainedDensity:
     def bad_site(self, u: Tensor) -> str | None:
         """Name of the first site whose value or log density is not finite at ``u``, of shape ``(dim,)``."""
         with pyro.validation_enabled(False), torch.no_grad():
-            return checks.first_bad_site(self._run(u[None].to(self.device, self.dtype))[0])
+            return checks.bad_site_of(self._run(u[None].to(self.device, self.dtype))[0])
 
     # ------------------------------------------------------------------ parts
 

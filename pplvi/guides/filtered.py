@@ -23,7 +23,8 @@ from pplvi.objectives.step import Routing
 from pplvi.programs.handlers import aside
 from pplvi.programs.markov import numbered
 from pplvi.programs.sites import PARTICLES, Plate, site_plates
-from pplvi.samplers.filtering import Particles, plates_found
+from pplvi.samplers.filtering import Filter, plates_found
+from pplvi.samplers.particles import Particles
 from pplvi.samplers.state_space import Course, Plates, course_of, has_steps
 from pplvi.types import Program
 from pplvi.weights.algebra import logmeanexp
@@ -48,22 +49,19 @@ class FilteredGuide(PyroModule):
     :raises ValueError: for a fraction or scheme that does not exist, or fewer than one particle.
 
     >>> from pplvi import Posterior
-    >>> from pplvi.samplers.state_space import StateSpace
-    >>> class Walk:
-    ...     def init(self, state):
-    ...         state["z"] = pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...     def step(self, state, y):
-    ...         state["z"] = pyro.sample("z", dist.Normal(state["z"], 1.0))
-    ...         pyro.sample("y", dist.Normal(state["z"], 1.0), obs=y)
-    >>> class Prior(Walk):
-    ...     def init(self, state):
-    ...         pyro.sample("z", dist.Normal(0.0, 1.0))
-    ...     def step(self, state, y):
-    ...         pyro.sample("z", dist.Normal(state["z"], 1.0))
-    >>> guide = FilteredGuide(Walk(), Prior(), num_particles=50)
-    >>> posterior = Posterior(StateSpace(Walk()), guide, (torch.tensor([0.3, -0.2, 0.9]),), num_draws=500, seed=0)
-    >>> round(float(posterior.log_evidence[0]), 1)  # exact: -4.496
-    -4.5
+    >>> def model(y):
+    ...     z = 0.0
+    ...     for t in pyro.markov(range(len(y))):
+    ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+    ...         pyro.sample(f"y_{t}", dist.Normal(z, 1.0), obs=y[t])
+    >>> def prior(y):
+    ...     z = 0.0
+    ...     for t in pyro.markov(range(len(y))):
+    ...         z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+    >>> guide = FilteredGuide(model, prior, num_particles=50)
+    >>> posterior = Posterior(model, guide, (torch.tensor([0.3, -0.2, 0.9]),), num_draws=500, seed=0)
+    >>> round(float(posterior.log_evidence[0]), 1)  # exact: -4.264
+    -4.3
     """
 
     def __init__(
@@ -83,9 +81,15 @@ class FilteredGuide(PyroModule):
         self.__dict__["filtered"] = model, proposal  # modules keep their own names: no part of this one
         self.num_particles, self.resampling = num_particles, Resampling(resample, scheme)
 
+    @property
+    def filtered(self) -> tuple[Any, Any]:
+        """The model and the proposal of the filter, in time steps."""
+        pair: tuple[Any, Any] = self.__dict__["filtered"]
+        return pair
+
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw sequences from filters of their own, one for each particle around."""
-        model, proposal = self.__dict__["filtered"]
+        model, proposal = self.filtered
         course = course_of(model, proposal, args, kwargs)
         with aside():
             plates = plates_found(model, proposal, course)
@@ -94,20 +98,21 @@ class FilteredGuide(PyroModule):
             probe = pyro.sample("_filter", dist.Uniform(0.0, 1.0), infer={"is_auxiliary": True})
         filters = probe.shape[0] if probe.dim() > plates.nesting else 0
         with aside():
-            particles = self._run(course, _around(plates, max(filters, 1)), max(filters, 1))
-        return _Chosen(particles, plates.nesting, bool(filters), has_steps(model), around).sample(plates.common)
+            passed = self._run(course, _around(plates, max(filters, 1)), max(filters, 1))
+        return _Chosen(passed, plates.nesting, bool(filters), has_steps(model), around).sample(plates.common)
 
-    def _run(self, course: Course, plates: Plates, filters: int) -> Particles:
+    def _run(self, course: Course, plates: Plates, filters: int) -> Filter:
         beside = _Beside(course, filters, -plates.nesting)
-        particles = Particles(beside, plates, self.num_particles, Routing(local=False), visits=[])
-        for _ in particles.steps(self.resampling):
+        particles = Particles(self.num_particles, plates.nesting, plates.batch, Routing(local=False))
+        passed = Filter(beside, particles, visits=[])
+        for _ in passed.steps(self.resampling):
             pass
         if particles.subsampled or particles.scale != 1.0:
             raise ValueError(
                 "a plate of the state-space model is subsampled: expected full data, whose sequences can be drawn. "
                 "Drop subsample_size; the filter's objectives take minibatches (FilteringELBO)."
             )
-        return particles
+        return passed
 
 
 def _around(plates: Plates, filters: int) -> Plates:
@@ -188,7 +193,7 @@ class _Held(dist.TorchDistribution):
 class _Chosen:
     """One particle of each filter, traced back to the start."""
 
-    particles: Particles
+    passed: Filter
     nesting: int
     several: bool
     numbers: bool
@@ -196,7 +201,7 @@ class _Chosen:
 
     def sample(self, common: Sequence[Plate]) -> dict[str, Tensor]:
         """Sample statements for the whole sequence, and the factor that holds its density."""
-        last = self.particles.last
+        last = self.passed.last
         assert last is not None
         chosen = resample(last.log_weight.detach(), 1)
         with self.around.inside(common):
@@ -206,11 +211,11 @@ class _Chosen:
 
     def _sequence(self, chosen: Tensor) -> dict[str, Tensor]:
         found: list[tuple[str, Any, Tensor]] = []
-        for visit in reversed(self.particles.visits or []):
+        for visit in reversed(self.passed.visits or []):
             chosen = chosen if visit.chosen is None else torch.take_along_dim(visit.chosen, chosen, 0)
             for name, site in visit.sites.items():
                 shown = numbered(name, visit.step) if self.numbers and visit.step else name
-                found.append((shown, site, self.particles.take(site["value"], chosen)[0]))
+                found.append((shown, site, self.passed.particles.take(site["value"], chosen)[0]))
         return {name: self._sample(name, site, value) for name, site, value in reversed(found)}
 
     def _sample(self, name: str, site: Any, value: Tensor) -> Tensor:
@@ -226,7 +231,7 @@ class _Chosen:
 
     @property
     def _learned(self) -> bool:
-        last = self.particles.last
+        last = self.passed.last
         return last is not None and last.log_weight.requires_grad
 
     def _placed(self, density: Tensor, common: Sequence[Plate], events: int) -> Tensor:

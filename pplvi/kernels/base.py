@@ -9,10 +9,11 @@ particles leftmost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from pplvi.kernels.coordinates import Coordinates
@@ -28,6 +29,30 @@ class Kernel(Protocol):
         :param log_density: ``log gamma[k]`` at given values and the model's arguments, summed over everything.
         """
         ...
+
+
+class Reversible(Protocol):
+    """A forward program that knows the way back."""
+
+    def back(self, reached: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Sample every site's previous value, given the values that were reached."""
+        ...
+
+
+class ReverseProgram(PyroModule):
+    """The reverse program of a forward program that knows the way back: its parameters are the forward program's.
+
+    :param ahead: the forward program.
+    """
+
+    def __init__(self, ahead: Reversible) -> None:
+        super().__init__()
+        self.__dict__["ahead"] = ahead  # its parameters belong to the forward program
+
+    def forward(self, reached: Values, *args: Any, **kwargs: Any) -> None:
+        """Sample every site one step back from the value that was reached."""
+        with self.ahead._pyro_context:
+            self.ahead.back(reached, args, kwargs)
 
 
 def log_density_gradient(

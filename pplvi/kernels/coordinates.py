@@ -16,7 +16,7 @@ from torch.distributions import Transform, biject_to, identity_transform
 from torch.distributions.transforms import IndependentTransform
 
 from pplvi.programs.running import plain_run
-from pplvi.programs.sites import Plate, _base_distribution, latent_sites, site_plates
+from pplvi.programs.sites import Plate, base_distribution, latent_sites, site_plates
 from pplvi.types import Program, Values
 
 
@@ -184,7 +184,7 @@ def sites_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
 
 
 def _finite(name: str, site: Any) -> Finite | None:
-    base = _base_distribution(site["fn"])
+    base = base_distribution(site["fn"])
     if not getattr(base, "has_enumerate_support", False):
         return None
     try:

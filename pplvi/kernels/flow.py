@@ -15,11 +15,12 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroParam
 from torch import Tensor
 
+from pplvi.kernels.base import ReverseProgram
 from pplvi.kernels.coordinates import Coordinates, seen_by, side_by_side
-from pplvi.kernels.maps import Known, _Reverse
+from pplvi.kernels.maps import Known, MapProgram
 from pplvi.types import LogDensity, MutableValues, Values
 
 
@@ -46,10 +47,10 @@ class FlowKernel:
         if self.hidden < 1 or self.num_layers < 1:
             raise ValueError(f"hidden={self.hidden}, num_layers={self.num_layers}: expected positive numbers.")
 
-    def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[FlowProgram, _Reverse]:
+    def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[FlowProgram, ReverseProgram]:
         """The flow and its bookkeeping; the target plays no part."""
         ahead = FlowProgram(self, sites)
-        return ahead, _Reverse(ahead)
+        return ahead, ReverseProgram(ahead)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class _Update:
         return {**free, self.site.name: own.index_copy(-1, index, moved)}
 
 
-class FlowProgram(PyroModule):
+class FlowProgram(MapProgram):
     """The program that :class:`FlowKernel` builds."""
 
     def __init__(self, kernel: FlowKernel, sites: Sequence[Coordinates]) -> None:

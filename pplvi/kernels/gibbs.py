@@ -7,7 +7,7 @@ in plates or event dimensions, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
@@ -16,57 +16,13 @@ import torch
 from torch import Tensor
 
 from pplvi.kernels.coordinates import Finite
-from pplvi.kernels.invariant import Frame, InvariantMove
-from pplvi.types import LogDensity, Values
+from pplvi.kernels.invariant import Frame, InvariantKernel, SitesMove
+from pplvi.types import Values
 
 
 @dataclass(frozen=True)
-class GibbsKernel:
-    """Gibbs sampling of all discrete sites, one coordinate after another (Geman & Geman 1984).
-
-    It leaves its target invariant, so that discrete targets can be annealed. Sites in plates common to the whole model
-    are drawn for all elements of the data at once. Models with continuous sites too need a second kernel for these:
-    ``AnnealedGuide(..., kernel=(GibbsKernel(), HamiltonianKernel(0.1)))``.
-
-    :param num_sweeps: sweeps over all coordinates in a transition.
-    :raises ValueError: for fewer than one sweep.
-
-    >>> kernel = GibbsKernel(num_sweeps=2)
-    """
-
-    partial: ClassVar[bool] = True
-    num_sweeps: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_sweeps < 1:
-            raise ValueError(f"num_sweeps={self.num_sweeps}: expected at least 1.")
-
-    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[GibbsMove, GibbsMove]:
-        """One move; the target comes from the walk.
-
-        :raises ValueError: for a model without discrete sites.
-        """
-        finite = tuple(site for site in sites if isinstance(site, Finite))
-        if not finite:
-            raise ValueError(
-                f"sites {[site.name for site in sites]} have no finite support: expected discrete sites for "
-                "GibbsKernel. Use HamiltonianKernel or another kernel for continuous ones."
-            )
-        move = GibbsMove(self, finite)
-        return move, move
-
-
-@dataclass(frozen=True)
-class GibbsMove(InvariantMove):
+class GibbsMove(SitesMove["GibbsKernel", Finite]):
     """The sweeps of a :class:`GibbsKernel` over a model's sites."""
-
-    kernel: GibbsKernel
-    finite: tuple[Finite, ...]
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the sites that are moved."""
-        return {site.name for site in self.finite}
 
     @torch.no_grad()
     def move(self, previous: Values, frame: Frame) -> dict[str, Tensor]:
@@ -74,7 +30,7 @@ class GibbsMove(InvariantMove):
         values = {name: value.detach() for name, value in previous.items()}
         like = frame.log_density(values)
         for _ in range(self.kernel.num_sweeps):
-            for site in self.finite:
+            for site in self.sites:
                 for mask in _masks(site, values[site.name], frame.align(like, site.events - site.unit)):
                     values[site.name] = self._drawn(site, mask, values, frame)
         return values
@@ -89,6 +45,33 @@ class GibbsMove(InvariantMove):
         gumbel = -(-torch.rand_like(logits).log()).log()
         chosen = frame.align((logits + gumbel).argmax(0), site.events - site.unit)
         return torch.where(mask, options[chosen], value)
+
+
+@dataclass(frozen=True)
+class GibbsKernel(InvariantKernel):
+    """Gibbs sampling of all discrete sites, one coordinate after another (Geman & Geman 1984).
+
+    It leaves its target invariant, so that discrete targets can be annealed. Sites in plates common to the whole model
+    are drawn for all elements of the data at once. Models with continuous sites too need a second kernel for these:
+    ``AnnealedGuide(..., kernel=(GibbsKernel(), HamiltonianKernel(0.1)))``.
+
+    :param num_sweeps: sweeps over all coordinates in a transition.
+    :raises ValueError: for fewer than one sweep.
+
+    >>> kernel = GibbsKernel(num_sweeps=2)
+    """
+
+    moves: ClassVar[type[SitesMove[Any, Any]]] = GibbsMove
+    kind: ClassVar[type] = Finite
+    lacking: ClassVar[str] = (
+        "have no finite support: expected discrete sites for GibbsKernel. Use HamiltonianKernel or another kernel for "
+        "continuous ones."
+    )
+    num_sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_sweeps < 1:
+            raise ValueError(f"num_sweeps={self.num_sweeps}: expected at least 1.")
 
 
 def _masks(site: Finite, value: Tensor, aligned: Tensor) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ Such a kernel has no density that could be evaluated, and needs none. With its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,65 +15,13 @@ import torch
 from torch import Tensor
 
 from pplvi.kernels.coordinates import Coordinates
-from pplvi.kernels.invariant import Frame, InvariantMove
-from pplvi.types import LogDensity, MutableValues, Values
+from pplvi.kernels.invariant import Frame, InvariantKernel, SitesMove
+from pplvi.types import MutableValues, Values
 
 
 @dataclass(frozen=True)
-class HamiltonianKernel:
-    """Hamiltonian Monte Carlo with a Metropolis test, ``num_moves`` moves of ``num_leapfrog`` steps.
-
-    Duane et al. 1987. In unconstrained coordinates with unit mass; momenta are drawn anew for each move, and each
-    independent element of the data is accepted on its own. One leapfrog step is the Metropolis-adjusted Langevin
-    algorithm. For annealed guides that are walked level by level, to learn the path or to sample: it has no density,
-    so that such a guide cannot be trained on the extended space.
-
-    :param step_size: size of a leapfrog step.
-    :param num_leapfrog: leapfrog steps of a move.
-    :param num_moves: moves of a transition.
-    :raises ValueError: for numbers that are not positive.
-
-    >>> kernel = HamiltonianKernel(step_size=0.2, num_leapfrog=5)
-    """
-
-    partial: ClassVar[bool] = True
-    step_size: float = 0.1
-    num_leapfrog: int = 1
-    num_moves: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.step_size > 0 or self.num_leapfrog < 1 or self.num_moves < 1:
-            raise ValueError(
-                f"step_size={self.step_size}, num_leapfrog={self.num_leapfrog}, num_moves={self.num_moves}: expected "
-                "positive numbers."
-            )
-
-    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[HamiltonianMove, HamiltonianMove]:
-        """One move that is its own reversal; the target comes from the walk.
-
-        :raises ValueError: for a model without continuous sites.
-        """
-        continuous = tuple(site for site in sites if isinstance(site, Coordinates))
-        if not continuous:
-            raise ValueError(
-                f"sites {[site.name for site in sites]} are discrete: expected continuous ones for HamiltonianKernel. "
-                "Use GibbsKernel."
-            )
-        move = HamiltonianMove(self, continuous)
-        return move, move
-
-
-@dataclass(frozen=True)
-class HamiltonianMove(InvariantMove):
+class HamiltonianMove(SitesMove["HamiltonianKernel", Coordinates]):
     """The moves of a :class:`HamiltonianKernel` on a model's continuous sites."""
-
-    kernel: HamiltonianKernel
-    sites: tuple[Coordinates, ...]
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the continuous sites."""
-        return {site.name for site in self.sites}
 
     def move(self, previous: Values, frame: Frame) -> MutableValues:
         """All values after the moves, without gradient."""
@@ -121,6 +69,38 @@ class HamiltonianMove(InvariantMove):
                 log_density = log_density + frame.total(site.log_jacobian(values), 0)
             gradients = torch.autograd.grad(log_density.sum(), list(leaves.values()))
         return log_density.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+@dataclass(frozen=True)
+class HamiltonianKernel(InvariantKernel):
+    """Hamiltonian Monte Carlo with a Metropolis test, ``num_moves`` moves of ``num_leapfrog`` steps.
+
+    Duane et al. 1987. In unconstrained coordinates with unit mass; momenta are drawn anew for each move, and each
+    independent element of the data is accepted on its own. One leapfrog step is the Metropolis-adjusted Langevin
+    algorithm. For annealed guides that are walked level by level, to learn the path or to sample: it has no density,
+    so that such a guide cannot be trained on the extended space.
+
+    :param step_size: size of a leapfrog step.
+    :param num_leapfrog: leapfrog steps of a move.
+    :param num_moves: moves of a transition.
+    :raises ValueError: for numbers that are not positive.
+
+    >>> kernel = HamiltonianKernel(step_size=0.2, num_leapfrog=5)
+    """
+
+    moves: ClassVar[type[SitesMove[Any, Any]]] = HamiltonianMove
+    kind: ClassVar[type] = Coordinates
+    lacking: ClassVar[str] = "are discrete: expected continuous ones for HamiltonianKernel. Use GibbsKernel."
+    step_size: float = 0.1
+    num_leapfrog: int = 1
+    num_moves: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.step_size > 0 or self.num_leapfrog < 1 or self.num_moves < 1:
+            raise ValueError(
+                f"step_size={self.step_size}, num_leapfrog={self.num_leapfrog}, num_moves={self.num_moves}: expected "
+                "positive numbers."
+            )
 
 
 def _with(kept: Values, log_density: Callable[[Values], Tensor]) -> Callable[[Values], Tensor]:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from pplvi.types import MutableValues, Values
+from pplvi.types import LogDensity, MutableValues, Values
+
+
+class Named(Protocol):
+    """A site with a name."""
+
+    @property
+    def name(self) -> str:
+        """The name of the site."""
+        ...
+
+
+KernelT = TypeVar("KernelT")
+SiteT = TypeVar("SiteT", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -51,3 +64,46 @@ class InvariantMove(ABC):
             f"{self.kernel} leaves its target invariant and has no density: expected a guide that is walked level by "
             "level, with NestedELBO or the Annealed sampler. Elsewhere use LangevinKernel or ResidualKernel."
         )
+
+
+@dataclass(frozen=True)
+class SitesMove(InvariantMove, Generic[KernelT, SiteT]):
+    """A move of those of a model's sites that are of its kernel's kind.
+
+    :ivar kernel: the kernel that made it.
+    :ivar sites: the sites that are moved.
+    """
+
+    kernel: KernelT
+    sites: tuple[SiteT, ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the sites that are moved."""
+        return {site.name for site in self.sites}
+
+
+class InvariantKernel:
+    """Moves the sites of one kind and leaves its target invariant; the others stay as they are.
+
+    :cvar partial: some of a model's sites may be left to other kernels.
+    :cvar moves: the class of its moves.
+    :cvar kind: the class of the sites that are moved.
+    :cvar lacking: what to say of sites that are all of another kind, and what to do.
+    """
+
+    partial: ClassVar[bool] = True
+    moves: ClassVar[type[SitesMove[Any, Any]]]
+    kind: ClassVar[type]
+    lacking: ClassVar[str]
+
+    def build(self, sites: Sequence[Any], log_density: LogDensity) -> tuple[InvariantMove, InvariantMove]:
+        """One move that is its own reversal; the target comes from the walk.
+
+        :raises ValueError: for a model without sites of the kernel's kind.
+        """
+        own = tuple(site for site in sites if isinstance(site, self.kind))
+        if not own:
+            raise ValueError(f"sites {[site.name for site in sites]} {self.lacking}")
+        move = self.moves(self, own)
+        return move, move

@@ -12,7 +12,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from pplvi.kernels.base import log_density_gradient
+from pplvi.kernels.base import ReverseProgram, log_density_gradient
 from pplvi.kernels.coordinates import Coordinates, seen_by, side_by_side
 from pplvi.types import LogDensity, Program, Values
 
@@ -103,12 +103,10 @@ class ControlledLangevinKernel:
                 f"control={self.control!r}: expected 'both' or 'reverse'. Without a control use LangevinKernel."
             )
 
-    def build(
-        self, sites: Sequence[Coordinates], log_density: LogDensity
-    ) -> tuple[ControlledProgram, ControlledReverse]:
+    def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[ControlledProgram, ReverseProgram]:
         """Forward program, which has all parameters, and the reverse program that shares them."""
         ahead = ControlledProgram(self, sites, log_density)
-        return ahead, ControlledReverse(ahead)
+        return ahead, ReverseProgram(ahead)
 
 
 class ControlledProgram(PyroModule):
@@ -131,6 +129,10 @@ class ControlledProgram(PyroModule):
         """Sample every site one controlled step from its previous value."""
         self.step(previous, args, kwargs, self.sign)
 
+    def back(self, reached: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Sample every site one step back from the value that was reached, the control against it."""
+        self.step(reached, args, kwargs, -1.0)
+
     def step(self, previous: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any], sign: float) -> None:
         """Sample every site one step up the gradient, the control added with this sign."""
         free = {site.name: site.read(previous) for site in self.sites}
@@ -149,16 +151,3 @@ class ControlledProgram(PyroModule):
         inputs = side_by_side([free[other.name] for other in seen_by(site, self.sites)])
         hidden = torch.tanh(torch.nn.functional.linear(inputs, weight, bias))
         return torch.nn.functional.linear(hidden, outputs[:, :-1], outputs[:, -1])
-
-
-class ControlledReverse(PyroModule):
-    """The reverse program: the same step with the control against it."""
-
-    def __init__(self, ahead: ControlledProgram) -> None:
-        super().__init__()
-        self.__dict__["ahead"] = ahead  # its parameters belong to the forward program
-
-    def forward(self, reached: Values, *args: Any, **kwargs: Any) -> None:
-        """Sample every site one step back from the value that was reached."""
-        with self.ahead._pyro_context:
-            self.ahead.step(reached, args, kwargs, -1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from pplvi.kernels.coordinates import Coordinates
-from pplvi.types import Score, Values
+from pplvi.types import MutableValues, Score, Values
 
 
 class Known(dist.TorchDistribution):
@@ -22,7 +23,7 @@ class Known(dist.TorchDistribution):
     :param support: its support, which tells the event dimensions.
     :param score: log density of a value, of the batch shape; zero unless given.
 
-    >>> Known(torch.tensor([1.0, 2.0]), constraints.real).sample()
+    >>> Known(torch.tensor([1.0, 2.0]), dist.constraints.real).sample()
     tensor([1., 2.])
     """
 
@@ -55,19 +56,20 @@ class Known(dist.TorchDistribution):
         return torch.zeros(value.shape[: value.dim() - self._support.event_dim], device=value.device)
 
 
-class _Reverse(PyroModule):
-    """The reverse program of a kernel that moves by a map: it scores the values that were moved."""
+class MapProgram(PyroModule):
+    """The forward program of a kernel that moves by a map; on the way back it scores the values that were moved."""
 
-    def __init__(self, ahead: Any) -> None:
-        super().__init__()
-        self.__dict__["ahead"] = ahead  # its parameters belong to the forward program
+    sites: tuple[Coordinates, ...]
 
-    def forward(self, reached: Values, *args: Any, **kwargs: Any) -> None:
+    def gains(self, reached: Values) -> MutableValues:
+        """``log |du' / du|`` in unconstrained coordinates, for each site, from what was reached."""
+        raise NotImplementedError
+
+    def back(self, reached: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Score every site's previous value by the Jacobian of the map that led to what was reached."""
-        with self.ahead._pyro_context:
-            gains = self.ahead.gains(reached)
+        gains = self.gains(reached)
         plates: dict[str, Any] = {}
-        for site in self.ahead.sites:
+        for site in self.sites:
             here = gains[site.name] + site.log_jacobian(reached)
             with site.inside(reached, plates):
                 value = reached[site.name]

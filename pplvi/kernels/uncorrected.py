@@ -9,12 +9,12 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import constraints
-from pyro.nn import PyroModule, PyroParam
+from pyro.nn import PyroParam
 from torch import Tensor
 
-from pplvi.kernels.base import log_density_gradient
+from pplvi.kernels.base import ReverseProgram, log_density_gradient
 from pplvi.kernels.coordinates import Coordinates
-from pplvi.kernels.maps import Known, _Reverse
+from pplvi.kernels.maps import Known, MapProgram
 from pplvi.types import LogDensity, MutableValues, Values
 
 
@@ -50,13 +50,13 @@ class UncorrectedHamiltonianKernel:
                 "numbers, and keep in [0, 1)."
             )
 
-    def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[HamiltonianProgram, _Reverse]:
+    def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[HamiltonianProgram, ReverseProgram]:
         """The dynamics and their bookkeeping."""
         ahead = HamiltonianProgram(self, sites, log_density)
-        return ahead, _Reverse(ahead)
+        return ahead, ReverseProgram(ahead)
 
 
-class HamiltonianProgram(PyroModule):
+class HamiltonianProgram(MapProgram):
     """The program that :class:`UncorrectedHamiltonianKernel` builds."""
 
     def __init__(

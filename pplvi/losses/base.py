@@ -10,7 +10,7 @@ from pyro.infer import ELBO as PyroELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pplvi.objectives.step import Monitor, Objective, Step
+from pplvi.objectives.step import BoundSide, Objective, Step
 from pplvi.programs.joint import execute
 from pplvi.samplers.base import Request, Sampler
 from pplvi.samplers.importance import Importance
@@ -20,7 +20,7 @@ from pplvi.types import Program
 class Loss(PyroELBO):
     """A Pyro ELBO defined by its differentiable loss. Losses add, and scale: ``a + 0.5 * b``, ``sum([a, b]) / 2``."""
 
-    monitor: Monitor | None = None
+    monitor: BoundSide | None = None
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, in nats, as a scalar tensor whose gradient is the gradient estimate."""

@@ -12,7 +12,8 @@ from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.objectives.nested import IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.objectives.step import Objective
-from pplvi.samplers.annealed import Annealed, Planned, Resampling
+from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.samplers.paths import Planned
 from pplvi.types import Program
 from pplvi.weights.resampling import ResamplingScheme
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pplvi.objectives.forward_kl import weighted_sum
-from pplvi.objectives.step import Estimator, Monitor, Objective, Routing, Step, Terms
+from pplvi.objectives.step import BoundSide, Estimator, Objective, Routing, Step, Terms
 from pplvi.weights.algebra import logmeanexp
 
 
@@ -50,7 +50,7 @@ class RenyiBound(Objective):
     analytic_kl: bool = False
 
     @property
-    def monitor(self) -> Monitor:  # type: ignore[override]
+    def monitor(self) -> BoundSide:  # type: ignore[override]
         """A lower bound on the log evidence for ``alpha >= 0``, an upper one below."""
         return "lower" if self.alpha >= 0 else "upper"
 
@@ -142,7 +142,7 @@ class ThermodynamicBound(Objective):
     Self-normalised: value and gradient are biased by O(1/K), at ``beta=0`` only the gradient, by ``(K-1)/K``.
     """
 
-    monitor: ClassVar[Monitor] = "lower"
+    monitor: ClassVar[BoundSide] = "lower"
     betas: tuple[float, ...]
 
     @property

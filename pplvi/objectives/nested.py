@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pplvi.objectives.forward_kl import log_normalizer_gradient
-from pplvi.objectives.step import Monitor, Objective, Routing, Step, Terms
+from pplvi.objectives.step import BoundSide, Objective, Routing, Step, Terms
 from pplvi.weights.algebra import expectation
 
 
@@ -27,7 +27,7 @@ def _incoming(step: Step, values: Tensor) -> Tensor:
 
 def _outgoing(step: Step, values: Tensor) -> Tensor:
     """``E_B``: the average under the weights that go out."""
-    return expectation(step.log_weight_in + step.log_increment, values)
+    return expectation(step.log_weight_out, values)
 
 
 def log_normalizer_ratio(step: Step) -> Tensor:
@@ -39,8 +39,7 @@ def log_normalizer_ratio(step: Step) -> Tensor:
     >>> log_normalizer_ratio(step)
     tensor(0.)
     """
-    log_weight = step.log_weight_in + step.log_increment
-    return torch.logsumexp(log_weight, 0) - torch.logsumexp(step.log_weight_in, 0)
+    return torch.logsumexp(step.log_weight_out, 0) - torch.logsumexp(step.log_weight_in, 0)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class IncrementalBound(Objective):
     tensor(0.5000)
     """
 
-    monitor: ClassVar[Monitor] = "lower"
+    monitor: ClassVar[BoundSide] = "lower"
     linear: ClassVar[bool] = True
 
     @property
@@ -143,8 +142,14 @@ class NestedForwardKL(_SelfNormalised):
         return Terms(mean - log_normalizer_ratio(step).detach(), surrogate)
 
 
+class _OverTime(Objective):
+    """An objective of one step in time: minus the value, summed, is a lower bound of the log evidence on average."""
+
+    monitor: ClassVar[BoundSide] = "lower"
+
+
 @dataclass(frozen=True)
-class FilteringBound(Objective):
+class FilteringBound(_OverTime):
     """Filtering bound of one level, ``-log E_A[v]``, end to end.
 
     FIVO, VSMC and AESMC (Maddison et al. 2017; Naesseth et al. 2018; Le et al. 2018). Summed over the levels, minus
@@ -156,8 +161,6 @@ class FilteringBound(Objective):
     >>> FilteringBound()(step).value
     tensor(-0.)
     """
-
-    monitor: ClassVar[Monitor] = "lower"
 
     @property
     def routing(self) -> Routing:
@@ -171,7 +174,7 @@ class FilteringBound(Objective):
 
 
 @dataclass(frozen=True)
-class FilteringForwardKL(_SelfNormalised):
+class FilteringForwardKL(_OverTime, _SelfNormalised):
     """Forward KL divergence of proposals and maximum likelihood for the model, step by step in time.
 
     NASMC (Gu, Ghahramani & Turner 2015), reweighted wake-sleep over time. The value is that of
@@ -185,8 +188,6 @@ class FilteringForwardKL(_SelfNormalised):
     >>> FilteringForwardKL()(step).value
     tensor(-0.)
     """
-
-    monitor: ClassVar[Monitor] = "lower"
 
     @property
     def routing(self) -> Routing:

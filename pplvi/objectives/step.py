@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Monitor = Literal["lower", "upper"]
+BoundSide = Literal["lower", "upper"]
 
 
 Estimator = Literal["reparam", "score", "vimco", "stl", "dreg"]
@@ -71,6 +71,64 @@ class Step:
         return cls(zero, weight, log_target, fixed, zero, zero, log_forward, log_score, scale, subsampled, averaged)
 
     @classmethod
+    def from_move(
+        cls,
+        log_weight_in: Tensor,
+        log_target: Tensor,
+        log_initial: Tensor,
+        log_reverse: Tensor | None = None,
+        log_forward: Tensor | None = None,
+        log_target_fixed: Tensor | None = None,
+        scale: float = 1.0,
+        subsampled: tuple[str, ...] = (),
+    ) -> Step:
+        """The step of draws that are moved from ``gamma[k-1]`` to ``gamma[k]``.
+
+        Their new weight is ``log w + log v``. Without a forward and a reverse kernel the draws stay where they are.
+
+        >>> zero, start, target = torch.zeros(2), torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5])
+        >>> Step.from_move(log_weight_in=zero, log_target=target, log_initial=start).log_weight
+        tensor([-0.5000,  0.5000])
+        """
+        fixed = log_target if log_target_fixed is None else log_target_fixed
+        reverse = torch.zeros_like(fixed) if log_reverse is None else log_reverse
+        forward = torch.zeros_like(fixed) if log_forward is None else log_forward
+        step = cls(
+            log_weight_in=log_weight_in,
+            log_weight=log_weight_in,
+            log_target=log_target,
+            log_target_fixed=fixed,
+            log_reverse=reverse,
+            log_initial=log_initial,
+            log_forward=forward,
+            scale=scale,
+            subsampled=subsampled,
+        )
+        return replace(step, log_weight=step.log_weight_out.detach())
+
+    @classmethod
+    def equally_weighted(cls, log_density: Tensor) -> Step:
+        """Draws of the target itself, before and after the step: all weights are one.
+
+        The value of an objective is zero, and what is left is the gradient of the target's log density at the draws.
+
+        :param log_density: the target's log density at the draws, ``(num_particles, *batch)``.
+
+        >>> Step.equally_weighted(torch.tensor([-1.0, -2.0])).log_increment
+        tensor([0., 0.])
+        """
+        zero = torch.zeros_like(log_density).detach()
+        return cls(
+            log_weight_in=zero,
+            log_weight=zero,
+            log_target=log_density,
+            log_target_fixed=log_density,
+            log_reverse=zero,
+            log_initial=log_density.detach(),
+            log_forward=zero,
+        )
+
+    @classmethod
     def concatenate(cls, steps: Sequence[Step]) -> Step:
         """Put the particles of several steps side by side."""
         if len(steps) == 1:
@@ -89,6 +147,11 @@ class Step:
     def log_increment(self) -> Tensor:
         """The incremental weight ``log v``, ``(num_particles, *batch)``."""
         return self.log_target + self.log_reverse - self.log_initial - self.log_forward
+
+    @property
+    def log_weight_out(self) -> Tensor:
+        """The new weight with its graph, ``(num_particles, *batch)``; :attr:`log_weight` is this one, detached."""
+        return self.log_weight_in + self.log_increment
 
 
 class Terms(NamedTuple):
@@ -127,7 +190,7 @@ class Objective(ABC):
         the guide with another proposal (``"mixture"``), where ``log_weight`` is not that of ``log_forward``.
     """
 
-    monitor: ClassVar[Monitor | None] = None
+    monitor: ClassVar[BoundSide | None] = None
     linear: ClassVar[bool] = False
     self_normalised: ClassVar[bool] = False
     proposals: ClassVar[frozenset[str]] = frozenset({"guide"})

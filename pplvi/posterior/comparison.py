@@ -22,51 +22,46 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
     :meth:`pplvi.Posterior.loo`; ``az.compare`` makes differences and stacking weights of these. A guide near enough to
     the posterior (k-hat) agrees with NUTS on the same model: differences that remain are between models.
 
-    Args:
-        fits: fits or posteriors by name. Of a fit with several restarts the best is taken.
-        var_name: the observed site; may be left out if each model has only one.
+    The columns of the table:
 
-    Returns:
-        A table with the best fit first and a row for each:
+    ==================================  ======================================================================
+    column                              meaning
+    ==================================  ======================================================================
+    ``rank``, ``elpd_loo``, ``p_loo``,  as ``az.compare`` has them, densities in nats; missing, and last in the
+    ``elpd_diff``, ``weight``, ``se``,  table, for a guide that holds sites at a point
+    ``dse``, ``warning``
+    ``pareto_k``                        k-hat of the guide, the largest of the batch; missing for MCMC
+    ``ess``                             effective draws: of the weights, the smallest of the batch; for MCMC
+                                        ArviZ's bulk ESS, the smallest of all latents
+    ``elbo``, ``log_evidence``,         of all data, in nats, with the standard error of the log evidence; missing
+    ``log_evidence_error``              for MCMC
+    ``seconds``                         time of training, all restarts together; missing for a posterior
+    ``guide``, ``objective``            their names; "-" for a guide that was found and not trained
+    ==================================  ======================================================================
 
-        ==================================  ======================================================================
-        column                              meaning
-        ==================================  ======================================================================
-        ``rank``, ``elpd_loo``, ``p_loo``,  as ``az.compare`` has them, densities in nats; missing, and last in the
-        ``elpd_diff``, ``weight``, ``se``,  table, for a guide that holds sites at a point
-        ``dse``, ``warning``
-        ``pareto_k``                        k-hat of the guide, the largest of the batch; missing for MCMC
-        ``ess``                             effective draws: of the weights, the smallest of the batch; for MCMC
-                                            ArviZ's bulk ESS, the smallest of all latents
-        ``elbo``, ``log_evidence``,         of all data, in nats, with the standard error of the log evidence; missing
-        ``log_evidence_error``              for MCMC
-        ``seconds``                         time of training, all restarts together; missing for a posterior
-        ``guide``, ``objective``            their names; "-" for a guide that was found and not trained
-        ==================================  ======================================================================
+    Source: Vehtari, Gelman and Gabry 2017, Practical Bayesian model evaluation using leave-one-out cross-validation and
+    WAIC; Yao, Vehtari, Simpson and Gelman 2018, Using stacking to average Bayesian predictive distributions.
 
-    Raises:
-        ValueError: if there is nothing to compare, something is not a fit, the data differ, or leave-one-out of a fit
-            does not exist.
+    :param fits: fits or posteriors by name. Of a fit with several restarts the best is taken.
+    :param var_name: the observed site; may be left out if each model has only one.
+    :returns: a table with the best fit first and a row for each.
+    :raises ValueError: if there is nothing to compare, something is not a fit, the data differ, or leave-one-out of a
+        fit does not exist.
 
-    References:
-        Vehtari, Gelman and Gabry 2017, Practical Bayesian model evaluation using leave-one-out cross-validation and
-        WAIC; Yao, Vehtari, Simpson and Gelman 2018, Using stacking to average Bayesian predictive distributions.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist, torch
-        >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("datum", 3):
-        ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-        >>> def guide(scale):
-        ...     return lambda y: pyro.sample("z", dist.Normal(0.5, scale))
-        >>> posteriors = {
-        ...     name: Posterior(model, guide(scale), (torch.tensor([0.5, 1.0, 0.5]),), seed=0)
-        ...     for name, scale in {"exact": 0.5, "wide": 1.0}.items()
-        ... }
-        >>> table = compare(posteriors)
-        >>> table["elpd_loo"].round(1).tolist(), table["ess"].sort_index().round(-1).tolist()
-        ([-3.4, -3.4], [1000.0, 660.0])
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def model(y):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("datum", 3):
+    ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    >>> def guide(scale):
+    ...     return lambda y: pyro.sample("z", dist.Normal(0.5, scale))
+    >>> posteriors = {
+    ...     name: Posterior(model, guide(scale), (torch.tensor([0.5, 1.0, 0.5]),), seed=0)
+    ...     for name, scale in {"exact": 0.5, "wide": 1.0}.items()
+    ... }
+    >>> table = compare(posteriors)
+    >>> table["elpd_loo"].round(1).tolist(), table["ess"].sort_index().round(-1).tolist()
+    ([-3.4, -3.4], [1000.0, 660.0])
     """
     import pandas
 

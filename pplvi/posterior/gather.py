@@ -14,21 +14,15 @@ from pplvi.programs.sites import Plate
 def align(per_batch: Tensor, batch: Sequence[Plate], plates: Sequence[Plate]) -> Tensor:
     """Give a tensor of shape ``(S, *batch)`` the dimensions of a site, size 1 where a plate is not of the batch.
 
-    Args:
-        per_batch: weights or indices, one column for each batch element.
-        batch: the plates of its dimensions, left to right.
-        plates: the plates of the site, left to right; the batch is among them.
+    :param per_batch: weights or indices, one column for each batch element.
+    :param batch: the plates of its dimensions, left to right.
+    :param plates: the plates of the site, left to right; the batch is among them.
+    :returns: a view of shape ``(S, *plates)`` with ones in it, which broadcasts against the site's values.
+    :raises ValueError: if the site is outside a plate of the batch.
 
-    Returns:
-        A view of shape ``(S, *plates)`` with ones in it, which broadcasts against the site's values.
-
-    Raises:
-        ValueError: if the site is outside a plate of the batch.
-
-    Example:
-        >>> row, column = Plate("row", -2, 3, 3), Plate("column", -1, 2, 2)
-        >>> align(torch.zeros(10, 3), [row], [row, column]).shape
-        torch.Size([10, 3, 1])
+    >>> row, column = Plate("row", -2, 3, 3), Plate("column", -1, 2, 2)
+    >>> align(torch.zeros(10, 3), [row], [row, column]).shape
+    torch.Size([10, 3, 1])
     """
     sizes = {plate.name: plate.size for plate in batch}
     if missing := set(sizes) - {plate.name for plate in plates}:
@@ -42,25 +36,19 @@ def align(per_batch: Tensor, batch: Sequence[Plate], plates: Sequence[Plate]) ->
 def take(draws: Draws, name: str, indices: Tensor, batch: Sequence[Plate]) -> Tensor:
     """Draws of a latent or deterministic site at the given indices, every batch element at its own.
 
-    Args:
-        draws: the draws to choose from.
-        name: the site.
-        indices: integers of shape ``(num_samples, *batch)``, as :func:`pplvi.weights.resample` gives them.
-        batch: the plates of the dimensions of ``indices``.
+    :param draws: the draws to choose from.
+    :param name: the site.
+    :param indices: integers of shape ``(num_samples, *batch)``, as :func:`pplvi.weights.resample` gives them.
+    :param batch: the plates of the dimensions of ``indices``.
+    :returns: a tensor of shape ``(num_samples, *plates, *event)``.
+    :raises ValueError: if the site is outside a plate of the batch.
 
-    Returns:
-        A tensor of shape ``(num_samples, *plates, *event)``.
-
-    Raises:
-        ValueError: if the site is outside a plate of the batch.
-
-    Example:
-        >>> z = torch.arange(6.0).reshape(3, 2)
-        >>> data = (Plate("data", -1, 2, 2),)
-        >>> draws = Draws({"z": z}, {}, {}, {}, z, z, data, {"z": data}, frozenset())
-        >>> take(draws, "z", torch.tensor([[0, 2], [1, 2]]), data)
-        tensor([[0., 5.],
-                [2., 5.]])
+    >>> z = torch.arange(6.0).reshape(3, 2)
+    >>> data = (Plate("data", -1, 2, 2),)
+    >>> draws = Draws({"z": z}, {}, {}, {}, z, z, data, {"z": data}, frozenset())
+    >>> take(draws, "z", torch.tensor([[0, 2], [1, 2]]), data)
+    tensor([[0., 5.],
+            [2., 5.]])
     """
     values = draws.latents[name] if name in draws.latents else draws.deterministics[name]
     aligned = align(indices, batch, draws.plates[name])

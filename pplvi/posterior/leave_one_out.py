@@ -42,35 +42,27 @@ def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
     an observation uses those of its own element. Observations that are masked out (their log likelihood is 0 in every
     draw) do not count. MCMC draws are passed to ArviZ's own ``az.loo``.
 
-    Args:
-        posterior: draws with their weights, or MCMC draws.
-        var_name: the observed site; may be left out if there is only one.
+    Warns (``UserWarning``) as ``az.loo`` does, if a Pareto k is above the threshold for this number of draws.
 
-    Returns:
-        ArviZ's ``ELPDData``, pointwise, in nats, with the plates as dimensions: ``az.compare`` takes it.
+    Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data;
+    Vehtari, Gelman and Gabry 2017, Practical Bayesian model evaluation using leave-one-out cross-validation.
 
-    Raises:
-        ValueError: if there is no such site, or several and none is named, or if the draws have no weights (a guide
-            that holds sites at a point, a subsampled plate).
+    :param posterior: draws with their weights, or MCMC draws.
+    :param var_name: the observed site; may be left out if there is only one.
+    :returns: ArviZ's ``ELPDData``, pointwise, in nats, with the plates as dimensions: ``az.compare`` takes it.
+    :raises ValueError: if there is no such site, or several and none is named, or if the draws have no weights (a guide
+        that holds sites at a point, a subsampled plate).
 
-    Warns:
-        UserWarning: as ``az.loo`` does, if a Pareto k is above the threshold for this number of draws.
-
-    References:
-        Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data;
-        Vehtari, Gelman and Gabry 2017, Practical Bayesian model evaluation using leave-one-out cross-validation.
-
-    Example:
-        >>> from pyro.distributions import Normal
-        >>> from pplvi.programs.sites import Plate
-        >>> _, y = torch.manual_seed(0), torch.tensor([0.5, 1.0, -0.5])
-        >>> prior, guide = Normal(0.0, 1.0), Normal(0.25, 0.5)  # the exact posterior of the mean of three
-        >>> z = guide.sample((4000,))
-        >>> likelihood = Normal(z[:, None], 1.0).log_prob(y)
-        >>> log_p, plates = prior.log_prob(z) + likelihood.sum(1), {"z": (), "y": (Plate("data", -1, 3, 3),)}
-        >>> draws = Draws({"z": z}, {}, {"y": y}, {"y": likelihood}, log_p, guide.log_prob(z), (), plates, frozenset())
-        >>> round(loo(WeightedDraws(draws))["elpd_loo"], 1)
-        -4.1
+    >>> from pyro.distributions import Normal
+    >>> from pplvi.programs.sites import Plate
+    >>> _, y = torch.manual_seed(0), torch.tensor([0.5, 1.0, -0.5])
+    >>> prior, guide = Normal(0.0, 1.0), Normal(0.25, 0.5)  # the exact posterior of the mean of three
+    >>> z = guide.sample((4000,))
+    >>> likelihood = Normal(z[:, None], 1.0).log_prob(y)
+    >>> log_p, plates = prior.log_prob(z) + likelihood.sum(1), {"z": (), "y": (Plate("data", -1, 3, 3),)}
+    >>> draws = Draws({"z": z}, {}, {"y": y}, {"y": likelihood}, log_p, guide.log_prob(z), (), plates, frozenset())
+    >>> round(loo(WeightedDraws(draws))["elpd_loo"], 1)
+    -4.1
     """
     name = _site(posterior.draws, var_name)
     plates = posterior.draws.plates[name]

@@ -36,25 +36,18 @@ def plot_objective(
     Steps that are NaN or infinite are left out of the average. The vertical axis fits the averages after the first
     quarter of the steps, so that a steep start does not flatten the rest.
 
-    Args:
-        source: a fit, what ``to_arviz`` made of one, or losses of shape ``(restarts, num_steps)``, in nats.
-        window: how many steps are averaged; a fiftieth of them unless given.
-        labels: what the legend calls the restarts.
-        ax: axes to draw into.
+    Source: Gelman et al. 2013, Bayesian data analysis, section 13.7, on watching a bound converge.
 
-    Returns:
-        The axes, two lines for each restart.
+    :param source: a fit, what ``to_arviz`` made of one, or losses of shape ``(restarts, num_steps)``, in nats.
+    :param window: how many steps are averaged; a fiftieth of them unless given.
+    :param labels: what the legend calls the restarts.
+    :param ax: axes to draw into.
+    :returns: the axes, two lines for each restart.
+    :raises ValueError: if there is no trace to plot, ``window`` is below 1, or ``labels`` has the wrong length.
 
-    Raises:
-        ValueError: if there is no trace to plot, ``window`` is below 1, or ``labels`` has the wrong length.
-
-    References:
-        Gelman et al. 2013, Bayesian data analysis, section 13.7, on watching a bound converge.
-
-    Example:
-        >>> axes = plot_objective(np.array([[5.0, 3.0, 2.0, 2.0], [6.0, 4.0, 2.0, 2.0]]), window=2)
-        >>> axes.lines[1].get_label(), axes.lines[1].get_ydata().tolist()
-        ('restart 0, mean of 2 steps', [5.0, 4.0, 2.5, 2.0])
+    >>> axes = plot_objective(np.array([[5.0, 3.0, 2.0, 2.0], [6.0, 4.0, 2.0, 2.0]]), window=2)
+    >>> axes.lines[1].get_label(), axes.lines[1].get_ydata().tolist()
+    ('restart 0, mean of 2 steps', [5.0, 4.0, 2.5, 2.0])
     """
     from matplotlib import pyplot
 
@@ -118,29 +111,23 @@ def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarr
     a batch are pooled, and the lightest hundredth is left out, which has no influence and would stretch the axis. k-hat
     is one point for each restart and batch element, with lines at 0, at the threshold for the number of draws and at 1.
 
-    Args:
-        source: a posterior, several of them (restarts), or a fit.
-        axes: two axes to draw into.
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling; Yao, Vehtari, Simpson and
+    Gelman 2018, Yes, but did it work? Evaluating variational inference.
 
-    Returns:
-        The two axes, in an array.
+    :param source: a posterior, several of them (restarts), or a fit.
+    :param axes: two axes to draw into.
+    :returns: the two axes, in an array.
+    :raises ValueError: if the draws have no weights (MCMC, a guide that holds sites at a point), or there are not two
+        axes.
 
-    Raises:
-        ValueError: if the draws have no weights (MCMC, a guide that holds sites at a point), or there are not two axes.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling; Yao, Vehtari, Simpson and
-        Gelman 2018, Yes, but did it work? Evaluating variational inference.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model():
-        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
-        >>> def guide():
-        ...     pyro.sample("z", dist.Normal(0.5, 1.0))
-        >>> axes = plot_weights(Posterior(model, guide, num_draws=1000, seed=0))
-        >>> axes[0].get_legend().get_texts()[0].get_text()
-        'k-hat 0.1, ESS 777 of 1000'
+    >>> import pyro, pyro.distributions as dist
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(0.5, 1.0))
+    >>> axes = plot_weights(Posterior(model, guide, num_draws=1000, seed=0))
+    >>> axes[0].get_legend().get_texts()[0].get_text()
+    'k-hat 0.1, ESS 777 of 1000'
     """
     from matplotlib import pyplot
 
@@ -209,28 +196,21 @@ def plot_against_reference(
     Posteriors of a guide are resampled by their smoothed weights first; to see the guide itself, pass
     ``fit.to_arviz(draws="guide")``.
 
-    Args:
-        source: a fit, a posterior, what ``to_arviz`` made of one, or draws ``{name: (num_draws, *shape)}`` such as
-            those of ``mcmc.get_samples()``.
-        reference: the same.
-        var_names: which variables; all that both have unless given.
-        labels: what the legend calls the two.
-        options: other arguments of ``az.plot_density``, which draws.
+    Source: Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
 
-    Returns:
-        The axes, one for each scalar, in an array.
+    :param source: a fit, a posterior, what ``to_arviz`` made of one, or draws ``{name: (num_draws, *shape)}`` such as
+        those of ``mcmc.get_samples()``.
+    :param reference: the same.
+    :param var_names: which variables; all that both have unless given.
+    :param labels: what the legend calls the two.
+    :param options: other arguments of ``az.plot_density``, which draws.
+    :returns: the axes, one for each scalar, in an array.
+    :raises ValueError: if the two share no variable, one lacks a name in ``var_names``, or a variable has two shapes.
 
-    Raises:
-        ValueError: if the two share no variable, one lacks a name in ``var_names``, or a variable has two shapes.
-
-    References:
-        Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> axes = plot_against_reference({"z": torch.randn(500)}, {"z": torch.randn(500), "other": torch.randn(500)})
-        >>> axes.size, [text.get_text() for text in axes.ravel()[0].get_legend().get_texts()]
-        (1, ['posterior', 'reference'])
+    >>> _ = torch.manual_seed(0)
+    >>> axes = plot_against_reference({"z": torch.randn(500)}, {"z": torch.randn(500), "other": torch.randn(500)})
+    >>> axes.size, [text.get_text() for text in axes.ravel()[0].get_legend().get_texts()]
+    (1, ['posterior', 'reference'])
     """
     first, second = (_draws(each) for each in (source, reference))
     shared = [str(name) for name in first.data_vars if name in second.data_vars]

@@ -21,6 +21,7 @@ from torch import Tensor
 from pplvi.posterior.draws import Draws, draw, predict, score, stack
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
@@ -45,34 +46,29 @@ class Posterior(WeightedDraws):
     without it; a scale in the model alone is a part of the target. Plates that the programs subsample themselves
     (``subsample_size=``) are whole here, if the arguments hold the data for it.
 
-    Args:
-        model: the model, a callable with Pyro primitives.
-        guide: its trained guide.
-        args: positional arguments of model and guide; the full data, not a minibatch.
-        kwargs: their keyword arguments.
-        num_draws: how many draws are taken.
-        vectorize: run all draws in one call; ``False`` runs one after another, for programs that allow no other way.
-        chunk_size: run at most so many draws in one call, to bound the memory; all at once unless given.
-        seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
-            unless given.
+    Source: Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
 
-    Raises:
-        ValueError: if ``args`` is no tuple, if the model has no latent sites, if model and guide do not fit together,
-            if ``num_draws`` or ``chunk_size`` is below 1, or if several runs would draw different minibatches.
+    :param model: the model, a callable with Pyro primitives.
+    :param guide: its trained guide.
+    :param args: positional arguments of model and guide; the full data, not a minibatch.
+    :param kwargs: their keyword arguments.
+    :param num_draws: how many draws are taken.
+    :param vectorize: run all draws in one call; ``False`` runs one after another, for programs that allow no other way.
+    :param chunk_size: run at most so many draws in one call, to bound the memory; all at once unless given.
+    :param seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
+        unless given.
+    :raises ValueError: if ``args`` is no tuple, if the model has no latent sites, if model and guide do not fit
+        together, if ``num_draws`` or ``chunk_size`` is below 1, or if several runs would draw different minibatches.
 
-    References:
-        Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist, torch
-        >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-        >>> def guide(y):
-        ...     pyro.sample("z", dist.Normal(0.25, 0.6))
-        >>> posterior = Posterior(model, guide, (torch.tensor(0.5),), num_draws=4000, seed=0)
-        >>> bool(posterior.pareto_k < 0.7), round(posterior.log_evidence[0].item(), 2)  # exact: -1.328
-        (True, -1.33)
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> def model(y):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    >>> def guide(y):
+    ...     pyro.sample("z", dist.Normal(0.25, 0.6))
+    >>> posterior = Posterior(model, guide, (torch.tensor(0.5),), num_draws=4000, seed=0)
+    >>> bool(posterior.pareto_k < 0.7), round(posterior.log_evidence[0].item(), 2)  # exact: -1.328
+    (True, -1.33)
     """
 
     @explained()
@@ -88,7 +84,7 @@ class Posterior(WeightedDraws):
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> None:
-        _check_call(args, kwargs)
+        checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
         model, guide = without_scale(model, guide, self.args, self.kwargs)
         self.model, guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
@@ -119,35 +115,28 @@ class Posterior(WeightedDraws):
 
         Such a posterior has no guide density, hence neither k-hat nor evidence: asking for them raises.
 
-        Args:
-            mcmc: a ``pyro.infer.MCMC`` after its ``run``.
-            model: the model it was run on.
-            args: positional arguments of the model.
-            kwargs: its keyword arguments.
-            vectorize: score all draws in one call.
-            chunk_size: score at most so many draws in one call; all at once unless given.
+        Source: Hoffman and Gelman 2014, The No-U-turn sampler, for the sampler that is mostly meant.
 
-        Returns:
-            A posterior of ``num_chains * num_samples`` draws, one chain after another.
+        :param mcmc: a ``pyro.infer.MCMC`` after its ``run``.
+        :param model: the model it was run on.
+        :param args: positional arguments of the model.
+        :param kwargs: its keyword arguments.
+        :param vectorize: score all draws in one call.
+        :param chunk_size: score at most so many draws in one call; all at once unless given.
+        :returns: a posterior of ``num_chains * num_samples`` draws, one chain after another.
+        :raises ValueError: if the run has no draws, or ``args`` is no tuple.
 
-        Raises:
-            ValueError: if the run has no draws, or ``args`` is no tuple.
-
-        References:
-            Hoffman and Gelman 2014, The No-U-turn sampler, for the sampler that is mostly meant.
-
-        Example:
-            >>> import pyro, pyro.distributions as dist, torch
-            >>> def model(y):
-            ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
-            >>> mcmc = pyro.infer.MCMC(
-            ...     pyro.infer.NUTS(model), num_samples=20, warmup_steps=20, disable_progbar=True
-            ... )
-            >>> mcmc.run(torch.tensor(0.5))
-            >>> Posterior.from_mcmc(mcmc, model, (torch.tensor(0.5),)).log_p.shape
-            torch.Size([20])
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(y):
+        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+        >>> mcmc = pyro.infer.MCMC(
+        ...     pyro.infer.NUTS(model), num_samples=20, warmup_steps=20, disable_progbar=True
+        ... )
+        >>> mcmc.run(torch.tensor(0.5))
+        >>> Posterior.from_mcmc(mcmc, model, (torch.tensor(0.5),)).log_p.shape
+        torch.Size([20])
         """
-        _check_call(args, kwargs)
+        checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         chains = mcmc.get_samples(group_by_chain=True)
         if not chains:
             raise ValueError("the MCMC run has no draws: expected a finished run. Call mcmc.run(...) first.")
@@ -208,24 +197,18 @@ class Posterior(WeightedDraws):
     ) -> Draws:
         """Posterior predictive draws, for new inputs or, without arguments, for those of the fit.
 
-        Args:
-            args: positional arguments of the model, with or without data: observed sites are drawn in any case.
-            num_samples: how many draws; as many as the posterior has unless given.
-            new_sites: latent sites to draw anew from the model instead of taking them from the posterior, such as the
-                effects of groups that were not in the data.
-            seed: makes the draws reproducible and leaves the global random state as it was.
-            kwargs: keyword arguments of the model.
+        Source: Gelman et al. 2013, Bayesian data analysis, section 6.3.
 
-        Returns:
-            The draws; ``.observed[site]`` has shape ``(num_samples, *plates, *event)``, ``.deterministics`` and
+        :param args: positional arguments of the model, with or without data: observed sites are drawn in any case.
+        :param num_samples: how many draws; as many as the posterior has unless given.
+        :param new_sites: latent sites to draw anew from the model instead of taking them from the posterior, such as
+            the effects of groups that were not in the data.
+        :param seed: makes the draws reproducible and leaves the global random state as it was.
+        :param kwargs: keyword arguments of the model.
+        :returns: the draws; ``.observed[site]`` has shape ``(num_samples, *plates, *event)``, ``.deterministics`` and
             ``.latents`` go with it.
-
-        Raises:
-            ValueError: if a latent site has another shape under the new arguments than it had in the fit, or belongs
-                to a minibatch, or if a name in ``new_sites`` is not a latent site.
-
-        References:
-            Gelman et al. 2013, Bayesian data analysis, section 6.3.
+        :raises ValueError: if a latent site has another shape under the new arguments than it had in the fit, or
+            belongs to a minibatch, or if a name in ``new_sites`` is not a latent site.
         """
         new_sites = frozenset(new_sites)
         if unknown := new_sites - set(self.draws.latents):
@@ -247,17 +230,12 @@ class Posterior(WeightedDraws):
     def loo(self, var_name: str | None = None) -> ELPDData:
         """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
 
-        Args:
-            var_name: the observed site; may be left out if there is only one.
+        Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
 
-        Returns:
-            ArviZ's ``ELPDData`` with pointwise values, ready for ``az.compare``.
-
-        Raises:
-            ValueError: where :attr:`log_weight` does (but not for MCMC draws), and if the site is ambiguous or unknown.
-
-        References:
-            Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
+        :param var_name: the observed site; may be left out if there is only one.
+        :returns: ArviZ's ``ELPDData`` with pointwise values, ready for ``az.compare``.
+        :raises ValueError: where :attr:`log_weight` does (but not for MCMC draws), and if the site is ambiguous or
+            unknown.
         """
         return loo(self, var_name)
 
@@ -274,16 +252,6 @@ def _told_how_to_predict() -> Iterator[None]:
             f"{error} In predict(...) the latter is new_sites=['name of the site']. A guide that maps data to latents "
             "(amortised) has draws for the new data: Posterior(model, guide, (x_new,)).predict()."
         ) from error
-
-
-def _check_call(args: Any, kwargs: Any) -> None:
-    if not isinstance(args, (tuple, list)):
-        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, (x, y).")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise ValueError(
-            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments. Pass all "
-            "positional ones as one tuple: Posterior(model, guide, (x, y))."
-        )
 
 
 def name_of(program: Any) -> str:

@@ -45,22 +45,15 @@ def judge(pareto_k: float, num_draws: int) -> Verdict:
     smoothing makes averages usable. Up to 1 they are biased at any affordable number of draws; from 1 on the weights
     have no finite mean.
 
-    Args:
-        pareto_k: k-hat, the largest where there are several.
-        num_draws: number of draws that it was fitted to.
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
 
-    Returns:
-        The verdict, of which the word is one of "good", "usable", "too few draws", "bad", "very bad", "unknown".
+    :param pareto_k: k-hat, the largest where there are several.
+    :param num_draws: number of draws that it was fitted to.
+    :returns: the verdict, of which the word is one of "good", "usable", "too few draws", "bad", "very bad", "unknown".
+    :raises ValueError: if k-hat is finite and there are fewer than two draws.
 
-    Raises:
-        ValueError: if k-hat is finite and there are fewer than two draws.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
-
-    Example:
-        >>> [judge(k, 1000).word for k in (0.2, 0.6, 0.68, 0.9, 1.3)]
-        ['good', 'usable', 'too few draws', 'bad', 'very bad']
+    >>> [judge(k, 1000).word for k in (0.2, 0.6, 0.68, 0.9, 1.3)]
+    ['good', 'usable', 'too few draws', 'bad', 'very bad']
     """
     if math.isinf(pareto_k):
         return Verdict("unknown", *_UNKNOWN)
@@ -119,42 +112,35 @@ def report(
 
     Every number comes with its Monte Carlo error (one standard error) and is in nats.
 
-    Args:
-        posterior: draws of a guide, or of MCMC.
-        facts: what else to print at the top, such as ``{"objective": "ELBO(num_particles=1)", "steps": 3000}``.
-        convergence: a sentence on how the training ended.
-        converged: whether the training had converged; changes the advice if it had not.
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72); Yao,
+    Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
 
-    Returns:
-        Several lines of text, to be printed.
+    :param posterior: draws of a guide, or of MCMC.
+    :param facts: what else to print at the top, such as ``{"objective": "ELBO(num_particles=1)", "steps": 3000}``.
+    :param convergence: a sentence on how the training ended.
+    :param converged: whether the training had converged; changes the advice if it had not.
+    :returns: several lines of text, to be printed.
+    :raises ValueError: if importance weights are NaN or infinite.
 
-    Raises:
-        ValueError: if importance weights are NaN or infinite.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72);
-        Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
-
-    Example:
-        >>> import torch
-        >>> from pplvi.posterior.draws import Draws
-        >>> z = torch.linspace(-1, 1, 100)
-        >>> exact = WeightedDraws(Draws({"z": z}, {}, {}, {}, -z, -z - 2, (), {"z": ()}, frozenset()))
-        >>> print(report(exact, facts={"guide": "exact"}))
-        guide             exact
-        draws             100 of 1 latent site: z
-        ELBO              2.000 +- 0.000 nats = E[log p] 0.000 +- 0.058 + entropy 2.000 +- 0.058
-        log evidence      2.000 +- 0.000 nats
-        log Z - ELBO      0.000 +- 0.000 nats, estimates KL(guide || posterior)
-        ESS               100 of 100 draws (100 %)
-        Pareto k-hat      0.00, good (threshold 0.50)
-        <BLANKLINE>
-        The guide is close to the posterior where it has been: the weights have a finite variance, and
-        weighted averages, the log evidence and its error can be trusted.
-        <BLANKLINE>
-        What to try next:
-        - posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model
-        - several restarts: k-hat cannot see a mode that the guide never visits
+    >>> import torch
+    >>> from pplvi.posterior.draws import Draws
+    >>> z = torch.linspace(-1, 1, 100)
+    >>> exact = WeightedDraws(Draws({"z": z}, {}, {}, {}, -z, -z - 2, (), {"z": ()}, frozenset()))
+    >>> print(report(exact, facts={"guide": "exact"}))
+    guide             exact
+    draws             100 of 1 latent site: z
+    ELBO              2.000 +- 0.000 nats = E[log p] 0.000 +- 0.058 + entropy 2.000 +- 0.058
+    log evidence      2.000 +- 0.000 nats
+    log Z - ELBO      0.000 +- 0.000 nats, estimates KL(guide || posterior)
+    ESS               100 of 100 draws (100 %)
+    Pareto k-hat      0.00, good (threshold 0.50)
+    <BLANKLINE>
+    The guide is close to the posterior where it has been: the weights have a finite variance, and
+    weighted averages, the log evidence and its error can be trusted.
+    <BLANKLINE>
+    What to try next:
+    - posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model
+    - several restarts: k-hat cannot see a mode that the guide never visits
     """
     verdict = _verdict(posterior)
     lines = [_row(name, value) for name, value in (facts or {}).items()]

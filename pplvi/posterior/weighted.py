@@ -24,9 +24,8 @@ from pplvi.weights.resampling import resample
 class Estimate(NamedTuple):
     """A Monte Carlo estimate and its standard error, in nats.
 
-    Example:
-        >>> print(Estimate(-31.3114, 0.0123))
-        -31.311 +- 0.012
+    >>> print(Estimate(-31.3114, 0.0123))
+    -31.311 +- 0.012
     """
 
     value: float
@@ -39,19 +38,15 @@ class Estimate(NamedTuple):
 class WeightedDraws:
     """Draws with importance weights, if they have any; the part of a posterior that runs no program.
 
-    Args:
-        draws: draws of a guide, or of MCMC if they have no ``log_q``.
-        point_sites: latent sites that the guide holds at a point, where it has no density.
-        num_chains: number of MCMC chains that lie one after another in the draws; 1 for a guide.
+    :param draws: draws of a guide, or of MCMC if they have no ``log_q``.
+    :param point_sites: latent sites that the guide holds at a point, where it has no density.
+    :param num_chains: number of MCMC chains that lie one after another in the draws; 1 for a guide.
+    :raises ValueError: if the draws are predictions, without densities.
 
-    Raises:
-        ValueError: if the draws are predictions, without densities.
-
-    Example:
-        >>> z = torch.tensor([0.0, 1.0, 3.0])
-        >>> draws = Draws({"z": z}, {}, {}, {}, -z, -z, (), {"z": ()}, frozenset())
-        >>> WeightedDraws(draws).ess
-        tensor(3.)
+    >>> z = torch.tensor([0.0, 1.0, 3.0])
+    >>> draws = Draws({"z": z}, {}, {}, {}, -z, -z, (), {"z": ()}, frozenset())
+    >>> WeightedDraws(draws).ess
+    tensor(3.)
     """
 
     def __init__(self, draws: Draws, point_sites: frozenset[str] = frozenset(), num_chains: int = 1) -> None:
@@ -73,8 +68,7 @@ class WeightedDraws:
     def log_q(self) -> Tensor:
         """Log density of each draw under the guide, shape ``(num_draws, *batch)``, in nats.
 
-        Raises:
-            ValueError: for MCMC draws.
+        :raises ValueError: for MCMC draws.
         """
         if self.draws.log_q is None:
             raise ValueError(
@@ -107,9 +101,8 @@ class WeightedDraws:
     def log_weight(self) -> Tensor:
         r"""Raw log importance weights :math:`\log p - \log q`, shape ``(num_draws, *batch)``, in nats.
 
-        Raises:
-            ValueError: for MCMC draws, for a guide that holds sites at a point, if a plate that the weights would
-                have to average over is subsampled, and if a weight is NaN or infinitely large.
+        :raises ValueError: for MCMC draws, for a guide that holds sites at a point, if a plate that the weights would
+            have to average over is subsampled, and if a weight is NaN or infinitely large.
         """
         log_q = self._density_of_guide()
         if self._subsampled:
@@ -142,8 +135,7 @@ class WeightedDraws:
     def psis_log_weight(self) -> Tensor:
         """Pareto-smoothed log weights on the scale of :attr:`log_weight`, shape ``(num_draws, *batch)``, in nats.
 
-        Raises:
-            ValueError: where :attr:`log_weight` does.
+        :raises ValueError: where :attr:`log_weight` does.
         """
         return self._smoothed[0]
 
@@ -151,8 +143,7 @@ class WeightedDraws:
     def pareto_k(self) -> Tensor:
         """Pareto k-hat of the weights, shape ``batch``; see :func:`pplvi.weights.pareto_smooth`.
 
-        Raises:
-            ValueError: where :attr:`log_weight` does.
+        :raises ValueError: where :attr:`log_weight` does.
         """
         return self._smoothed[1]
 
@@ -160,8 +151,7 @@ class WeightedDraws:
     def ess(self) -> Tensor:
         """Effective sample size of the raw weights, shape ``batch``, in draws.
 
-        Raises:
-            ValueError: where :attr:`log_weight` does.
+        :raises ValueError: where :attr:`log_weight` does.
         """
         return effective_sample_size(self.log_weight)
 
@@ -169,8 +159,7 @@ class WeightedDraws:
     def log_evidence(self) -> tuple[Tensor, Tensor]:
         """Log evidence and its standard error, each of shape ``batch``; see :func:`pplvi.weights.log_evidence`.
 
-        Raises:
-            ValueError: where :attr:`log_weight` does.
+        :raises ValueError: where :attr:`log_weight` does.
         """
         return log_evidence(self.log_weight)
 
@@ -178,8 +167,7 @@ class WeightedDraws:
     def total_log_evidence(self) -> Estimate:
         """Log evidence of all data: the sum over the batch, times its subsample scale.
 
-        Raises:
-            ValueError: where :attr:`log_weight` does.
+        :raises ValueError: where :attr:`log_weight` does.
         """
         value, error = log_evidence(self.log_weight.double())
         return Estimate(self._scale * value.sum().item(), self._scale * error.square().sum().sqrt().item())
@@ -193,8 +181,7 @@ class WeightedDraws:
     def entropy(self) -> Estimate:
         r"""Entropy of the guide :math:`-E_q[\log q(z)]`, summed over the batch, in nats.
 
-        Raises:
-            ValueError: for MCMC draws and for a guide that holds sites at a point.
+        :raises ValueError: for MCMC draws and for a guide that holds sites at a point.
         """
         return self._mean(-self._density_of_guide())
 
@@ -202,8 +189,7 @@ class WeightedDraws:
     def elbo(self) -> Estimate:
         r"""Evidence lower bound :math:`E_q[\log p(x, z) - \log q(z)]` of all data, in nats.
 
-        Raises:
-            ValueError: for MCMC draws and for a guide that holds sites at a point.
+        :raises ValueError: for MCMC draws and for a guide that holds sites at a point.
         """
         return self._mean(self.log_p - self._density_of_guide())
 
@@ -211,8 +197,7 @@ class WeightedDraws:
     def gap(self) -> Estimate:
         r"""Estimate of :math:`\log Z - \text{ELBO} = \text{KL}(q \| p)`, with the error of the difference, in nats.
 
-        Raises:
-            ValueError: where :attr:`log_weight` does.
+        :raises ValueError: where :attr:`log_weight` does.
         """
         log_weight = self.log_weight.double()
         relative = (log_weight - log_evidence(log_weight)[0]).exp()  # the evidence and the ELBO share their draws
@@ -236,20 +221,14 @@ class WeightedDraws:
         Every batch element is resampled on its own. MCMC draws and those of a guide without weights are equally
         weighted already. Draws come back in the order of the originals, copies of one next to each other.
 
-        Args:
-            num_samples: how many; as many as there are draws unless given.
-            seed: makes the choice reproducible and leaves the global random state as it was.
-            deterministics: give the deterministic sites too, such as the sites of a model that
-                :func:`pplvi.noncentered` has rewritten.
+        Source: Rubin 1988, Using the SIR algorithm to simulate posterior distributions.
 
-        Returns:
-            ``{site: values}``, each of shape ``(num_samples, *plates, *event)``.
-
-        Raises:
-            ValueError: if ``num_samples`` is below 1.
-
-        References:
-            Rubin 1988, Using the SIR algorithm to simulate posterior distributions.
+        :param num_samples: how many; as many as there are draws unless given.
+        :param seed: makes the choice reproducible and leaves the global random state as it was.
+        :param deterministics: give the deterministic sites too, such as the sites of a model that
+            :func:`pplvi.noncentered` has rewritten.
+        :returns: ``{site: values}``, each of shape ``(num_samples, *plates, *event)``.
+        :raises ValueError: if ``num_samples`` is below 1.
         """
         with random_state(seed):
             indices = resample(self._resampling_weight, num_samples)

@@ -23,9 +23,8 @@ def to_call(item: Any) -> Call:
 
     :raises ValueError: if the item is no tensor, tuple, list or dictionary.
 
-    Example:
-        >>> to_call({"x": 1}), to_call([1, 2])
-        (((), {'x': 1}), ((1, 2), {}))
+    >>> to_call({"x": 1}), to_call([1, 2])
+    (((), {'x': 1}), ((1, 2), {}))
     """
     if isinstance(item, (Tensor, np.ndarray)) or hasattr(item, "to_numpy"):
         return (item,), {}
@@ -37,6 +36,25 @@ def to_call(item: Any) -> Call:
         f"the data yielded a {type(item).__name__}: expected a tuple or list of the model's arguments, a dictionary of "
         "its keyword arguments, or one tensor or array."
     )
+
+
+def checked_call(args: Any, kwargs: Any, example: str) -> Call:
+    """Arguments and keyword arguments of the model as a user gave them.
+
+    :param example: how the caller is called.
+    :raises ValueError: for arguments that are no tuple or list, or keyword arguments that are no dictionary.
+
+    >>> checked_call([1, 2], None, "fit(model, guide, args=(x, y))")
+    ((1, 2), {})
+    """
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(f"args is a {type(args).__name__}: expected a tuple of the model's arguments, {example}.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(
+            f"kwargs is a {type(kwargs).__name__}: expected a dictionary of the model's keyword arguments. Pass all "
+            f"positional ones as one tuple: {example}."
+        )
+    return tuple(args), dict(kwargs or {})
 
 
 @dataclass(frozen=True, eq=False)

@@ -286,7 +286,7 @@ def _warn_of_joint_factors(run: Run) -> None:
         )
 
 
-def first_bad_site(run: Run) -> str | None:
+def bad_site_of(run: Run) -> str | None:
     """Name of the first site, guide before model, whose value or log density is not finite, or ``None``."""
     for trace in (run.guide, run.model):
         for name, site in sample_sites(trace):

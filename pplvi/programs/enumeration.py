@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
@@ -17,10 +17,20 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from pplvi.programs.masks import without_missing
+from pplvi.programs.sites import Site
 
-Site = dict[str, Any]
-Trace = Any  # pyro.poutine.Trace; poutine itself stays in programs.py
 Tree = OrderedDict[frozenset[str], list[Tensor]]
+
+
+class Trace(Protocol):
+    """What is asked of a Pyro trace: its sites, and symbols for the dimensions of its packed tensors."""
+
+    nodes: dict[str, Site]
+    plate_to_symbol: dict[str, str]
+    symbol_to_dim: dict[str, int]
+
+    def pack_tensors(self, plate_to_symbol: dict[str, str] | None = None) -> None:
+        """Give every dimension of every log density a symbol."""
 
 
 def log_densities(model: Trace, guide: Trace, scale: float) -> tuple[list[Tensor], list[Tensor]]:

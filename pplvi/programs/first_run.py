@@ -123,4 +123,4 @@ def first_bad_site(model: Program, guide: Program, args: tuple[Any, ...], kwargs
     Validation is off meanwhile, so that a NaN parameter is found at the site that uses it instead of raising there.
     """
     with pyro.validation_enabled(False):
-        return checks.first_bad_site(_plain_run(model, guide, args, kwargs))
+        return checks.bad_site_of(_plain_run(model, guide, args, kwargs))

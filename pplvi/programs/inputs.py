@@ -298,7 +298,7 @@ def _filled(x: Tensor) -> Tensor:
 def _first_bad_site(program: Program, call: Call) -> str | None:
     try:
         with pyro.validation_enabled(False):
-            return checks.first_bad_site(plain_run(program, *call))
+            return checks.bad_site_of(plain_run(program, *call))
     except Exception:  # told where the program is really run
         return None
 

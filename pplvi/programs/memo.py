@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-Key = tuple[int | None, ...]
+Found = TypeVar("Found")
+
+
+class Memo(Generic[Found]):
+    """What has been found of one or several programs together, for as long as all of them live.
+
+    Programs that are not hashable or not weakly referable are not remembered: they are inspected anew at every call.
+
+    >>> memo = Memo[int]()
+    >>> def program():
+    ...     pass
+    >>> memo.keep((program, program), "nesting", 2)
+    2
+    >>> memo.recall((program, program), "nesting"), memo.recall((program, program), "other")
+    (2, None)
+    """
+
+    def __init__(self) -> None:
+        self._table: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def recall(self, programs: tuple[Any, ...], key: Hashable = None) -> Found | None:
+        """What has been kept of these programs under a key, if anything.
+
+        :param programs: the programs, always in the same order.
+        :param key: what else it depends on, such as :func:`dimensions` or :func:`shapes` of arguments.
+        """
+        with suppress(KeyError, TypeError):
+            table: Any = self._table
+            for program in programs:
+                table = table[program]
+            found: Found = table[key]
+            return found
+        return None
+
+    def keep(self, programs: tuple[Any, ...], key: Hashable, found: Found) -> Found:
+        """Keep, and return, what has been found of these programs."""
+        with suppress(TypeError):
+            table = self._table
+            for program in programs[:-1]:
+                table = table.setdefault(program, WeakKeyDictionary())
+            table.setdefault(programs[-1], {})[key] = found
+        return found
+
+
+def dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Numbers of dimensions of arguments: a column where a vector is meant must not broadcast unseen.
+
+    >>> import torch
+    >>> dimensions((torch.zeros(3), 1.0), {"x": torch.zeros(3, 1)})
+    (1, None, 2)
+    """
+    return tuple(value.dim() if isinstance(value, Tensor) else None for value in (*args, *kwargs.values()))
+
+
+def shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, ...]:
+    """Shapes of arguments, for what depends on the sizes too.
+
+    >>> import torch
+    >>> shapes((torch.zeros(3), 1.0), {})
+    ((3,), None)
+    """
+    return tuple(tuple(value.shape) if isinstance(value, Tensor) else None for value in (*args, *kwargs.values()))
 
 
 @dataclass(frozen=True)
@@ -31,23 +92,14 @@ class Layout:
     dreams_together: bool = True
 
 
-_LAYOUTS: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Key, Layout]]] = WeakKeyDictionary()
-
-
-def _key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Key:
-    """Numbers of dimensions: a column where a vector is meant must not broadcast unseen."""
-    return tuple(value.dim() if isinstance(value, Tensor) else None for value in (*args, *kwargs.values()))
+_LAYOUTS = Memo[Layout]()
 
 
 def recall(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Layout | None:
     """The layout of a pair for arguments with these numbers of dimensions, if there has been one."""
-    with suppress(KeyError, TypeError):
-        return _LAYOUTS[model][guide][_key(args, kwargs)]
-    return None
+    return _LAYOUTS.recall((model, guide), dimensions(args, kwargs))
 
 
 def remember(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], layout: Layout) -> None:
     """Keep a layout for as long as both programs live."""
-    with suppress(TypeError):  # not hashable or not weakly referable: inspected anew at every call
-        layouts = _LAYOUTS.setdefault(model, WeakKeyDictionary()).setdefault(guide, {})
-        layouts[_key(args, kwargs)] = layout
+    _LAYOUTS.keep((model, guide), dimensions(args, kwargs), layout)

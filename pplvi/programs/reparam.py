@@ -90,31 +90,24 @@ def noncentered(model: Program, *, sites: Iterable[str] | None = None, centered:
     depends on other latents is seen by running the model twice, at the first call. The form that ``"auto"`` took is
     its ``fit.model``, to which richer guides can be fitted: ``fit(easier.model, AutoFlow, **flow_recipe())``.
 
-    Args:
-        model: a Pyro program: a function, a module, or a method of one. Condition it before, not after.
-        sites: names of the latent sites to rewrite.
-        centered: :math:`\lambda`, 0 for non-centered, below 1; ``None`` learns one in [0, 1] for each element of an
-            event, the parameter ``x_centered`` of the model (variationally inferred parametrisation).
+    Source: Papaspiliopoulos, Roberts and Sköld 2007, A general framework for the parametrization of hierarchical
+    models; Gorinova, Moore and Hoffman 2020, Automatic reparameterisation of probabilistic programs.
 
-    Returns:
-        The program.
+    :param model: a Pyro program: a function, a module, or a method of one. Condition it before, not after.
+    :param sites: names of the latent sites to rewrite.
+    :param centered: :math:`\lambda`, 0 for non-centered, below 1; ``None`` learns one in [0, 1] for each element of an
+        event, the parameter ``x_centered`` of the model (variationally inferred parametrisation).
+    :returns: the program.
+    :raises ValueError: for ``centered`` outside of [0, 1); on a run, for a site in ``sites`` that is of no such family.
 
-    Raises:
-        ValueError: for ``centered`` outside of [0, 1); on a run, for a site in ``sites`` that is of no such family.
-
-    References:
-        Papaspiliopoulos, Roberts and Sköld 2007, A general framework for the parametrization of hierarchical models;
-        Gorinova, Moore and Hoffman 2020, Automatic reparameterisation of probabilistic programs.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> def schools():
-        ...     scale = pyro.sample("scale", dist.HalfCauchy(5.0))
-        ...     with pyro.plate("school", 8):
-        ...         return pyro.sample("effect", dist.Normal(0.0, scale))
-        >>> model = noncentered(schools)
-        >>> model().shape, sorted(model.sites)
-        (torch.Size([8]), ['effect'])
+    >>> import pyro.distributions as dist
+    >>> def schools():
+    ...     scale = pyro.sample("scale", dist.HalfCauchy(5.0))
+    ...     with pyro.plate("school", 8):
+    ...         return pyro.sample("effect", dist.Normal(0.0, scale))
+    >>> model = noncentered(schools)
+    >>> model().shape, sorted(model.sites)
+    (torch.Size([8]), ['effect'])
     """
     if not callable(model) or isinstance(model, type):
         raise ValueError(f"model={model!r}: expected a Pyro program, a callable with pyro.sample statements.")

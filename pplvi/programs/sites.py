@@ -27,7 +27,13 @@ class Plate:
         return self.full_size / self.size
 
 
-def _base_distribution(fn: Any) -> Any:
+def base_distribution(fn: Any) -> Any:
+    """The distribution inside what makes it independent, masked or expanded.
+
+    >>> import torch, pyro.distributions as dist
+    >>> type(base_distribution(dist.Normal(torch.zeros(3), 1.0).to_event(1).mask(False))).__name__
+    'Normal'
+    """
     while hasattr(fn, "base_dist") and type(fn).__name__ in (
         "Independent",
         "MaskedDistribution",
@@ -39,12 +45,12 @@ def _base_distribution(fn: Any) -> Any:
 
 def is_delta(site: Any) -> bool:
     """Whether the site is a deterministic value (``Delta``), such as the second half of every autoguide's draw."""
-    return type(_base_distribution(site["fn"])).__name__ == "Delta"
+    return type(base_distribution(site["fn"])).__name__ == "Delta"
 
 
 def is_computed(site: Any) -> bool:
     """Whether the site's value is computed from other draws, by a kernel that is a map, and not drawn."""
-    return bool(getattr(_base_distribution(site["fn"]), "computed", False))
+    return bool(getattr(base_distribution(site["fn"]), "computed", False))
 
 
 def is_subsample(site: Any) -> bool:

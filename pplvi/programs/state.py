@@ -102,9 +102,8 @@ def _feed(digest: Any, tree: Any) -> None:
 def fingerprint(tree: Any) -> str:
     """A hash of the tensors, arrays, numbers and strings in nested containers, equal in every process.
 
-    Example:
-        >>> fingerprint((torch.zeros(2), {"n": 3})) == fingerprint((torch.zeros(2), {"n": 3}))
-        True
+    >>> fingerprint((torch.zeros(2), {"n": 3})) == fingerprint((torch.zeros(2), {"n": 3}))
+    True
     """
     digest = hashlib.sha256()
     _feed(digest, tree)
@@ -221,21 +220,17 @@ def buffers_of(**programs: Any) -> dict[str, Tensor]:
 def random_state(seed: int | None) -> Iterator[None]:
     """Seed torch (all devices), NumPy and Python within, and put their states back afterwards.
 
-    Args:
-        seed: the seed; ``None`` draws from the global state as usual.
+    :param seed: the seed; ``None`` draws from the global state as usual.
+    :raises ValueError: if the seed is negative or does not fit in 32 bits.
 
-    Raises:
-        ValueError: if the seed is negative or does not fit in 32 bits.
-
-    Example:
-        >>> import torch
-        >>> before = torch.get_rng_state()
-        >>> with random_state(0):
-        ...     first = torch.rand(3)
-        >>> with random_state(0):
-        ...     second = torch.rand(3)
-        >>> torch.equal(first, second), torch.equal(before, torch.get_rng_state())
-        (True, True)
+    >>> import torch
+    >>> before = torch.get_rng_state()
+    >>> with random_state(0):
+    ...     first = torch.rand(3)
+    >>> with random_state(0):
+    ...     second = torch.rand(3)
+    >>> torch.equal(first, second), torch.equal(before, torch.get_rng_state())
+    (True, True)
     """
     if seed is not None and not 0 <= seed < 2**32:
         raise ValueError(f"got seed={seed}; expected an integer from 0 to 2**32 - 1, which NumPy takes.")

@@ -11,7 +11,7 @@ import torch
 from pplvi.objectives.step import Step
 from pplvi.programs.dreams import dream
 from pplvi.samplers.base import Request
-from pplvi.samplers.importance import _as_step
+from pplvi.samplers.importance import step_of
 from pplvi.types import Program
 
 
@@ -32,5 +32,5 @@ class Ancestral:
         parts = [dream(model, guide, args, kwargs, count) for count in counts]
         runs = [run for together, _ in parts for run in together]
         log_target = torch.cat([run.log_target().detach() for run in runs])
-        step = _as_step(runs[0], log_target, torch.cat([log_forward for _, log_forward in parts]))
+        step = step_of(runs[0], log_target, torch.cat([log_forward for _, log_forward in parts]))
         yield replace(step, log_weight=torch.zeros_like(log_target))  # exact draws: equal weights

@@ -11,22 +11,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from typing import Any, Protocol, runtime_checkable
 
 import pyro
 import torch
 from torch import Tensor
 
 from pplvi.objectives.step import Step
-from pplvi.programs.single import parameter_names, rescored, run_stacked
-from pplvi.programs.sites import latent_sites
+from pplvi.programs.memo import Memo
+from pplvi.programs.single import parameter_names, run_stacked
+from pplvi.samplers.particles import draws_of, leaves, run_at
+from pplvi.samplers.paths import Planned
+from pplvi.samplers.walk import Walk
 from pplvi.types import MutableValues, Program
 from pplvi.weights.resampling import Resampling
 
-_Walk = Any  # pplvi.samplers.annealed's: it imports this module
 
-
+@runtime_checkable
 class Stackable(Protocol):
     """A kernel that can be run for several levels at once."""
 
@@ -40,7 +41,7 @@ class Stackable(Protocol):
         ...
 
 
-def wanted(choice: bool | None, walk: _Walk, resampling: Resampling) -> bool:
+def wanted(choice: bool | None, walk: Walk, resampling: Resampling) -> bool:
     """Whether to build all levels at once.
 
     :raises ValueError: if that was asked for, and cannot be done.
@@ -54,16 +55,16 @@ def wanted(choice: bool | None, walk: _Walk, resampling: Resampling) -> bool:
     return True
 
 
-def _hindrance(walk: _Walk, resampling: Resampling) -> str:
-    if not walk.routing.local:
+def _hindrance(walk: Walk, resampling: Resampling) -> str:
+    if not walk.particles.routing.local:
         return "the objective is not local: expected one whose levels pass no gradient to each other"
-    if walk.num_particles == 1:
+    if walk.particles.num_particles == 1:
         return "there is one particle: expected at least 2"
-    if resampling.num_particles not in (None, walk.num_particles):
+    if resampling.num_particles not in (None, walk.particles.num_particles):
         return "the number of particles changes: expected the same at every level"
-    if hasattr(walk.plan.initial, "plan"):
+    if isinstance(walk.plan.initial, Planned):
         return "the first draws come from a walk of their own: expected a base that is a program"
-    others = [k for k in (*walk.plan.forward, *walk.plan.reverse) if not hasattr(k, "alike")]
+    others = [k for k in (*walk.plan.forward, *walk.plan.reverse) if not isinstance(k, Stackable)]
     if others:
         return f"{type(others[0]).__name__} has no property 'alike': expected kernels such as those of ResidualKernel"
     return ""
@@ -85,33 +86,30 @@ class _Draws:
     chosen: list[Tensor] = field(default_factory=list)
 
 
-def _drawn(walk: _Walk, resampling: Resampling) -> _Draws:
-    state = walk._start()
+def _drawn(walk: Walk, resampling: Resampling) -> _Draws:
+    state = walk.start()
     draws, last = _Draws(state.log_density), walk.plan.path.num_steps
     with torch.no_grad():
         for level in range(1, last + 1):
             draws.previous.append(state.values)
             draws.weights.append(state.log_weight)
             if resampling.when is False or level == last:  # weights are not needed before all levels are scored
-                run = walk._run(walk._kernel(level), walk.indices, state.values)
-                values = walk._draws(run)
-                walk._check_cover(values, state.values)
-                state = replace(state, values=values)
+                state = replace(state, values=walk.drawn(level, state))
             else:
-                _, state = walk._move(level, state)
+                _, state = walk.move(level, state)
             draws.reached.append(state.values)
             if level < last and (found := resampling.indices(state.log_weight)) is not None:
                 draws.chosen.append(found[0])
-                state = walk._taken(state, *found)
+                state = walk.taken(state, *found)
     return draws
 
 
-def all_levels(walk: _Walk, resampling: Resampling) -> Step:
+def all_levels(walk: Walk, resampling: Resampling) -> Step:
     """The steps of all levels as one; its batch is ``(num_steps, *batch)``."""
     draws = _drawn(walk, resampling)
-    freeze = walk.routing.freeze and torch.is_grad_enabled()
+    freeze = walk.particles.frozen
     reached, previous = _stacked(draws.reached), _stacked(draws.previous)
-    points = [_leaves(reached) if freeze else reached for _ in range(3)]  # of their own, to tell gradients apart
+    points = [leaves(reached) if freeze else reached for _ in range(3)]  # of their own, to tell gradients apart
     fixed = _targets(walk, points[0])
     forward, reverse, live = _kernels(walk, previous, points, freeze)
     initial, weight_in = _initial(draws, fixed), _weights(draws, fixed, reverse, forward)
@@ -124,17 +122,12 @@ def all_levels(walk: _Walk, resampling: Resampling) -> Step:
         log_reverse=(reverse + paths[1]).movedim(0, 1),
         log_initial=initial.movedim(0, 1),
         log_forward=((forward.detach() if freeze else forward) + paths[2]).movedim(0, 1),
-        scale=walk.scale,
-        subsampled=tuple(sorted(walk.subsampled)),
+        **walk.particles.accounts,
     )
 
 
 def _stacked(levels: Sequence[MutableValues]) -> MutableValues:
     return {name: torch.stack([values[name] for values in levels]) for name in levels[0]}
-
-
-def _leaves(values: MutableValues) -> MutableValues:
-    return {name: value.detach().requires_grad_() for name, value in values.items()}
 
 
 def _initial(draws: _Draws, fixed: Tensor) -> Tensor:
@@ -154,12 +147,12 @@ def _weights(draws: _Draws, fixed: Tensor, reverse: Tensor, forward: Tensor) -> 
 
 
 def _paths(
-    walk: _Walk, live: MutableValues, points: Sequence[MutableValues], densities: Sequence[Tensor]
+    walk: Walk, live: MutableValues, points: Sequence[MutableValues], densities: Sequence[Tensor]
 ) -> list[Tensor]:
     """The gradient path of the draws through each density, ``<grad_z density, z - sg(z)>``, zero in value."""
-    leaves = [leaf for values in points for leaf in values.values()]
+    inputs = [leaf for values in points for leaf in values.values()]
     total = sum((density.sum() for density in densities), torch.zeros(()))
-    found = iter(torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True))
     change = {name: value - value.detach() for name, value in live.items()}
     return [
         sum((_along(walk, change[name], next(found)) for name in values), torch.zeros_like(densities[0]))
@@ -167,19 +160,19 @@ def _paths(
     ]
 
 
-def _along(walk: _Walk, change: Tensor, gradient: Tensor | None) -> Tensor:
+def _along(walk: Walk, change: Tensor, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         return change.new_zeros(())
-    return walk._total(gradient * change, change.dim() - walk.nesting - 2)
+    return walk.particles.total(gradient * change, change.dim() - walk.particles.nesting - 2)
 
 
 # ---------------------------------------------------------------- targets
 
 
-def _targets(walk: _Walk, at: MutableValues) -> Tensor:
+def _targets(walk: Walk, at: MutableValues) -> Tensor:
     """Log density of every level's target, ``(num_steps, num_particles, *batch)``."""
     path = walk.plan.path
-    programs = {k: (walk.model,) if k == path.num_steps else path.programs(k) for k in range(1, path.num_steps + 1)}
+    programs = {level: walk.targets(level) for level in range(1, path.num_steps + 1)}
     used: dict[Program, list[int]] = {}
     for level, own in programs.items():
         for program in own:
@@ -193,11 +186,11 @@ def _targets(walk: _Walk, at: MutableValues) -> Tensor:
     return torch.cat(parts)
 
 
-def _scored_at(walk: _Walk, program: Program, at: MutableValues, levels: list[int]) -> Tensor:
+def _scored_at(walk: Walk, program: Program, at: MutableValues, levels: list[int]) -> Tensor:
     """A program's log density at the draws of several levels, from one run of all their particles."""
     rows = {name: _rows(value, range(1, len(value) + 1), levels).flatten(0, 1) for name, value in at.items()}
-    density = walk._density(walk._run(program, {**walk.indices, **rows}, copies=len(levels), complete=True))
-    return density.reshape(len(levels), walk.num_particles, *density.shape[1:])
+    density = walk.particles.density(walk.run(program, rows, copies=len(levels), complete=True))
+    return density.reshape(len(levels), walk.particles.num_particles, *density.shape[1:])
 
 
 def _rows(tensor: Tensor, of: Sequence[int], wanted: Sequence[int]) -> Tensor:
@@ -219,7 +212,7 @@ def _assembled(path: Any, levels: list[int], densities: Sequence[Tensor]) -> Ten
 
 
 def _kernels(
-    walk: _Walk, previous: MutableValues, points: Sequence[MutableValues], freeze: bool
+    walk: Walk, previous: MutableValues, points: Sequence[MutableValues], freeze: bool
 ) -> tuple[Tensor, Tensor, MutableValues]:
     """Log densities of forward and reverse kernels and, where these are frozen, the draws with their paths."""
     ahead, back, (_, at_reverse, at_forward) = walk.plan.forward, walk.plan.reverse, points
@@ -235,7 +228,7 @@ def _kernels(
 
 
 def _scored(
-    walk: _Walk, kernels: Sequence[Any], given: MutableValues, values: MutableValues, *, redraw: bool
+    walk: Walk, kernels: Sequence[Any], given: MutableValues, values: MutableValues, *, redraw: bool
 ) -> tuple[Tensor, MutableValues]:
     """Log densities of kernels at stacked values, one run for those that are alike."""
     groups: list[list[int]] = []
@@ -260,19 +253,16 @@ def _of(values: MutableValues, rows: list[int]) -> MutableValues:
 
 
 def _scored_alike(
-    walk: _Walk, kernels: Sequence[Any], given: MutableValues, values: MutableValues, redraw: bool
+    walk: Walk, kernels: Sequence[Any], given: MutableValues, values: MutableValues, redraw: bool
 ) -> tuple[Tensor, MutableValues]:
     def read(kernel: Program, both: Any) -> tuple[Tensor, MutableValues]:
         start, end = both
         if not redraw:
-            return walk._density(walk._run(kernel, {**walk.indices, **end}, start, complete=True)), {}
+            return walk.particles.density(walk.run(kernel, end, start, complete=True)), {}
         kept = {name: value.detach() for name, value in end.items()}
-        run = walk._run(kernel, {**walk.indices, **kept}, start, complete=True, redraw=True)
-        live = {name: site["value"] for name, site in latent_sites(run.model).items()}
-        # a site whose distribution depends on no other draw of this level is not run again
-        alone = len(end) == 1
-        again = rescored(run, end) if alone else walk._run(kernel, {**walk.indices, **end}, start, complete=True)
-        return walk._density(again), live
+        run = walk.run(kernel, kept, start, complete=True, redraw=True)
+        again = run_at(run, end, lambda: walk.run(kernel, end, start, complete=True))
+        return walk.particles.density(again), draws_of(run)
 
     names = [
         _names(kernel, ({n: v[i] for n, v in given.items()}, *walk.args), walk.kwargs)
@@ -281,12 +271,12 @@ def _scored_alike(
     return run_stacked(kernels[0], names, (given, values), read)
 
 
-_NAMES: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
+_NAMES = Memo[tuple[str, ...]]()
 
 
 def _names(kernel: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of a kernel's parameters, all of which are in the store."""
-    store = pyro.get_param_store()
-    if kernel not in _NAMES or any(name not in store for name in _NAMES[kernel]):
-        _NAMES[kernel] = parameter_names(kernel, args, kwargs)
-    return _NAMES[kernel]
+    store, known = pyro.get_param_store(), _NAMES.recall((kernel,))
+    if known is None or any(name not in store for name in known):
+        return _NAMES.keep((kernel,), None, parameter_names(kernel, args, kwargs))
+    return known

@@ -19,9 +19,7 @@ from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.base import Request
 from pplvi.samplers.divergences import divergences, without
-from pplvi.types import Program
-
-_Values = Mapping[str, Tensor] | None
+from pplvi.types import Program, Values
 
 
 class Importance:
@@ -44,7 +42,8 @@ class Importance:
         yield Step.concatenate(parts)
 
 
-def _as_step(run: Run, log_target: Tensor, log_forward: Tensor, **more: Tensor | None) -> Step:
+def step_of(run: Run, log_target: Tensor, log_forward: Tensor, **more: Tensor | None) -> Step:
+    """The step of a run with these densities, ``(num_particles, *batch)``, with the run's scales."""
     return Step.from_proposal(
         log_target, log_forward, scale=run.scale, subsampled=run.subsampled, averaged=run.guide_enumerated, **more
     )
@@ -64,7 +63,7 @@ def exact_entropies(run: Run) -> dict[str, Tensor]:
 
 
 def _live_step(
-    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values
+    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: Values | None
 ) -> tuple[Step, Run]:
     run = execute(model, guide, args, kwargs, num_particles=num_particles, detach=routing.detach, values=shared)
     log_target, log_forward = _densities(run, routing)
@@ -74,7 +73,7 @@ def _live_step(
             "the guide enumerates some sites and draws others that cannot be reparameterised: expected one or the "
             "other. Enumerate all discrete sites of the guide, or none."
         )
-    return _as_step(run, log_target, log_forward, log_score=log_score), run
+    return step_of(run, log_target, log_forward, log_score=log_score), run
 
 
 def _densities(run: Run, routing: Routing) -> tuple[Tensor, Tensor]:
@@ -89,7 +88,7 @@ def _densities(run: Run, routing: Routing) -> tuple[Tensor, Tensor]:
 
 
 def _frozen_step(
-    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: _Values
+    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: Values | None
 ) -> tuple[Step, Run]:
     """A step whose guide densities carry the path of the draws but none of their own parameters.
 
@@ -108,7 +107,7 @@ def _frozen_step(
     log_target_fixed = run.log_target() - jacobian
     log_forward = sum((densities[name] for name in leaves), zero)
     paths = {name: drawn.guide.nodes[name]["value"] for name in leaves}
-    step = _as_step(
+    step = step_of(
         run,
         log_target_fixed + _path(run, log_target_fixed, leaves, paths),
         log_forward.detach() + _path(run, log_forward, leaves, paths),

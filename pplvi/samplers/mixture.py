@@ -16,8 +16,8 @@ from pplvi.programs.joint import execute, guide_run
 from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.base import Request
-from pplvi.samplers.importance import _as_step, _Values
-from pplvi.types import Program
+from pplvi.samplers.importance import step_of
+from pplvi.types import Program, Values
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DefensiveMixture:
         """Yield one step of ``request.num_particles`` particles."""
         counts = [request.num_particles] if request.vectorize else [1] * request.num_particles
         parts: list[Step] = []
-        shared: _Values = None
+        shared: Values | None = None
         for count in counts:
             call = (args, kwargs, count)
             with torch.no_grad():
@@ -61,12 +61,12 @@ class DefensiveMixture:
             log_target, log_forward = run.log_target(), run.log_forward()
             own, other = math.log1p(-self.weight), math.log(self.weight)
             mixture = torch.logaddexp(own + log_forward, other + self._log_component(run, model, *call)).detach()
-            step = _as_step(run, log_target, log_forward)
+            step = step_of(run, log_target, log_forward)
             parts.append(replace(step, log_weight=log_target.detach() - mixture))
         yield Step.concatenate(parts)
 
     def _drawn(
-        self, model: Program, guide: Program, args: Any, kwargs: Any, count: int, shared: _Values
+        self, model: Program, guide: Program, args: Any, kwargs: Any, count: int, shared: Values | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Values for the guide's sites, and the indices of the minibatch that they belong to."""
         own = guide_run(model, guide, args, kwargs, count, shared)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pyro.nn import PyroModule, PyroParam
@@ -22,6 +22,7 @@ from pplvi.kernels.invariant import InvariantMove
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites
 from pplvi.programs.traces import Run
+from pplvi.samplers.particles import draws_of
 from pplvi.types import Program
 
 
@@ -166,19 +167,24 @@ class Plan:
         first = latent_sites(run.model)
         for ahead, back in zip(self.forward, self.reverse, strict=True):
             if not isinstance(ahead, InvariantMove):
-                run = _alone(ahead, (_values(run), *args), kwargs)
-                for kind, kernel in (("forward", run), ("reverse", _alone(back, (_values(run), *args), kwargs))):
+                run = _alone(ahead, (draws_of(run), *args), kwargs)
+                for kind, kernel in (("forward", run), ("reverse", _alone(back, (draws_of(run), *args), kwargs))):
                     drawn = latent_sites(kernel.model)
                     for name in first.keys() & drawn.keys():
                         _check_support(kind, name, first[name]["fn"], drawn[name]["fn"])
 
 
+@runtime_checkable
+class Planned(Protocol):
+    """A guide that moves draws along a path: it can be walked level by level."""
+
+    def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+        """Path and kernels for these arguments of the model."""
+        ...
+
+
 def _alone(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
     return run_alone(program, args, kwargs, num_particles=1, nesting=0, values={})
-
-
-def _values(run: Run) -> dict[str, Tensor]:
-    return {name: site["value"] for name, site in latent_sites(run.model).items()}
 
 
 def _check_support(kind: str, name: str, first: Any, drawn: Any) -> None:

@@ -2,9 +2,9 @@
 
 from pplvi.training.optimizers import Update
 from pplvi.training.per_program import PerProgram
-from pplvi.training.restart import Run
+from pplvi.training.restart import Restart
 from pplvi.training.schedules import AdaptiveClip, Cosine, Schedule
-from pplvi.training.steps import Step
+from pplvi.training.steps import Stepper
 from pplvi.training.stopping import Plateau, has_settled
 from pplvi.training.watch import Watch
 
@@ -13,9 +13,9 @@ __all__ = [
     "Cosine",
     "PerProgram",
     "Plateau",
-    "Run",
+    "Restart",
     "Schedule",
-    "Step",
+    "Stepper",
     "Update",
     "Watch",
     "has_settled",

@@ -70,17 +70,16 @@ def _to_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def save(path: PathLike, state: Mapping[str, Any]) -> None:
+def write(path: PathLike, state: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically: afterwards the path holds either the old file or the new one, complete.
 
     :param state: nested containers of tensors, arrays, numbers and strings.
     :raises ValueError: if the state holds anything else, or the directory does not exist.
 
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save(f"{folder}/run.pt", {"loc": torch.ones(2)})
-        ...     load(f"{folder}/run.pt")
-        {'loc': tensor([1., 1.])}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(f"{folder}/run.pt", {"loc": torch.ones(2)})
+    ...     read(f"{folder}/run.pt")
+    {'loc': tensor([1., 1.])}
     """
     payload = _to_bytes(encode(state))
     content = _to_bytes(
@@ -121,10 +120,10 @@ def _sync_directory(folder: Path) -> None:
             os.close(handle)
 
 
-def load(path: PathLike) -> dict[str, Any]:
+def read(path: PathLike) -> dict[str, Any]:
     """Read a checkpoint; runs no code from the file and never changes it.
 
-    :returns: the state that :func:`save` was given, on the CPU.
+    :returns: the state that :func:`write` was given, on the CPU.
     :raises ValueError: if there is no such file, or it is truncated, corrupt, not a checkpoint, or of a newer format.
     """
     content = _open(Path(path))

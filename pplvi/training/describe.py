@@ -13,9 +13,8 @@ from pyro.optim import PyroOptim
 def describe(thing: Any) -> str:
     """A readable name that is the same in every process.
 
-    Example:
-        >>> describe(partial(torch.optim.Adam, lr=0.1)), describe(None)
-        ('Adam(lr=0.1)', 'None')
+    >>> describe(partial(torch.optim.Adam, lr=0.1)), describe(None)
+    ('Adam(lr=0.1)', 'None')
     """
     if isinstance(thing, partial):
         options = [*map(describe, thing.args), *(f"{k}={describe(v)}" for k, v in thing.keywords.items())]

@@ -20,7 +20,7 @@ from pplvi.compile.vectorized import Apart, Together
 from pplvi.programs.calls import Arguments
 from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.training.loop import Trainer
-from pplvi.training.steps import Loss, Turns
+from pplvi.training.steps import StepLoss, Turns
 from pplvi.types import Call
 
 _LOG = logging.getLogger(__name__)
@@ -110,13 +110,13 @@ class Lockstep:
             return
         for member in group:
             member.random = random[member.index]
-            member.trainer.update.count = member.trainer.step.svi.count
+            member.trainer.update.count = member.trainer.stepper.shared().count
             self._answer(member, losses[member.index].unbind())
 
     def _by_itself(self, member: Member) -> None:
         try:
             with member.at_work():
-                losses = member.trainer.take(member.asked)
+                losses = member.trainer.stepper.many(member.asked)
         except Exception as error:  # its own loop knows what to do about it
             failure = error
             member.go_on(lambda turns: turns.throw(failure))
@@ -124,36 +124,35 @@ class Lockstep:
             self._answer(member, losses)
 
     @staticmethod
-    def _answer(member: Member, losses: Sequence[Loss] | Sequence[Tensor]) -> None:
+    def _answer(member: Member, losses: Sequence[StepLoss] | Sequence[Tensor]) -> None:
         member.go_on(lambda turns: turns.send(losses))
 
     def _share(self, call: Call) -> None:
         """Make the program that the restarts share."""
         for member in self.members:
             self._prepare(member, call)
-        first: CompiledSVI = self.members[0].trainer.step.svi
         try:
-            self.together = first.settled(lambda: self._program(first, Arguments.of(*call)))
+            svis = [member.trainer.stepper.shared() for member in self.members]
+            self.together = svis[0].settled(lambda: self._program(svis, Arguments.of(*call)))
         except Apart as error:
             self.alone = str(error)
             _LOG.info("restarts are trained side by side, but each with a program of its own: %s", error)
-        for member in self.members:
-            member.trainer.step.svi.mode = first.mode
 
     @staticmethod
     def _prepare(member: Member, call: Call) -> None:
         try:
             with member.at_work():
-                member.trainer.step.prepare(call)
+                member.trainer.stepper.prepare(call)
         except Exception as error:  # a first density that is not finite, say: its loop names the site
             failure = error
             member.go_on(lambda turns: turns.throw(failure))
             raise
 
-    def _program(self, first: CompiledSVI, arguments: Arguments) -> Together:
-        if first.mode is False:
+    def _program(self, svis: Sequence[CompiledSVI], arguments: Arguments) -> Together:
+        for svi in svis:
+            svi.mode = svis[0].mode  # what "auto" has come to
+        if svis[0].mode is False:
             raise Apart("compile='auto' has come to Pyro's handlers")
-        svis = [member.trainer.step.svi for member in self.members]
         of = {id(svi): member for svi, member in zip(svis, self.members, strict=True)}
 
         def record(svi: CompiledSVI) -> Any:

@@ -1,6 +1,6 @@
 """The loop of one restart: step, watch, stop, and go back when a loss is not a number.
 
-Nothing here knows about guides or ArviZ. The replaceable core is a :data:`pplvi.training.Step`; the loop
+Nothing here knows about guides or ArviZ. The replaceable core is a :class:`pplvi.training.Stepper`; the loop
 around it keeps the trace, takes a copy of the state every :data:`SETTLE_EVERY` steps, and returns to the last copy
 when the loss or a parameter is no longer finite.
 """
@@ -22,10 +22,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.state import clone, rng_state, set_rng_state
 from pplvi.training.batches import Batches
-from pplvi.training.optimizers import Update
-from pplvi.training.restart import Run, TrainingError, copy_into
+from pplvi.training.restart import Restart, TrainingError, copy_into
 from pplvi.training.schedules import Cosine
-from pplvi.training.steps import Loss, Turns, drive, next_calls, replayed, stride, svi_step
+from pplvi.training.steps import StepLoss, Steps, Turns, drive, next_calls
 from pplvi.training.watch import Watch
 from pplvi.types import Call
 
@@ -34,19 +33,19 @@ MAX_ROLLBACKS = 10
 
 
 class Trainer:
-    """Trains one :class:`Run`; call :meth:`train` inside ``run.scope()``.
+    """Trains one :class:`Restart`; call :meth:`train` inside ``run.scope()``.
 
     :param run: the restart.
     :param objective: a Pyro ``ELBO``, or a loss as ``SVI`` takes it.
-    :param update: clips, schedules and steps.
+    :param steps: makes what takes the steps.
     :param batches: where the data come from.
     :param watch: what is done between the steps.
     """
 
-    def __init__(self, run: Run, objective: Any, update: Update, batches: Batches, watch: Watch) -> None:
-        self.run, self.update, self.batches, self.watch = run, update, batches, watch
-        self.step: Any = svi_step(run.model, run.guide, update, objective)
-        self.update.before_first = self._settle
+    def __init__(self, run: Restart, objective: Any, steps: Steps, batches: Batches, watch: Watch) -> None:
+        self.run, self.batches, self.watch = run, batches, watch
+        self.stepper = steps(run.model, run.guide, objective, self._settle)
+        self.update = self.stepper.update
         self.good: dict[str, Any] = self.capture()
         self.call: Call = ((), {})
 
@@ -56,11 +55,7 @@ class Trainer:
         :raises TrainingError: if the loss stays non-finite after :data:`MAX_ROLLBACKS` returns to a good state with
             half the learning rate each; the message names the first site at fault.
         """
-        drive(self.turns(), self.take)
-
-    def take(self, calls: Sequence[Call]) -> Sequence[Loss]:
-        """One step on each of these calls."""
-        return self.step.many(calls) if len(calls) > 1 else [self.step(*calls[0])]
+        drive(self.turns(), self.stepper.many)
 
     def turns(self) -> Turns:
         """Ask for steps on some calls, and look at the losses that are sent back, until there is a reason to end."""
@@ -75,7 +70,7 @@ class Trainer:
         self._read()
 
     def _advance(self) -> Turns:
-        most = stride(self.step, self.run.step, self.update, self.batches, self.watch, SETTLE_EVERY)
+        most = self.stepper.stride(self.run.step, self.batches, self.watch, SETTLE_EVERY)
         if not (calls := next_calls(self.batches, most)):
             self._end("data")
             return
@@ -83,7 +78,7 @@ class Trainer:
         if (yield from self._attempt(calls)):
             self._after_step(self.call)
 
-    def _attempt(self, calls: Sequence[Call]) -> Generator[Sequence[Call], Sequence[Loss], bool]:
+    def _attempt(self, calls: Sequence[Call]) -> Generator[Sequence[Call], Sequence[StepLoss], bool]:
         """Take steps; false if one failed and they were taken back."""
         careful = self.capture() if self.run.rollbacks else self.good
         call = calls[0]
@@ -183,7 +178,7 @@ class Trainer:
         return {
             "params": clone(params),
             "buffers": clone(self.run.buffers()),
-            "update": self.update.get_state(),
+            "update": self.stepper.get_state(),
             "rng": rng_state(),
             "step": self.run.step,
             "watched": len(self.run.monitored),
@@ -199,7 +194,7 @@ class Trainer:
         copy_into(self.run.buffers(), state["buffers"])
         for p in params.values():
             p.grad = None
-        self.update.set_state(state["update"])
+        self.stepper.set_state(state["update"])
         del self.run.losses[state["step"] :], self.run.monitored[state["watched"] :]
         if rng:
             set_rng_state(state["rng"])
@@ -239,7 +234,7 @@ class Trainer:
     def _failure(self, call: Call, careful: Mapping[str, Any], failed: int, cause: object) -> ValueError:
         self.restore(careful)
         find = partial(first_bad_site, self.run.model, self.run.guide, *call)
-        site = replayed(self.step, find, call, SETTLE_EVERY)
+        site = self.stepper.replay(find, call, SETTLE_EVERY)
         self.restore(self.good)
         where = f"the first site at fault is {site!r}" if site else "every site is finite, but its gradient is not"
         tries = self.run.rollbacks - 1

@@ -33,7 +33,12 @@ DEFAULT_LR = 0.01
 
 
 class Engine(Protocol):
-    """What makes the step once gradients are clipped: adapters of Pyro's and torch's optimisers."""
+    """What makes the step once gradients are clipped: adapters of Pyro's and torch's optimisers.
+
+    :ivar optim: what makes the optimisers themselves.
+    """
+
+    optim: Any
 
     def prepare(self, named: dict[str, Tensor]) -> None:
         """Make sure that each of these parameters has an optimiser."""
@@ -101,7 +106,7 @@ class TorchEngine:
     """One torch optimiser over all parameters; parameters that appear later form further groups."""
 
     def __init__(self, factory: Factory) -> None:
-        self.factory = factory
+        self.optim = factory
         self.optimizer: Optimizer | None = None
         self.names: list[list[str]] = []
         self.parameters: dict[str, Tensor] = {}
@@ -120,20 +125,19 @@ class TorchEngine:
 
     def _rebuild(self) -> None:
         store = dict(pyro.get_param_store().named_parameters())
-        for names in self._waiting["names"]:
-            self._add(names, store)
-        assert self.optimizer is not None
-        self.optimizer.load_state_dict(self._waiting["state"])
+        made = [self._add(names, store) for names in self._waiting["names"]]
+        made[-1].load_state_dict(self._waiting["state"])
         self._waiting = {}
 
-    def _add(self, names: list[str], found: Mapping[str, Tensor]) -> None:
+    def _add(self, names: list[str], found: Mapping[str, Tensor]) -> Optimizer:
         params = [found[name] for name in names]
         if self.optimizer is None:
-            self.optimizer = _checked(self.factory(params), self.factory)
+            self.optimizer = _checked(self.optim(params), self.optim)
         else:
             self.optimizer.add_param_group({"params": params})
         self.names.append(list(names))
         self.parameters.update(zip(names, params, strict=True))
+        return self.optimizer
 
     def groups(self) -> Iterable[dict[str, Any]]:
         """The optimiser's groups."""
@@ -141,8 +145,7 @@ class TorchEngine:
 
     def step(self, named: dict[str, Tensor]) -> None:
         """Step the optimiser."""
-        assert self.optimizer is not None
-        self.optimizer.step()
+        (self.optimizer or self._add(list(named), named)).step()
 
     def advance(self) -> None:
         """A torch optimiser has no schedule of its own."""
@@ -222,12 +225,11 @@ class Update(PyroOptim):
     :param clip: ``"adaptive"``, ``None``, or the largest norm of the gradient of all parameters together.
     :raises ValueError: for an argument of another kind.
 
-    Example:
-        >>> loc = pyro.param("loc", torch.tensor(3.0)).unconstrained()
-        >>> (loc**2).backward()
-        >>> Update(partial(torch.optim.SGD, lr=0.5), schedule=None, clip=2.0)([loc])
-        >>> round(loc.item(), 4)
-        2.0
+    >>> loc = pyro.param("loc", torch.tensor(3.0)).unconstrained()
+    >>> (loc**2).backward()
+    >>> Update(partial(torch.optim.SGD, lr=0.5), schedule=None, clip=2.0)([loc])
+    >>> round(loc.item(), 4)
+    2.0
     """
 
     def __init__(
@@ -241,12 +243,9 @@ class Update(PyroOptim):
         self.schedule = make_schedule(schedule, num_steps, scheduled=isinstance(optim, PyroLRScheduler))
         self.clip = make_clip(clip)
         self.count, self.backoff = 0, 1.0
-        self.before_first: Callable[[], None] = lambda: None
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Make one step with the gradients that the parameters carry."""
-        if self.count == 0:
-            self.before_first()  # the one moment at which lazily made parameters exist and are untouched
         name_of = pyro.get_param_store().param_name
         named = dict(sorted((_named(name_of(p)), p) for p in params))
         if not named:
@@ -266,30 +265,39 @@ class Update(PyroOptim):
     @property
     def factor(self) -> float:
         """What learning rates are multiplied with in the next step."""
-        return self.backoff * (1.0 if self.schedule is None else self.schedule(self.count))
+        return self.factor_at(self.count)
+
+    def factor_at(self, step: int) -> float:
+        """What learning rates are multiplied with in this step."""
+        return self.backoff * (1.0 if self.schedule is None else self.schedule(step))
 
     def at(self, *call: Any) -> None:
         """Tell optimisers for model and guide the programs and the call that the next step is for."""
         if isinstance(self.engine, PyroEngine) and isinstance(self.engine.optim, PerProgram):
             self.engine.optim.call = call
 
-    def halve(self) -> None:
-        """Halve the learning rate from now on."""
-        self.backoff *= 0.5
-
     def get_state(self) -> dict[str, Any]:
         """A copy of everything that the next steps depend on."""
-        states = {name: part.state_dict() for name, part in self._parts()}
-        return clone({"count": self.count, "backoff": self.backoff, "engine": self.engine.get_state(), **states})
+        clip = {} if self.clip is None else {"clip": self.clip.state_dict()}
+        return clone({**self.pace(), "engine": self.engine.get_state(), **clip})
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`get_state` was called."""
         state = clone(state_dict)
-        self.count, self.backoff = state["count"], state["backoff"]
+        self.set_pace(state)
         self.engine.set_state(state["engine"])
-        for name, part in self._parts():
-            part.load_state_dict(state[name])
+        if self.clip is not None:
+            self.clip.load_state_dict(state["clip"])
 
-    def _parts(self) -> list[tuple[str, Any]]:
-        parts = [("clip", self.clip), ("schedule", self.schedule)]
-        return [(name, part) for name, part in parts if hasattr(part, "state_dict")]
+    def pace(self) -> dict[str, Any]:
+        """How many steps were taken, and what the size of the next ones depends on."""
+        schedule: Any = self.schedule
+        stateful = {"schedule": schedule.state_dict()} if hasattr(schedule, "state_dict") else {}
+        return clone({"count": self.count, "backoff": self.backoff, **stateful})
+
+    def set_pace(self, state: Mapping[str, Any]) -> None:
+        """Continue at the pace of :meth:`pace`."""
+        self.count, self.backoff = state["count"], state["backoff"]
+        schedule: Any = self.schedule
+        if hasattr(schedule, "load_state_dict"):
+            schedule.load_state_dict(clone(state["schedule"]))

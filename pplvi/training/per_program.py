@@ -36,17 +36,16 @@ class PerProgram(PyroOptim):
     :raises ValueError: for other keys, or something that is no optimiser; at the first step, for parameters of which
         neither program is seen to ask.
 
-    Example:
-        >>> import pyro.distributions as dist
-        >>> def model():
-        ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
-        >>> def guide():
-        ...     pyro.sample("z", dist.Normal(pyro.param("mean", torch.tensor(2.0)), 1.0))
-        >>> optims = {"model": pyro.optim.SGD({"lr": 0.1}), "guide": pyro.optim.SGD({"lr": 0.01})}
-        >>> optim = PerProgram(optims, (model, guide, (), {}))
-        >>> _ = pyro.infer.SVI(model, guide, optim, pyro.infer.TraceMeanField_ELBO()).step()
-        >>> [round(pyro.param(name).item(), 2) for name in ("loc", "mean")]
-        [0.2, 1.98]
+    >>> import pyro.distributions as dist
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+    >>> def guide():
+    ...     pyro.sample("z", dist.Normal(pyro.param("mean", torch.tensor(2.0)), 1.0))
+    >>> optims = {"model": pyro.optim.SGD({"lr": 0.1}), "guide": pyro.optim.SGD({"lr": 0.01})}
+    >>> optim = PerProgram(optims, (model, guide, (), {}))
+    >>> _ = pyro.infer.SVI(model, guide, optim, pyro.infer.TraceMeanField_ELBO()).step()
+    >>> [round(pyro.param(name).item(), 2) for name in ("loc", "mean")]
+    [0.2, 1.98]
     """
 
     def __init__(

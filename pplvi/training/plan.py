@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from pplvi.training.batches import Batches
 from pplvi.training.checkpoint import PathLike
-from pplvi.training.optimizers import Update
+from pplvi.training.loop import Trainer
 from pplvi.training.replicas import Recipe
+from pplvi.training.restart import Restart
+from pplvi.training.steps import Steps
 from pplvi.training.watch import Watch
 from pplvi.types import Program
 
 
+class Start:
+    """What happens before the first step of a restart: here, nothing."""
+
+    def begin(self, trainer: Trainer) -> bool:
+        """Bring the guide to where its training starts, inside the scope of its run.
+
+        :returns: whether nothing is left to train.
+        """
+        return False
+
+    def searches(self, guide: Program) -> bool:
+        """Whether a guide is no guide before :meth:`begin` was called, so that it cannot be tried out."""
+        return False
+
+    def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
+        """Give a guide what a checkpoint holds of its beginning."""
+
+
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Everything that :func:`train_restarts` needs.
 
-    :ivar make_update: makes the optimiser of a restart.
+    :ivar steps: makes what takes the steps of a restart.
     :ivar settings: readable settings that a resumed run has to share, by name.
-    :ivar init: where a guide starts: see :func:`pplvi.fitting.starts.begin`.
+    :ivar start: what happens before the first step.
     """
 
     recipe: Recipe
     objective: Any
-    make_update: Callable[[], Update]
+    steps: Steps
     batches: Batches
     watch: Watch
     restarts: int = 1
@@ -37,7 +57,7 @@ class Plan:
     checkpoint: PathLike | None = None
     resume: PathLike | None = None
     settings: Mapping[str, Any] | None = None
-    init: str | None = None
+    start: Start = field(default_factory=Start)
 
     def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:
         """Model, guide and objective of one restart; Pyro's objectives remember the first programs that they see."""

@@ -10,9 +10,8 @@ SMOOTH = 50
 def smoothed(losses: list[Any]) -> float:
     """Mean of the last 50 losses, in nats.
 
-    Example:
-        >>> smoothed([4.0, 2.0])
-        3.0
+    >>> smoothed([4.0, 2.0])
+    3.0
     """
     tail = [float(loss) for loss in losses[-SMOOTH:]]
     return sum(tail) / len(tail)

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import Environment, buffers_of, module_of
-from pplvi.training.restart import Run, copy_into, scratch
+from pplvi.training.restart import Restart, copy_into, scratch
 from pplvi.types import Program
 
 
@@ -57,7 +57,7 @@ class Recipe:
         """Parameters and buffers of the modules that the user passed, by role and name."""
         return _tensors(self.model, None if self.makes_guide else self.guide)
 
-    def adopt(self, run: Run) -> None:
+    def adopt(self, run: Restart) -> None:
         """Copy the parameters and buffers of a restart into the modules that the user passed."""
         for mine, theirs in ((self.model, run.model), (None if self.makes_guide else self.guide, run.guide)):
             source, target = module_of(theirs), module_of(mine)
@@ -86,16 +86,15 @@ class Originals:
 
     :ivar trainable: whether the model has parameters.
 
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> layer = torch.nn.Linear(1, 1)
-        >>> def model():
-        ...     pyro.module("layer", layer)
-        ...     pyro.sample("z", dist.Normal(layer.bias, 1.0).to_event(1))
-        >>> originals = Originals(model, (), {}, Environment())
-        >>> with torch.no_grad():
-        ...     layer.bias.fill_(3.0).item(), originals.restore(), layer.bias.item() == 3.0
-        (3.0, None, False)
+    >>> import pyro, pyro.distributions as dist
+    >>> layer = torch.nn.Linear(1, 1)
+    >>> def model():
+    ...     pyro.module("layer", layer)
+    ...     pyro.sample("z", dist.Normal(layer.bias, 1.0).to_event(1))
+    >>> originals = Originals(model, (), {}, Environment())
+    >>> with torch.no_grad():
+    ...     layer.bias.fill_(3.0).item(), originals.restore(), layer.bias.item() == 3.0
+    (3.0, None, False)
     """
 
     def __init__(

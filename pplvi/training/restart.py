@@ -17,7 +17,7 @@ from pplvi.types import Call, Program
 TAIL = 0.1
 
 
-class Run:
+class Restart:
     """One restart: its programs, its parameters in a scope of their own, and the trace of its objective.
 
     :ivar losses: the objective at every step, in nats.
@@ -74,7 +74,7 @@ class Run:
 class ScopedProgram:
     """A program that runs under the parameters of its restart, whatever the global store holds."""
 
-    def __init__(self, program: Program, run: Run) -> None:
+    def __init__(self, program: Program, run: Restart) -> None:
         self.program, self.run = program, run
         self.__wrapped__ = program
 
@@ -90,7 +90,7 @@ class TrainingError(ValueError):
     :ivar runs: the restarts that were finished before.
     """
 
-    runs: Sequence[Run] = ()
+    runs: Sequence[Restart] = ()
 
 
 def evaluate(objective: Any, model: Program, guide: Program, call: Call) -> float:
@@ -102,7 +102,7 @@ def evaluate(objective: Any, model: Program, guide: Program, call: Call) -> floa
 
 
 @contextmanager
-def unobtrusive(run: Run) -> Iterator[None]:
+def unobtrusive(run: Restart) -> Iterator[None]:
     """Run programs without a trace: the random state and the buffers of modules are put back."""
     buffers = clone(run.buffers())
     with preserved_rng():
@@ -124,7 +124,7 @@ def scratch() -> Iterator[None]:
         yield
 
 
-def publish(run: Run) -> None:
+def publish(run: Restart) -> None:
     """Leave a restart's parameters in the global store; others that are there stay."""
     store = pyro.get_param_store()
     for name in run.store["params"]:

@@ -12,23 +12,21 @@ import pyro
 import torch
 from torch import Tensor
 
-from pplvi.fitting.starts import begin, searches, take_back
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import clone, preserved_rng, rng_state, set_rng_state
 from pplvi.training import checkpoint
 from pplvi.training.batches import FullData, OneShot
 from pplvi.training.lockstep import Lockstep, Member
 from pplvi.training.loop import Trainer
-from pplvi.training.plan import Plan
+from pplvi.training.plan import TrainingPlan
 from pplvi.training.progress import Progress
-from pplvi.training.restart import Run, TrainingError, evaluate, scratch
-from pplvi.training.resume import check_paths, compare, run_state, shapes, signature
-from pplvi.training.steps import CompiledUpdates
+from pplvi.training.restart import Restart, TrainingError, evaluate, scratch
+from pplvi.training.resume import check_equal, check_paths, run_state, shapes, signature
 from pplvi.training.watch import Training, Watch
 from pplvi.types import Call
 
 
-def train_restarts(plan: Plan) -> list[Run]:
+def train_restarts(plan: TrainingPlan) -> list[Restart]:
     """Train ``plan.restarts`` runs; restart ``r`` has the seed ``plan.seed + r``.
 
     One after another, or, with compiled steps on the full data, side by side (:mod:`pplvi.training.lockstep`). With a
@@ -41,7 +39,7 @@ def train_restarts(plan: Plan) -> list[Run]:
     check_paths(plan)
     _check_data(plan)
     plan.batches.environment = plan.recipe.environment
-    session = _Session(plan, checkpoint.load(plan.resume) if plan.resume is not None else {"runs": []})
+    session = _Session(plan, checkpoint.read(plan.resume) if plan.resume is not None else {"runs": []})
     with preserved_rng(active=plan.seed is not None or session.side_by_side):
         try:
             session.go()
@@ -50,7 +48,7 @@ def train_restarts(plan: Plan) -> list[Run]:
     return session.runs
 
 
-def _check_data(plan: Plan) -> None:
+def _check_data(plan: TrainingPlan) -> None:
     if isinstance(plan.batches, OneShot) and plan.restarts > 1:
         raise ValueError(
             f"restarts={plan.restarts} need data that can be gone through again, got a one-shot iterator: expected a "
@@ -61,9 +59,9 @@ def _check_data(plan: Plan) -> None:
 class _Session:
     """The restarts so far, and what of them is in the file."""
 
-    def __init__(self, plan: Plan, content: Mapping[str, Any]) -> None:
+    def __init__(self, plan: TrainingPlan, content: Mapping[str, Any]) -> None:
         self.plan, self.content = plan, content
-        self.runs: list[Run] = []
+        self.runs: list[Restart] = []
         self.states: dict[int, dict[str, Any]] = {}
         self.description: dict[str, Any] = {}
         self.base = int(torch.randint(2**31, ())) if plan.seed is None and self.side_by_side else 0
@@ -78,7 +76,7 @@ class _Session:
             sizes = [
                 {name: str(tuple(t.shape)) for name, t in x.items()} for x in (self.initial, plan.recipe.tensors())
             ]
-            compare(fspath(plan.resume or ""), "modules", *sizes)  # whose dtype a run in place may have changed
+            check_equal(fspath(plan.resume or ""), "modules", *sizes)  # whose dtype a run in place may have changed
 
     def go(self) -> None:
         if self.plan.recipe.apart and not self.content["runs"]:
@@ -91,15 +89,13 @@ class _Session:
     @property
     def side_by_side(self) -> bool:
         """Whether restarts are trained together: compiled steps on the same data, no loop inside the program."""
-        make = self.plan.make_update
-        compiled = isinstance(make, CompiledUpdates) and make.mode in ("trace", True, "auto")
-        return compiled and self.plan.restarts > 1 and isinstance(self.plan.batches, FullData)
+        return self.plan.steps.side_by_side and self.plan.restarts > 1 and isinstance(self.plan.batches, FullData)
 
     def _go_side_by_side(self) -> None:
         progress = Progress(self.plan.watch.num_steps, 1, self.plan.progress)
         members: list[Member] = []
 
-        def report(run: Run) -> None:
+        def report(run: Restart) -> None:
             if run is next((m.trainer.run for m in members if not m.trainer.run.reason), run):
                 progress(run)
 
@@ -136,16 +132,16 @@ class _Session:
             if run.reason == "interrupted":
                 return
 
-    def _started(self, index: int, report: Callable[[Run], None]) -> tuple[Trainer, bool]:
+    def _started(self, index: int, report: Callable[[Restart], None]) -> tuple[Trainer, bool]:
         """A restart before its next step, and whether nothing is left to train."""
         saved = self.content["runs"][index] if index < len(self.content["runs"]) else None
         run, objective, start = self._begin(index, saved)
         watch = replace(self.plan.watch, report=report, save=self._saver(index, start))
         with run.scope():
             trainer = self._trainer(run, objective, watch, saved)
-            return trainer, begin(trainer, self.plan.init)
+            return trainer, self.plan.start.begin(trainer)
 
-    def _train(self, index: int, progress: Progress) -> Run:
+    def _train(self, index: int, progress: Progress) -> Restart:
         trainer, found = self._started(index, progress)
         run = trainer.run
         with run.scope():
@@ -158,7 +154,7 @@ class _Session:
         self.runs.append(run)
         return run
 
-    def _begin(self, index: int, saved: Mapping[str, Any] | None) -> tuple[Run, Any, dict[str, Any]]:
+    def _begin(self, index: int, saved: Mapping[str, Any] | None) -> tuple[Restart, Any, dict[str, Any]]:
         seed = None if self.plan.seed is None else self.plan.seed + index
         if saved is not None:
             set_rng_state(saved["start"])
@@ -171,15 +167,15 @@ class _Session:
                 self.initial if self.content["runs"] and saved is None else None
             )
         self.plan.batches.start(index, seed)
-        return Run(index, model, guide, environment, seed), objective, start
+        return Restart(index, model, guide, environment, seed), objective, start
 
-    def _trainer(self, run: Run, objective: Any, watch: Watch, saved: Mapping[str, Any] | None) -> Trainer:
+    def _trainer(self, run: Restart, objective: Any, watch: Watch, saved: Mapping[str, Any] | None) -> Trainer:
         if saved is not None:
             call = self.plan.batches.peek()
-            take_back(run, saved)
+            self.plan.start.take_back(run, saved)
             evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
             self._check_same(run, call, saved)
-        trainer = Trainer(run, objective, self.plan.make_update(), self.plan.batches, watch)
+        trainer = Trainer(run, objective, self.plan.steps, self.plan.batches, watch)
         return trainer if saved is None else self._put_back(trainer, saved)
 
     def _put_back(self, trainer: Trainer, saved: Mapping[str, Any]) -> Trainer:
@@ -212,7 +208,7 @@ class _Session:
         """Put what is new into the file; a restart that has no state yet will start anew, and those behind it too."""
         if self.plan.checkpoint is not None and self.description:
             states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
-            checkpoint.save(self.plan.checkpoint, {**self.description, "runs": list(states)})
+            checkpoint.write(self.plan.checkpoint, {**self.description, "runs": list(states)})
             self.description = {}
 
     def _description(self, trainer: Training) -> dict[str, Any]:
@@ -220,16 +216,18 @@ class _Session:
             self.signature = signature(trainer.run, trainer.call)
         return {"model": self.signature, "settings": dict(self.plan.settings or {}), "initial": self.initial}
 
-    def _check_same(self, run: Run, call: Call, saved: Mapping[str, Any]) -> None:
+    def _check_same(self, run: Restart, call: Call, saved: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another model, guide, objective, optimiser or data."""
         name = fspath(self.plan.resume or "")
-        compare(name, "parameters", shapes(saved["params"]), shapes(dict(pyro.get_param_store().named_parameters())))
-        compare(name, "buffers", shapes(saved["buffers"]), shapes(run.buffers()))
-        compare(name, "sites", self.content["model"], signature(run, call))
-        compare(name, "settings", self.content["settings"], dict(self.plan.settings or {}))
+        check_equal(
+            name, "parameters", shapes(saved["params"]), shapes(dict(pyro.get_param_store().named_parameters()))
+        )
+        check_equal(name, "buffers", shapes(saved["buffers"]), shapes(run.buffers()))
+        check_equal(name, "sites", self.content["model"], signature(run, call))
+        check_equal(name, "settings", self.content["settings"], dict(self.plan.settings or {}))
 
 
-def check_apart(plan: Plan) -> None:
+def check_apart(plan: TrainingPlan) -> None:
     """Check that two restarts have no parameter tensor in common.
 
     :raises ValueError: with their names, if they have.
@@ -244,14 +242,14 @@ def check_apart(plan: Plan) -> None:
         )
 
 
-def _trial(plan: Plan) -> dict[str, Tensor]:
+def _trial(plan: TrainingPlan) -> dict[str, Tensor]:
     with scratch(), plan.recipe.environment.active():
         model, guide, objective = plan.programs()
         call = plan.batches.peek()
-        _ = plain_run(model, *call) if searches(guide) else evaluate(objective, model, guide, call)
+        _ = plain_run(model, *call) if plan.start.searches(guide) else evaluate(objective, model, guide, call)
         return dict(pyro.get_param_store().named_parameters())
 
 
-def best_of(runs: list[Run], comparable: bool) -> int:
+def best_of(runs: list[Restart], comparable: bool) -> int:
     """Index of the run with the least score; the first where the objective is not comparable between runs."""
     return min(runs, key=lambda run: run.score).index if comparable else 0

@@ -11,13 +11,13 @@ from torch import Tensor
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated
 from pplvi.programs.sites import is_deterministic, sample_sites, site_plates
-from pplvi.training.plan import Plan
-from pplvi.training.restart import Run, unobtrusive
+from pplvi.training.plan import TrainingPlan
+from pplvi.training.restart import Restart, unobtrusive
 from pplvi.training.watch import Training
 from pplvi.types import Call
 
 
-def check_paths(plan: Plan) -> None:
+def check_paths(plan: TrainingPlan) -> None:
     """Refuse to overwrite a checkpoint that is not being resumed, and data that cannot be resumed.
 
     :raises ValueError: for either.
@@ -57,15 +57,14 @@ def run_state(trainer: Training) -> dict[str, Any]:
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Shape and dtype of every tensor, readable.
 
-    Example:
-        >>> import torch
-        >>> shapes({"loc": torch.zeros(3)})
-        {'loc': '(3,) torch.float32'}
+    >>> import torch
+    >>> shapes({"loc": torch.zeros(3)})
+    {'loc': '(3,) torch.float32'}
     """
     return {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
 
 
-def signature(run: Run, call: Call) -> dict[str, str]:
+def signature(run: Restart, call: Call) -> dict[str, str]:
     """The sample sites of the programs: distribution, event shape and plates (not their sizes, which batches change).
 
     Empty for programs that only Pyro's own objectives can run.
@@ -84,7 +83,7 @@ def signature(run: Run, call: Call) -> dict[str, str]:
     }
 
 
-def compare(path: str, what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def check_equal(path: str, what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Check that a checkpoint belongs to this run.
 
     :raises ValueError: with every difference.

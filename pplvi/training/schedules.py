@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pplvi.compile.flat_optimizers import CLIP_FACTOR, CLIP_WINDOW, check_clip
+
 Schedule = Callable[[int], float]
 
 
@@ -25,9 +27,8 @@ class Cosine:
 
     :param num_steps: steps until the factor is 0.
 
-    Example:
-        >>> [round(Cosine(100)(t), 2) for t in (0, 50, 100)]
-        [1.0, 0.5, 0.0]
+    >>> [round(Cosine(100)(t), 2) for t in (0, 50, 100)]
+    [1.0, 0.5, 0.0]
     """
 
     def __init__(self, num_steps: int) -> None:
@@ -66,10 +67,9 @@ class NormClip:
 
     Source: Pascanu, Mikolov & Bengio (2013), "On the difficulty of training recurrent neural networks".
 
-    Example:
-        >>> g = [torch.tensor([3.0]), torch.tensor([4.0])]
-        >>> NormClip(1.0)(g); torch.cat(g)
-        tensor([0.6000, 0.8000])
+    >>> g = [torch.tensor([3.0]), torch.tensor([4.0])]
+    >>> NormClip(1.0)(g); torch.cat(g)
+    tensor([0.6000, 0.8000])
     """
 
     def __init__(self, max_norm: float) -> None:
@@ -96,14 +96,13 @@ class AdaptiveClip:
     Source: after Seetharaman et al. (2020), "AutoClip: adaptive gradient clipping for source separation networks",
     which clips at a quantile of all norms so far.
 
-    Example:
-        >>> clip, g = AdaptiveClip(factor=2.0), torch.ones(1)
-        >>> for _ in range(5): clip([torch.ones(1)])
-        >>> g = torch.tensor([100.0]); clip([g]); g
-        tensor([2.])
+    >>> clip, g = AdaptiveClip(factor=2.0), torch.ones(1)
+    >>> for _ in range(5): clip([torch.ones(1)])
+    >>> g = torch.tensor([100.0]); clip([g]); g
+    tensor([2.])
     """
 
-    def __init__(self, factor: float = 10.0, window: int = 100) -> None:
+    def __init__(self, factor: float = CLIP_FACTOR, window: int = CLIP_WINDOW) -> None:
         self.factor, self.window = factor, window
         self.count = 0
         self.norms: Tensor | None = None
@@ -164,10 +163,7 @@ def make_clip(clip: str | float | None) -> NormClip | AdaptiveClip | None:
 
     :raises ValueError: for anything else.
     """
+    check_clip(clip)
     if clip is None:
         return None
-    if clip == "adaptive":
-        return AdaptiveClip()
-    if isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0:
-        return NormClip(float(clip))
-    raise ValueError(f"clip={clip!r}: expected 'adaptive', a positive norm, or None.")
+    return AdaptiveClip() if clip == "adaptive" else NormClip(float(clip))

@@ -2,106 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
-import torch
-from pyro.infer import SVI
+import pyro.infer
+from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pplvi.compile.svi import CompiledSVI, Mode
+from pplvi.compile.vectorized import Apart
 from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
-from pplvi.training.optimizers import DEFAULT_LR, OptimLike, PyroEngine, Update
+from pplvi.training.optimizers import OptimLike, Update
 from pplvi.training.schedules import Cosine, Schedule
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
 
-Loss = float | Tensor
-Step = Callable[[tuple[Any, ...], dict[str, Any]], Loss]
-Turns = Generator[Sequence[Call], Sequence[Loss], None]
+StepLoss = float | Tensor
+Turns = Generator[Sequence[Call], Sequence[StepLoss], None]
+BeforeFirst = Callable[[], None]
 
 
-class CompiledUpdate(Update):
-    """An :class:`pplvi.training.Update` inside a compiled step: schedule and backoff reach it as rates.
+class Stepper(ABC):
+    """Takes the steps of one restart: the replaceable core of the training loop.
 
-    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
-    :param chunk: the most steps in one call.
+    :ivar update: counts them and says how large the next one is.
+    """
+
+    update: Update
+
+    @abstractmethod
+    def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
+        """A step on each of these calls; the losses, in nats, may stay on the device."""
+
+    @abstractmethod
+    def stride(self, at: int, batches: Batches, watch: Watch, settle_every: int) -> int:
+        """How many steps can be taken before the loop has to look at one of them.
+
+        :param at: steps taken so far.
+        :param settle_every: steps between copies of the state.
+        """
+
+    @abstractmethod
+    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+        """The first finding at the present parameters, or in a replay of at most so many steps."""
+
+    @abstractmethod
+    def prepare(self, call: Call) -> None:
+        """Make the parameters without a step, where that can be done."""
+
+    @abstractmethod
+    def shared(self) -> CompiledSVI:
+        """What several restarts can be one program of.
+
+        :raises Apart: if there is nothing of the kind.
+        """
+
+    @abstractmethod
+    def get_state(self) -> dict[str, Any]:
+        """A copy of everything that the next steps depend on, but for parameters and data."""
+
+    @abstractmethod
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`get_state` was called."""
+
+
+class EagerStepper(Stepper):
+    """Pyro's own ``SVI.step``.
+
+    :param before_first: called before parameters move for the first time, when lazily made ones exist.
+    """
+
+    def __init__(
+        self, model: Program, guide: Program, objective: Any, update: Update, before_first: BeforeFirst
+    ) -> None:
+        self.model, self.guide, self.update = model, guide, update
+        self.svi = pyro.infer.SVI(model, guide, _Announced(update, before_first), loss=objective)
+
+    def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
+        """One step after another."""
+        return [self._step(*call) for call in calls]
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepLoss:
+        self.update.at(self.model, self.guide, args, kwargs)
+        loss = self.svi.step(*args, **kwargs)
+        if self.update.count <= 1:  # losses of Pyro check nothing before
+            check_local_sizes(self.guide)
+        return sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for model and guide
+
+    def stride(self, at: int, batches: Batches, watch: Watch, settle_every: int) -> int:
+        """One: the loss of every step is looked at."""
+        return 1
+
+    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+        """Steps that are taken one at a time have nothing to replay."""
+        return find()
+
+    def prepare(self, call: Call) -> None:
+        """Nothing: the first step makes the parameters, with the random numbers that it draws."""
+
+    def shared(self) -> CompiledSVI:
+        """Nothing is recorded.
+
+        :raises Apart: always.
+        """
+        raise Apart("Pyro's handlers run at every step")
+
+    def get_state(self) -> dict[str, Any]:
+        """The state of the update."""
+        return self.update.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Give it back."""
+        self.update.set_state(state)
+
+
+class _Announced(PyroOptim):
+    """An update that says so before it moves parameters for the first time."""
+
+    def __init__(self, update: Update, before_first: BeforeFirst) -> None:
+        self.update, self.before_first = update, before_first
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        if self.update.count == 0:
+            self.before_first()
+        self.update(params)
+
+
+class CompiledStepper(Stepper):
+    """Steps that are recorded and compiled at the first call; schedule and backoff reach them as rates.
+
+    :param before_first: called before parameters move for the first time.
+    :param options: of :class:`pplvi.compile.CompiledSVI`.
     """
 
     def __init__(
         self,
-        optim: OptimLike = None,
-        num_steps: int = 1000,
-        schedule: str | Schedule | None = "cosine",
-        clip: Any = "adaptive",
-        *,
-        mode: Mode = True,
-        chunk: int = 50,
+        model: Program,
+        guide: Program,
+        objective: Any,
+        update: Update,
+        before_first: BeforeFirst,
+        **options: Any,
     ) -> None:
-        super().__init__(optim, num_steps, schedule, clip)
-        self.options = {"mode": mode, "clip": clip, "chunk": chunk}
-        self.optim: Any = partial(torch.optim.Adam, lr=DEFAULT_LR) if optim is None else optim
-        if isinstance(optim, Mapping) and isinstance(self.engine, PyroEngine):
-            self.optim = self.engine.optim  # the one that is told the programs
-        self.svi: CompiledSVI | None = None
+        self.update, self.before_first = update, before_first
+        self.svi = CompiledSVI(model, guide, update.engine.optim, objective, schedule=update.factor_at, **options)
 
-    def make_step(self, model: Program, guide: Program, objective: Any) -> CompiledStep:
-        """The compiled step of a pair of programs; it is recorded and compiled at its first call."""
-        self.svi = CompiledSVI(model, guide, self.optim, objective, schedule=self._factor_at, **self.options)
-        return CompiledStep(self.svi, self)
-
-    def _factor_at(self, step: int) -> float:
-        return self.backoff * (1.0 if self.schedule is None else self.schedule(step))
-
-    def get_state(self) -> dict[str, Any]:
-        """A copy of everything that the next steps depend on."""
-        assert self.svi is not None
-        parts = {name: part.state_dict() for name, part in self._parts() if name != "clip"}
-        return clone({"count": self.count, "backoff": self.backoff, "optimizer": self.svi.optimizer_state(), **parts})
-
-    def set_state(self, state_dict: dict[str, Any]) -> None:
-        """Continue where :meth:`get_state` was called."""
-        assert self.svi is not None
-        state = clone(state_dict)
-        self.count, self.backoff = state["count"], state["backoff"]
-        self.svi.load_state_dict({"count": state["count"], "optimizer": state["optimizer"]})
-        for name, part in self._parts():
-            if name != "clip":
-                part.load_state_dict(state[name])
-
-
-class CompiledUpdates:
-    """Makes the update of each restart; what ``"auto"`` has come to in one restart holds for the next.
-
-    :param options: of :class:`CompiledUpdate`.
-    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
-    """
-
-    def __init__(self, *options: Any, mode: Mode) -> None:
-        self.options, self.mode = options, mode
-        self.last: CompiledUpdate | None = None
-
-    def __call__(self) -> CompiledUpdate:
-        """A new update."""
-        if self.last is not None and self.last.svi is not None:
-            self.mode = self.last.svi.mode
-        self.last = CompiledUpdate(*self.options, mode=self.mode)
-        return self.last
-
-
-class CompiledStep:
-    """What the training loop calls: one step, or :meth:`many`."""
-
-    def __init__(self, svi: CompiledSVI, update: Update) -> None:
-        self.svi, self.update = svi, update
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """One step; the loss (nats) stays on the device."""
-        return self.many([(args, kwargs)])[0]
+    def many(self, calls: Sequence[Call]) -> Sequence[Tensor]:
+        """Steps in one call; the losses stay on the device."""
+        if self.update.count == 0:
+            self.prepare(calls[0])
+        losses = self.svi.steps(calls)
+        self.update.count = self.svi.count
+        return losses.unbind()
 
     def prepare(self, call: Call) -> None:
         """Make the parameters; before the first step they are looked at once."""
@@ -109,34 +165,110 @@ class CompiledStep:
             self.update.at(self.svi.model, self.svi.guide, *call)
         self.svi.prepare(*call)
         if self.update.count == 0:
-            self.update.before_first()
+            self.before_first()
 
-    def many(self, calls: Sequence[Call]) -> Sequence[Tensor]:
-        """A step on each of these calls."""
-        if self.update.count == 0:
-            self.prepare(calls[0])
-        losses = self.svi.steps(calls)
-        self.update.count = self.svi.count
-        return losses.unbind()
+    def stride(self, at: int, batches: Batches, watch: Watch, settle_every: int) -> int:
+        """As many as fit before something is due.
+
+        Batches are drawn ahead only for a loop of compiled steps, which needs them: a ``DataLoader`` that shuffles with
+        the global random state would otherwise mix its draws with the steps' in another order.
+        """
+        if watch.callbacks or (self.svi.mode != "max" and not isinstance(batches, FullData)):
+            return 1
+        every = [settle_every, watch.save_every, *(w.every for w in (watch.stop, watch.monitor) if w is not None)]
+        ends = [watch.num_steps - at, *(n - at % n for n in every)]
+        schedule = self.update.schedule
+        if isinstance(schedule, Cosine) and schedule.cooling:
+            ends.append(schedule.end - self.update.count)
+        return max(1, min(ends))
+
+    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+        """The losses of steps in one call were not looked at: which of them went wrong is found step by step."""
+        site = find()
+        for _ in range(most):
+            if site is not None:
+                break
+            self.many([call])
+            site = find()
+        return site
+
+    def shared(self) -> CompiledSVI:
+        """The recorded steps."""
+        return self.svi
+
+    def get_state(self) -> dict[str, Any]:
+        """The pace, and the optimiser's vectors."""
+        return clone({**self.update.pace(), "optimizer": self.svi.optimizer_state()})
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Give both back."""
+        self.update.set_pace(state)
+        self.svi.load_state_dict({"count": state["count"], "optimizer": clone(state["optimizer"])})
 
 
-def svi_step(model: Program, guide: Program, update: Update, objective: Any) -> Step:
-    """The core of the loop: Pyro's own ``SVI.step``, or the compiled step that the update belongs to."""
-    if isinstance(update, CompiledUpdate):
-        return update.make_step(model, guide, objective)
-    svi = SVI(model, guide, update, loss=objective)
+class Steps(ABC):
+    """Makes what takes the steps of each restart.
 
-    def step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Loss:
-        update.at(model, guide, args, kwargs)
-        loss = svi.step(*args, **kwargs)
-        if update.count <= 1:  # losses of Pyro check nothing before
-            check_local_sizes(guide)
-        return sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for model and guide
+    :ivar side_by_side: whether restarts may be rows of one program.
+    :param optim: as all the others, of :class:`pplvi.training.Update`.
+    :raises ValueError: for a wrong optimiser, schedule or clip, before anything runs.
+    """
 
-    return step
+    side_by_side = False
+
+    def __init__(
+        self,
+        optim: OptimLike = None,
+        num_steps: int = 1000,
+        schedule: str | Schedule | None = "cosine",
+        clip: Any = "adaptive",
+    ) -> None:
+        self.optim, self.num_steps, self.schedule, self.clip = optim, num_steps, schedule, clip
+        self.update()
+
+    def update(self) -> Update:
+        """The update of one restart."""
+        return Update(self.optim, self.num_steps, self.schedule, self.clip)
+
+    @abstractmethod
+    def __call__(self, model: Program, guide: Program, objective: Any, before_first: BeforeFirst) -> Stepper:
+        """The steps of one pair of programs.
+
+        :param before_first: called before parameters move for the first time, when lazily made ones exist.
+        """
 
 
-def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[Loss]]) -> None:
+class EagerSteps(Steps):
+    """Steps through Pyro's handlers."""
+
+    def __call__(self, model: Program, guide: Program, objective: Any, before_first: BeforeFirst) -> Stepper:
+        """Pyro's ``SVI``."""
+        return EagerStepper(model, guide, objective, self.update(), before_first)
+
+
+class CompiledSteps(Steps):
+    """Makes compiled steps; what ``"auto"`` has come to in one restart holds for the next.
+
+    :param options: of :class:`pplvi.training.Update`.
+    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
+    :param chunk: the most steps in one call.
+    """
+
+    def __init__(self, *options: Any, mode: Mode = True, chunk: int = 50) -> None:
+        super().__init__(*options)
+        self.mode, self.chunk = mode, chunk
+        self.side_by_side = mode in ("trace", True, "auto")  # without a loop inside the program
+        self.last: CompiledStepper | None = None
+
+    def __call__(self, model: Program, guide: Program, objective: Any, before_first: BeforeFirst) -> Stepper:
+        """A :class:`pplvi.compile.CompiledSVI`, recorded and compiled at its first call."""
+        mode = self.mode if self.last is None else self.last.svi.mode
+        options: dict[str, Any] = {"mode": mode, "clip": self.clip, "chunk": self.chunk}
+        self.last = CompiledStepper(model, guide, objective, self.update(), before_first, **options)
+        return self.last
+
+
+def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[StepLoss]]) -> None:
     """Take the steps that are asked for; what is raised meanwhile is raised where they were asked for."""
     with suppress(StopIteration):
         calls = next(turns)
@@ -147,39 +279,6 @@ def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[Loss]]) -> Non
                 calls = turns.throw(error)
             else:
                 calls = turns.send(losses)
-
-
-def stride(step: Any, at: int, update: Update, batches: Batches, watch: Watch, settle_every: int) -> int:
-    """How many steps can be taken before the loop has to look at one of them.
-
-    Batches are drawn ahead only for a loop of compiled steps, which needs them: a ``DataLoader`` that shuffles with the
-    global random state would otherwise mix its draws with the steps' in another order.
-
-    :param step: what takes them; one that has no ``many`` takes one at a time.
-    :param at: steps taken so far.
-    :param watch: the :class:`pplvi.training.Watch` of the loop.
-    :param settle_every: steps between copies of the state.
-    """
-    if not isinstance(step, CompiledStep) or watch.callbacks:
-        return 1
-    if step.svi.mode != "max" and not isinstance(batches, FullData):
-        return 1
-    every = [settle_every, watch.save_every, *(w.every for w in (watch.stop, watch.monitor) if w is not None)]
-    ends = [watch.num_steps - at, *(n - at % n for n in every)]
-    if isinstance(update.schedule, Cosine) and update.schedule.cooling:
-        ends.append(update.schedule.end - update.count)
-    return max(1, min(ends))
-
-
-def replayed(step: Any, find: Callable[[], str | None], call: Call, most: int) -> str | None:
-    """The first finding in a replay of the last steps; steps that are taken one at a time have nothing to replay."""
-    site = find()
-    for _ in range(most if isinstance(step, CompiledStep) else 0):
-        if site is not None:
-            break
-        step(*call)
-        site = find()
-    return site
 
 
 def next_calls(batches: Batches, count: int) -> list[Call]:

@@ -21,10 +21,9 @@ def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float]:
     :param values: shape ``(n,)`` with ``n >= 4``, in any unit.
     :returns: mean and standard error in the same unit.
 
-    Example:
-        >>> mean, error = mean_with_error(np.random.default_rng(0).normal(size=10_000))
-        >>> round(error, 3)
-        0.01
+    >>> mean, error = mean_with_error(np.random.default_rng(0).normal(size=10_000))
+    >>> round(error, 3)
+    0.01
     """
     size = math.isqrt(len(values))
     batches = values[-(len(values) // size) * size :].reshape(-1, size).mean(1)
@@ -37,9 +36,8 @@ def improvement(losses: Sequence[float] | NDArray[np.float64]) -> tuple[float, f
     :param losses: at least 16 values in nats, shape ``(steps,)``.
     :returns: gain and standard error, in nats.
 
-    Example:
-        >>> improvement([4.0] * 48 + [3.0] * 16)
-        (1.0, 0.0)
+    >>> improvement([4.0] * 48 + [3.0] * 16)
+    (1.0, 0.0)
     """
     quarter = len(losses) // 4
     early = mean_with_error(np.asarray(losses[-2 * quarter : -quarter], float))
@@ -79,10 +77,9 @@ class Plateau:
     :param threshold: :math:`c`, in standard errors.
     :raises ValueError: if a number is not positive, or ``min_steps`` is below 32.
 
-    Example:
-        >>> noise = np.random.default_rng(1).normal(size=2000)
-        >>> Plateau().reached(noise), Plateau().reached(noise - 0.01 * np.arange(2000))
-        (True, False)
+    >>> noise = np.random.default_rng(1).normal(size=2000)
+    >>> Plateau().reached(noise), Plateau().reached(noise - 0.01 * np.arange(2000))
+    (True, False)
     """
 
     min_steps: int = 1000

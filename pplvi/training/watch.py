@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pplvi.training.batches import Batches
-from pplvi.training.restart import Run, evaluate, unobtrusive
+from pplvi.training.restart import Restart, evaluate, unobtrusive
 from pplvi.training.stopping import Plateau
 from pplvi.types import Call
 
@@ -20,7 +20,7 @@ class Monitor:
     held_back: Call | None = None
     every: int = 10
 
-    def __call__(self, run: Run, call: Call) -> float:
+    def __call__(self, run: Restart, call: Call) -> float:
         """Its value (nats); the random state is left as it was, so that watching changes nothing."""
         with unobtrusive(run):
             return evaluate(self.objective, run.model, run.guide, self.held_back or call)
@@ -29,7 +29,7 @@ class Monitor:
 class Training(Protocol):
     """What a checkpoint is written of: a run, its last good state, and where its data are."""
 
-    run: Run
+    run: Restart
     batches: Batches
     good: dict[str, Any]
     call: Call
@@ -51,7 +51,7 @@ class Watch:
     num_steps: int
     stop: Plateau | None = None
     monitor: Monitor | None = None
-    callbacks: Sequence[Callable[[Run], Any]] = ()
+    callbacks: Sequence[Callable[[Restart], Any]] = ()
     save: Callable[[Training], None] | None = None
     save_every: int = 500
-    report: Callable[[Run], None] = field(default=lambda run: None)
+    report: Callable[[Restart], None] = field(default=lambda run: None)

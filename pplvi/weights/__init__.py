@@ -2,9 +2,10 @@
 
 from pplvi.weights.algebra import effective_sample_size, expectation, log_evidence, logmeanexp
 from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
-from pplvi.weights.resampling import resample
+from pplvi.weights.resampling import Resampling, resample
 
 __all__ = [
+    "Resampling",
     "effective_sample_size",
     "expectation",
     "log_evidence",

@@ -24,26 +24,19 @@ def logmeanexp(x: Tensor, dim: int = 0, keepdim: bool = False) -> Tensor:
 
     .. math:: \log \tfrac{1}{S} \sum_{s=1}^{S} e^{x_s}
 
-    Args:
-        x: values of shape ``(num_particles, *batch)``, in nats.
-        dim: the dimension that is averaged.
-        keepdim: keep that dimension with size 1.
+    Source: Burda, Grosse and Salakhutdinov 2016, Importance weighted autoencoders, for log-weights.
 
-    Returns:
-        A tensor of shape ``batch``, in nats; ``-inf``, with gradient 0, where every value is ``-inf``.
+    :param x: values of shape ``(num_particles, *batch)``, in nats.
+    :param dim: the dimension that is averaged.
+    :param keepdim: keep that dimension with size 1.
+    :returns: a tensor of shape ``batch``, in nats; ``-inf``, with gradient 0, where every value is ``-inf``.
+    :raises ValueError: if ``x`` is not a floating-point tensor with at least one particle.
 
-    Raises:
-        ValueError: if ``x`` is not a floating-point tensor with at least one particle.
-
-    References:
-        Burda, Grosse and Salakhutdinov 2016, Importance weighted autoencoders, for log-weights.
-
-    Example:
-        >>> logmeanexp(torch.tensor([0.0, math.log(3.0)])).exp()
-        tensor(2.)
+    >>> logmeanexp(torch.tensor([0.0, math.log(3.0)])).exp()
+    tensor(2.)
     """
-    dim = _particle_dim(x, dim)
-    dead = _dead(x, dim)
+    dim = particle_dim(x, dim)
+    dead = dead_columns(x, dim)
     total = torch.logsumexp(x.masked_fill(dead, 0.0), dim, keepdim) - math.log(x.shape[dim])
     return total.masked_fill(dead if keepdim else dead.squeeze(dim), -math.inf)
 
@@ -53,26 +46,19 @@ def normalize(log_weight: Tensor, dim: int = 0) -> Tensor:
 
     .. math:: \bar w_s = w_s / \textstyle\sum_r w_r
 
-    Args:
-        log_weight: log-weights of shape ``(num_particles, *batch)``, in nats.
-        dim: the particle dimension.
+    Source: Owen 2013, Monte Carlo theory, methods and examples, chapter 9.
 
-    Returns:
-        A tensor of the same shape that sums to 1 over ``dim`` (0 in dead columns). It is differentiable: detach it
-        where the formula holds the weights fixed.
+    :param log_weight: log-weights of shape ``(num_particles, *batch)``, in nats.
+    :param dim: the particle dimension.
+    :returns: a tensor of the same shape that sums to 1 over ``dim`` (0 in dead columns). It is differentiable: detach
+        it where the formula holds the weights fixed.
+    :raises ValueError: if ``log_weight`` is not a floating-point tensor with at least one particle.
 
-    Raises:
-        ValueError: if ``log_weight`` is not a floating-point tensor with at least one particle.
-
-    References:
-        Owen 2013, Monte Carlo theory, methods and examples, chapter 9.
-
-    Example:
-        >>> normalize(torch.tensor([1000.0, 1000.0 + math.log(3.0)]))
-        tensor([0.2500, 0.7500])
+    >>> normalize(torch.tensor([1000.0, 1000.0 + math.log(3.0)]))
+    tensor([0.2500, 0.7500])
     """
-    dim = _particle_dim(log_weight, dim)
-    dead = _dead(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
+    dead = dead_columns(log_weight, dim)
     return torch.softmax(log_weight.masked_fill(dead, 0.0), dim).masked_fill(dead, 0.0)
 
 
@@ -84,25 +70,18 @@ def expectation(log_weight: Tensor, values: Tensor, dim: int = 0) -> Tensor:
     The bias of a self-normalised estimate falls as ``1 / num_particles``. Particles of weight 0 count for nothing,
     also where their value is infinite.
 
-    Args:
-        log_weight: log-weights of shape ``(num_particles, *batch)``, in nats; no gradient flows into them.
-        values: what is averaged, of shape ``(num_particles, *batch, *event)``.
-        dim: the particle dimension, counted in ``log_weight``.
+    Source: Owen 2013, Monte Carlo theory, methods and examples, chapter 9.
 
-    Returns:
-        A tensor of shape ``(*batch, *event)``, in the units of ``values``; NaN in dead columns.
+    :param log_weight: log-weights of shape ``(num_particles, *batch)``, in nats; no gradient flows into them.
+    :param values: what is averaged, of shape ``(num_particles, *batch, *event)``.
+    :param dim: the particle dimension, counted in ``log_weight``.
+    :returns: a tensor of shape ``(*batch, *event)``, in the units of ``values``; NaN in dead columns.
+    :raises ValueError: if ``values`` does not begin with the shape of ``log_weight``.
 
-    Raises:
-        ValueError: if ``values`` does not begin with the shape of ``log_weight``.
-
-    References:
-        Owen 2013, Monte Carlo theory, methods and examples, chapter 9.
-
-    Example:
-        >>> expectation(torch.tensor([0.0, math.log(3.0)]), torch.tensor([1.0, 5.0]))
-        tensor(4.)
+    >>> expectation(torch.tensor([0.0, math.log(3.0)]), torch.tensor([1.0, 5.0]))
+    tensor(4.)
     """
-    dim = _particle_dim(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
     if values.shape[: log_weight.dim()] != log_weight.shape:
         raise ValueError(
             f"values has shape {tuple(values.shape)}, which does not begin with the shape "
@@ -119,25 +98,18 @@ def effective_sample_size(log_weight: Tensor, dim: int = 0) -> Tensor:
 
     .. math:: \text{ESS} = \frac{(\sum_s w_s)^2}{\sum_s w_s^2}, \qquad 1 \le \text{ESS} \le S
 
-    Args:
-        log_weight: log-weights of shape ``(num_particles, *batch)``, in nats.
-        dim: the particle dimension.
+    Source: Kong 1992, A note on importance sampling using standardized weights; Kish 1965, Survey sampling.
 
-    Returns:
-        A tensor of shape ``batch``, in draws; 0 in dead columns.
+    :param log_weight: log-weights of shape ``(num_particles, *batch)``, in nats.
+    :param dim: the particle dimension.
+    :returns: a tensor of shape ``batch``, in draws; 0 in dead columns.
+    :raises ValueError: if ``log_weight`` is not a floating-point tensor with at least one particle.
 
-    Raises:
-        ValueError: if ``log_weight`` is not a floating-point tensor with at least one particle.
-
-    References:
-        Kong 1992, A note on importance sampling using standardized weights; Kish 1965, Survey sampling.
-
-    Example:
-        >>> effective_sample_size(torch.tensor([0.0, 0.0, -math.inf]))
-        tensor(2.)
+    >>> effective_sample_size(torch.tensor([0.0, 0.0, -math.inf]))
+    tensor(2.)
     """
-    dim = _particle_dim(log_weight, dim)
-    dead = _dead(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
+    dead = dead_columns(log_weight, dim)
     safe = log_weight.masked_fill(dead, 0.0)
     ess = (2 * torch.logsumexp(safe, dim) - torch.logsumexp(2 * safe, dim)).exp()
     return ess.masked_fill(dead.squeeze(dim), 0.0)
@@ -153,23 +125,16 @@ def log_evidence(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     The mean weight is unbiased for Z, so that its logarithm lies below log Z on average. The standard error is the
     delta method's and is to be trusted only where the Pareto k-hat is small.
 
-    Args:
-        log_weight: log-weights ``log p(x, z) - log q(z)`` of shape ``(num_particles, *batch)``, in nats.
-        dim: the particle dimension.
+    Source: Owen 2013, Monte Carlo theory, methods and examples, chapters 2 and 9.
 
-    Returns:
-        The estimate and its standard error, each of shape ``batch``, in nats. The error is infinite for a dead
+    :param log_weight: log-weights ``log p(x, z) - log q(z)`` of shape ``(num_particles, *batch)``, in nats.
+    :param dim: the particle dimension.
+    :returns: the estimate and its standard error, each of shape ``batch``, in nats. The error is infinite for a dead
         column and for a single particle.
+    :raises ValueError: if ``log_weight`` is not a floating-point tensor with at least one particle.
 
-    Raises:
-        ValueError: if ``log_weight`` is not a floating-point tensor with at least one particle.
-
-    References:
-        Owen 2013, Monte Carlo theory, methods and examples, chapters 2 and 9.
-
-    Example:
-        >>> log_evidence(torch.tensor([0.0, 0.0, math.log(4.0)]))
-        (tensor(0.6931), tensor(0.5000))
+    >>> log_evidence(torch.tensor([0.0, 0.0, math.log(4.0)]))
+    (tensor(0.6931), tensor(0.5000))
     """
     estimate = logmeanexp(log_weight, dim)
     num_particles = log_weight.shape[dim]
@@ -179,7 +144,14 @@ def log_evidence(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return estimate, ((num_particles / ess - 1).clamp(min=0) / (num_particles - 1)).sqrt()
 
 
-def _particle_dim(log_weight: Tensor, dim: int) -> int:
+def particle_dim(log_weight: Tensor, dim: int) -> int:
+    """The dimension of the particles, counted from the left.
+
+    :raises ValueError: for log-weights that are not floating-point numbers, have no such dimension, or no particle.
+
+    >>> particle_dim(torch.zeros(3, 5), -2)
+    0
+    """
     if not log_weight.is_floating_point() or not -log_weight.dim() <= dim < log_weight.dim():
         raise ValueError(
             f"got {log_weight.dtype} of shape {tuple(log_weight.shape)} with dim={dim}; expected floating-point "
@@ -190,5 +162,10 @@ def _particle_dim(log_weight: Tensor, dim: int) -> int:
     return dim % log_weight.dim()
 
 
-def _dead(log_weight: Tensor, dim: int) -> Tensor:
+def dead_columns(log_weight: Tensor, dim: int) -> Tensor:
+    """Where every particle has weight 0; the particle dimension is kept, with size 1.
+
+    >>> dead_columns(torch.tensor([[0.0, -torch.inf], [-torch.inf, -torch.inf]]), 0)
+    tensor([[False,  True]])
+    """
     return log_weight.detach().isneginf().all(dim, keepdim=True)

@@ -8,7 +8,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
-from pplvi.weights.algebra import _particle_dim
+from pplvi.weights.algebra import particle_dim
 
 _MIN_TAIL = 5
 
@@ -18,21 +18,14 @@ def pareto_k_threshold(num_draws: int) -> float:
 
     .. math:: \min(1 - 1 / \log_{10} S, \; 0.7)
 
-    Args:
-        num_draws: how many weighted draws ``S`` there are; at least 2.
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
 
-    Returns:
-        The threshold, without a unit; 0.7 from 2,155 draws on.
+    :param num_draws: how many weighted draws ``S`` there are; at least 2.
+    :returns: the threshold, without a unit; 0.7 from 2,155 draws on.
+    :raises ValueError: if there are fewer than two draws.
 
-    Raises:
-        ValueError: if there are fewer than two draws.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
-
-    Example:
-        >>> round(pareto_k_threshold(1000), 4), pareto_k_threshold(4000)
-        (0.6667, 0.7)
+    >>> round(pareto_k_threshold(1000), 4), pareto_k_threshold(4000)
+    (0.6667, 0.7)
     """
     if num_draws < 2:
         raise ValueError(f"num_draws is {num_draws}; the threshold of k-hat needs at least 2 draws. Draw more.")
@@ -48,31 +41,24 @@ def pareto_smooth(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
 
     The overall scale of the weights is kept, so that the result can go wherever ``log_weight`` could.
 
-    Args:
-        log_weight: log-weights of shape ``(num_particles, *batch)``, in nats.
-        dim: the particle dimension.
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
 
-    Returns:
-        The smoothed log-weights, detached, of the shape of ``log_weight``, in nats; and k-hat of shape ``batch``.
-        With fewer than five draws in the tail (20 draws or fewer, or a dead column) nothing can be fitted: k-hat
-        is ``inf`` and the weights come back as they are. Where the largest weights are all equal to within
-        rounding there is no tail: k-hat is 0 and the weights come back as they are.
+    :param log_weight: log-weights of shape ``(num_particles, *batch)``, in nats.
+    :param dim: the particle dimension.
+    :returns: the smoothed log-weights, detached, of the shape of ``log_weight``, in nats; and k-hat of shape ``batch``.
+        With fewer than five draws in the tail (20 draws or fewer, or a dead column) nothing can be fitted: k-hat is
+        ``inf`` and the weights come back as they are. Where the largest weights are all equal to within rounding there
+        is no tail: k-hat is 0 and the weights come back as they are.
+    :raises ValueError: if ``log_weight`` is not a floating-point tensor with at least one particle, or holds NaN or
+        plus infinity.
 
-    Raises:
-        ValueError: if ``log_weight`` is not a floating-point tensor with at least one particle, or holds NaN or
-            plus infinity.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> log_weight = torch.distributions.Pareto(1.0, 1 / 0.5).sample((100_000,)).log()  # two moments: k = 0.5
-        >>> smoothed, pareto_k = pareto_smooth(log_weight)
-        >>> smoothed.shape, bool(abs(pareto_k - 0.5) < 0.1)
-        (torch.Size([100000]), True)
+    >>> _ = torch.manual_seed(0)
+    >>> log_weight = torch.distributions.Pareto(1.0, 1 / 0.5).sample((100_000,)).log()  # two moments: k = 0.5
+    >>> smoothed, pareto_k = pareto_smooth(log_weight)
+    >>> smoothed.shape, bool(abs(pareto_k - 0.5) < 0.1)
+    (torch.Size([100000]), True)
     """
-    dim = _particle_dim(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
     columns = log_weight.detach().movedim(dim, -1).cpu()  # a loop over columns: faster there, whatever the device
     if bool((columns.isnan() | columns.isposinf()).any()):
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pplvi.weights.algebra import _dead, _particle_dim, effective_sample_size, logmeanexp
+from pplvi.weights.algebra import dead_columns, effective_sample_size, logmeanexp, particle_dim
 
 ResamplingScheme = Literal["systematic", "stratified", "multinomial"]
 
@@ -23,29 +23,22 @@ def resample(
     independently, with the largest variance. To keep the total weight, give each resampled particle the log-weight
     ``logmeanexp(log_weight)``.
 
-    Args:
-        log_weight: log-weights of shape ``(num_particles, *batch)``, in nats; no gradient flows through the indices.
-        num_samples: how many indices to draw; the number of particles unless given.
-        scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
-        dim: the particle dimension.
+    Source: Douc, Cappe and Moulines 2005, Comparison of resampling schemes for particle filtering.
 
-    Returns:
-        Integer indices with ``num_samples`` on ``dim``, ready for :func:`torch.take_along_dim`; each batch element
-        is resampled on its own. In dead columns every particle is equally likely.
+    :param log_weight: log-weights of shape ``(num_particles, *batch)``, in nats; no gradient flows through the indices.
+    :param num_samples: how many indices to draw; the number of particles unless given.
+    :param scheme: ``"systematic"``, ``"stratified"`` or ``"multinomial"``.
+    :param dim: the particle dimension.
+    :returns: integer indices with ``num_samples`` on ``dim``, ready for :func:`torch.take_along_dim`; each batch
+        element is resampled on its own. In dead columns every particle is equally likely.
+    :raises ValueError: if the scheme is unknown, ``num_samples`` is below 1, or ``log_weight`` is not a floating-point
+        tensor with at least one particle.
 
-    Raises:
-        ValueError: if the scheme is unknown, ``num_samples`` is below 1, or ``log_weight`` is not a floating-point
-            tensor with at least one particle.
-
-    References:
-        Douc, Cappe and Moulines 2005, Comparison of resampling schemes for particle filtering.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> resample(torch.tensor([0.5, 0.0, 0.25, 0.25]).log())
-        tensor([0, 0, 2, 3])
+    >>> _ = torch.manual_seed(0)
+    >>> resample(torch.tensor([0.5, 0.0, 0.25, 0.25]).log())
+    tensor([0, 0, 2, 3])
     """
-    dim = _particle_dim(log_weight, dim)
+    dim = particle_dim(log_weight, dim)
     num_samples = log_weight.shape[dim] if num_samples is None else num_samples
     if scheme not in get_args(ResamplingScheme) or num_samples < 1:
         raise ValueError(
@@ -53,7 +46,7 @@ def resample(
             f"{', '.join(map(repr, get_args(ResamplingScheme)))} and at least 1 sample."
         )
     columns = log_weight.detach().movedim(dim, -1).double()
-    columns = columns.masked_fill(_dead(columns, -1), 0.0)
+    columns = columns.masked_fill(dead_columns(columns, -1), 0.0)
     total = torch.softmax(columns, -1).cumsum(-1)
     points = _uniform_points(total, num_samples, scheme)
     # The last total and the largest point are pinned, so that rounding never picks a particle of weight 0.

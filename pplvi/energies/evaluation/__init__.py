@@ -1,1 +1,28 @@
-"""Judging machines: partition functions, monitors and pictures."""
+"""Judging machines: partition functions, monitors and pictures. Imports ``posteriors`` and ``machines``."""
+
+from pplvi.energies.evaluation.monitors import (
+    FreeEnergyGap,
+    Mixing,
+    Neighbours,
+    chain_mixing,
+    free_energy_gap,
+    inpaint,
+    nearest_neighbours,
+)
+from pplvi.energies.evaluation.partition import PartitionEstimate, annealed_importance_sampling, raise_bound
+from pplvi.energies.evaluation.pictures import plot_filters, plot_images
+
+__all__ = [
+    "FreeEnergyGap",
+    "Mixing",
+    "Neighbours",
+    "PartitionEstimate",
+    "annealed_importance_sampling",
+    "chain_mixing",
+    "free_energy_gap",
+    "inpaint",
+    "nearest_neighbours",
+    "plot_filters",
+    "plot_images",
+    "raise_bound",
+]

@@ -136,7 +136,7 @@ class _Sweep(InvariantMove):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class MachineWalk:
     """A guide that is only walked: from a start through machines at inverse temperatures.
 
     :ivar levels: the machines between which a level's target lies, and how far it has come.
@@ -181,16 +181,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _Targets:
-    """The path of a schedule."""
+    """The path of a walk."""
 
-    schedule: Schedule
+    walk: MachineWalk
 
     @property
     def num_steps(self) -> int:
-        return self.schedule.num_steps
+        return self.walk.num_steps
 
     def programs(self, level: int) -> tuple[Callable[[], None], ...]:
-        return self.schedule.programs(level)
+        return self.walk.programs(level)
 
     def __call__(self, level: int, densities: Sequence[Tensor]) -> Tensor:
         return densities[0]

@@ -78,7 +78,7 @@ def averaged_machines(base: Between, num_knots: int, num_steps: int) -> list[Bol
     """
     machine = base.machine
     if num_knots < 1 or num_steps < 1:
-        raise ValueError(f"num_knots={num_knots}, knot_steps={num_steps}: expected at least 1 of each.")
+        raise ValueError(f"knots={(num_knots, num_steps)}: expected numbers of machines and of steps of at least 1.")
     if any(units.num_states != 2 for units in machine.layers.values()):
         raise ValueError("a moment-averaged path between layers that are not all binary: expected Bernoulli units.")
     chains = machine.gibbs(machine.draw((_CHAINS,)), _BURN_IN)

@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pplvi.energies.evaluation.ais_path import Between, Schedule
+from pplvi.energies.evaluation.ais_path import Between, MachineWalk
 from pplvi.energies.evaluation.moment_paths import Route, averaged_machines, base_fields
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import data_plate
@@ -70,8 +70,7 @@ def annealed_importance_sampling(
     guide: FactorisedGuide | None = None,
     num_raise_chains: int = 10,
     path: Literal["geometric", "moment_averaged"] = "geometric",
-    num_knots: int = 9,
-    knot_steps: int = 1000,
+    knots: tuple[int, int] = (9, 1000),
     seed: int | None = None,
 ) -> PartitionEstimate:
     """Estimate ``log Z`` of a machine by annealed importance sampling (Neal 2001; Salakhutdinov & Murray 2008).
@@ -93,8 +92,8 @@ def annealed_importance_sampling(
     :param num_raise_chains: chains of each datum for its RAISE bound.
     :param path: ``"geometric"``, or ``"moment_averaged"``: through machines whose mean statistics lie evenly between
         those of the base-rate model and of the machine (Grosse, Maddison & Salakhutdinov 2013).
-    :param num_knots: of the latter: number of machines between; from one to the next the path is geometric.
-    :param knot_steps: of the latter: training steps of each of them.
+    :param knots: of the latter: number of machines between, from one to the next of which the path is geometric, and
+        training steps of each of them.
     :param seed: seed of the chains; the process's random state stays as it was.
     :returns: the estimate, with its interval and its effective sample size. It warns where a few chains dominate.
     :raises ValueError: for fewer than two chains or betas, betas that do not go from 0 to 1, lateral connections, or
@@ -116,8 +115,8 @@ def annealed_importance_sampling(
     with random_state(seed), torch.no_grad():
         base = Between(machine, base_fields(machine, base_rate))
         chosen = _betas(base, num_betas, betas)
-        route = Route.through(base, () if path == "geometric" else averaged_machines(base, num_knots, knot_steps))
-        steps = Schedule(base.base_program, route.levels(chosen[1:])).walk(num_chains)
+        route = Route.through(base, () if path == "geometric" else averaged_machines(base, *knots))
+        steps = MachineWalk(base.base_program, route.levels(chosen[1:])).walk(num_chains)
         log_weights = steps[-1][1]
         upper = None if samples is None else _upper_bound(route, chosen, samples)
         found = _estimate(log_weights, upper)
@@ -195,7 +194,7 @@ def _adapted(between: Between, num_betas: int) -> tuple[float, ...]:
     """Betas at equal distances in the standard deviation of the log weight's derivative, from a short run."""
     pilot = torch.linspace(0, 1, min(num_betas, _PILOT_BETAS), dtype=torch.float64)
     levels = tuple((between, beta) for beta in pilot.tolist()[1:])
-    steps = Schedule(between.base_program, levels).walk(_PILOT_CHAINS)
+    steps = MachineWalk(between.base_program, levels).walk(_PILOT_CHAINS)
     spread = torch.stack([(after - before).std() for before, after in steps])
     length = torch.cat([spread.new_zeros(1), (spread + 1e-3 * spread.mean() + 1e-12).cumsum(0)])
     wanted = torch.linspace(0, 1, num_betas, dtype=torch.float64) * length[-1]
@@ -232,7 +231,7 @@ def _upper_bound(route: Route, betas: tuple[float, ...], samples: Tensor | Value
     if missing := sorted(set(kept) - set(given)):
         raise ValueError(f"samples lack the layers {missing}: expected all of {list(kept)}.")
     start = partial(last.program, 1.0, None, lambda layer, shape: given[layer] if shape else given[layer][0])
-    log_weights = Schedule(start, route.levels(betas[-2::-1])).walk(len(given[kept[0]]))[-1][1]
+    log_weights = MachineWalk(start, route.levels(betas[-2::-1])).walk(len(given[kept[0]]))[-1][1]
     return float(route.base.log_base() - log_evidence(log_weights)[0])
 
 
@@ -265,7 +264,7 @@ def _raise(
                 else:
                     pyro.sample(layer, _independent(machine, layer, means[layer]))
 
-    log_weights = Schedule(start, route.levels(betas[::-1]), len(data)).walk(num_chains)[-1][1]
+    log_weights = MachineWalk(start, route.levels(betas[::-1]), len(data)).walk(num_chains)[-1][1]
     return log_evidence(log_weights)[0] - between.log_base()
 
 

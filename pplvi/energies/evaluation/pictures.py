@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pplvi.energies import BoltzmannMachine
+from pplvi.energies.machines.boltzmann import BoltzmannMachine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

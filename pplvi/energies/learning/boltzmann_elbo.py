@@ -5,21 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pplvi.energies.learning.chains import (
-    Chains,
-    ContrastiveDivergence,
-    EveryState,
-    FastPersistentChains,
-    MeanFieldContrastiveDivergence,
-    PersistentChains,
-    TemperedChains,
-)
-from pplvi.energies.learning.statistics import has_statistics, log_densities
+from pplvi.energies.learning.chains import NAMED_CHAINS, Chains, Negative
+from pplvi.energies.learning.statistics import has_statistics, joint_log_densities
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import EnergyModel
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
@@ -34,17 +26,6 @@ from pplvi.programs.sites import latent_sites
 from pplvi.programs.state import preserved_rng
 from pplvi.programs.traces import Run
 from pplvi.types import Program, Values
-
-Negative = Literal["persistent", "contrastive", "fast", "tempered", "mean_field", "exact"]
-
-_CHAINS: dict[str, type[Chains]] = {
-    "persistent": PersistentChains,
-    "contrastive": ContrastiveDivergence,
-    "fast": FastPersistentChains,
-    "tempered": TemperedChains,
-    "mean_field": MeanFieldContrastiveDivergence,
-    "exact": EveryState,
-}
 
 
 @dataclass(frozen=True)
@@ -102,14 +83,14 @@ class BoltzmannELBO(Loss):
         offset_rate: float = 0.01,
         per_datum: bool = True,
     ) -> None:
-        if not isinstance(negative, Chains) and negative not in _CHAINS:
+        if not isinstance(negative, Chains) and negative not in NAMED_CHAINS:
             raise ValueError(
-                f"negative={negative!r}: expected one of {list(_CHAINS)}, or chains such as TemperedChains."
+                f"negative={negative!r}: expected one of {list(NAMED_CHAINS)}, or chains such as TemperedChains."
             )
         if not 0 < offset_rate <= 1:
             raise ValueError(f"offset_rate={offset_rate!r}: expected a number above 0 and at most 1.")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
-        self.negative = negative if isinstance(negative, Chains) else _CHAINS[negative](num_chains, sweeps)
+        self.negative = negative if isinstance(negative, Chains) else NAMED_CHAINS[negative](num_chains, sweeps)
         self.objective: Objective = RenyiBound(1.0, estimator)
         self.offset_rate, self.per_datum = offset_rate, per_datum
 
@@ -158,7 +139,7 @@ class BoltzmannELBO(Loss):
         partly = machine.masks(kwargs.get("mask"), observed).keys()
         _check_complete(posterior.means, partly | (machine.layers.keys() - observed.keys()))
         draws = self.negative.move(machine, data, torch.is_grad_enabled())
-        log_data, log_draws = log_densities(machine, [data, draws])
+        log_data, log_draws = joint_log_densities(machine, [data, draws])
         self._follow(machine, data)
         scale = 1.0 if size is None else size / len(log_data)
         positive = Step.from_proposal(log_data.unsqueeze(0), -posterior.entropy.unsqueeze(0), scale=scale)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,9 +58,7 @@ class Chains:
 
     def step(self, log_density: Tensor) -> Step:
         """The step of chains with these log densities, ``(*chains)``: draws of the target before and after it."""
-        density = log_density.reshape(-1)
-        zero = torch.zeros_like(density).detach()
-        return Step(zero, zero, density, density, zero, density.detach(), zero)
+        return Step.equally_weighted(log_density.reshape(-1))
 
     def kept(self, machine: EnergyModel, start: Callable[[], Values], prefix: str = "chain") -> dict[str, Tensor]:
         """The chains of a machine, as buffers, one for each layer; made by ``start`` at the first use.
@@ -68,11 +66,11 @@ class Chains:
         :raises ValueError: if there are chains of another number or kind.
         """
         names = {layer: f"{prefix}_{layer}" for layer in machine.layers}
-        if any(name not in machine._buffers for name in names.values()):
+        if any(not machine.remembers(name) for name in names.values()):
             with preserved_rng():  # a step draws the same numbers whether its chains were there before or not
                 for layer, value in start().items():
                     machine.register_buffer(names[layer], value)
-        found = {layer: machine._kept(name) for layer, name in names.items()}
+        found = {layer: machine.kept(name) for layer, name in names.items()}
         expected = self._shape(machine)
         for layer, value in found.items():
             if tuple(value.shape[:-1]) != expected:
@@ -98,6 +96,15 @@ def settled(machine: EnergyModel, values: Values) -> dict[str, Tensor]:
     last = machine.classes[-1]
     alone = isinstance(machine, BoltzmannMachine) and any(machine.is_lateral(layer) for layer in last)
     return {n: v for n, v in values.items() if alone or n not in last}
+
+
+def _pairwise(machine: EnergyModel, chains: Chains) -> BoltzmannMachine:
+    if not isinstance(machine, BoltzmannMachine):
+        raise ValueError(
+            f"{type(chains).__name__} of {type(machine).__name__}, which has no layers with weights between them: "
+            "expected a BoltzmannMachine. Use PersistentChains(), which needs only its Gibbs sweeps."
+        )
+    return machine
 
 
 @dataclass(frozen=True)
@@ -136,11 +143,11 @@ class EveryState(Chains):
     def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """One step of all states.
 
-        :raises ValueError: if there are more than 20 bits of them.
+        :raises ValueError: if there are more than 20 bits of them, or for a machine without fields.
         """
-        assert isinstance(machine, BoltzmannMachine)
-        listed = machine._to_enumerate(tuple(machine.layers))
-        parts = list(machine._states(listed, machine.like()))
+        machine = _pairwise(machine, self)
+        listed = machine.to_enumerate(tuple(machine.layers))
+        parts = list(machine.states(listed, machine.like()))
         return {layer: torch.cat([part[layer] for part in parts]) for layer in listed}
 
     def step(self, log_density: Tensor) -> Step:
@@ -181,8 +188,7 @@ class MeanFieldContrastiveDivergence(Chains):
 
         :raises ValueError: for a machine without fields.
         """
-        if not isinstance(machine, BoltzmannMachine):
-            raise ValueError(f"{type(machine).__name__} has no mean field: expected a BoltzmannMachine.")
+        machine = _pairwise(machine, self)
         values = {layer: value.detach() for layer, value in data.items()}
         with torch.no_grad():
             for _ in range(self.sweeps):
@@ -271,8 +277,11 @@ class FastPersistentChains(Chains):
             )
 
     def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
-        """One step of ``sweeps`` sweeps under the fast weights."""
-        assert isinstance(machine, BoltzmannMachine)
+        """One step of ``sweeps`` sweeps under the fast weights.
+
+        :raises ValueError: outside a training step, or for a machine without weights between layers.
+        """
+        machine = _pairwise(machine, self)
         chains = self.kept(machine, lambda: machine.draw((self.num_chains,)))
         slow: dict[Any, Tensor] = {**machine.edges(), **machine.biases()}
         fast = {key: self._fast(machine, key, value) for key, value in slow.items()}
@@ -297,6 +306,18 @@ class FastPersistentChains(Chains):
     @staticmethod
     def _fast(machine: BoltzmannMachine, key: str | tuple[str, str], value: Tensor) -> Tensor:
         name = f"fast_{key if isinstance(key, str) else '_'.join(key)}"
-        if name not in machine._buffers:
+        if not machine.remembers(name):
             machine.register_buffer(name, torch.zeros_like(value))
-        return machine._kept(name)
+        return machine.kept(name)
+
+
+Negative = Literal["persistent", "contrastive", "fast", "tempered", "mean_field", "exact"]
+
+NAMED_CHAINS: dict[str, type[Chains]] = {
+    "persistent": PersistentChains,
+    "contrastive": ContrastiveDivergence,
+    "fast": FastPersistentChains,
+    "tempered": TemperedChains,
+    "mean_field": MeanFieldContrastiveDivergence,
+    "exact": EveryState,
+}

@@ -26,7 +26,7 @@ def has_statistics(machine: Any) -> bool:
     )
 
 
-def log_densities(machine: BoltzmannMachine, batches: Sequence[Values]) -> list[Tensor]:
+def joint_log_densities(machine: BoltzmannMachine, batches: Sequence[Values]) -> list[Tensor]:
     """``log_marginal`` of several batches of values, each ``(*batch,)``, with a common gradient.
 
     :param batches: values of all layers, or of so many that the others are independent given them.
@@ -46,7 +46,7 @@ def log_densities(machine: BoltzmannMachine, batches: Sequence[Values]) -> list[
 def _completed(machine: BoltzmannMachine, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
     """``log_marginal`` of values, and the values with the conditional means of what they lack."""
     fields = {n: machine.field(n, values) for n in machine.layers if n not in values}
-    density = machine._log_density(values)
+    density = machine.log_density(values)
     for layer, field in fields.items():
         density = density + machine.layers[layer].log_partition(field)
     return density, {**values, **{n: machine.layers[n].mean(field) for n, field in fields.items()}}
@@ -78,33 +78,27 @@ class Statistics:
         """Add the gradients for these weights of the data, ``(total size,)``, in place where there are some."""
         self._add_weights(gradients, weight)
         for layer, value in self.values.items():
-            own = weight if self.offsets is None else weight - weight * self._reach(layer)
+            own = weight if self.offsets is None else weight - weight * self._reach(layer, self.offsets)
             _add(gradients, layer, own @ value)
 
     def _add_weights(self, gradients: dict[Any, Tensor], weight: Tensor) -> None:
         weighted = {b: self.values[b] * weight.unsqueeze(-1) for _, b in self.machine.connections}
-        for a, b in self.machine.connections:
-            if a != b:
-                _add_product(gradients, (a, b), self.values[a].T, weighted[b])
+        for (a, b), coupling in self.machine.couplings.items():
+            if not (coupling.is_lateral and self.offsets is not None):
+                gradients[a, b] = coupling.statistics(self.values[a], weighted[b], gradients.get((a, b)))
                 continue
-            product = (self.values[a].T @ weighted[a]).triu(1)
-            _add(gradients, (a, a), product)
-            if self.offsets is not None:
-                _add(gradients, a, -((product + product.T) @ self.offsets[a]))
+            own = coupling.statistics(self.values[a], weighted[a])
+            _add(gradients, (a, a), own)
+            _add(gradients, a, -(coupling.weight(a, own) @ self.offsets[a]))
 
-    def _reach(self, layer: str) -> Tensor | float:
+    def _reach(self, layer: str, offsets: Values) -> Tensor | float:
         """``sum_m (t - d)^T d`` over a layer's neighbours but itself, ``(total size,)``."""
-        assert self.offsets is not None
         neighbours = (m for m in self.machine.neighbours(layer) if m != layer)
-        return sum((self.values[m] @ self.offsets[m] for m in neighbours), 0.0)
+        return sum((self.values[m] @ offsets[m] for m in neighbours), 0.0)
 
 
 def _add(gradients: dict[Any, Tensor], key: Any, term: Tensor) -> None:
     gradients[key] = gradients[key].add_(term) if key in gradients else term
-
-
-def _add_product(gradients: dict[Any, Tensor], key: Any, left: Tensor, right: Tensor) -> None:
-    gradients[key] = gradients[key].addmm_(left, right) if key in gradients else left @ right
 
 
 class _Densities(torch.autograd.Function):

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.machines.couplings import Edge, check_graph, colour_classes
+from pplvi.energies.machines.couplings import DenseCoupling, Edge, Products, check_graph, colour_classes
 from pplvi.energies.machines.energy import Clamped, EnergyModel
 from pplvi.energies.machines.training_step import active_step
-from pplvi.energies.machines.units import Beta, GaussianUnits, Units
+from pplvi.energies.machines.units import Beta, Units
 from pplvi.types import Values
 
 MAX_BITS = 20
@@ -66,9 +66,9 @@ class BoltzmannMachine(EnergyModel):
         self.connections: tuple[Edge, ...] = tuple((a, b) for a, b in connections)
         for layer, units in layers.items():
             self.register_parameter(f"bias_{layer}", torch.nn.Parameter(torch.zeros(units.width)))
-        for a, b in self.connections:
-            weight = init_scale * torch.randn(layers[a].width, layers[b].width)
-            self.register_parameter(f"weight_{a}_{b}", torch.nn.Parameter(weight))
+        self.couplings = {(a, b): DenseCoupling((a, b), (layers[a], layers[b])) for a, b in self.connections}
+        for (a, b), coupling in self.couplings.items():
+            self.register_parameter(f"weight_{a}_{b}", torch.nn.Parameter(coupling.start(init_scale)))
         self.classes = colour_classes(tuple(layers), self.connections)
 
     # ------------------------------------------------------------------ parameters
@@ -82,9 +82,7 @@ class BoltzmannMachine(EnergyModel):
         return {layer: self._raw(f"bias_{layer}") for layer in self.layers}
 
     def _raw(self, name: str) -> Tensor:
-        value = self._parameters[name]
-        assert value is not None
-        return value
+        return self._found(self._parameters, name)
 
     def bias(self, layer: str) -> Tensor:
         """Biases of a layer, ``(width,)``."""
@@ -96,12 +94,14 @@ class BoltzmannMachine(EnergyModel):
 
         :raises ValueError: if they are not connected.
         """
-        if (a, b) in self.connections:
-            found = self._weight((a, b))
-            return _symmetric(found) if a == b else found
-        if (b, a) in self.connections:
-            return self._weight((b, a)).T
-        raise ValueError(f"layers {a!r} and {b!r} are not connected: expected one of {list(self.connections)}.")
+        coupling = self._coupling(a, b)
+        return coupling.weight(a, self._weight(coupling.edge))
+
+    def _coupling(self, a: str, b: str) -> DenseCoupling:
+        found = self.couplings.get((a, b)) or self.couplings.get((b, a))
+        if found is None:
+            raise ValueError(f"layers {a!r} and {b!r} are not connected: expected one of {list(self.connections)}.")
+        return found
 
     def _weight(self, edge: Edge) -> Tensor:
         step = active_step()
@@ -120,8 +120,8 @@ class BoltzmannMachine(EnergyModel):
         if not limit > 0:
             raise ValueError(f"limit={limit!r}: expected a positive number.")
         with torch.no_grad():
-            for weight in self.edges().values():
-                weight.mul_((limit / weight.norm(dim=0)).clamp(max=1.0))
+            for edge, weight in self.edges().items():
+                self.couplings[edge].limit(weight, limit)
 
     def neighbours(self, layer: str) -> tuple[str, ...]:
         """Layers that a layer is connected with, itself among them where there are lateral connections."""
@@ -134,23 +134,17 @@ class BoltzmannMachine(EnergyModel):
 
     # ------------------------------------------------------------------ energy and fields
 
-    def _product(self, source: str, target: str, value: Tensor) -> Tensor:
-        """``phi(s) W`` from layer to layer, ``(*batch, width of target)``."""
-        step = active_step()
-        if step is None or source == target or isinstance(self.layers[source], GaussianUnits):
-            return self.layers[source].statistic(value) @ self.weight(source, target)
-        transposed = (source, target) not in self.connections
-        edge = (target, source) if transposed else (source, target)
-        return step.live(self).product(source, target, value, self._weight(edge), transposed)
+    def contribution(self, source: str, target: str, value: Tensor) -> Tensor:
+        """What values of a layer add to the field of one it is connected with, ``(*batch, width of target)``.
 
-    def _coupling(self, a: str, b: str, values: Values) -> Tensor:
-        """``phi(s_a)^T W phi(s_b)``, ``(*batch)``, each pair of a lateral connection once."""
-        if a == b:
-            return (self._product(a, a, values[a]) * values[a]).sum(-1) / 2
+        :raises ValueError: if they are not connected.
+        """
+        coupling = self._coupling(source, target)
+        return coupling.field(source, value, self._weight(coupling.edge), self._products())
+
+    def _products(self) -> Products | None:
         step = active_step()
-        if step is not None and step.live(self).knows(b, a, values[b]):
-            a, b = b, a
-        return (self._product(a, b, values[a]) * self.layers[b].statistic(values[b])).sum(-1)
+        return None if step is None else step.live(self).products
 
     def energy(self, values: Values) -> Tensor:
         """``E(s)``, ``(*batch)``, of values of all layers; means count as values, the energy is linear in each unit.
@@ -159,22 +153,23 @@ class BoltzmannMachine(EnergyModel):
         """
         if missing := sorted(self.layers.keys() - values.keys()):
             raise ValueError(f"no values for the layers {missing}: expected {list(self.layers)}. See log_marginal().")
-        return -self._log_density(values)
+        return -self.log_density(values)
 
-    def _log_density(self, values: Values) -> Tensor:
-        """Minus the terms of the energy that touch only the given layers."""
+    def log_density(self, values: Values) -> Tensor:
+        """Minus the terms of the energy that touch only the given layers, ``(*batch)``, in nats."""
         total = torch.zeros(())
         for layer, value in values.items():
             units = self.layers[layer]
             total = total + units.statistic(value) @ self.bias(layer) - units.base_energy(value)
-        for a, b in self.connections:
+        for (a, b), coupling in self.couplings.items():
             if a in values and b in values:
-                total = total + self._coupling(a, b, values)
+                ends = values[a], values[b]
+                total = total - coupling.energy(ends, self._weight(coupling.edge), self._products())
         return total
 
     def field(self, layer: str, values: Values) -> Tensor:
         """``b + sum_m phi(s_m) W_ml``, ``(*batch, width)``, of the neighbours among the values."""
-        parts = [self._product(other, layer, values[other]) for other in self.neighbours(layer) if other in values]
+        parts = [self.contribution(other, layer, values[other]) for other in self.neighbours(layer) if other in values]
         return sum(parts, self.bias(layer))
 
     def conditional(self, layer: str, values: Values, beta: Beta = 1.0) -> Any:
@@ -197,13 +192,13 @@ class BoltzmannMachine(EnergyModel):
         :raises ValueError: if more than 20 bits would have to be enumerated.
         """
         missing = tuple(layer for layer in self.layers if layer not in values)
-        listed = self._to_enumerate(missing)
+        listed = self.to_enumerate(missing)
         if not listed:
             return self._closed_form(values, missing, beta)
         like = next(iter(values.values()), self.bias(self.visible))
         batch = next((value.shape[:-1] for value in values.values()), torch.Size())
         terms = []
-        for states in self._states(listed, like):
+        for states in self.states(listed, like):
             states = {n: s.reshape(len(s), *(1 for _ in batch), s.shape[-1]) for n, s in states.items()}
             rest = tuple(layer for layer in missing if layer not in states)
             terms.append(self._closed_form({**values, **states}, rest, beta).double().logsumexp(0))
@@ -211,7 +206,7 @@ class BoltzmannMachine(EnergyModel):
         return total.to(like.dtype) if batch else total
 
     def _closed_form(self, values: Values, missing: Sequence[str], beta: Beta) -> Tensor:
-        density = beta * self._log_density(values)
+        density = beta * self.log_density(values)
         for layer in missing:
             density = density + self.layers[layer].log_partition(self.field(layer, values), beta)
         return density
@@ -226,7 +221,11 @@ class BoltzmannMachine(EnergyModel):
         apart = [g for g in groups if self._independent([layer for layer in missing if layer not in g])]
         return min(apart, key=self._bits)
 
-    def _to_enumerate(self, missing: tuple[str, ...]) -> tuple[str, ...]:
+    def to_enumerate(self, missing: tuple[str, ...]) -> tuple[str, ...]:
+        """The fewest of some layers whose states have to be listed to sum all of them out exactly.
+
+        :raises ValueError: if these have more than 20 bits.
+        """
         best = self._smallest(missing)
         if self._bits(best) > MAX_BITS:
             raise ValueError(
@@ -241,9 +240,12 @@ class BoltzmannMachine(EnergyModel):
     def _independent(self, layers: Sequence[str]) -> bool:
         return not any(a in layers and b in layers for a, b in self.connections)
 
-    def _states(self, layers: Sequence[str], like: Tensor) -> Iterator[dict[str, Tensor]]:
-        """All states of some layers together, some thousands at a time."""
-        counts = [int(self.layers[n].num_states or 0) ** self.layers[n].num_units for n in layers]
+    def states(self, layers: Sequence[str], like: Tensor) -> Iterator[dict[str, Tensor]]:
+        """All states of some layers together, some thousands at a time, ``(num_states, width)`` by layer.
+
+        :raises ValueError: for a continuum.
+        """
+        counts = [self.layers[n].count_states() for n in layers]
         total = int(torch.tensor(counts).prod())
         for start in range(0, total, _CHUNK):
             index, states = torch.arange(start, min(start + _CHUNK, total), device=like.device), {}
@@ -302,8 +304,3 @@ class BoltzmannMachine(EnergyModel):
             drawn = units.sample((outer[..., i] + value @ inner[:, i]).unsqueeze(-1), beta).squeeze(-1)
             value[..., i] = drawn if held is None else torch.where(held[..., i], value[..., i], drawn)
         return value
-
-
-def _symmetric(weight: Tensor) -> Tensor:
-    upper = weight.triu(1)
-    return upper + upper.T

@@ -60,7 +60,7 @@ class EnergyModel(PyroModule):
 
     def offset(self, layer: str) -> Tensor:
         """The mean statistic of a layer that centered gradients are taken around, ``(width,)``."""
-        return self._kept(f"offset_{layer}")
+        return self.kept(f"offset_{layer}")
 
     def move_offsets(self, values: Values, rate: float) -> None:
         """Move the offsets towards the mean statistics of data and their posterior means, in place.
@@ -68,7 +68,7 @@ class EnergyModel(PyroModule):
         ``c <- (1 - r) c + r mean``, with ``r`` the larger of the rate and one over the number of moves.
         """
         with torch.no_grad():
-            count = self._kept("offset_count").add_(1)
+            count = self.kept("offset_count").add_(1)
             weight = torch.clamp(1 / count, min=rate)
             for layer, units in self.layers.items():
                 mean = units.statistic(values[layer]).reshape(-1, units.width).mean(0)
@@ -79,9 +79,18 @@ class EnergyModel(PyroModule):
         for name in [n for n in self._buffers if n.startswith(("chain_", "fast_"))]:
             del self._buffers[name]
 
-    def _kept(self, name: str) -> Tensor:
-        value = self._buffers[name]
-        assert value is not None
+    def kept(self, name: str) -> Tensor:
+        """What the machine remembers under a name: an offset, or the states of chains."""
+        return self._found(self._buffers, name)
+
+    def remembers(self, name: str) -> bool:
+        """Whether there is such a thing."""
+        return name in self._buffers
+
+    def _found(self, table: Mapping[str, Tensor | None], name: str) -> Tensor:
+        value = table.get(name)
+        if value is None:
+            raise ValueError(f"{type(self).__name__} has no tensor {name!r}: expected one of {sorted(table)}.")
         return value
 
     def energy(self, values: Values) -> Tensor:
@@ -203,7 +212,7 @@ class EnergyModel(PyroModule):
                 self.layers[layer],
                 (count,),
                 self.like(),
-                draw=_Drawing(self, layer, values, pinned),
+                draw=_LayerDraw(self, layer, values, pinned),
                 checked=None if given is None or pinned else layer,
             )
             value = pyro.sample(layer, measure, obs=None if pinned else given)
@@ -265,7 +274,7 @@ def _full_name(module: Any, name: str) -> str:
     return full
 
 
-class _Drawing:
+class _LayerDraw:
     """Draws of one layer for a program that has nothing better: given the layers above, or by Gibbs sampling."""
 
     SWEEPS = 100

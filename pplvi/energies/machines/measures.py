@@ -62,15 +62,18 @@ class BaseMeasure(TorchDistribution):
         return value.new_zeros(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Every state of the layer, ``(num_states, *batch_shape, width)``."""
-        count = 2 ** round(self.units.log_states) if self.units.num_states == 2 else self._count()
+        """Every state of the layer, ``(num_states, *batch_shape, width)``.
+
+        :raises NotImplementedError: for a continuum.
+        """
+        if self.units.num_states is None:
+            raise NotImplementedError(
+                f"the states of {type(self.units).__name__} are a continuum: expected finite units."
+            )
+        count = self.units.count_states()
         states = self.units.states(torch.arange(count), self.like)
         states = states.reshape(count, *(1 for _ in self.batch_shape), self.units.width)
         return states.expand(count, *self.batch_shape, self.units.width) if expand else states
-
-    def _count(self) -> int:
-        assert self.units.num_states is not None
-        return int(self.units.num_states**self.units.num_units)
 
 
 class PartlyObserved(TorchDistribution):

@@ -170,4 +170,4 @@ class BoltzmannDistribution(TorchDistribution):
         if not self.has_enumerate_support:
             raise NotImplementedError(f"{self.units.log_states:g} bits are too many to enumerate: at most 20.")
         like = self.machine.bias(self.machine.visible)
-        return torch.cat([s[self.machine.visible] for s in self.machine._states([self.machine.visible], like)])
+        return torch.cat([s[self.machine.visible] for s in self.machine.states([self.machine.visible], like)])

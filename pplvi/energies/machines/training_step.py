@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Products = defaultdict[tuple[str, str], WeakTensorKeyDictionary]
+from pplvi.energies.machines.couplings import DenseCoupling, Edge, Products
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,11 @@ class Live:
     """One machine's parameters and products during a step.
 
     :ivar parameters: its weights by edge and biases by layer, the gradient centered behind them.
-    :ivar products: by source and target, products of values with weights, each for as long as its value lives: those
-        of passing sweeps make room at once.
+    :ivar products: products of values with weights, for as long as the values live.
     """
 
     parameters: Mapping[Any, Tensor]
     products: Products = field(default_factory=lambda: defaultdict(WeakTensorKeyDictionary))
-
-    def product(self, source: str, target: str, value: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-        """``value @ weight`` (or with the weight transposed), worked out once for each value."""
-        known: Tensor | None = self.products[source, target].get(value)
-        if known is None:
-            with torch.no_grad():
-                known = value @ (weight.T if transposed else weight)
-            self.products[source, target][value] = known
-        needed = torch.is_grad_enabled() and (weight.requires_grad or value.requires_grad)
-        return _KnownProduct.apply(value, weight, known, transposed) if needed else known
-
-    def knows(self, source: str, target: str, value: Tensor) -> bool:
-        """Whether the product was worked out already."""
-        return value in self.products[source, target]
 
 
 class TrainingStep:
@@ -114,57 +99,35 @@ def centered(machine: Any) -> Mapping[Any, Tensor]:
         return plain
     offsets = {name: machine.offset(name).clone() for name in machine.layers}  # the next step may move them in place
     keys = tuple(plain)
-    return dict(zip(keys, _Centered.apply(keys, offsets, *plain.values()), strict=True))
+    return dict(zip(keys, _Centered.apply(keys, machine.couplings, offsets, *plain.values()), strict=True))
 
 
 class _Centered(torch.autograd.Function):
     """The identity on weights and biases, with the centered gradient behind it."""
 
     @staticmethod
-    def forward(ctx: Any, keys: tuple[Any, ...], offsets: Mapping[str, Tensor], *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.keys, ctx.offsets = keys, offsets
+    def forward(
+        ctx: Any,
+        keys: tuple[Any, ...],
+        couplings: Mapping[Edge, DenseCoupling],
+        offsets: Mapping[str, Tensor],
+        *values: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.keys, ctx.couplings, ctx.offsets = keys, couplings, offsets
         return tuple(v.view_as(v) for v in values)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        moved = dict(zip(ctx.keys, gradients, strict=True))
-        plain = {key: g for key, g in moved.items() if isinstance(key, str)}
-        for edge in (key for key in ctx.keys if isinstance(key, tuple)):
-            first, second = edge
-            c, d = ctx.offsets[first], ctx.offsets[second]
-            change = torch.stack([c, plain[first]], 1) @ torch.stack([plain[second], d])
-            moved[edge] = moved[edge] - (change.triu(1) if first == second else change)
-        centered_biases(moved, ctx.offsets)
-        return None, None, *(moved[key] for key in ctx.keys)
-
-
-def centered_biases(gradients: dict[Any, Tensor], offsets: Mapping[str, Tensor]) -> None:
-    """Take from the gradients of biases what those of the centered weights add to the fields at the offsets."""
-    for edge in [key for key in gradients if isinstance(key, tuple)]:
-        first, second = edge
-        gradients[first] = gradients[first] - gradients[edge] @ offsets[second]
-        gradients[second] = gradients[second] - gradients[edge].T @ offsets[first]
-
-
-class _KnownProduct(torch.autograd.Function):
-    """``value @ weight`` whose result is known: only the gradient is left to work out."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, weight: Tensor, product: Tensor, transposed: bool) -> Tensor:
-        ctx.save_for_backward(value, weight)
-        ctx.transposed = transposed
-        return product.view_as(product)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        value, weight = ctx.saved_tensors
-        to_value = to_weight = None
-        if ctx.needs_input_grad[0]:
-            to_value = gradient @ (weight if ctx.transposed else weight.T)
-        if ctx.needs_input_grad[1]:
-            left, right = value.reshape(-1, value.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-            to_weight = right.T @ left if ctx.transposed else left.T @ right
-        return to_value, to_weight, None, None
+        plain = dict(zip(ctx.keys, gradients, strict=True))
+        moved = dict(plain)
+        for (a, b), coupling in ctx.couplings.items():
+            offsets = ctx.offsets[a], ctx.offsets[b]
+            moved[a, b] = coupling.centered(plain[a, b], (plain[a], plain[b]), offsets)
+        for (a, b), coupling in ctx.couplings.items():
+            to_first, to_second = coupling.shifts(moved[a, b], (ctx.offsets[a], ctx.offsets[b]))
+            moved[a] = moved[a] - to_first
+            moved[b] = moved[b] - to_second
+        return None, None, None, *(moved[key] for key in ctx.keys)
 
 
 class Reminder(torch.autograd.Function):

@@ -55,6 +55,11 @@ class Units(PyroModule):
         """``phi(s)``, ``(*batch, width)``: linear in the value."""
         return value
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the statistic is the value itself."""
+        return type(self).statistic is Units.statistic
+
     def base_energy(self, value: Tensor) -> Tensor | float:
         """``base(s)``, ``(*batch)``: the part of the energy that is not linear in the value."""
         return 0.0
@@ -102,11 +107,26 @@ class Units(PyroModule):
         """What is wrong with values, if anything: a sentence that says what to do."""
         raise NotImplementedError
 
+    def count_states(self) -> int:
+        """Number of states of the layer.
+
+        :raises ValueError: for a continuum.
+        """
+        return int(self._levels() ** self.num_units)
+
+    def _levels(self) -> int:
+        if self.num_states is None:
+            raise ValueError(f"the states of {type(self).__name__} cannot be listed: expected units with num_states.")
+        return self.num_states
+
     def states(self, index: Tensor, like: Tensor) -> Tensor:
-        """The layer's states of these numbers, ``(*index.shape, width)``, counting with the first unit fastest."""
-        assert self.num_states is not None
-        powers = torch.tensor([self.num_states**i for i in range(self.num_units)], device=index.device)
-        return self.encode(index.unsqueeze(-1) // powers % self.num_states).to(like.dtype)
+        """The layer's states of these numbers, ``(*index.shape, width)``, counting with the first unit fastest.
+
+        :raises ValueError: for a continuum.
+        """
+        levels = self._levels()
+        powers = torch.tensor([levels**i for i in range(self.num_units)], device=index.device)
+        return self.encode(index.unsqueeze(-1) // powers % levels).to(like.dtype)
 
     def encode(self, levels: Tensor) -> Tensor:
         """Values of integer levels, ``(*batch, num_units)`` to ``(*batch, width)``."""
@@ -270,7 +290,7 @@ class CategoricalUnits(Units):
 
     def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
         """Independent one-hot distributions, side by side."""
-        return _SideBySide(self._apart(_times(beta, field)))
+        return _OneHots(self._apart(_times(beta, field)))
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Each category with the same probability."""
@@ -284,7 +304,7 @@ class CategoricalUnits(Units):
         return f"{_range_of(value)}: expected one-hot codes side by side. Make them from integers with units.encode()."
 
 
-class _SideBySide(TorchDistribution):
+class _OneHots(TorchDistribution):
     """Independent one-hot variables whose codes lie side by side on one event dimension."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -295,9 +315,9 @@ class _SideBySide(TorchDistribution):
         self._apart = logits.shape[-2:]
         super().__init__(logits.shape[:-2], Size([self._apart.numel()]), validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _SideBySide:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _OneHots:
         """The same distribution, more often."""
-        return _SideBySide(self.each.logits.expand((*batch_shape, *self._apart)))
+        return _OneHots(self.each.logits.expand((*batch_shape, *self._apart)))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """One-hot codes."""

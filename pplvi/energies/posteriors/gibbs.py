@@ -101,7 +101,7 @@ class GibbsGuide(FactorisedInference):
         observed = self.machine.observed(v, mask)
         with torch.no_grad():
             start = self.starts.posterior(v, num_draws, mask=mask)
-        drawing, values = _Drawing(lambda shape: self._drawn(observed, start, shape)), dict(observed)
+        drawing, values = _JointDraw(lambda shape: self._drawn(observed, start, shape)), dict(observed)
         last, count = self._last(observed), len(next(iter(start.values.values())))
         with data_plate(count, size):
             for layer in (layer for layer in start.fields if layer not in last):
@@ -111,7 +111,7 @@ class GibbsGuide(FactorisedInference):
                 pyro.sample(layer, self.machine.conditional(layer, values))
 
 
-class _Drawing:
+class _JointDraw:
     """One draw of all layers together, made when the first of them is asked for."""
 
     def __init__(self, draw: Callable[[tuple[int, ...]], MeanField]) -> None:

@@ -53,7 +53,7 @@ class Problem:
         field = self.fixed[layer]
         for other in self.machine.neighbours(layer):
             if other not in self.known:
-                field = field + self.machine._product(other, layer, values[other])
+                field = field + self.machine.contribution(other, layer, values[other])
         return field
 
     def mean(self, layer: str, field: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Problem:
             field = field + self._center(other) @ self.machine.weight(other, layer)
         for other in self.machine.neighbours(layer):
             if other in values:
-                below = self.machine._product(other, layer, values[other])
+                below = self.machine.contribution(other, layer, values[other])
                 field = field if other in self.known else field + below
                 if set(missing) - {layer}:
                     field = field + below - self._center(other) @ self.machine.weight(other, layer)

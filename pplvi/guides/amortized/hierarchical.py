@@ -40,12 +40,12 @@ class AutoHierarchical(AutoAmortized):
     Hoffman & Blei 2015 (structured variational inference); Agrawal & Domke 2021 (amortised, branched families).
 
     >>> import pyro, pyro.distributions as dist
+    >>> pyro.clear_param_store()
     >>> def model(y):
     ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
     ...     with pyro.plate("group", len(y)):
     ...         effect = pyro.sample("effect", dist.Normal(0.0, scale))
     ...         pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
-    >>> pyro.clear_param_store(); pyro.set_rng_seed(0)
     >>> guide = AutoHierarchical(model, plates="group")
     >>> {name: tuple(value.shape) for name, value in guide(torch.zeros(5)).items()}
     {'scale': (), 'effect': (5,)}

@@ -99,13 +99,13 @@ def amortization_gap(
     :raises ValueError: for a subsampled plate.
 
     >>> import pyro, pyro.distributions as dist
-    >>> def model(x):
-    ...     with pyro.plate("data", len(x)):
-    ...         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
-    >>> pyro.clear_param_store(); pyro.set_rng_seed(0)
-    >>> encoder = torch.nn.Sequential(torch.nn.Unflatten(-1, (-1, 1)), torch.nn.Linear(1, 4))
-    >>> guide = AutoAmortized(model, encoder, plates="data")  # not trained
-    >>> amortization_gap(guide, (torch.tensor([-2.0, 0.0, 2.0]),), seed=0).value > 0.5
+    >>> def counts(y):
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Poisson(pyro.sample("rate", dist.LogNormal(0.0, 1.0))), obs=y)
+    >>> pyro.clear_param_store()
+    >>> pyro.set_rng_seed(0)
+    >>> untrained = AutoAmortized(counts, torch.nn.Unflatten(-1, (-1, 1)), plates="data")
+    >>> amortization_gap(untrained, (torch.tensor([0.0, 3.0, 9.0]),), seed=0).value > 0.5
     True
     """
     kwargs = dict(kwargs or {})

@@ -22,7 +22,7 @@ from torch.distributions import biject_to
 
 from pplvi.guides.amortized.amortized import AutoAmortized, place
 from pplvi.guides.amortized.elements import Locals
-from pplvi.guides.annealed import _Level, climb
+from pplvi.guides.annealed import Level, climb
 from pplvi.guides.flows.conditional import from_noise
 from pplvi.guides.owned import OwnedGuide
 from pplvi.kernels.base import Kernel
@@ -162,7 +162,7 @@ class AutoSemiDAIS(OwnedGuide):
     def _annealed(self, setting: _Setting) -> Tensor:
         """Noise that stands for the latents of every element, after the last transition."""
         zero = self.base.head.weight.new_zeros(setting.start.shape())
-        with _Level("_0", {}) as level:
+        with Level("_0", {}) as level:
             pyro.sample("noise", dist.Normal(zero, 1.0).to_event(1))
         steps = range(1, self.path.num_steps + 1)
         ahead, back = (tuple(getattr(self, f"{way}_{k}") for k in steps) for way in ("forward", "reverse"))

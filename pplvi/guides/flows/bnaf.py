@@ -36,12 +36,11 @@ class BlockNeuralFlow(nn.Module):
 
     A draw and its density are one pass. The inverse is by bisection, one coordinate after another.
 
-    Args:
-        features: number of coordinates.
-        transforms: number of networks.
-        hidden_features: units of each hidden layer for each coordinate, even numbers.
+    Source: De Cao, Titov & Aziz 2019, Block neural autoregressive flow, UAI.
 
-    De Cao, Titov & Aziz 2019, Block neural autoregressive flow, UAI.
+    :param features: number of coordinates.
+    :param transforms: number of networks.
+    :param hidden_features: units of each hidden layer for each coordinate, even numbers.
     """
 
     def __init__(self, features: int, transforms: int = 1, hidden_features: Sequence[int] = (8, 8)) -> None:

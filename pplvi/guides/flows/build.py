@@ -38,13 +38,10 @@ FAMILIES: dict[str, tuple[Any, bool]] = {
 def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
     """The lazy transform of a flow over ``features`` coordinates, a copy of its own.
 
-    Args:
-        flow: a name in :data:`FAMILIES`, a factory ``features -> zuko.lazy.Flow``, or a ``zuko.lazy.Flow``.
-        features: number of unconstrained coordinates.
-        options: keywords for the factory.
-
-    Raises:
-        ValueError: not a flow, a base other than the standard normal, or a flow over another number of features.
+    :param flow: a name in :data:`FAMILIES`, a factory ``features -> zuko.lazy.Flow``, or a ``zuko.lazy.Flow``.
+    :param features: number of unconstrained coordinates.
+    :param options: keywords for the factory.
+    :raises ValueError: not a flow, a base other than the standard normal, or a flow over another number of features.
     """
     zuko = import_zuko()
     family = FAMILIES[flow][0] if isinstance(flow, str) else flow
@@ -111,9 +108,8 @@ def make_identity(transform: nn.Module, features: int, context: Tensor | None = 
     identity, so the flow is; the hidden layers keep their random weights and learn from the second step on. A
     conditional flow is checked at one value of its ``context``.
 
-    Raises:
-        ValueError: the flow is not the identity at zero (neural monotone networks, soft clipping between transforms),
-            or its parts would stay equal for ever (Gaussianization).
+    :raises ValueError: the flow is not the identity at zero (neural monotone networks, soft clipping between
+        transforms), or its parts would stay equal for ever (Gaussianization).
     """
     zuko = import_zuko()
     networks = [m for m in transform.modules() if isinstance(m, (zuko.nn.MLP, zuko.nn.MaskedMLP))]
@@ -164,12 +160,11 @@ class AffineFlowTransform(Transform):
     transform built from other (frozen, substituted, updated) parameters computes its own. What was remembered without
     gradients is forgotten as soon as gradients are wanted.
 
-    Args:
-        draw: ``f``, a transform with zuko's ``call_and_ladj``.
-        score: its inverse.
-        loc: shape ``(D,)``.
-        scale: shape ``(D,)``, positive.
-        tril: shape ``(D, D)``, lower triangular with a unit diagonal; the identity unless given.
+    :param draw: ``f``, a transform with zuko's ``call_and_ladj``.
+    :param score: its inverse.
+    :param loc: shape ``(D,)``.
+    :param scale: shape ``(D,)``, positive.
+    :param tril: shape ``(D, D)``, lower triangular with a unit diagonal; the identity unless given.
     """
 
     domain = constraints.real_vector

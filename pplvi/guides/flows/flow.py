@@ -58,46 +58,41 @@ class AutoFlow(ContinuousGuide):
     the ELBO as it is (no sticking the landing, no DReG). Splines act on ``[-5, 5]`` around ``loc`` in units of
     ``scale`` and are the identity beyond, so tails stay Gaussian.
 
-    Args:
-        model: a Pyro model; all its latent sites are continuous, none in a subsampled plate.
-        flow: a name from the table, a factory ``latent_dim -> zuko.lazy.Flow`` (a class from ``zuko.flows`` will do),
-            or a ``zuko.lazy.Flow``, of which the guide takes a copy.
-        transforms: number of transforms (3 for zuko's families); passed on to a factory only if given.
-        hidden_features: widths of each network's hidden layers (``(64, 64)`` for zuko's; for ``"bnaf"`` units of each
-            coordinate, ``(8, 8)``); likewise.
-        inverse: whether zuko's transform is used from base to data, which makes draws fast, instead of from data to
-            base, which makes densities fast. ``None``: the table's for a name, ``False`` for anything else.
-        affine: ``"full"`` learns ``L``, ``"diagonal"`` leaves it out. ``None``: full in 2 to 100 dimensions.
-        init_loc_fn: per-site initial value, any of Pyro's ``init_to_*``.
-        init_scale: initial standard deviation of every unconstrained coordinate.
-        identity_init: whether to start ``f`` at the identity. ``None``: yes, except for a flow instance, which may be
-            trained and is used with the weights that it has.
-        **options: further keywords for the family or factory, such as ``bins=16`` or ``activation=torch.nn.ELU``.
+    Source: Rezende & Mohamed 2015 (flows as guides); Kingma et al. 2016 (IAF); Papamakarios et al. 2017 (MAF); Dinh et
+    al. 2014, 2017 (NICE, RealNVP); Durkan et al. 2019 (NSF); Tran, Blei & Airoldi 2015 (copulas); De Cao, Titov & Aziz
+    2019 (BNAF).
 
-    Raises:
-        ValueError: an unknown name or option; on the first run, a model without latent sites, with discrete ones, or
-            with some in a subsampled plate, and a flow that does not fit the model or cannot start at the identity.
+    :param model: a Pyro model; all its latent sites are continuous, none in a subsampled plate.
+    :param flow: a name from the table, a factory ``latent_dim -> zuko.lazy.Flow`` (a class from ``zuko.flows`` will
+        do), or a ``zuko.lazy.Flow``, of which the guide takes a copy.
+    :param transforms: number of transforms (3 for zuko's families); passed on to a factory only if given.
+    :param hidden_features: widths of each network's hidden layers (``(64, 64)`` for zuko's; for ``"bnaf"`` units of
+        each coordinate, ``(8, 8)``); likewise.
+    :param inverse: whether zuko's transform is used from base to data, which makes draws fast, instead of from data to
+        base, which makes densities fast. ``None``: the table's for a name, ``False`` for anything else.
+    :param affine: ``"full"`` learns ``L``, ``"diagonal"`` leaves it out. ``None``: full in 2 to 100 dimensions.
+    :param init_loc_fn: per-site initial value, any of Pyro's ``init_to_*``.
+    :param init_scale: initial standard deviation of every unconstrained coordinate.
+    :param identity_init: whether to start ``f`` at the identity. ``None``: yes, except for a flow instance, which may
+        be trained and is used with the weights that it has.
+    :param options: further keywords for the family or factory, such as ``bins=16`` or ``activation=torch.nn.ELU``.
+    :raises ValueError: an unknown name or option; on the first run, a model without latent sites, with discrete ones,
+        or with some in a subsampled plate, and a flow that does not fit the model or cannot start at the identity.
 
-    References:
-        Rezende & Mohamed 2015 (flows as guides); Kingma et al. 2016 (IAF); Papamakarios et al. 2017 (MAF);
-        Dinh et al. 2014, 2017 (NICE, RealNVP); Durkan et al. 2019 (NSF); Tran, Blei & Airoldi 2015 (copulas);
-        De Cao, Titov & Aziz 2019 (BNAF).
-
-    Example:
-        >>> import pyro, pyro.distributions as dist, torch
-        >>> from pyro.infer import SVI, Trace_ELBO
-        >>> def model():
-        ...     x = pyro.sample("x", dist.Normal(0., 1.))
-        ...     pyro.sample("y", dist.Normal(x ** 2, 0.5))
-        >>> pyro.clear_param_store(); pyro.set_rng_seed(0)
-        >>> guide = AutoFlow(model, flow="nsf", transforms=2, hidden_features=(16,), init_scale=1.0)
-        >>> elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
-        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
-        >>> losses = [svi.step() for _ in range(60)]
-        >>> sum(losses[-10:]) < sum(losses[:10])
-        True
-        >>> guide.median()["x"].shape, guide.quantiles([0.05, 0.95])["y"].shape
-        (torch.Size([]), torch.Size([2]))
+    >>> import pyro, pyro.distributions as dist, torch
+    >>> from pyro.infer import SVI, Trace_ELBO
+    >>> def model():
+    ...     x = pyro.sample("x", dist.Normal(0., 1.))
+    ...     pyro.sample("y", dist.Normal(x ** 2, 0.5))
+    >>> pyro.clear_param_store(); pyro.set_rng_seed(0)
+    >>> guide = AutoFlow(model, flow="nsf", transforms=2, hidden_features=(16,), init_scale=1.0)
+    >>> elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
+    >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    >>> losses = [svi.step() for _ in range(60)]
+    >>> sum(losses[-10:]) < sum(losses[:10])
+    True
+    >>> guide.median()["x"].shape, guide.quantiles([0.05, 0.95])["y"].shape
+    (torch.Size([]), torch.Size([2]))
     """
 
     def __init__(
@@ -147,8 +142,7 @@ class AutoFlow(ContinuousGuide):
     def get_transform(self, *args: Any, **kwargs: Any) -> AffineFlowTransform:
         """The map from the standard normal to the guide at the present parameters; it remembers its last point.
 
-        Raises:
-            ValueError: the guide has not run yet.
+        :raises ValueError: the guide has not run yet.
         """
         self._need_prototype("transform")
         tensors = {name: attrgetter(f"flow.{name}")(self) for name in self._tensor_names}
@@ -168,12 +162,9 @@ class AutoFlow(ContinuousGuide):
     def start_at(self, loc: Tensor, root: Tensor) -> None:
         """Become a Gaussian, for a flow that is at the identity; parameters are in its units from then on.
 
-        Args:
-            loc: mean over the packed latents, ``(latent_dim,)``.
-            root: lower Cholesky factor of the covariance, or standard deviations where there is no ``L``.
-
-        Raises:
-            ValueError: the guide has not run yet.
+        :param loc: mean over the packed latents, ``(latent_dim,)``.
+        :param root: lower Cholesky factor of the covariance, or standard deviations where there is no ``L``.
+        :raises ValueError: the guide has not run yet.
         """
         self._need_prototype("parameters")
         self.centre.copy_(loc)

@@ -29,10 +29,10 @@ class QuadraticFlow(nn.Module):
     is one pass. One coupling reaches three eighths of the third derivatives of a log density, so that it takes several
     for all of them to be learned at a good rate; more make polynomials of higher degree.
 
-    Args:
-        features: number of coordinates.
-        transforms: number of couplings.
-        rotate: rotate by random rotations; ``False`` only shuffles, which keeps the structure of hierarchical models.
+    :param features: number of coordinates.
+    :param transforms: number of couplings.
+    :param rotate: rotate by random rotations; ``False`` only shuffles, which keeps the structure of hierarchical
+        models.
     """
 
     rotations: Tensor

@@ -29,17 +29,14 @@ class FoundGuide(ContinuousGuide):
     The first call searches, :meth:`run` searches anew. The density is the equal mixture of the Gaussians found.
     Enumerated sites (``pyro.infer.config_enumerate(model)``) are summed out.
 
-    Args:
-        model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
-        init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
-        init_loc_fn: start from this instead, any of Pyro's ``init_to_*``, called anew for each start.
-        seed: makes runs reproducible and leaves the global random state as it was.
-        vectorize: run all rows in one call of the model; ``False`` for models that allow no other way.
-
-    Raises:
-        ValueError: ``init_radius`` is not a positive number; on the first run, for a model without latent sites, with
-            discrete ones that are not enumerated, with subsampled plates, or whose log density is not finite at any
-            start (with the first bad site).
+    :param model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
+    :param init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
+    :param init_loc_fn: start from this instead, any of Pyro's ``init_to_*``, called anew for each start.
+    :param seed: makes runs reproducible and leaves the global random state as it was.
+    :param vectorize: run all rows in one call of the model; ``False`` for models that allow no other way.
+    :raises ValueError: ``init_radius`` is not a positive number; on the first run, for a model without latent sites,
+        with discrete ones that are not enumerated, with subsampled plates, or whose log density is not finite at any
+        start (with the first bad site).
     """
 
     def __init__(
@@ -68,11 +65,8 @@ class FoundGuide(ContinuousGuide):
     def run(self, *args: Any, **kwargs: Any) -> Self:
         """Search for the posterior given the model's arguments, anew if it ran before.
 
-        Returns:
-            The guide itself.
-
-        Raises:
-            ValueError: see the class.
+        :returns: the guide itself.
+        :raises ValueError: see the class.
         """
         for name in _PARTS:
             self._buffers.pop(name, None)
@@ -152,8 +146,7 @@ class FoundGuide(ContinuousGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> GaussianMixture:
         """The mixture over the packed unconstrained latents.
 
-        Raises:
-            ValueError: the guide has not run yet.
+        :raises ValueError: the guide has not run yet.
         """
         return GaussianMixture(self._gaussians)
 
@@ -171,8 +164,7 @@ class FoundGuide(ContinuousGuide):
     def best_values(self) -> dict[str, Tensor]:
         """Constrained values of the sites at the mean of the best Gaussian.
 
-        Raises:
-            ValueError: the guide has not run yet.
+        :raises ValueError: the guide has not run yet.
         """
         parts = self._gaussians
         return {name: biject_to(fn.support)(z[0]) for name, fn, z in self._split(parts.loc[:1])}

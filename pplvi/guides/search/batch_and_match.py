@@ -11,7 +11,7 @@ from torch import Tensor
 from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import elbos, explore
-from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack
+from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.pathfinder import check_counts
 
@@ -46,36 +46,23 @@ class AutoBatchAndMatch(FoundGuide):
     There is nothing to train: the first call runs it, :meth:`run` runs it again. After a run, ``elbo`` is its ELBO, in
     nats.
 
-    Args:
-        model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
-        batch_size: draws in an iteration; unless given, twice the dimension and at least 128 in up to 256 dimensions,
-            and 128 in more.
-        num_iterations: how many updates.
-        num_paths: paths of Pathfinder, of which the best Gaussian is the start.
-        init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
-        init_loc_fn: start from this instead, any of Pyro's ``init_to_*``.
-        seed: makes runs reproducible and leaves the global random state as it was.
-        vectorize: run a batch in one call of the model; ``False`` for models that allow no other way.
+    Source: Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei and Saul 2024, Batch and match: black-box variational
+    inference with a score-based divergence, ICML; Modi, Gower, Margossian, Yao, Blei and Saul 2023, Variational
+    inference with Gaussian score matching, NeurIPS.
 
-    Raises:
-        ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete ones
-            that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
-            first bad site), or whose posterior is improper as far as the paths can tell.
+    :param model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
+    :param batch_size: draws in an iteration; unless given, twice the dimension and at least 128 in up to 256
+        dimensions, and 128 in more.
+    :param num_iterations: how many updates.
+    :param num_paths: paths of Pathfinder, of which the best Gaussian is the start.
+    :param init_radius: of the paths, as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`.
+    :raises ValueError: where :class:`pplvi.AutoPathfinder` does.
 
-    References:
-        Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei and Saul 2024, Batch and match: black-box variational
-        inference with a score-based divergence, ICML; Modi, Gower, Margossian, Yao, Blei and Saul 2023, Variational
-        inference with Gaussian score matching, NeurIPS.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(y):
-        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(a + b, 0.1), obs=y)
-        >>> guide = AutoBatchAndMatch(model, seed=0).run(torch.tensor(1.0))
-        >>> guide.get_posterior().variance.round(decimals=1)  # exact: 0.5025; mean field: 0.01
-        tensor([0.5000, 0.5000])
+    >>> import pyro, pyro.distributions as dist
+    >>> def model():
+    ...     pyro.sample("z", dist.MultivariateNormal(torch.ones(2), torch.tensor([[1.0, 0.8], [0.8, 1.0]])))
+    >>> AutoBatchAndMatch(model, seed=0).run().get_posterior().variance.round(decimals=2)  # mean field: 0.36
+    tensor([1., 1.])
     """
 
     def __init__(
@@ -106,7 +93,7 @@ class AutoBatchAndMatch(FoundGuide):
         choices = [starts[0]] if found is None else [found, starts[0]]
         judged = elbos(density, choices, _JUDGE_DRAWS)
         self.elbo = max(judged)
-        return stack([choices[judged.index(self.elbo)]])
+        return stack_gaussians([choices[judged.index(self.elbo)]])
 
     def _matched(self, density: UnconstrainedDensity, loc: Tensor, covariance: Tensor) -> Gaussian | None:
         size = self._batch_size or _default_batch(density.dim)
@@ -142,22 +129,18 @@ def _batch(density: UnconstrainedDensity, loc: Tensor, covariance: Tensor, size:
 def update(loc: Tensor, covariance: Tensor, draws: Tensor, scores: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """One update of batch and match.
 
-    Args:
-        loc: mean, ``(dim,)``.
-        covariance: ``(dim, dim)``.
-        draws: from that Gaussian, ``(batch, dim)``.
-        scores: gradient of the target's log density at them, ``(batch, dim)``.
-        rate: the inverse regularisation, positive.
+    :param loc: mean, ``(dim,)``.
+    :param covariance: ``(dim, dim)``.
+    :param draws: from that Gaussian, ``(batch, dim)``.
+    :param scores: gradient of the target's log density at them, ``(batch, dim)``.
+    :param rate: the inverse regularisation, positive.
+    :returns: the new mean and covariance.
 
-    Returns:
-        The new mean and covariance.
-
-    Example:
-        >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
-        >>> target = torch.tensor([2.0, 3.0], dtype=torch.float64)  # precisions
-        >>> start = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-        >>> update(*start, z, -target * z, rate=1e6)[1].diagonal()  # to the variances of the target, in one step
-        tensor([0.5000, 0.3333], dtype=torch.float64)
+    >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    >>> target = torch.tensor([2.0, 3.0], dtype=torch.float64)  # precisions
+    >>> start = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    >>> update(*start, z, -target * z, rate=1e6)[1].diagonal()  # to the variances of the target, in one step
+    tensor([0.5000, 0.3333], dtype=torch.float64)
     """
     share = rate / (1 + rate)
     centre, force = draws.mean(0), scores.mean(0)

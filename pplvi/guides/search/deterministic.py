@@ -12,7 +12,7 @@ from torch import Tensor
 from pplvi.guides.density import CHUNK, UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import check_proper, improper
-from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack
+from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
@@ -40,34 +40,25 @@ class AutoDeterministicNormal(FoundGuide):
     There is nothing to train: the first call runs it, :meth:`run` runs it again. After a run, ``elbo`` is the ELBO of
     the mean field on the fixed draws, in nats.
 
-    Args:
-        model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
-        num_draws: how many fixed draws ``M``; even. The paper's 30.
-        linear_response: use the linear-response covariance; ``False`` keeps the mean field's own.
-        init_scale: initial standard deviation of every unconstrained coordinate.
-        init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
-        init_loc_fn: start from this instead, any of Pyro's ``init_to_*``.
-        seed: makes runs reproducible and leaves the global random state as it was.
-        vectorize: run all draws in one call of the model; ``False`` for models that allow no other way.
+    Source: Giordano, Ingram and Broderick 2024, Black box variational inference with a deterministic objective: faster,
+    more accurate, and even more black box, JMLR 25(18).
 
-    Raises:
-        ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete ones
-            that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
-            first bad site) or has no second derivatives, and for a posterior whose objective has no minimum.
+    :param model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
+    :param num_draws: how many fixed draws ``M``; even. The paper's 30.
+    :param linear_response: use the linear-response covariance; ``False`` keeps the mean field's own.
+    :param init_scale: initial standard deviation of every unconstrained coordinate.
+    :param init_radius: of the start, as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`.
+    :raises ValueError: where :class:`pplvi.AutoPathfinder` does; on the first run, for a log density that has no second
+        derivatives, and for a posterior whose objective has no minimum.
 
-    References:
-        Giordano, Ingram and Broderick 2024, Black box variational inference with a deterministic objective: faster,
-        more accurate, and even more black box, JMLR 25(18).
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(y):
-        ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(a + b, 0.1), obs=y)
-        >>> guide = AutoDeterministicNormal(model, seed=0).run(torch.tensor(1.0))
-        >>> guide.get_posterior().variance  # exact: 0.5025; mean field: 0.01
-        tensor([0.5025, 0.5025])
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(y):
+    ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("y", dist.Normal(a + b, 0.1), obs=y)
+    >>> guide = AutoDeterministicNormal(model, seed=0).run(torch.tensor(1.0))
+    >>> guide.get_posterior().variance  # exact: 0.5025; mean field: 0.01
+    tensor([0.5025, 0.5025])
     """
 
     def __init__(
@@ -104,7 +95,7 @@ class AutoDeterministicNormal(FoundGuide):
             )
         response = objective.response(minimum, hessian)  # as wide as the posterior, which the mean field need not be
         check_proper(density, response, -hessian[: density.dim, : density.dim], float(density(response.loc[None])))
-        return stack([response if self._linear_response else objective.mean_field(minimum)])
+        return stack_gaussians([response if self._linear_response else objective.mean_field(minimum)])
 
 
 class _Objective:
@@ -162,8 +153,7 @@ class _Objective:
     def minimise(self, start: Tensor) -> Tensor:
         """The minimum: L-BFGS, then Newton steps.
 
-        Raises:
-            ValueError: if there is none.
+        :raises ValueError: if there is none.
         """
         precision = torch.finfo(self.density.dtype).eps
         (trail,) = minimise(self._rows, [start], Options(precision=precision), [self._leap])
@@ -214,8 +204,7 @@ class _Objective:
     def response(self, eta: Tensor, hessian: Tensor) -> Gaussian:
         """The Gaussian with the linear-response covariance.
 
-        Raises:
-            ValueError: if the Hessian is not positive definite.
+        :raises ValueError: if the Hessian is not positive definite.
         """
         dim = len(eta) // 2
         tril, failed = torch.linalg.cholesky_ex(hessian)

@@ -21,7 +21,7 @@ _LOOK, _PATIENCE = 50, 100  # iterations
 
 
 @dataclass(frozen=True)
-class Path:
+class OptimizationPath:
     """What one path found.
 
     :ivar elbos: ELBO of the local Gaussian at every iterate, nats; ``-inf`` where there is none. With
@@ -84,7 +84,7 @@ class Scout:
         """Judge the points that are new."""
         self._judge(self.local.advance(trail))
 
-    def finish(self, trail: Trail) -> tuple[Path, Gaussian | None]:
+    def finish(self, trail: Trail) -> tuple[OptimizationPath, Gaussian | None]:
         """The summary of a path that has ended and its best Gaussian, if exact that of the Hessian among them."""
         self.look(trail)
         end = trail.points[-1]
@@ -92,7 +92,7 @@ class Scout:
             self.hessian = self.density.hessian(end.position)
         if self.exact and self.hessian is not None:
             self._judge([_laplace(end, self.hessian)])
-        path = Path(tuple(self.elbos), tuple(-p.value for p in trail.points), self.best, trail.reason)
+        path = OptimizationPath(tuple(self.elbos), tuple(-p.value for p in trail.points), self.best, trail.reason)
         return path, self.found[path.best] if path.elbo > -math.inf else None
 
     @torch.no_grad()
@@ -112,22 +112,17 @@ class Scout:
 
 def explore(
     density: UnconstrainedDensity, starts: Sequence[Tensor], options: Options, num_draws: int, *, exact: bool = True
-) -> tuple[tuple[Path, ...], list[Gaussian]]:
+) -> tuple[tuple[OptimizationPath, ...], list[Gaussian]]:
     """Climb from several starts.
 
-    Args:
-        density: the target.
-        starts: vectors ``(dim,)``.
-        options: of the optimiser.
-        num_draws: draws behind each ELBO.
-        exact: have the Gaussian of the exact Hessian at the end of a path among its Gaussians, and end paths of more
-            than 50 iterations by Newton's method where that converges.
-
-    Returns:
-        The paths, and the best Gaussians of those that have one, best first.
-
-    Raises:
-        ValueError: if there is none, or the density does not fall off around one.
+    :param density: the target.
+    :param starts: vectors ``(dim,)``.
+    :param options: of the optimiser.
+    :param num_draws: draws behind each ELBO.
+    :param exact: have the Gaussian of the exact Hessian at the end of a path among its Gaussians, and end paths of more
+        than 50 iterations by Newton's method where that converges.
+    :returns: the paths, and the best Gaussians of those that have one, best first.
+    :raises ValueError: if there is none, or the density does not fall off around one.
     """
     scouts = [Scout(density, options.history, num_draws, exact=exact) for _ in starts]
     trails = minimise(density.descent, starts, options, [scout.end for scout in scouts])
@@ -160,8 +155,7 @@ def _laplace(mode: Point, hessian: Tensor) -> Gaussian | None:
 def check_proper(density: UnconstrainedDensity, part: Gaussian, hessian: Tensor | None, peak: float) -> None:
     """Refuse a density that has not fallen below its peak far out on the principal axes of a Gaussian or a Hessian.
 
-    Raises:
-        ValueError: with the site in whose direction it has not.
+    :raises ValueError: with the site in whose direction it has not.
     """
     axes = _axes(part) if hessian is None else torch.cat([_axes(part), _axes_of_curvature(part, hessian)])
     ways = torch.cat([axes, -axes])

@@ -91,17 +91,15 @@ def local_gaussian(
 ) -> Gaussian | None:
     """The Gaussian at one point of a path, or ``None`` where its covariance is not positive definite.
 
-    Args:
-        position: the point, ``(dim,)``.
-        gradient: gradient of *minus* the log density there.
-        alpha: diagonal inverse Hessian, ``(dim,)``.
-        pairs: steps and gradient differences, the oldest first; at least one.
+    :param position: the point, ``(dim,)``.
+    :param gradient: gradient of *minus* the log density there.
+    :param alpha: diagonal inverse Hessian, ``(dim,)``.
+    :param pairs: steps and gradient differences, the oldest first; at least one.
 
-    Example:
-        >>> bowl = torch.tensor([2.0, 2.0])  # minus log density x' diag(bowl) x / 2: the variances are 1 / 2
-        >>> step = torch.tensor([1.0, 0.0])
-        >>> local_gaussian(step, bowl * step, 1 / bowl, [(step, bowl * step)]).variance
-        tensor([0.5000, 0.5000])
+    >>> bowl = torch.tensor([2.0, 2.0])  # minus log density x' diag(bowl) x / 2: the variances are 1 / 2
+    >>> step = torch.tensor([1.0, 0.0])
+    >>> local_gaussian(step, bowl * step, 1 / bowl, [(step, bowl * step)]).variance
+    tensor([0.5000, 0.5000])
     """
     steps, changes = (torch.stack(column) for column in zip(*pairs, strict=True))
     cross = steps @ changes.T
@@ -119,8 +117,7 @@ def local_gaussian(
 class LocalGaussians:
     """The local Gaussians along one path, as far as it has come.
 
-    Args:
-        history: how many pairs the inverse Hessian keeps.
+    :param history: how many pairs the inverse Hessian keeps.
     """
 
     def __init__(self, history: int) -> None:
@@ -148,10 +145,9 @@ class LocalGaussians:
 def full_gaussian(loc: Tensor, covariance: Tensor) -> Gaussian | None:
     """The Gaussian with this covariance ``(dim, dim)``, or ``None`` where it is not positive definite.
 
-    Example:
-        >>> full_gaussian(torch.zeros(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]])).covariance
-        tensor([[4., 1.],
-                [1., 1.]])
+    >>> full_gaussian(torch.zeros(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]])).covariance
+    tensor([[4., 1.],
+            [1., 1.]])
     """
     root = covariance.diagonal().sqrt()
     tril, failed = torch.linalg.cholesky_ex(covariance / (root.unsqueeze(-1) * root))
@@ -162,7 +158,7 @@ def _healthy(found: Gaussian, failed: Tensor) -> Gaussian | None:
     return found if not bool(failed) and all(bool(part.isfinite().all()) for part in found) else None
 
 
-def stack(parts: Sequence[Gaussian]) -> Gaussian:
+def stack_gaussians(parts: Sequence[Gaussian]) -> Gaussian:
     """Several Gaussians as one batch; ranks are filled up with directions in which nothing is added."""
     rank = max(part.tril.shape[-1] for part in parts)
     padded = [_padded(part, rank) for part in parts]
@@ -179,14 +175,12 @@ def _padded(part: Gaussian, rank: int) -> Gaussian:
 class GaussianMixture(TorchDistribution):
     """Equal mixture of a batch of :class:`Gaussian`; its components are constants, so draws carry no gradient.
 
-    Args:
-        parts: the components, one leading dimension.
-        batch_shape: of independent copies.
+    :param parts: the components, one leading dimension.
+    :param batch_shape: of independent copies.
 
-    Example:
-        >>> one = Gaussian(torch.zeros(1, 2), torch.ones(1, 2), torch.eye(2)[None], torch.eye(2)[None])
-        >>> GaussianMixture(one).log_prob(torch.zeros(3, 2)).exp() * 2 * math.pi
-        tensor([1., 1., 1.])
+    >>> one = Gaussian(torch.zeros(1, 2), torch.ones(1, 2), torch.eye(2)[None], torch.eye(2)[None])
+    >>> GaussianMixture(one).log_prob(torch.zeros(3, 2)).exp() * 2 * math.pi
+    tensor([1., 1., 1.])
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012

@@ -89,20 +89,17 @@ def minimise(
 ) -> list[Trail]:
     """Minimise a function from several starts.
 
-    Args:
-        function: rows ``(S, dim)`` to values ``(S,)`` and gradients ``(S, dim)``; a value that is not finite is a wall.
-        starts: vectors ``(dim,)`` at which the function is finite.
-        options: settings.
-        stops: for each start, why to end its path, asked after every iteration; empty to go on. It may add points.
+    :param function: rows ``(S, dim)`` to values ``(S,)`` and gradients ``(S, dim)``; a value that is not finite is a
+        wall.
+    :param starts: vectors ``(dim,)`` at which the function is finite.
+    :param options: settings.
+    :param stops: for each start, why to end its path, asked after every iteration; empty to go on. It may add points.
+    :returns: one trail for each start.
 
-    Returns:
-        One trail for each start.
-
-    Example:
-        >>> def bowl(x):
-        ...     return (x - 3.0).square().sum(1), 2 * (x - 3.0)
-        >>> minimise(bowl, [torch.zeros(2, dtype=torch.float64)], Options())[0].points[-1].position
-        tensor([3., 3.], dtype=torch.float64)
+    >>> def bowl(x):
+    ...     return (x - 3.0).square().sum(1), 2 * (x - 3.0)
+    >>> minimise(bowl, [torch.zeros(2, dtype=torch.float64)], Options())[0].points[-1].position
+    tensor([3., 3.], dtype=torch.float64)
     """
     asks = stops or [lambda trail: ""] * len(starts)
     walks = [_walk(start.double(), options, stop) for start, stop in zip(starts, asks, strict=True)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pplvi.guides.density import UnconstrainedDensity
-from pplvi.guides.search.gaussians import Gaussian, GaussianMixture, full_gaussian, stack
+from pplvi.guides.search.gaussians import Gaussian, GaussianMixture, full_gaussian, stack_gaussians
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
 from pplvi.weights.pareto import pareto_smooth
 
@@ -48,18 +48,14 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, c
     In up to 20 dimensions mixtures of 2, 4, ... Gaussians follow, each by weighted EM on the draws of the last; one
     that finds clearly more evidence counts in any case.
 
-    Args:
-        density: the target, over ``dim`` coordinates.
-        start: components, with one leading dimension, of an equal mixture.
-        rounds: the most rounds.
-        components: the most Gaussians of a mixture; 1 for none.
+    Source: Cappe, Douc, Guillin, Marin and Robert 2008, Adaptive importance sampling in general mixture classes;
+    Paananen, Piironen, Buerkner and Vehtari 2021, Implicitly adaptive importance sampling.
 
-    Returns:
-        The best found, which may be ``start``; one leading dimension as well.
-
-    References:
-        Cappe, Douc, Guillin, Marin and Robert 2008, Adaptive importance sampling in general mixture classes; Paananen,
-        Piironen, Buerkner and Vehtari 2021, Implicitly adaptive importance sampling.
+    :param density: the target, over ``dim`` coordinates.
+    :param start: components, with one leading dimension, of an equal mixture.
+    :param rounds: the most rounds.
+    :param components: the most Gaussians of a mixture; 1 for none.
+    :returns: the best found, which may be ``start``; one leading dimension as well.
     """
     if density.dim > MOST_DIMENSIONS or not rounds:
         return start
@@ -103,7 +99,7 @@ def _fitted(found: _Judged, size: int) -> Gaussian:
     fitted = [full_gaussian(whole.loc + m @ axes, axes.T @ c @ axes) for m, c in zip(locs, covariances, strict=True)]
     parts = [part for part in fitted if part is not None]
     wide = whole._replace(root=whole.root * _WIDE**0.5)
-    return stack([*parts * max(_SHARE // max(len(parts), 1), 1), wide])
+    return stack_gaussians([*parts * max(_SHARE // max(len(parts), 1), 1), wide])
 
 
 def _expectation_maximisation(weight: Tensor, draws: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -161,7 +157,7 @@ def _gains(new: _Judged, old: _Judged) -> float:
 def _moments(found: _Judged) -> Gaussian | None:
     weight = normalize(_tempered(found.log_weight, _ENOUGH * found.draws.shape[1]))
     gaussian = full_gaussian(weight @ found.draws, _covariance(weight, found.draws))
-    return None if gaussian is None else stack([gaussian])
+    return None if gaussian is None else stack_gaussians([gaussian])
 
 
 def _tempered(log_weight: Tensor, enough: float) -> Tensor:

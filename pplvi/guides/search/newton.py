@@ -23,22 +23,20 @@ def newton(
 
     Negative curvatures count by their size (saddle-free Newton), steps are halved until they go down.
 
-    Args:
-        function: rows ``(S, dim)`` to values ``(S,)`` and gradients ``(S, dim)``.
-        hessian: a vector ``(dim,)`` to the Hessian there, ``(dim, dim)``, or to ``None`` where it has none.
-        start: where to begin.
-        precision: machine precision of the function.
-
     Source: Nocedal and Wright (2006), Numerical optimization, section 3.4; Dauphin et al. (2014).
 
-    Example:
-        >>> def steep(x):
-        ...     bowl = torch.tensor([1.0, 1e8], dtype=torch.float64)
-        ...     return 0.5 * (bowl * x.square()).sum(1), bowl * x
-        >>> at = torch.ones(1, 2, dtype=torch.float64)
-        >>> start = Point(at[0], float(steep(at)[0]), steep(at)[1][0])
-        >>> newton(steep, lambda x: torch.diag(torch.tensor([1.0, 1e8], dtype=torch.float64)), start)[-1].position
-        tensor([0., 0.], dtype=torch.float64)
+    :param function: rows ``(S, dim)`` to values ``(S,)`` and gradients ``(S, dim)``.
+    :param hessian: a vector ``(dim,)`` to the Hessian there, ``(dim, dim)``, or to ``None`` where it has none.
+    :param start: where to begin.
+    :param precision: machine precision of the function.
+
+    >>> def steep(x):
+    ...     bowl = torch.tensor([1.0, 1e8], dtype=torch.float64)
+    ...     return 0.5 * (bowl * x.square()).sum(1), bowl * x
+    >>> at = torch.ones(1, 2, dtype=torch.float64)
+    >>> start = Point(at[0], float(steep(at)[0]), steep(at)[1][0])
+    >>> newton(steep, lambda x: torch.diag(torch.tensor([1.0, 1e8], dtype=torch.float64)), start)[-1].position
+    tensor([0., 0.], dtype=torch.float64)
     """
     trail = [start]
     for _ in range(STEPS):

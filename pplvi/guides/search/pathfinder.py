@@ -12,12 +12,12 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 
 from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
-from pplvi.guides.search.explore import Path, explore
-from pplvi.guides.search.gaussians import Gaussian, stack
+from pplvi.guides.search.explore import OptimizationPath, explore
+from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
 
-__all__ = ["AutoPathfinder", "Path", "init_to_pathfinder"]
+__all__ = ["AutoPathfinder", "OptimizationPath", "init_to_pathfinder"]
 
 
 class AutoPathfinder(FoundGuide):
@@ -41,44 +41,38 @@ class AutoPathfinder(FoundGuide):
     gradient. With ``exact_hessian=False, moment_matching=0`` it is the paper's multi-path Pathfinder with Stan's
     settings; the additions make it exact for Gaussian posteriors and raise the effective sample size elsewhere.
 
-    Args:
-        model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
-        num_paths: how many paths; one gives a Gaussian.
-        history: how many pairs the inverse Hessian keeps.
-        max_iterations: the most iterations of a path.
-        elbo_draws: draws ``K`` behind each ELBO.
-        exact_hessian: give a converged path one Gaussian more, that of the exact Hessian at its end, and let Newton's
-            method end a path of more than 50 iterations, in up to 100 dimensions. ``False`` is the paper.
-        moment_matching: rounds of adaptive importance sampling, from the mixture of the paths to the Gaussian with the
-            moments of the posterior, in up to 100 dimensions; the result replaces the mixture only where it has more
-            effective draws. 0 is the paper.
-        num_components: where that leaves less than nine in ten draws effective, in up to 20 dimensions, mixtures of 2,
-            4, ... up to so many Gaussians, by EM on the weighted draws; kept by the same rule. 1 for none.
-        init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
-        init_loc_fn: start from this instead, any of Pyro's ``init_to_*``, called anew for each path.
-        tolerances: Stan's settings ``tol_obj``, ``tol_rel_obj``, ``tol_grad``, ``tol_rel_grad``, ``tol_param`` and
-            ``init_alpha``, in place of its defaults.
-        seed: makes runs reproducible and leaves the global random state as it was.
-        vectorize: run paths and draws in one call of the model; ``False`` for models that allow no other way.
+    Source: Zhang, Carpenter, Gelman and Vehtari 2022, Pathfinder: Parallel quasi-Newton variational inference, JMLR
+    23(306).
 
-    Raises:
-        ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete ones
-            that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
-            first bad site), or whose posterior is improper as far as the paths can tell.
+    :param model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
+    :param num_paths: how many paths; one gives a Gaussian.
+    :param history: how many pairs the inverse Hessian keeps.
+    :param elbo_draws: draws ``K`` behind each ELBO.
+    :param exact_hessian: give a converged path one Gaussian more, that of the exact Hessian at its end, and let
+        Newton's method end a path of more than 50 iterations, in up to 100 dimensions. ``False`` is the paper.
+    :param moment_matching: rounds of adaptive importance sampling, from the mixture of the paths to the Gaussian with
+        the moments of the posterior, in up to 100 dimensions; the result replaces the mixture only where it has more
+        effective draws. 0 is the paper.
+    :param num_components: where that leaves less than nine in ten draws effective, in up to 20 dimensions, mixtures of
+        2, 4, ... up to so many Gaussians, by EM on the weighted draws; kept by the same rule. 1 for none.
+    :param init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
+    :param init_loc_fn: start from this instead, any of Pyro's ``init_to_*``, called anew for each path.
+    :param lbfgs: settings of L-BFGS in place of Stan's defaults: ``max_iterations`` of a path, ``tol_obj``,
+        ``tol_rel_obj``, ``tol_grad``, ``tol_rel_grad``, ``tol_param`` and ``init_alpha``.
+    :param seed: makes runs reproducible and leaves the global random state as it was.
+    :param vectorize: run paths and draws in one call of the model; ``False`` for models that allow no other way.
+    :raises ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete
+        ones that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
+        first bad site), or whose posterior is improper as far as the paths can tell.
 
-    References:
-        Zhang, Carpenter, Gelman and Vehtari 2022, Pathfinder: Parallel quasi-Newton variational inference, JMLR
-        23(306).
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(y):
-        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        ...     with pyro.plate("data", len(y)):
-        ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
-        >>> guide = AutoPathfinder(model, seed=0).run(torch.tensor([1.0, -2.0, 3.0, -1.0]))
-        >>> round(guide.median()["scale"].item(), 1), [path.reason for path in guide.paths]
-        (2.0, ['converged', 'converged', 'converged', 'converged'])
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(y):
+    ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+    >>> guide = AutoPathfinder(model, seed=0).run(torch.tensor([1.0, -2.0, 3.0, -1.0]))
+    >>> round(guide.median()["scale"].item(), 1), [path.reason for path in guide.paths]
+    (2.0, ['converged', 'converged', 'converged', 'converged'])
     """
 
     def __init__(
@@ -87,36 +81,35 @@ class AutoPathfinder(FoundGuide):
         *,
         num_paths: int = 4,
         history: int = 6,
-        max_iterations: int = 1000,
         elbo_draws: int = 25,
         exact_hessian: bool = True,
         moment_matching: int = 10,
         num_components: int = 8,
         init_radius: float = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
-        tolerances: Mapping[str, float] | None = None,
+        lbfgs: Mapping[str, float] | None = None,
         seed: int | None = None,
         vectorize: bool = True,
     ) -> None:
         if isinstance(moment_matching, bool) or not isinstance(moment_matching, int) or moment_matching < 0:
             raise ValueError(f"moment_matching is {moment_matching!r}; expected a number of rounds, 0 for none")
-        check_counts(num_paths=num_paths, history=history, max_iterations=max_iterations, elbo_draws=elbo_draws)
+        check_counts(num_paths=num_paths, history=history, elbo_draws=elbo_draws)
         check_counts(num_components=num_components)
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
-        self._options = _options(history, max_iterations, tolerances or {})
+        self._options = _options(history, lbfgs or {})
         self._num_paths, self._elbo_draws = num_paths, elbo_draws
         self._exact_hessian, self._moment_matching = exact_hessian, moment_matching
         self._num_components = num_components
-        self._paths: tuple[Path, ...] = ()
+        self._paths: tuple[OptimizationPath, ...] = ()
 
     def _find(self, density: UnconstrainedDensity) -> Gaussian:
         options = Options(**self._options, precision=torch.finfo(density.dtype).eps)
         starts = self._starts(density, self._num_paths)
         self._paths, found = explore(density, starts, options, self._elbo_draws, exact=self._exact_hessian)
-        return match_moments(density, stack(found), self._moment_matching, self._num_components)
+        return match_moments(density, stack_gaussians(found), self._moment_matching, self._num_components)
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[OptimizationPath, ...]:
         """What each path found; empty before the first run and after ``load_state_dict``."""
         return self._paths
 
@@ -126,48 +119,41 @@ def init_to_pathfinder(
 ) -> Callable[..., Any]:
     """An ``init_loc_fn`` for any guide: the mean of the best Gaussian that Pathfinder finds. It runs at once.
 
-    Args:
-        model: the model that the guide is for.
-        args: the positional arguments to fit it to.
-        kwargs: the keyword arguments.
-        **options: options of :class:`AutoPathfinder`.
+    Source: Zhang, Carpenter, Gelman and Vehtari 2022, Pathfinder, JMLR 23(306), section 4.
 
-    Returns:
-        A function from a site to its initial value, of the shape of the site, constrained; sites that the model does
-        not have are started by ``init_to_median``.
+    :param model: the model that the guide is for.
+    :param args: the positional arguments to fit it to.
+    :param kwargs: the keyword arguments.
+    :param options: options of :class:`AutoPathfinder`.
+    :returns: a function from a site to its initial value, of the shape of the site, constrained; sites that the model
+        does not have are started by ``init_to_median``.
+    :raises ValueError: where :class:`AutoPathfinder` does.
 
-    Raises:
-        ValueError: where :class:`AutoPathfinder` does.
-
-    References:
-        Zhang, Carpenter, Gelman and Vehtari 2022, Pathfinder, JMLR 23(306), section 4.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> from pyro.infer.autoguide import AutoNormal
-        >>> def model():
-        ...     pyro.sample("x", dist.Normal(5.0, 0.1))
-        >>> guide = AutoNormal(model, init_loc_fn=init_to_pathfinder(model, seed=0))
-        >>> guide()["x"].shape, round(guide.median()["x"].item(), 2)
-        (torch.Size([]), 5.0)
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> def model():
+    ...     pyro.sample("x", dist.Normal(5.0, 0.1))
+    >>> guide = AutoNormal(model, init_loc_fn=init_to_pathfinder(model, seed=0))
+    >>> guide()["x"].shape, round(guide.median()["x"].item(), 2)
+    (torch.Size([]), 5.0)
     """
     guide = AutoPathfinder(model, **{"num_components": 1, **options}).run(*args, **(kwargs or {}))
     return init_to_value(values=guide.best_values(), fallback=init_to_median)
 
 
-def _options(history: int, max_iterations: int, tolerances: Mapping[str, float]) -> dict[str, Any]:
-    known = [f.name for f in fields(Options) if f.name.startswith("tol_")] + ["init_alpha"]
-    wrong = {name: value for name, value in tolerances.items() if name not in known or not 0 <= value < math.inf}
+def _options(history: int, lbfgs: Mapping[str, float]) -> dict[str, Any]:
+    known = {f.name for f in fields(Options)} - {"history", "precision"}
+    wrong = {name: value for name, value in lbfgs.items() if name not in known or not 0 <= value < math.inf}
     if wrong:
-        raise ValueError(f"tolerances has {wrong}; expected numbers of at least 0 for some of {sorted(known)}")
-    return {"history": history, "max_iterations": max_iterations, **tolerances}
+        raise ValueError(f"lbfgs has {wrong}; expected numbers of at least 0 for some of {sorted(known)}")
+    check_counts(max_iterations=lbfgs.get("max_iterations", Options.max_iterations))
+    return {"history": history, **lbfgs}
 
 
 def check_counts(**counts: Any) -> None:
     """Check that settings are whole numbers of at least 1.
 
-    Raises:
-        ValueError: with the first that is not.
+    :raises ValueError: with the first that is not.
     """
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -59,31 +59,27 @@ def start_at_pathfinder(
     the latter being the mean field that is nearest in :math:`KL(q \| p)`. ``pplvi.fit(..., init="pathfinder")`` does it
     before the first step.
 
-    Args:
-        guide: ``AutoNormal``, one over a packed vector (``AutoDiagonalNormal``,
-            ``AutoMultivariateNormal``, ``AutoLowRankMultivariateNormal``, ``AutoFlow``), or an ``AutoGuideList`` of
-            such. It is run once, so that its parameters exist.
-        model: the model that the guide is for.
-        args: the positional arguments to fit it to.
-        kwargs: the keyword arguments.
-        search: ``AutoPathfinder``, or ``AutoBatchAndMatch``, whose Gaussian takes more gradients and has a larger ELBO.
-        **options: options of the search.
+    Source: Zhang, Carpenter, Gelman and Vehtari 2022, Pathfinder, JMLR 23(306), section 4.
 
-    Raises:
-        ValueError: for guides without a location, and where :class:`AutoPathfinder` does.
+    :param guide: ``AutoNormal``, one over a packed vector (``AutoDiagonalNormal``, ``AutoMultivariateNormal``,
+        ``AutoLowRankMultivariateNormal``, ``AutoFlow``), or an ``AutoGuideList`` of such. It is run once, so that its
+        parameters exist.
+    :param model: the model that the guide is for.
+    :param args: the positional arguments to fit it to.
+    :param kwargs: the keyword arguments.
+    :param search: ``AutoPathfinder``, or ``AutoBatchAndMatch``, whose Gaussian takes more gradients and has a larger
+        ELBO.
+    :param options: options of the search.
+    :raises ValueError: for guides without a location, and where :class:`AutoPathfinder` does.
 
-    References:
-        Zhang, Carpenter, Gelman and Vehtari 2022, Pathfinder, JMLR 23(306), section 4.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> from pyro.infer.autoguide import AutoDiagonalNormal
-        >>> def model():
-        ...     pyro.sample("x", dist.Normal(5.0, 0.1))
-        >>> pyro.clear_param_store(); guide = AutoDiagonalNormal(model)
-        >>> start_at_pathfinder(guide, model, seed=0)
-        >>> round(guide.loc.item(), 2), round(guide.scale.item(), 2)
-        (5.0, 0.1)
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoDiagonalNormal
+    >>> def model():
+    ...     pyro.sample("x", dist.Normal(5.0, 0.1))
+    >>> pyro.clear_param_store(); guide = AutoDiagonalNormal(model)
+    >>> start_at_pathfinder(guide, model, seed=0)
+    >>> round(guide.loc.item(), 2), round(guide.scale.item(), 2)
+    (5.0, 0.1)
     """
     _check(guide)
     one = {"num_components": 1} if issubclass(search, AutoPathfinder) else {}  # a Gaussian is what guides can start at
@@ -147,8 +143,7 @@ def _place_sites(guide: AutoNormal, loc: Tensor, covariance: Tensor) -> None:
 def nearest_scale(covariance: Tensor) -> Tensor:
     """Standard deviations of the mean field that is nearest to a Gaussian, ``(dim,)``.
 
-    Example:
-        >>> nearest_scale(torch.tensor([[1.0, 0.6], [0.6, 1.0]]))
-        tensor([0.8000, 0.8000])
+    >>> nearest_scale(torch.tensor([[1.0, 0.6], [0.6, 1.0]]))
+    tensor([0.8000, 0.8000])
     """
     return torch.linalg.inv(covariance).diagonal().rsqrt()

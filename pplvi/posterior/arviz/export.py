@@ -7,7 +7,7 @@ resampled with their Pareto-smoothed weights, so that summaries which know no we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -21,7 +21,7 @@ from pplvi.posterior.arviz.groups import (
     base_groups,
     chains_of,
     diagnostics,
-    divergences,
+    divergent_transitions,
     predictive_groups,
     prior_groups,
     summary,
@@ -52,9 +52,7 @@ def to_arviz(
     losses: Tensor | np.ndarray | None = None,
     attrs: Mapping[str, Any] | None = None,
     seed: int | None = None,
-    model: Callable[..., Any] | None = None,
     args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
 ) -> arviz.InferenceData:
     r"""Posterior draws, predictions, densities and data in the groups of ArviZ's schema.
 
@@ -89,52 +87,44 @@ def to_arviz(
     constant are named after the plates of a site if its shape begins with theirs. A slash in a name, which a NetCDF
     file cannot hold, becomes a point; the attribute ``renamed`` says where.
 
-    Args:
-        source: the posterior; several of them, one for each restart, of the same model, data and number of draws; or
-            a finished ``pyro.infer.MCMC``.
-        draws: ``"psis"`` or ``"guide"``. MCMC draws are equally weighted and exported as they are in any case.
-        restarts: ``"all"``, a chain each, or ``"best"`` alone.
-        best: which restart is the best: the one of the largest ELBO unless given. The prior is that of its model.
-        coords: labels of dimensions, ``{"school": ["A", "B"]}``; a dimension without labels counts from 0.
-        dims: names of all dimensions of a variable but chain and draw, or of those that follow its plates.
-        num_prior: number of draws from the prior; 0 leaves the two groups out.
-        posterior_predictive: whether to draw predictions.
-        losses: the objective at each step, ``(restarts, num_steps)``, in nats.
-        attrs: attributes to add, such as the objective and the seed.
-        seed: makes the export reproducible and leaves the global random state as it was.
-        model: the model of an MCMC run; the one of its kernel unless given.
-        args: the arguments of an MCMC run.
-        kwargs: its keyword arguments.
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling; Rubin 1988, Using the SIR
+    algorithm to simulate posterior distributions; Kumar, Carroll, Hartikainen and Martin 2019, ArviZ.
 
-    Returns:
-        ``arviz.InferenceData``; with ArviZ 1.x an :class:`xarray.DataTree` of the same groups. Its attributes, and
-        those of ``posterior``, are ``attrs``, ``pareto_k`` (the largest of the batch), ``ess`` (the smallest),
+    :param source: the posterior; several of them, one for each restart, of the same model, data and number of draws; or
+        a finished ``pyro.infer.MCMC``.
+    :param draws: ``"psis"`` or ``"guide"``. MCMC draws are equally weighted and exported as they are in any case.
+    :param restarts: ``"all"``, a chain each, or ``"best"`` alone.
+    :param best: which restart is the best: the one of the largest ELBO unless given. The prior is that of its model.
+    :param coords: labels of dimensions, ``{"school": ["A", "B"]}``; a dimension without labels counts from 0.
+    :param dims: names of all dimensions of a variable but chain and draw, or of those that follow its plates.
+    :param num_prior: number of draws from the prior; 0 leaves the two groups out.
+    :param posterior_predictive: whether to draw predictions.
+    :param losses: the objective at each step, ``(restarts, num_steps)``, in nats.
+    :param attrs: attributes to add, such as the objective and the seed.
+    :param seed: makes the export reproducible and leaves the global random state as it was.
+    :param args: the arguments of an MCMC run of its kernel's model; for another model, or keyword arguments, export
+        ``Posterior.from_mcmc(mcmc, model, args, kwargs)``.
+    :returns: ``arviz.InferenceData``; with ArviZ 1.x an :class:`xarray.DataTree` of the same groups. Its attributes,
+        and those of ``posterior``, are ``attrs``, ``pareto_k`` (the largest of the batch), ``ess`` (the smallest),
         ``elbo``, ``log_evidence``, ``log_evidence_error`` (nats), for each chain, and the versions of the libraries.
+    :raises ValueError: if the draws have no weights and ``draws="psis"``, if a plate outside the batch is subsampled,
+        if ``coords`` or ``dims`` do not fit, if restarts do not fit together, or if the prior cannot be drawn from.
 
-    Raises:
-        ValueError: if the draws have no weights and ``draws="psis"``, if a plate outside the batch is subsampled, if
-            ``coords`` or ``dims`` do not fit, if restarts do not fit together, or if the prior cannot be drawn from.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling; Rubin 1988, Using the SIR
-        algorithm to simulate posterior distributions; Kumar, Carroll, Hartikainen and Martin 2019, ArviZ.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("school", 2):
-        ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-        >>> def guide(y):
-        ...     pyro.sample("z", dist.Normal(0.5, 1.0))
-        >>> posterior = Posterior(model, guide, (torch.tensor([1.0, 2.0]),), num_draws=4000, seed=0)
-        >>> data = to_arviz(posterior, coords={"school": ["A", "B"]}, seed=0)
-        >>> data.log_likelihood.y.dims, round(float(data.posterior.z.mean()), 1)  # exact: 1
-        (('chain', 'draw', 'school'), 1.0)
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(y):
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("school", 2):
+    ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+    >>> def guide(y):
+    ...     pyro.sample("z", dist.Normal(0.5, 1.0))
+    >>> posterior = Posterior(model, guide, (torch.tensor([1.0, 2.0]),), num_draws=4000, seed=0)
+    >>> data = to_arviz(posterior, coords={"school": ["A", "B"]}, seed=0)
+    >>> data.log_likelihood.y.dims, round(float(data.posterior.z.mean()), 1)  # exact: 1
+    (('chain', 'draw', 'school'), 1.0)
     """
     _check_choices(draws=draws, restarts=restarts)
     _check_mappings(coords=coords, dims=dims)
-    dims, posteriors = dims or {}, _posteriors(source, model, args, kwargs)
+    dims, posteriors = dims or {}, _posteriors(source, args)
     traces = _traces(losses, len(posteriors))
     chosen = _best(posteriors, best)
     if restarts == "best":
@@ -147,7 +137,7 @@ def to_arviz(
             groups |= predictive_groups(chains, dims)
         if num_prior:
             groups |= prior_groups(posteriors[chosen], num_prior, dims)
-    groups["sample_stats"] |= diagnostics(posteriors) | divergences(posteriors)
+    groups["sample_stats"] |= diagnostics(posteriors) | divergent_transitions(posteriors)
     groups["optimization"] = {"loss": (("chain", "step"), traces)} if traces.size else {}
     _check_dims(groups, dims)
     kind = "mcmc" if posteriors[0].is_mcmc else draws
@@ -174,13 +164,13 @@ def _check_mappings(**given: Any) -> None:
             raise ValueError(f"{name}={value!r}; expected a dictionary with a list for each name.")
 
 
-def _posteriors(source: Any, model: Any, args: tuple[Any, ...], kwargs: Any) -> list[Posterior]:
+def _posteriors(source: Any, args: tuple[Any, ...]) -> list[Posterior]:
     if isinstance(source, MCMC):
-        return [Posterior.from_mcmc(source, model or source.kernel.model, args, kwargs)]
-    if model is not None or args or kwargs:
+        return [Posterior.from_mcmc(source, source.kernel.model, args)]
+    if args:
         raise ValueError(
-            "model, args and kwargs describe an MCMC run, and a posterior has its own; expected none of them. Give the "
-            "full data to the posterior: Posterior(model, guide, args), or fit.posterior(args=args)."
+            "args are those of an MCMC run, and a posterior has its own; expected none. Give the full data to the "
+            "posterior: Posterior(model, guide, args), or fit.posterior(args=args)."
         )
     if hasattr(source, "posteriors"):
         raise ValueError(

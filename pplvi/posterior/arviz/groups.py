@@ -17,7 +17,7 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pplvi.posterior.arviz.schema import SAMPLE, Group, Groups, Names, equal, stack, to_numpy
+from pplvi.posterior.arviz.schema import SAMPLE, Group, Groups, Names, equal, stack_chains, to_numpy
 from pplvi.posterior.draws import Draws, predict, score
 from pplvi.posterior.gather import align
 from pplvi.posterior.posterior import Posterior, name_of
@@ -112,9 +112,9 @@ def base_groups(chains: Sequence[Chain], dims: Dims) -> Groups:
     first, names = chains[0].draws, Names(chains[0].draws.plates, dims)
     stats = [chain.stats for chain in chains]
     return {
-        "posterior": stack([chain.draws.latents | chain.draws.deterministics for chain in chains], names),
-        "log_likelihood": stack([chain.draws.log_likelihood for chain in chains], names, like=first.observed),
-        "sample_stats": stack(stats, Names(dict.fromkeys(stats[0], first.batch))),
+        "posterior": stack_chains([chain.draws.latents | chain.draws.deterministics for chain in chains], names),
+        "log_likelihood": stack_chains([chain.draws.log_likelihood for chain in chains], names, like=first.observed),
+        "sample_stats": stack_chains(stats, Names(dict.fromkeys(stats[0], first.batch))),
         "observed_data": {n: (names.of(n, v.shape), to_numpy(v)) for n, v in first.observed.items()},
         "constant_data": _constant_data(chains[0].posterior, names),
     }
@@ -123,14 +123,13 @@ def base_groups(chains: Sequence[Chain], dims: Dims) -> Groups:
 def predictive_groups(chains: Sequence[Chain], dims: Dims) -> Groups:
     """Observed sites drawn anew, one for each draw of the posterior."""
     drawn = [_run(predict, chain.posterior, chain.draws.latents, chain.draws.num_draws) for chain in chains]
-    return {"posterior_predictive": stack([draws.observed for draws in drawn], Names(drawn[0].plates, dims))}
+    return {"posterior_predictive": stack_chains([draws.observed for draws in drawn], Names(drawn[0].plates, dims))}
 
 
 def prior_groups(posterior: Posterior, num_draws: int, dims: Dims) -> Groups:
     """The sites of the model drawn without the data.
 
-    Raises:
-        ValueError: if a prior cannot be drawn from.
+    :raises ValueError: if a prior cannot be drawn from.
     """
     try:
         drawn = _run(predict, posterior, None, num_draws)
@@ -140,8 +139,8 @@ def prior_groups(posterior: Posterior, num_draws: int, dims: Dims) -> Groups:
             "groups out with num_prior=0."
         ) from error
     names = Names(drawn.plates, dims)
-    prior = stack([drawn.latents | drawn.deterministics], names)
-    return {"prior": prior, "prior_predictive": stack([drawn.observed], names)}
+    prior = stack_chains([drawn.latents | drawn.deterministics], names)
+    return {"prior": prior, "prior_predictive": stack_chains([drawn.observed], names)}
 
 
 def _constant_data(posterior: Posterior, names: Names) -> Group:
@@ -183,7 +182,7 @@ def diagnostics(posteriors: Sequence[Posterior]) -> Group:
     return {name: (dims, np.stack([to_numpy(getattr(p, name)) for p in posteriors])) for name in ("pareto_k", "ess")}
 
 
-def divergences(posteriors: Sequence[Posterior]) -> Group:
+def divergent_transitions(posteriors: Sequence[Posterior]) -> Group:
     """Which draws of MCMC runs diverged, where their kernels say so."""
     found = [row for posterior in posteriors for row in _diverging(posterior.mcmc)]
     return {"diverging": (SAMPLE, np.stack(found))} if found else {}

@@ -43,13 +43,11 @@ class Names:
     ArviZ, ``<variable>_dim_<i>``. A variable that is not a site (a constant) has the plates whose sizes its shape
     begins with, where that leaves no choice.
 
-    Args:
-        plates: the plates of each site, left to right.
-        dims: names for all dimensions of a variable, or for those that follow its plates.
+    :param plates: the plates of each site, left to right.
+    :param dims: names for all dimensions of a variable, or for those that follow its plates.
 
-    Example:
-        >>> Names({"theta": (Plate("school", -1, 8, 8),)}).of("theta", (8, 2))
-        ('school', 'theta_dim_0')
+    >>> Names({"theta": (Plate("school", -1, 8, 8),)}).of("theta", (8, 2))
+    ('school', 'theta_dim_0')
     """
 
     plates: Mapping[str, tuple[Plate, ...]]
@@ -58,8 +56,7 @@ class Names:
     def of(self, name: str, shape: Sequence[int]) -> tuple[str, ...]:
         """Names of the dimensions of a variable whose own shape (without chain and draw) is ``shape``.
 
-        Raises:
-            ValueError: if ``dims`` gives this variable a wrong number of names.
+        :raises ValueError: if ``dims`` gives this variable a wrong number of names.
         """
         outer = self._plates_of(name, shape)
         given = tuple(self.dims.get(name, ()))
@@ -101,13 +98,14 @@ def equal(first: Any, second: Any) -> bool:
     return bool(np.array_equal(first, second, equal_nan=numbers))
 
 
-def stack(chains: Sequence[Mapping[str, Tensor]], names: Names, like: Mapping[str, Tensor] | None = None) -> Group:
+def stack_chains(
+    chains: Sequence[Mapping[str, Tensor]], names: Names, like: Mapping[str, Tensor] | None = None
+) -> Group:
     """Put the draws of several chains, each ``(num_draws, *shape)``, into one group, chain and draw first.
 
-    Args:
-        chains: the variables of each chain.
-        names: how dimensions are named.
-        like: variables, without chain and draw, whose leading dimensions the result shares, by name.
+    :param chains: the variables of each chain.
+    :param names: how dimensions are named.
+    :param like: variables, without chain and draw, whose leading dimensions the result shares, by name.
     """
     group = {}
     for name in chains[0]:
@@ -122,14 +120,11 @@ def datasets(
 ) -> dict[str, xarray.Dataset]:
     """One :class:`xarray.Dataset` a group, with coordinates on every dimension and ``attrs`` on each.
 
-    Args:
-        groups: the groups; empty ones are left out.
-        coords: labels for named dimensions; the others count from 0.
-        attrs: attributes of every group.
-
-    Raises:
-        ValueError: if ``coords`` names a dimension that no group has, or has the wrong number of labels for one; if
-            a dimension has two sizes in a group or stands twice in a variable; if a variable is named like a dimension.
+    :param groups: the groups; empty ones are left out.
+    :param coords: labels for named dimensions; the others count from 0.
+    :param attrs: attributes of every group.
+    :raises ValueError: if ``coords`` names a dimension that no group has, or has the wrong number of labels for one; if
+        a dimension has two sizes in a group or stands twice in a variable; if a variable is named like a dimension.
     """
     import xarray
 
@@ -215,9 +210,8 @@ def attributes(attrs: Mapping[str, Any]) -> dict[str, Any]:
     Tensors become numbers or one-dimensional arrays, ``None`` is left out, and what is neither a number nor an array
     is written as text.
 
-    Example:
-        >>> attributes({"seed": 1, "guide": None, "pareto_k": Tensor([0.5])})["pareto_k"]
-        0.5
+    >>> attributes({"seed": 1, "guide": None, "pareto_k": Tensor([0.5])})["pareto_k"]
+    0.5
     """
     versions = {name: _version(package) for name, package in _PACKAGES.items()}
     merged = {"created_at": datetime.now(UTC).isoformat(), "inference_library": "pplvi", **versions, **attrs}

@@ -1,0 +1,1 @@
+"""Benchmarks: one module for each, all of them run by ``python -m benchmarks``."""

@@ -1,0 +1,336 @@
+"""Corrected leave-one-out against exact answers, NUTS and ArviZ."""
+
+import math
+import sys
+import types
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from models import Chains
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.optim import ClippedAdam
+from torch import Tensor
+from torch.distributions import Normal
+
+from pplvi.examples import eight_schools
+from pplvi.posterior import leave_one_out as loo_module
+from pplvi.posterior.draws import Draws
+from pplvi.posterior.leave_one_out import loo
+from pplvi.posterior.posterior import Posterior
+from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.sites import Plate
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+NUTS = -30.66
+Y = torch.tensor([0.5, 1.2, -0.3, 2.0, 0.1], dtype=torch.float64)
+
+
+def mean_model(loc: float, scale: float, num_draws: int = 20_000) -> WeightedDraws:
+    """Draws of N(loc, scale) for a mean with prior N(0, 1) of five data with sd 1."""
+    torch.manual_seed(0)
+    guide = Normal(torch.tensor(loc), scale)
+    z = guide.sample((num_draws,))
+    likelihood = Normal(z[:, None], 1.0).log_prob(Y)
+    log_p = Normal(0.0, 1.0).log_prob(z) + likelihood.sum(1)
+    plates = {"z": (), "y": (Plate("data", -1, 5, 5),)}
+    return WeightedDraws(
+        Draws({"z": z}, {}, {"y": Y}, {"y": likelihood}, log_p, guide.log_prob(z), (), plates, frozenset())
+    )
+
+
+def exact_mean_loo() -> np.ndarray:
+    """log N(y_i; sum of the others / 5, sd sqrt(6 / 5)): four others and the prior make a precision of 5."""
+    return Normal((Y.sum() - Y) / 5, (6 / 5) ** 0.5).log_prob(Y).numpy()
+
+
+def arviz_loo(draws: Draws, **log_likelihood: Tensor) -> Any:
+    import arviz as az
+
+    groups = {"posterior": draws.latents, "log_likelihood": log_likelihood or draws.log_likelihood}
+    data = az.from_dict(**{g: {n: v[None].numpy() for n, v in values.items()} for g, values in groups.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return az.loo(data, pointwise=True)
+
+
+@pytest.mark.parametrize(("loc", "scale"), [(0.5833, 0.4082), (0.3, 0.6), (0.9, 0.7)])
+def test_leave_one_out_of_a_conjugate_mean_is_exact_for_good_and_poor_guides(loc: float, scale: float) -> None:
+    result = loo(mean_model(loc, scale))
+    np.testing.assert_allclose(result.loo_i.values, exact_mean_loo(), atol=0.03)
+    assert result["elpd_loo"] == pytest.approx(exact_mean_loo().sum(), abs=0.05)
+    assert result["se"] == pytest.approx(math.sqrt(5 * exact_mean_loo().var()), abs=0.05)
+    within = Normal(Y.sum() / 6, (7 / 6) ** 0.5).log_prob(Y).sum().item()
+    assert result["p_loo"] == pytest.approx(within - exact_mean_loo().sum(), abs=0.05)
+    assert (result.pareto_k.values < 0.7).all()
+
+
+def test_plain_leave_one_out_is_wrong_where_the_corrected_is_right() -> None:
+    posterior = mean_model(0.9, 0.7)
+    assert abs(arviz_loo(posterior.draws)["elpd_loo"] - exact_mean_loo().sum()) > 0.3
+    assert abs(loo(posterior)["elpd_loo"] - exact_mean_loo().sum()) < 0.05
+
+
+def test_exact_guide_gives_what_arviz_gives() -> None:
+    posterior = mean_model(Y.sum().item() / 6, 6**-0.5, 2000)
+    ours, theirs = loo(posterior), arviz_loo(posterior.draws)
+    np.testing.assert_allclose(ours.loo_i.values, theirs.loo_i.values, atol=1e-9)
+    np.testing.assert_allclose(ours.pareto_k.values, theirs.pareto_k.values, atol=1e-6)
+    for name in ("elpd_loo", "se", "p_loo", "n_samples", "n_data_points", "good_k"):
+        assert ours[name] == pytest.approx(theirs[name], abs=1e-8), name
+    assert list(ours.index) == list(theirs.index)
+    assert type(ours) is type(theirs)
+
+
+def test_result_has_the_plates_as_dimensions_and_prints() -> None:
+    result = loo(mean_model(0.5, 0.5))
+    assert result.loo_i.dims == result.pareto_k.dims == ("data",)
+    assert "Computed from 20000 posterior samples and 5 observations" in str(result)
+    assert "Pareto k diagnostic values" in str(result)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior = mean_model(0.5, 0.5, 500)
+    whole = loo(posterior)
+    monkeypatch.setattr(loo_module, "_CHUNK", 1000)  # two observations at a time
+    np.testing.assert_allclose(loo(posterior).loo_i.values, whole.loo_i.values, rtol=1e-13)
+    np.testing.assert_allclose(loo(posterior).pareto_k.values, whole.pareto_k.values, rtol=1e-10)
+
+
+def test_arviz_compares_the_results() -> None:
+    import arviz as az
+
+    good, poor = mean_model(0.5, 0.5, 2000), mean_model(0.5, 0.5, 2000)
+    far = Draws(**{**poor.draws.__dict__, "log_likelihood": {"y": poor.draws.log_likelihood["y"] - 1}})
+    table = az.compare({"good": loo(good), "poor": loo(WeightedDraws(far))})
+    assert list(table.index) == ["good", "poor"]
+    assert table["elpd_diff"].iloc[1] == pytest.approx(5.0, abs=0.2)
+
+
+@dataclass(frozen=True)
+class Amortised:
+    """Data in a plate of four, each seen three times (``rep``), with a latent of its own: weights are per element."""
+
+    y: Tensor
+    posterior: WeightedDraws
+
+
+@pytest.fixture
+def amortised(float64: None) -> Amortised:
+    torch.manual_seed(3)
+    y = torch.randn(3, 4)
+    data, rep = Plate("data", -1, 4, 4), Plate("rep", -2, 3, 3)
+    guide = Normal(y.mean(0) * 0.5, 0.8)
+    z = guide.sample((20_000,))
+    likelihood = Normal(z[:, None], 1.0).log_prob(y)
+    log_p = Normal(0.0, 1.0).log_prob(z) + likelihood.sum(1)
+    plates = {"z": (data,), "y": (rep, data)}
+    draws = Draws({"z": z}, {}, {"y": y}, {"y": likelihood}, log_p, guide.log_prob(z), (data,), plates, frozenset())
+    return Amortised(y, WeightedDraws(draws))
+
+
+def test_each_batch_element_is_left_out_under_its_own_weights(amortised: Amortised) -> None:
+    y = amortised.y
+    exact = Normal((y.sum(0) - y) / 3, (4 / 3) ** 0.5).log_prob(y)
+    result = loo(amortised.posterior)
+    assert result.loo_i.dims == ("rep", "data")
+    np.testing.assert_allclose(result.loo_i.values, exact.numpy(), atol=0.04)
+    assert result["n_data_points"] == 12
+
+
+def test_batch_equals_a_loop_over_its_elements(amortised: Amortised) -> None:
+    whole, draws = loo(amortised.posterior), amortised.posterior.draws
+    for i in range(4):
+        plates = {"z": (), "y": (Plate("rep", -1, 3, 3),)}
+        likelihood = {"y": draws.log_likelihood["y"][:, :, i]}
+        one = Draws(
+            {"z": draws.latents["z"][:, i]},
+            {},
+            {},
+            likelihood,
+            draws.log_p[:, i],
+            draws.log_q[:, i],
+            (),
+            plates,
+            frozenset(),
+        )
+        np.testing.assert_allclose(loo(WeightedDraws(one)).loo_i.values, whole.loo_i.values[:, i], atol=1e-12)
+
+
+def test_joint_weights_would_have_been_far_off(amortised: Amortised) -> None:
+    """The weights of all data in one are much less even than those of each datum."""
+    joint = amortised.posterior.log_weight.sum(1)
+    assert (
+        WeightedDraws(Draws({"z": joint}, {}, {}, {}, joint, 0 * joint, (), {"z": ()}, frozenset())).ess
+        < 0.8 * amortised.posterior.ess.min()
+    )
+
+
+def replace(draws: Draws, **changes: Any) -> WeightedDraws:
+    return WeightedDraws(Draws(**{**draws.__dict__, **changes}))
+
+
+def test_masked_observations_do_not_count() -> None:
+    posterior = mean_model(0.3, 0.6, 2000)
+    likelihood = posterior.draws.log_likelihood["y"].clone()
+    masked = likelihood.clone()
+    masked[:, 2] = 0
+    log_p = posterior.log_p - likelihood[:, 2]
+    result = loo(replace(posterior.draws, log_likelihood={"y": masked}, log_p=log_p))
+    rest = [0, 1, 3, 4]
+    plates = {"z": (), "y": (Plate("data", -1, 4, 4),)}
+    expected = loo(replace(posterior.draws, log_likelihood={"y": likelihood[:, rest]}, log_p=log_p, plates=plates))
+    assert result["n_data_points"] == 4
+    assert result.loo_i.dims == ("observation",)
+    assert result.loo_i.coords["data"].values.tolist() == rest
+    for name in ("elpd_loo", "se", "p_loo"):
+        assert result[name] == pytest.approx(expected[name]), name
+
+
+def test_leaving_out_needs_an_observation_that_counts() -> None:
+    posterior = mean_model(0.3, 0.6, 200)
+    with pytest.raises(ValueError, match="every observation of site 'y' is masked out"):
+        loo(replace(posterior.draws, log_likelihood={"y": torch.zeros(200, 5)}))
+
+
+def test_single_observation_without_a_plate() -> None:
+    posterior = mean_model(0.3, 0.6, 2000)
+    likelihood = {"y": posterior.draws.log_likelihood["y"][:, 0]}
+    result = loo(replace(posterior.draws, log_likelihood=likelihood, plates={"z": (), "y": ()}))
+    assert result["n_data_points"] == 1
+    assert result.loo_i.shape == ()
+
+
+def test_several_observed_sites_must_be_told_apart() -> None:
+    posterior = mean_model(0.3, 0.6, 200)
+    likelihood = posterior.draws.log_likelihood["y"]
+    two = replace(
+        posterior.draws,
+        log_likelihood={"height": likelihood, "weight": likelihood - 1},
+        plates={name: (Plate("data", -1, 5, 5),) for name in ("height", "weight")},
+    )
+    with pytest.raises(ValueError, match=r"several observed sites \['height', 'weight'\].* pass var_name"):
+        loo(two)
+    with pytest.raises(ValueError, match="var_name='age' names no observed site"):
+        loo(two, "age")
+    assert loo(two, "height")["elpd_loo"] > loo(two, "weight")["elpd_loo"]
+
+
+def test_an_observation_that_is_impossible_under_a_draw_is_refused() -> None:
+    posterior = mean_model(0.3, 0.6, 200)
+    likelihood, log_p = posterior.draws.log_likelihood["y"].clone(), posterior.log_p.clone()
+    likelihood[7, 1] = log_p[7] = -math.inf
+    with pytest.raises(ValueError, match="undefined for 1 of 5 observations"):
+        loo(replace(posterior.draws, log_likelihood={"y": likelihood}, log_p=log_p))
+
+
+def test_point_guides_have_no_leave_one_out() -> None:
+    with pytest.raises(ValueError, match="at a point"):
+        loo(WeightedDraws(mean_model(0.3, 0.6, 200).draws, frozenset({"z"})))
+
+
+def test_poor_weights_warn_and_are_flagged() -> None:
+    with pytest.warns(UserWarning, match="Pareto k is above 0.67 for 4 of 5 observations"):
+        result = loo(mean_model(0.5833, 0.15, 1000))
+    assert result["warning"]
+    assert "There has been a warning" in str(result)
+
+
+def centered(sigma: Tensor, y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def conditional_guide(sigma: Tensor, y: Tensor) -> None:
+    """A Student t for (mu, log tau), then the exact conditional of each effect: reaches the neck of the funnel."""
+    loc = pyro.param("loc", lambda: torch.tensor([4.0, 1.0]))
+    scale_tril = pyro.param(
+        "scale_tril", lambda: torch.tensor([[3.0, 0.0], [0.0, 1.2]]), constraint=dist.constraints.lower_cholesky
+    )
+    heavy = dist.MultivariateStudentT(torch.tensor(5.0), loc, scale_tril)
+    top = pyro.sample("top", heavy, infer={"is_auxiliary": True})
+    mu = pyro.sample("mu", dist.Delta(top[..., 0]))
+    tau = pyro.sample("tau", dist.Delta(top[..., 1].exp(), log_density=-top[..., 1]))
+    with pyro.plate("school", 8):
+        precision = tau**-2 + sigma**-2
+        pyro.sample("theta", dist.Normal((mu * tau**-2 + y * sigma**-2) / precision, precision**-0.5))
+
+
+def train(model: Any, guide: Any, num_steps: int = 600, num_particles: int = 8) -> Posterior:
+    args = tuple(x.double() for x in eight_schools.load().args)
+    loss = Trace_ELBO(num_particles, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(model, guide, ClippedAdam({"lr": 0.05, "lrd": 0.02 ** (1 / num_steps)}), loss)
+    for _ in range(num_steps):
+        svi.step(*args)
+    return Posterior(model, guide, args, num_draws=4000, seed=1)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.filterwarnings("ignore:Pareto k is above")
+def test_eight_schools_noncentered_agrees_with_nuts(guide: Any) -> None:
+    posterior = train(eight_schools.model, guide(eight_schools.model))
+    assert posterior.loo()["elpd_loo"] == pytest.approx(NUTS, abs=0.1)
+    assert abs(arviz_loo(posterior.draws)["elpd_loo"] - NUTS) > 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Pareto k is above")
+def test_eight_schools_centered_agrees_with_nuts_where_the_guide_follows_the_funnel() -> None:
+    posterior = train(centered, conditional_guide)
+    assert posterior.ess > 1500
+    assert posterior.total_log_evidence.value == pytest.approx(-31.31135, abs=0.05)
+    assert posterior.loo()["elpd_loo"] == pytest.approx(NUTS, abs=0.1)
+
+
+def test_eight_schools_centered_is_flagged_where_the_guide_cannot() -> None:
+    posterior = train(centered, AutoNormal(centered), 300)
+    assert posterior.pareto_k > 0.7
+    with pytest.warns(UserWarning, match="Pareto k is above"):
+        assert posterior.loo()["warning"]
+
+
+def mean_program(y: Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def test_mcmc_draws_are_left_to_arviz_with_their_chains() -> None:
+    import arviz as az
+
+    torch.manual_seed(4)
+    z = Normal(Y.sum() / 6, 6**-0.5).sample((4, 500))
+    result = Posterior.from_mcmc(Chains(z=z), mean_program, (Y,)).loo()  # type: ignore[arg-type]
+    likelihood = Normal(z[..., None], 1.0).log_prob(Y)
+    data = az.from_dict(posterior={"z": z.numpy()}, log_likelihood={"y": likelihood.numpy()})
+    expected = az.loo(data, pointwise=True)
+    np.testing.assert_allclose(result.loo_i.values, expected.loo_i.values, atol=1e-10)
+    np.testing.assert_allclose(result.pareto_k.values, expected.pareto_k.values, atol=1e-10)
+    assert result["p_loo"] == pytest.approx(expected["p_loo"])
+    assert result.loo_i.dims == ("data",)
+
+
+@pytest.mark.parametrize("recent", [False, True])
+def test_arviz_1_gets_its_own_data_class(monkeypatch: pytest.MonkeyPatch, recent: bool) -> None:
+    """ArviZ 1.x needs a later Python: its two data classes are stood in for by ones with the same fields."""
+    fields = ["elpd", "se", "p", "n_samples", "n_data_points", "scale", "warning", "good_k", "elpd_i", "pareto_k"]
+
+    class Base:
+        def __init__(self, **values: Any) -> None:
+            assert set(values) == {*fields, "approx_posterior", *([] if recent else ["kind"])}
+            self.__dict__.update(values)
+
+    utils = types.SimpleNamespace(ELPDData=Base, **({"ELPDDataLOO": Base} if recent else {}))
+    monkeypatch.setitem(sys.modules, "arviz.stats.stats_utils", None)
+    monkeypatch.setitem(sys.modules, "arviz_stats", types.SimpleNamespace(utils=utils))
+    result: Any = loo(mean_model(0.5, 0.5, 500))
+    assert result.elpd == pytest.approx(result.elpd_i.sum().item())
