@@ -22,10 +22,11 @@ def explained() -> Iterator[None]:
     An error is the program's own if the innermost frame, but for torch's, is neither Pyro's nor this package's.
     Pyro raises errors anew with a table of shapes; such a copy is undone.
 
-    >>> with explained():
-    ...     {}["x"]
+    >>> import pyro
+    >>> with explained(), pyro.plate("data", 0):
+    ...     pass
     Traceback (most recent call last):
-    KeyError: 'x'
+    ValueError: a pyro.plate of size 0 was met: expected at least one element. Drop empty batches before the step.
     """
     try:
         yield

@@ -204,10 +204,8 @@ def _runs(program: Program, call: Call, way: Any) -> bool:
         with warnings.catch_warnings(action="ignore"):
             run = plain_run(program, *call)
             run.log_probs(run.model)
-    except _OTHERS:
-        return False
-    except Exception:  # of tensors, it is told where the program is really run
-        return way is _as_matrices
+    except Exception as error:  # another one is told where the program is really run on tensors
+        return way is _as_matrices and not isinstance(error, _OTHERS) and not isinstance(error.__cause__, _OTHERS)
     return True
 
 

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 import pplvi
-from pplvi.energies import RBM
+from pplvi.energies import RestrictedBoltzmannMachine
 from pplvi.programs.inputs import as_tensors, check_finite, to_inputs
 
 RNG = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def test_hidden_entries_may_be_anything(model: Callable[..., Any]) -> None:
 
 
 def test_missing_units_of_a_machine_may_be_anything() -> None:
-    machine = RBM(4, 2)
+    machine = RestrictedBoltzmannMachine(4, 2)
     v = torch.tensor([[0.0, 1.0, math.nan, 1.0]])
     check_finite(machine.model, (v,), {"mask": ~v.isnan()})
 

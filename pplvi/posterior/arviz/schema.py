@@ -142,9 +142,8 @@ def storable(groups: Groups) -> tuple[Groups, dict[str, str]]:
 
     A slash, which separates the groups of such a file, becomes a point, or what keeps different names different.
 
-    Example:
-        >>> storable({"posterior": {"a/b": (("draw",), np.zeros(1))}})[1]
-        {'a/b': 'a.b'}
+    >>> storable({"posterior": {"a/b": (("draw",), np.zeros(1))}})[1]
+    {'a/b': 'a.b'}
     """
     names = {n for group in groups.values() for variable, (dims, _) in group.items() for n in (variable, *dims)}
     taken, new = {name for name in names if "/" not in name}, {}
