@@ -159,13 +159,22 @@ def _twice(text: str, error: Exception, frames: list[FrameType]) -> str:
 
 def _beginning(text: str, error: Exception, frames: list[FrameType]) -> str:
     """Automatic guides keep ``a.b`` as attribute ``b`` of ``a``, which cannot be a parameter then."""
-    if not isinstance(error, AttributeError) or not any("deep_" in frame.f_code.co_name for frame in frames):
+    pairs = _beginnings(frames) if isinstance(error, (AttributeError, TypeError, KeyError)) else []
+    if not pairs:
         return ""
     return (
-        f"this automatic guide cannot hold the site's parameters ({text}): the name of one site is the beginning of "
-        "another's, as 'layer' is of 'layer.weight'. Expected names of which none goes on with a point after another. "
-        "Rename one of them, or use a guide with one vector for all sites, such as AutoMultivariateNormal."
+        f"this automatic guide cannot hold the parameters of the sites {pairs} ({text}), since the name of one is the "
+        "beginning of the other's: expected names of which none goes on with a point after another. Rename one of "
+        "them, or use a guide with one vector for all sites, such as AutoMultivariateNormal."
     )
+
+
+def _beginnings(frames: list[FrameType]) -> list[tuple[str, str]]:
+    """Sites of the automatic guide that was running whose names begin each other."""
+    guides = (frame.f_locals.get("self") for frame in frames)
+    traces = (getattr(guide, "prototype_trace", None) for guide in guides)
+    names = list(getattr(next(filter(None, traces), None), "nodes", ()))
+    return [(one, other) for one in names for other in names if other.startswith(f"{one}.")]
 
 
 def _empty_plate(text: str, error: Exception, frames: list[FrameType]) -> str:

@@ -76,8 +76,8 @@ def whole_parameter(y: Tensor) -> None:
 
 
 def whole_numbers(y: Tensor) -> None:
-    p = pyro.sample("p", dist.Dirichlet(torch.ones(2, dtype=torch.long)))
-    model(y + p[..., :1])
+    pyro.sample("p", dist.Dirichlet(torch.ones(2, dtype=torch.long)))
+    model(y)
 
 
 def twice(y: Tensor) -> None:
@@ -132,7 +132,7 @@ def test_names_of_which_one_goes_on_after_another() -> None:
         model(y)
 
     for guide in (AutoNormal, AutoDelta):
-        with pytest.raises(ValueError, match=r"beginning of another's.*Rename one.*AutoMultivariateNormal"):
+        with pytest.raises(ValueError, match=r"\('layer', 'layer.weight'\).*beginning of.*Rename one.*AutoMultiv"):
             fit(dotted, guide, args=(Y,))
     fit(dotted, AutoMultivariateNormal, args=(Y,), num_steps=2)
 
