@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.boltzmann_training import EVERY, Training, load, started
-from benchmarks.reporting import command_line, rows_of, table_of, write
+from benchmarks.reporting import Rows, command_line, rows_of, write
 from pplvi import RestrictedBoltzmannMachine, annealed_importance_sampling
 
 QUICK = "--epochs 1 --betas 20 --chains 10 --sweeps 5 --hidden 4 --repeats 2 --speed-work 500 --rounds 1"
@@ -149,10 +149,6 @@ TABLES: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 }
 
 
-def shown(row: Row) -> str:
-    return table_of([{k: v for k, v in row.items() if k != "table"}])
-
-
 def merged(path: Path, rows: list[Row]) -> list[Row]:
     """The rows of a file, with new ones in the place of old ones of the same name."""
     old = rows_of(path)
@@ -178,9 +174,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    shown = Rows()
     for name in options.only:
         for row in TABLES[name](options):
-            print(shown(row), flush=True)
+            shown.show({key: value for key, value in row.items() if key != "table"})
             if options.out:
                 write(options, rows=merged(options.out, [row]))
 

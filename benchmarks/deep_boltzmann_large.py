@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.boltzmann_training import EVERY, Data, Training, load, started
-from benchmarks.reporting import command_line, table_of, write_table
+from benchmarks.reporting import Rows, command_line, write_table
 from pplvi import DeepBoltzmannMachine, MeanFieldGuide, annealed_importance_sampling, to_classifier
 
 QUICK = "--tables curve --widths 64 20 15 --updates 20 --points 1 --betas 10 --final-betas 10 --chains 5"
@@ -177,10 +177,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     beside = options.out or Path("deep_boltzmann_large.json")
     options.machine = options.machine or beside.with_suffix(".pt")
     found: dict[str, list[Row]] = {}
+    shown = Rows()
     for name in options.tables:
         found[name] = []
         for row in TABLES[name](options):
-            print(f"{name}\n{table_of([row])}", flush=True)
+            shown.show({"table": name, **row})
             found[name].append(row)
             write_table(options, name, found[name])
     return found

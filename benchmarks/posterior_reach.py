@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.reporting import table_of
+
 SLACK = 1.2
 FLOORS = {"mean": "mean_floor", "sd": "sd_floor", "w1": "floor"}
 
@@ -113,11 +115,11 @@ def best(claim: Claim, rows: Sequence[Row]) -> tuple[str, Sequence[Row]] | None:
 
 def verdicts(rows: Sequence[Row]) -> str:
     """Markdown: every claim, the guide that comes nearest to it, its worst seed, and what it misses."""
-    lines = ["| target | guide | seeds | worst seed (limit) | reached |", "|---|---|---|---|---|"]
+    lines = []
     for claim in CLAIMS:
         found = best(claim, rows)
         if found is None:
-            lines.append(f"| {claim.target} | - | 0 | not run | - |")
+            lines.append((claim.target, "-", 0, "not run", "-"))
             continue
         guide, group = found
         cells = worst(claim, group)
@@ -125,5 +127,6 @@ def verdicts(rows: Sequence[Row]) -> str:
         missed = [name for name, (_, _, passes) in cells.items() if not passes]
         reached = f"no: {', '.join(missed)}" if missed else "yes"
         raw = ", raw" if claim.raw else ""
-        lines.append(f"| {claim.target} | {guide}{raw} | {len(group)} | {shown} | {reached} |")
-    return "\n".join(lines)
+        lines.append((claim.target, guide + raw, len(group), shown, reached))
+    names = ("target", "guide", "seeds", "worst seed (limit)", "reached")
+    return table_of([dict(zip(names, line, strict=True)) for line in lines])

@@ -37,7 +37,7 @@ from benchmarks import numpyro_guides
 from benchmarks.posterior_reach import verdicts
 from benchmarks.posterior_targets import TARGETS, Target
 from benchmarks.posteriordb_models import MODELS, posteriordb
-from benchmarks.reporting import Table, command_line, rows_of, write
+from benchmarks.reporting import command_line, rows_of, table_of, write
 from pplvi import (
     ELBO,
     AutoBatchAndMatch,
@@ -119,7 +119,7 @@ def _by_plate(target: Target, seed: int) -> Fit:
 
 def _easiest(target: Target, seed: int) -> Fit:
     """The form of the model that "auto" takes, and a flow on it, as a user would do it."""
-    easier = pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=60.0).model
+    easier = pplvi.fit(target.model, "auto", seed=seed, progress=False).model
     return _flow(replace(target, model=easier), seed)
 
 
@@ -156,7 +156,7 @@ GUIDES: dict[str, Callable[[Target, int], Fit]] = {
     "flow, unrotated": partial(_flow, rotate=False, rate=1e-2),
     "hierarchical flow, Renyi": _by_plate,
     "flow, easiest form": _easiest,
-    "auto": lambda target, seed: pplvi.fit(target.model, "auto", seed=seed, progress=False, budget=60.0),
+    "auto": lambda target, seed: pplvi.fit(target.model, "auto", seed=seed, progress=False),
 }  # fmt: skip
 ALL = [*GUIDES, *numpyro_guides.GUIDES]
 
@@ -296,7 +296,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         best = f" (best {BEST[target][0]}, reach {BEST[target][1]})" if target in BEST and target != last else ""
         lines.append(_line(target + best if target != last else "", guide, group))
         last = target
-    return Table(dict.fromkeys([*titles, "floors", "grads", "CPU s"], "<")).text(lines)
+    names = [*titles, "floors", "grads", "CPU s"]
+    return table_of([dict(zip(names, line, strict=True)) for line in lines])
 
 
 def _line(target: str, guide: str, group: Sequence[Mapping[str, Any]]) -> list[str]:

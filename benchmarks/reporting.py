@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,16 +76,39 @@ class Table:
         return text.ljust(space) if self._is_text(spec) else text.rjust(space)
 
 
-def table_of(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A table of whatever the rows hold, under the names of the first one; lists are left out."""
-    known = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
-    texts = [[_text(value) for value in row.values()] for row in known]
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of whatever the rows hold, under the names of the first one; lists are left out, and no rows no table."""
+    known = [_single(row) for row in rows]
+    return _fitting(known).text(map(_text, row.values()) for row in known) if known else ""
+
+
+class Rows:
+    """Prints rows as they come, whatever they hold, and begins a new table where the names change."""
+
+    def __init__(self) -> None:
+        self.table = Table({})
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Print a row; lists are left out."""
+        known = _single(row)
+        if list(self.table.columns) != list(known):
+            self.table = _fitting([known])
+            print()
+        self.table.show(*map(_text, known.values()))
+
+
+def _single(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if not isinstance(value, list)}
+
+
+def _fitting(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table as wide as its cells."""
     columns = {}
-    for i, title in enumerate(known[0]):
-        width = max(len(row[i]) for row in texts)
-        numbers = all(isinstance(row[title], int | float) or row[title] is None for row in known)
+    for title in rows[0]:
+        width = max(len(_text(row[title])) for row in rows)
+        numbers = all(isinstance(row[title], int | float) or row[title] is None for row in rows)
         columns[title] = f"{width}" if numbers else f"<{width}"
-    return Table(columns).text(texts)
+    return Table(columns)
 
 
 def _text(value: Any) -> str:

@@ -125,9 +125,7 @@ mean_field.report()
 # `"nuts"` as the guide runs Pyro's NUTS into the same kind of result, so that what an approximation costs can be seen.
 
 # %%
-nuts = pplvi.fit(
-    model, "nuts", args=(sigma, y), num_steps=NUM_DRAWS // 2, num_warmup=NUM_DRAWS // 2, seed=0, progress=False
-)
+nuts = pplvi.fit(model, "nuts", args=(sigma, y), num_steps=NUM_DRAWS // 2, seed=0, progress=False)
 table = pplvi.compare({"flow": flow, "mean field": mean_field, "nuts": nuts})
 print(table[["elpd_loo", "se", "pareto_k", "elbo", "log_evidence", "seconds"]].round(2).to_string())
 

@@ -7,7 +7,6 @@
 # %%
 import math
 import os
-from functools import partial
 from pathlib import Path
 
 import arviz as az
@@ -68,7 +67,7 @@ fit = pplvi.fit(
     ring,
     lambda model: AnnealedGuide(model, start, LEVELS - 1, ResidualKernel(hidden=50), learn_path=True),
     objective=NestedELBO("reverse_kl", num_particles=288 // LEVELS, resample=True),
-    optim=partial(torch.optim.Adam, lr=3e-3),
+    learning_rate=3e-3,
     num_steps=NUM_STEPS,
     compile=False if SMOKE else "auto",
     seed=0,

@@ -3,6 +3,9 @@
 Random operations cannot be vectorised so that each restart keeps a stream of its own. So they are taken out of the
 graph: their results become inputs, and each restart draws its noise with its own random state, in the order in which
 its own step would. What is left is a deterministic function of parameters, optimiser state, buffers, data and noise.
+
+In the order of the file: :func:`without_noise` takes the random numbers out of one step, :func:`vectorized` makes one
+step of those of several restarts, and :class:`Together` takes it, with the noise and the parameters of each.
 """
 
 from __future__ import annotations

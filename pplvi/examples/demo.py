@@ -24,11 +24,10 @@ import torch
 from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
-from torch.optim import Adam
 
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
-from pplvi.fitting.entry import Fit, fit
+from pplvi.fitting import Chains, Fit, fit
 from pplvi.guides import AutoFlow
 from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO, RenyiELBO
 from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
@@ -114,10 +113,9 @@ def sample(job: Job) -> Outcome:
     example = load(job.example)
     result = fit(
         example.model,
-        KERNEL,
+        Chains(KERNEL, num_warmup=job.num_draws // 2),
         args=example.args,
         num_steps=job.num_draws,
-        num_warmup=job.num_draws // 2,
         seed=0,
         progress=False,
     )
@@ -137,7 +135,7 @@ def approximate(job: Job) -> Outcome:
         GUIDES[job.guide],
         args=example.args,
         objective=OBJECTIVES[job.objective](),
-        optim=partial(Adam, lr=0.03),
+        learning_rate=0.03,
         num_steps=job.num_steps,
         seed=0,
         progress=False,

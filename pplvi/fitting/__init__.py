@@ -2,6 +2,17 @@
 
 from pplvi.fitting.entry import fit
 from pplvi.fitting.flow_recipe import flow_recipe, search_learning_rate
+from pplvi.fitting.options import Auto, Chains, Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 
-__all__ = ["Fit", "fit", "flow_recipe", "search_learning_rate"]
+__all__ = [
+    "Auto",
+    "Chains",
+    "Checkpoint",
+    "Compile",
+    "Fit",
+    "Minibatches",
+    "fit",
+    "flow_recipe",
+    "search_learning_rate",
+]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from math import inf
 from typing import Any
 
 import pyro.infer
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
-from pplvi.losses.elbo import ELBO
 from pplvi.programs.calls import to_call
 from pplvi.programs.inputs import to_inputs
 from pplvi.programs.state import Environment
 from pplvi.training.batches import Batches, FullData
+from pplvi.training.optimizers import OptimLike
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import scratch
 from pplvi.training.stopping import Plateau
@@ -42,7 +45,11 @@ def monitor_of(objective: Any) -> str | None:
     return "lower" if isinstance(objective, _PYRO_BOUNDS) else None
 
 
-def _stopping_rule(stop: Any, schedule: Any) -> Plateau | None:
+def stopping_rule(stop: Any, schedule: Any) -> Plateau | None:
+    """The rule that ``stop`` names.
+
+    :raises ValueError: for anything else.
+    """
     if stop == "auto":
         return Plateau() if schedule is not None else None
     if stop is None or isinstance(stop, Plateau):
@@ -50,14 +57,43 @@ def _stopping_rule(stop: Any, schedule: Any) -> Plateau | None:
     raise ValueError(f"stop={stop!r}: expected 'auto', None, or a pplvi.training.stopping.Plateau.")
 
 
-def _named_monitor(monitor: Any, held_back: Any, environment: Environment) -> Monitor | None:
-    if monitor is None and held_back is None:
+def named_monitor(monitor: Any, environment: Environment) -> Monitor | None:
+    """The loss to judge by that the user named, with its data where the model is.
+
+    :raises ValueError: if it is no loss.
+    """
+    if monitor is None:
         return None
-    loss = _check_loss(ELBO() if monitor is None else monitor, "monitor")
-    return Monitor(loss, None if held_back is None else to_inputs(None, *to_call(held_back), environment))
+    whole = monitor if isinstance(monitor, Monitor) else Monitor(monitor)
+    check_loss(whole.objective, "monitor")
+    if whole.held_back is None:
+        return whole
+    args, kwargs = to_inputs(None, *to_call(whole.held_back), environment)
+    return replace(whole, held_back=kwargs or args)
 
 
-def _recipe(model: Program, guide: Any, batches: Batches, restarts: int, environment: Environment) -> Recipe:
+def optimizer_of(optim: OptimLike, learning_rate: float | None) -> OptimLike:
+    """The optimiser, or Adam with the learning rate.
+
+    :raises ValueError: for both, or a rate that is no positive number.
+    """
+    if learning_rate is None:
+        return optim
+    if optim is not None:
+        raise ValueError(
+            f"learning_rate={learning_rate!r} beside optim=: expected one of them, since an optimiser has a learning "
+            "rate of its own. Leave optim= out for Adam."
+        )
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < inf:
+        raise ValueError(f"learning_rate={learning_rate!r}: expected a positive number, such as 0.01.")
+    return partial(torch.optim.Adam, lr=float(learning_rate))
+
+
+def recipe_of(model: Program, guide: Any, batches: Batches, restarts: int, environment: Environment) -> Recipe:
+    """How the programs of the restarts are made.
+
+    :raises ValueError: for a guide that is none, or one module for several restarts.
+    """
     if isinstance(guide, str) or not callable(guide):
         raise ValueError(
             f"guide={guide!r}: expected a guide class such as pyro.infer.autoguide.AutoNormal or pplvi.AutoFlow, a "
@@ -102,13 +138,21 @@ def _takes(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     return True
 
 
-def _check_loss(loss: Any, name: str) -> Any:
+def check_loss(loss: Any, name: str) -> Any:
+    """A loss, as it is.
+
+    :raises ValueError: for anything else.
+    """
     if isinstance(loss, type) or not (isinstance(loss, PyroELBO) or callable(loss)):
         raise ValueError(f"{name}={loss!r}: expected a loss such as pplvi.ELBO(), or pyro.infer.Trace_ELBO().")
     return loss
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Check that this is a program.
+
+    :raises ValueError: if not.
+    """
     if isinstance(model, type):
         raise ValueError(
             f"model={model.__name__}: expected a Pyro program, got a class. Model and guide may be swapped: "
@@ -118,21 +162,33 @@ def _check_model(model: Any) -> None:
         raise ValueError(f"model={model!r}: expected a Pyro program, that is a callable with pyro.sample statements.")
 
 
-def _check_numbers(**numbers: Any) -> None:
+def check_numbers(**numbers: Any) -> None:
+    """Check that what is given is a whole number of at least 1.
+
+    :raises ValueError: with the name, if not.
+    """
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
 
 
-def _check_seed(seed: Any, restarts: int) -> None:
+def check_seed(seed: Any, restarts: int) -> None:
+    """Check that every restart has a seed.
+
+    :raises ValueError: if not.
+    """
     if seed is None:
         return
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= 2**32 - restarts:
         raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 2**32 - restarts, or None.")
 
 
-def _refuse(given: Mapping[str, Any], what: str = "MCMC") -> None:
-    found = sorted(name for name, value in given.items() if value is not None)
-    numbers = "num_steps, num_warmup" if what == "MCMC" else "budget"
-    if found:
-        raise ValueError(f"{what} has no use for {found}: expected args, kwargs, {numbers}, restarts and seed.")
+def refuse(given: Mapping[str, Any], what: str, others: str) -> None:
+    """Refuse arguments that say nothing to MCMC or ``"auto"``.
+
+    :param given: by name, ``None`` for those that were left alone.
+    :param others: those that do.
+    :raises ValueError: with the names.
+    """
+    if found := sorted(name for name, value in given.items() if value is not None):
+        raise ValueError(f"{what} has no use for {found}: expected args, kwargs, {others}restarts and seed.")

@@ -26,7 +26,6 @@ from pplvi.training.restart import publish
 from pplvi.types import Program
 
 GOOD_ENOUGH = 0.7
-BUDGET = 60.0  # seconds
 _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
 _NO_MATTER = 0.5  # below that, k-hats differ by chance
@@ -116,7 +115,7 @@ _FLOWS = (
 )
 
 
-def select(fit: FitFunction, model: Program, originals: Originals, budget: float | None) -> Fit:
+def select(fit: FitFunction, model: Program, originals: Originals, budget: float) -> Fit:
     """The cheapest family whose k-hat is below 0.7, or that with the least k-hat within the budget.
 
     It goes on, too, where k-hat is good but a guide before found more evidence: k-hat sees only where a guide goes.
@@ -129,12 +128,10 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     :param fit: :func:`pplvi.fit` with everything given but model, guide and how to train it.
     :param model: a Pyro program.
     :param originals: the model's parameters.
-    :param budget: seconds, 60 unless given.
-    :raises ValueError: for a budget that is no positive number, and the first error if every family fails.
+    :param budget: seconds.
+    :raises ValueError: the first error if every family fails.
     """
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0):
-        raise ValueError(f"budget={budget!r}: expected a positive number of seconds.")
-    ladder = _Ladder(fit, originals, time.perf_counter() + (BUDGET if budget is None else budget))
+    ladder = _Ladder(fit, originals, time.perf_counter() + budget)
     forms = originals.look(forms_of, model)
     reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
     best = ladder.best

@@ -11,23 +11,25 @@ import torch
 
 from pplvi.compile.svi import Mode
 from pplvi.fitting.arguments import (
-    _check_loss,
-    _check_model,
-    _check_numbers,
-    _check_seed,
-    _named_monitor,
-    _recipe,
-    _refuse,
-    _stopping_rule,
+    check_loss,
+    check_model,
+    check_numbers,
+    check_seed,
     monitor_of,
+    named_monitor,
+    optimizer_of,
+    recipe_of,
+    refuse,
+    stopping_rule,
 )
 from pplvi.fitting.auto import select
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
-from pplvi.fitting.mcmc import kernel_factory, run_chains
+from pplvi.fitting.mcmc import run_chains
+from pplvi.fitting.options import Auto, Chains, Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
-from pplvi.programs.calls import LastBatch, checked_call
+from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import Inputs
 from pplvi.programs.state import Environment, fingerprint
@@ -40,7 +42,6 @@ from pplvi.training.replicas import Originals, Recipe
 from pplvi.training.restart import Restart, publish
 from pplvi.training.restarts import best_of, train_restarts
 from pplvi.training.schedules import Schedule
-from pplvi.training.steps import CompiledSteps, EagerSteps
 from pplvi.training.stopping import Plateau
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
@@ -58,29 +59,25 @@ def fit(
     *,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    data: Iterable[Any] | None = None,
+    data: Iterable[Any] | Minibatches | None = None,
     objective: Any = None,
     optim: OptimLike = None,
+    learning_rate: float | None = None,
+    schedule: str | Schedule | None = "cosine",
+    clip: str | float | None = "adaptive",
     init: Literal["pathfinder", "match"] | None = None,
     num_steps: int | None = None,
     restarts: int = 1,
     seed: int | None = None,
-    schedule: str | Schedule | None = "cosine",
-    clip: str | float | None = "adaptive",
-    compile: Mode = False,
-    last_batch: LastBatch = "compile",
+    compile: Mode | Compile = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
-    held_back: Any = None,
     callbacks: Sequence[Callable[[Restart], Any]] = (),
     progress: bool = True,
-    checkpoint: PathLike | None = None,
-    checkpoint_every: int = 500,
+    checkpoint: PathLike | Checkpoint | None = None,
     resume: PathLike | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    num_warmup: int | None = None,
-    budget: float | None = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -102,19 +99,22 @@ def fit(
     :param model: a Pyro program: a function, a module, or a method of a module.
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
         returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"auto"``: one
-        family after another until k-hat is below 0.7, within ``budget=`` seconds (60), on whichever is easier of the
-        model as written and its non-centered forms (:func:`pplvi.noncentered`); parameters of the model are trained
-        anew with each family; ``"nuts"``, or another MCMC kernel class or ``functools.partial`` of one, for MCMC
-        instead of training.
+        family after another until k-hat is below 0.7, within 60 seconds (or those of
+        :class:`pplvi.fitting.Auto`), on whichever is easier of the model as written and its non-centered forms
+        (:func:`pplvi.noncentered`); parameters of the model are trained anew with each family; ``"nuts"``, or another
+        MCMC kernel class or ``functools.partial`` of one, for MCMC instead of training (its warm-up is named by
+        :class:`pplvi.fitting.Chains`).
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
         arguments, a dictionary of keyword arguments, or one tensor. It starts anew when it is used up; an iterator,
-        which cannot, ends the training.
+        which cannot, ends the training. :class:`pplvi.fitting.Minibatches` says what becomes of a short last one.
     :param objective: a loss of :mod:`pplvi.losses.elbo` or of Pyro; ``ELBO()`` unless given.
     :param optim: a ``pyro.optim`` optimiser, a torch optimiser class, or a callable from the list of parameters to a
-        torch optimiser; ``{"model": ..., "guide": ...}`` with one of these for each; Adam with learning rate 0.01
-        unless given.
+        torch optimiser; ``{"model": ..., "guide": ...}`` with one of these for each; Adam unless given.
+    :param learning_rate: of Adam, where no ``optim`` is given; 0.01 unless given.
+    :param schedule: ``"cosine"``, ``None``, or a function from the step to a factor of the learning rate.
+    :param clip: ``"adaptive"`` cuts gradients of ten times the median norm, a number those of a greater norm.
     :param init: ``"pathfinder"`` starts an automatic guide at the Gaussian that Pathfinder finds, location and spread
         (:func:`pplvi.start_at_pathfinder`), anew for each restart; ``"match"`` at that of batch and match, which is
         nearer. Both need all data at once.
@@ -125,33 +125,26 @@ def fit(
         ``compile="trace"``, up to rounding. Programs that cannot be vectorised, such as those that draw from gamma
         distributions, are trained side by side without that. For MCMC, the number of chains.
     :param seed: makes the result reproducible to the bit; the global random state stays as it was.
-    :param schedule: ``"cosine"``, ``None``, or a function from the step to a factor of the learning rate.
-    :param clip: ``"adaptive"`` cuts gradients of ten times the median norm, a number those of a greater norm.
-    :param compile: ``True``: a step that is traced once and compiled by inductor; ``"trace"``: traced, run without a
-        compiler; ``"max"``: compiled with a loop of steps inside; ``"auto"``: compiled where that is possible, and
-        otherwise as ``False``, Pyro's handlers at every step. See :class:`pplvi.CompiledSVI`.
-    :param last_batch: what to do with minibatches that are shorter than the first: ``"compile"`` uses them as they are
-        (which records and compiles a second step for them), ``"drop"`` leaves them out, ``"pad"`` fills them up with
-        their own first elements, which count twice in that step.
+    :param compile: ``True``: a step that is traced once and compiled; ``"trace"``, ``"max"``, ``"auto"`` or ``False``,
+        Pyro's handlers at every step: see :class:`pplvi.fitting.Compile`, which can be given whole.
     :param stop: the rule for stopping before ``num_steps``; ``"auto"`` is ``Plateau()`` where there is a schedule, and
         ``None`` (never) otherwise. With the cosine schedule the learning rate first falls to zero within another
         quarter of the steps so far. Objectives that are no bound (``monitor`` is ``None``) never stop early unless a
         monitor is named.
-    :param monitor: a loss to judge by in place of the objective, evaluated every tenth step, on ``held_back`` if given.
-    :param held_back: data for the monitor (what one item of ``data`` is); the monitor is ``ELBO()`` unless given.
+    :param monitor: a loss to judge by in place of the objective, evaluated every tenth step; a
+        :class:`pplvi.training.Monitor` for held-back data or other steps.
     :param callbacks: functions of the :class:`pplvi.training.Restart`, called after each step; returning true ends it.
     :param progress: show a bar with the smoothed loss and the time left.
-    :param checkpoint: a file to write every ``checkpoint_every`` steps and at the end of every restart.
-    :param checkpoint_every: steps between two checkpoints.
+    :param checkpoint: a file to write every 500 steps, or those of :class:`pplvi.fitting.Checkpoint`, and at the end of
+        every restart.
     :param resume: a checkpoint to continue; the result is, to the bit, that of a run that was never interrupted.
     :param device: where to move the data and modules to, and the default device meanwhile.
     :param dtype: floating point type of data and modules, and the default meanwhile.
-    :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
-    :raises ValueError: for arguments of a wrong kind, programs that do not fit together, restarts that would share
-        parameters, a checkpoint that is damaged, of another run, or would be overwritten, and a loss that stays
-        non-finite after ten returns to a good state with half the learning rate each.
+    :raises ValueError: for arguments of a wrong kind or that contradict each other, programs that do not fit together,
+        restarts that would share parameters, a checkpoint that is damaged, of another run, or would be overwritten, and
+        a loss that stays non-finite after ten returns to a good state with half the learning rate each.
 
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference"; the parts name their own sources:
     :class:`pplvi.training.Plateau`, :class:`pplvi.training.Cosine`, :class:`pplvi.training.AdaptiveClip`.
@@ -167,64 +160,62 @@ def fit(
     >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
     ((2, 400), 1.9)
     """
-    _check_model(model)
-    args, kwargs = checked_call(args, kwargs, "fit(model, guide, args=(x, y))")
-    _check_numbers(num_steps=num_steps, restarts=restarts, checkpoint_every=checkpoint_every)
-    _check_seed(seed, restarts)
+    check_model(model)
+    call = checked_call(args, kwargs, "fit(model, guide, args=(x, y))")
     environment = Environment(dtype, device)
+    check_numbers(num_steps=num_steps, restarts=restarts)
+    check_seed(seed, restarts)
     if data is None:
-        args, kwargs = checked_inputs(model, args, kwargs, environment)
-        if not (isinstance(guide, str) and guide == "auto"):
-            warn_of_no_data(model, args, kwargs, environment)
-    unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "monitor": monitor, "init": init}
-    unused |= {"held_back": held_back, "callbacks": callbacks or None, "checkpoint": checkpoint, "resume": resume}
-    if isinstance(guide, str) and guide == "auto":
-        _refuse({**unused, "num_steps": num_steps, "num_warmup": num_warmup}, "guide='auto'")
+        call = checked_inputs(model, *call, environment)
+    unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
+    unused |= {"init": init, "monitor": monitor, "callbacks": callbacks or None, "compile": compile or None}
+    unused |= {"checkpoint": checkpoint, "resume": resume}
+    if (auto := Auto.of(guide)) is not None:
+        refuse({**unused, "num_steps": num_steps}, "guide='auto'", "")
         same: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "dtype": dtype}
-        originals = Originals(model, args, kwargs, environment)
-        return select(partial(fit, args=args, kwargs=kwargs, progress=progress, **same), model, originals, budget)
-    if budget is not None:
-        raise ValueError(f"budget={budget!r} is for guide='auto': expected that, or num_steps=.")
-    if (make_kernel := kernel_factory(guide)) is not None:
-        _refuse(unused)
-        recipe = Recipe(model, make_kernel, True, False, environment)
-        return _fit_chains(recipe, (args, kwargs), num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress)
+        originals = Originals(model, *call, environment)
+        again = partial(fit, args=call[0], kwargs=call[1], progress=progress, **same)
+        return select(again, model, originals, auto.budget)
+    if data is None:
+        warn_of_no_data(model, *call, environment)
+    if (chains := Chains.of(guide)) is not None:
+        refuse(unused, "MCMC", "num_steps, ")
+        recipe = Recipe(model, chains.make_kernel, True, False, environment)
+        return _fit_chains(recipe, call, num_steps or NUM_DRAWS, chains.num_warmup, restarts, seed, progress)
     check_init(init)
-    if num_warmup is not None:
-        raise ValueError(f"num_warmup={num_warmup} is for MCMC: expected guide='nuts', got {guide!r}.")
-    objective = _check_loss(ELBO() if objective is None else objective, "objective")
-    named = _named_monitor(monitor, held_back, environment)
-    steps = num_steps or NUM_STEPS
-    batches = make_batches(data, args, kwargs, seed is not None, last_batch)
+    objective = check_loss(ELBO() if objective is None else objective, "objective")
+    named, steps = named_monitor(monitor, environment), num_steps or NUM_STEPS
+    source, compiled = Minibatches.of(data), Compile.of(compile)
+    batches = make_batches(source.data, *call, seed is not None, source.last_batch)
     batches.inputs = Inputs(model, dtype, check=data is not None)
-    recipe = _recipe(model, guide, batches, restarts, environment)
+    recipe = recipe_of(model, guide, batches, restarts, environment)
     bound = named is not None or monitor_of(objective) is not None
-    rule = _stopping_rule(stop, schedule) if bound else None
-    if compile is not False:
+    rule = stopping_rule(stop, schedule) if bound else None
+    chosen = (optimizer_of(optim, learning_rate), steps, schedule, clip)
+    if compiled.mode is not False:
         own_loss(objective)
-    options = (optim, steps, schedule, clip)
-    make_steps = EagerSteps(*options) if compile is False else CompiledSteps(*options, mode=compile)
+    file = Checkpoint.of(checkpoint)
     plan = TrainingPlan(
         recipe,
         objective,
-        steps=make_steps,
+        steps=compiled.steps(*chosen),
         batches=batches,
-        watch=Watch(steps, rule, named, tuple(callbacks), save_every=checkpoint_every),
+        watch=Watch(steps, rule, named, tuple(callbacks), save_every=Checkpoint.every if file is None else file.every),
         restarts=restarts,
         seed=seed,
         progress=progress,
-        checkpoint=checkpoint,
+        checkpoint=None if file is None else file.path,
         resume=resume,
         settings={
             "guide": describe(guide),
             "objective": describe(objective),
-            "optim": describe(optim),
+            "optim": describe(chosen[0]),
             "schedule": f"{describe(schedule)} over {steps} steps" if schedule is not None else "None",
             "clip": describe(clip),
             "seed": describe(seed),
-            **({} if compile is False else {"compile": describe(compile)}),
+            **({} if compiled.mode is False else {"compile": describe(compiled.mode)}),
             **({} if init is None else {"init": init}),
-            "data": fingerprint((args, kwargs)),
+            "data": fingerprint(call),
         },
         start=SearchedStart(init),
     )
@@ -232,13 +223,12 @@ def fit(
     best = best_of(runs, bound)
     recipe.adopt(runs[best])
     publish(runs[best])
-    full = args if data is None or args or kwargs else None
     return Fit(
         runs,
         best,
         guide_name=describe(guide),
-        args=full,
-        kwargs=kwargs,
+        args=call[0] if data is None or any(call) else None,
+        kwargs=call[1],
         seed=seed,
         objective=objective,
         is_bound=bound,

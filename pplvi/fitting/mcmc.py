@@ -17,18 +17,19 @@ from pplvi.types import Program
 KernelFactory = Callable[[Program], MCMCKernel]
 
 
-def kernel_factory(guide: Any) -> KernelFactory | None:
+def kernel_factory(kernel: Any) -> KernelFactory:
     """What makes an MCMC kernel from a model: ``"nuts"``, a kernel class, or a ``functools.partial`` of one.
 
-    :returns: ``None`` for anything else.
+    :raises ValueError: for anything else.
 
-    >>> kernel_factory("nuts") is NUTS, kernel_factory(partial(NUTS, max_tree_depth=5)) is None
-    (True, False)
+    >>> kernel_factory("nuts") is NUTS, kernel_factory(partial(NUTS, max_tree_depth=5)).func is NUTS
+    (True, True)
     """
-    if isinstance(guide, str):
-        return NUTS if guide == "nuts" else None
-    made = guide.func if isinstance(guide, partial) else guide
-    return guide if isinstance(made, type) and issubclass(made, MCMCKernel) else None
+    made: Any = NUTS if isinstance(kernel, str) and kernel == "nuts" else kernel
+    inner = made.func if isinstance(made, partial) else made
+    if isinstance(inner, type) and issubclass(inner, MCMCKernel):
+        return made
+    raise ValueError(f"kernel={kernel!r}: expected 'nuts', an MCMC kernel class, or a functools.partial of one.")
 
 
 def run_chains(

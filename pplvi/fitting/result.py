@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from functools import cached_property
@@ -13,14 +12,12 @@ from numpy.typing import NDArray
 from pyro.infer import MCMC
 from torch import Tensor
 
-from pplvi.guides.amortized.amortized import AutoAmortized
-from pplvi.guides.amortized.refinement import amortization_gap
+from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
-from pplvi.posterior.report import describe_parameters, report
-from pplvi.programs.handlers import parameters_of
+from pplvi.posterior.report import report
 from pplvi.programs.inputs import to_inputs
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
@@ -28,16 +25,6 @@ from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     import arviz
-
-_SAMPLE = 1_000  # data on which a report measures what amortisation costs
-_REASONS = {
-    "converged": "stopped at step {steps}: the objective no longer improved by more than its Monte Carlo error",
-    "num_steps": "took all {steps} steps",
-    "callback": "stopped by a callback at step {steps}",
-    "data": "stopped at step {steps}: the data were used up",
-    "interrupted": "interrupted at step {steps}",
-    "found": "nothing to train: the guide was found by a search",
-}
 
 
 class Fit:
@@ -274,44 +261,18 @@ class Fit:
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
         """
+        run, trained = self.runs[self.best], self.mcmc is None
         facts: dict[str, Any] = {"guide": self.guide_name, **self.notes}
-        if self.mcmc is None and self.runs[self.best].reason != "found":
+        if trained and run.reason != "found":
             facts["objective"] = self.objective
         if len(self.runs) > 1:
-            facts["restarts"] = self._describe_restarts()
+            facts["restarts"] = describe_restarts(self.runs, self.best)
         posterior = self._best_posterior(args, kwargs)
-        if self.mcmc is None:
-            facts |= self._describe_guide(posterior, *self._call(args, kwargs))
+        if trained:
+            facts |= describe_guide(run, posterior, self._call(args, kwargs), self.seed)
         facts["seconds"] = f"{self.seconds:.1f}"
-        ended = None if self.mcmc is not None else self._describe_end()
+        ended = describe_end(run) if trained else None
         return report(posterior, facts=facts, convergence=ended, converged=self.converged)
-
-    def _describe_guide(self, posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
-        """How many parameters the guide has; of an amortised one also what one network for all data costs."""
-        run = self.runs[self.best]
-        guide = run.guide
-        amortized = isinstance(guide, AutoAmortized) and guide.amortized
-        with run.scope():
-            count = sum(leaf.numel() for leaf in parameters_of(lambda: guide(*args, **kwargs)).values())
-            facts = {"parameters": describe_parameters(count, posterior.draws, amortized)} if count else {}
-            if isinstance(guide, AutoAmortized) and amortized and (posterior.has_weights or not posterior.draws.random):
-                facts["amortisation"] = self._describe_amortization(guide, args, kwargs)
-        return facts
-
-    def _describe_amortization(self, guide: AutoAmortized, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        if (size := math.prod(guide.structure(args, kwargs).batch_shape)) > _SAMPLE:
-            return f"not measured on all {size:,} data: call pplvi.amortization_gap with a sample of them"
-        gap = amortization_gap(guide, args, kwargs, seed=self.seed or 0)
-        return f"costs {gap.value:.3f} +- {gap.standard_error:.3f} nats for each datum"
-
-    def _describe_restarts(self) -> str:
-        scores = [run.score for run in self.runs]
-        return f"{len(scores)}, final loss {min(scores):.4g} to {max(scores):.4g}, best is restart {self.best}"
-
-    def _describe_end(self) -> str:
-        run = self.runs[self.best]
-        backs = f", after {run.rollbacks} returns from a loss that was not finite" if run.rollbacks else ""
-        return _REASONS[run.reason].format(steps=run.step) + backs
 
     def report(
         self,

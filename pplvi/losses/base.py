@@ -1,4 +1,9 @@
-"""What every part of this room keeps to."""
+"""What a loss is: a Pyro ELBO with a differentiable loss, sums of such, and an objective on the steps of a sampler.
+
+:class:`Loss` is what ``pyro.infer.SVI``, :func:`pplvi.fit` and compiled steps ask for; :class:`LossSum` is what
+``a + b`` makes of two; :class:`WeightedELBO` joins an objective, a sampler and a number of particles, and checks that
+they fit.
+"""
 
 from __future__ import annotations
 

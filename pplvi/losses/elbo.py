@@ -1,9 +1,12 @@
-"""What ``pyro.infer.SVI`` sees: an objective, a sampler and a number of particles, as a Pyro ELBO.
+"""The losses that a reader of the papers looks for by name: an objective each, on draws of the guide.
 
-:class:`WeightedELBO` joins the three; the short classes below name the combinations that a reader of the papers looks
-for. All of them go where Pyro's own ELBOs go: ``SVI(model, guide, optim, loss=...)``, ``loss(model, guide)`` as a torch
-module (``ELBOModule``), or :func:`pplvi.fit`. They keep no state of a model, so one object serves many. Losses are in
-nats; those that are bounds have ``loss = -bound``, and :class:`ChiELBO` ``loss = +bound``.
+Each is a :class:`pplvi.losses.WeightedELBO` that prints as the call which makes it. All of them go where Pyro's own
+ELBOs go: ``SVI(model, guide, optim, loss=...)``, ``loss(model, guide)`` as a torch module (``ELBOModule``), or
+:func:`pplvi.fit`. They keep no state of a model, so one object serves many. Losses are in nats; those that are bounds
+have ``loss = -bound``, and :class:`ChiELBO` ``loss = +bound``. :class:`ELBO` also tells its two halves apart.
+
+Where a step is recorded, :func:`own_loss` puts :class:`ELBO` in the place of Pyro's trace ELBOs, which branch on
+values.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-Site = dict[str, Any]
+from pplvi.programs.sites import Site
 
 
 def seen(site: Site, value: Tensor) -> Tensor:

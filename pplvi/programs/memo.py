@@ -34,7 +34,7 @@ class Memo(Generic[Found]):
         """What has been kept of these programs under a key, if anything.
 
         :param programs: the programs, always in the same order.
-        :param key: what else it depends on, such as :func:`dimensions` or :func:`shapes` of arguments.
+        :param key: what else it depends on, such as :func:`dimensions` or :func:`sizes` of arguments.
         """
         with suppress(KeyError, TypeError):
             table: Any = self._table
@@ -64,11 +64,11 @@ def dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | 
     return tuple(value.dim() if isinstance(value, Tensor) else None for value in (*args, *kwargs.values()))
 
 
-def shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, ...]:
+def argument_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...] | None, ...]:
     """Shapes of arguments, for what depends on the sizes too.
 
     >>> import torch
-    >>> shapes((torch.zeros(3), 1.0), {})
+    >>> argument_shapes((torch.zeros(3), 1.0), {})
     ((3,), None)
     """
     return tuple(tuple(value.shape) if isinstance(value, Tensor) else None for value in (*args, *kwargs.values()))

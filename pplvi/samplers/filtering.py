@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pplvi.objectives.step import Step
-from pplvi.programs.memo import Memo, shapes
+from pplvi.programs.memo import Memo, argument_shapes
 from pplvi.programs.sites import latent_sites, sample_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.annealed import check_levels
@@ -83,7 +83,7 @@ _PLATES = Memo[Plates]()
 
 def plates_found(model: Any, guide: Any, course: Course) -> Plates:
     """The plates of a pair, found once for arguments of these shapes."""
-    programs, key = (guide, model), shapes(course.args, course.kwargs)
+    programs, key = (guide, model), argument_shapes(course.args, course.kwargs)
     if (known := _PLATES.recall(programs, key)) is not None:
         return known
     found = plates_of(course)
@@ -92,7 +92,7 @@ def plates_found(model: Any, guide: Any, course: Course) -> Plates:
 
 
 @dataclass
-class State:
+class FilterState:
     """Weighted particles at a time: what is remembered of their draws, and their densities."""
 
     memory: Memory
@@ -127,12 +127,12 @@ class Filter:
     particles: Particles
     learn_look_ahead: bool = True
     visits: list[Visit] | None = None
-    last: State | None = None
+    last: FilterState | None = None
 
     def steps(self, resampling: Resampling) -> Iterator[Step]:
         """The steps of all times at which something is drawn or observed."""
         zero = torch.zeros(())
-        state = State({}, zero, zero, zero)
+        state = FilterState({}, zero, zero, zero)
         for number in range(self.course.num_steps):
             drawn, state, step = self._advance(number, state)
             if step is None:
@@ -145,7 +145,7 @@ class Filter:
             state = state if found is None else self._resampled(state, *found)
         self.last = state
 
-    def _advance(self, number: int, state: State) -> tuple[Run, State, Step | None]:
+    def _advance(self, number: int, state: FilterState) -> tuple[Run, FilterState, Step | None]:
         """Draw, then score the model at the draws; no step if the model has no site at this time."""
         propose = self.course.propose(number, state.memory)
         drawn = self._run(propose, {}, detach=self.particles.routing.detach)
@@ -161,7 +161,7 @@ class Filter:
         move = _Move(number, memory, propose, paths)
         return drawn, *self._weighted(move, state, self.particles.density(scored))
 
-    def _weighted(self, move: _Move, state: State, factor: Tensor) -> tuple[State, Step]:
+    def _weighted(self, move: _Move, state: FilterState, factor: Tensor) -> tuple[FilterState, Step]:
         """The step of a move under a model whose log density of the step is ``factor``, ``(num_particles, *batch)``."""
         ahead = self._look_ahead(move.number, move.memory, factor)
         joint = state.log_joint + factor
@@ -174,7 +174,7 @@ class Filter:
             **self.particles.accounts,
         )
         after = step.log_weight if self.particles.routing.local else step.log_weight_out
-        return State(move.memory, after, joint, joint + ahead), step
+        return FilterState(move.memory, after, joint, joint + ahead), step
 
     def _log_forward(self, move: _Move, like: Tensor) -> Tensor:
         """The proposal's log density; with frozen parameters where there are leaves."""
@@ -221,10 +221,10 @@ class Filter:
                 "parameters."
             )
 
-    def _resampled(self, state: State, chosen: Tensor, log_weight: Tensor) -> State:
+    def _resampled(self, state: FilterState, chosen: Tensor, log_weight: Tensor) -> FilterState:
         joint, target = (torch.take_along_dim(x, chosen, 0) for x in (state.log_joint, state.log_target))
         memory = {key: self._kept(key, value, chosen) for key, value in state.memory.items()}
-        return State(memory, log_weight, joint, target)
+        return FilterState(memory, log_weight, joint, target)
 
     def _kept(self, key: str, value: Any, chosen: Tensor) -> Any:
         """An entry of the memory for the particles that go on; what has no particles stays as it is."""

@@ -21,7 +21,7 @@ from pplvi.weights.resampling import Resampling, resample
 
 
 @dataclass
-class State:
+class WalkState:
     """Weighted draws for one target: ``log_density`` at (detached) values, its parameters live."""
 
     values: MutableValues
@@ -44,7 +44,7 @@ class Walk:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     particles: Particles
-    state: State | None = None
+    state: WalkState | None = None
 
     def steps(self, resampling: Resampling) -> Iterator[Step]:
         """The steps of all levels."""
@@ -72,7 +72,7 @@ class Walk:
     def _adopt(self, inner: Particles) -> None:
         self.particles = replace(self.particles, indices=inner.indices, dims=inner.dims, scale=inner.scale)
 
-    def _picked(self, inner: Walk) -> State:
+    def _picked(self, inner: Walk) -> WalkState:
         """One of every ``num_inner`` draws, in proportion to their weights; its weight is their mean."""
         state, count = inner.state, self.particles.num_particles
         assert state is not None
@@ -84,16 +84,16 @@ class Walk:
         chosen = resample(groups, 1, dim=1).squeeze(1) + first
         return self.taken(state, chosen, logmeanexp(groups, 1))
 
-    def start(self) -> State:
+    def start(self) -> WalkState:
         """The first draws, all of one weight; the plates that are met are noted."""
         routing = self.particles.routing
         run = self.run(self.plan.initial, {}, detach=routing.detach or bool(routing.local))
         self.particles.indices = run.subsample_indices(of_model=True)
         self.particles.note(run)
         log_density = self.plan.path(0, [self.particles.density(run)])
-        return State(self.draws(run), torch.zeros_like(log_density), log_density)
+        return WalkState(self.draws(run), torch.zeros_like(log_density), log_density)
 
-    def move(self, level: int, state: State) -> tuple[Step, State]:
+    def move(self, level: int, state: WalkState) -> tuple[Step, WalkState]:
         """Move draws to the target of a level: the step, and where it leads.
 
         :raises ValueError: for a kernel whose sites are not those of the draws, or whose draws no gradient can follow.
@@ -114,12 +114,12 @@ class Walk:
         )
         return step, self._reached(step, paths.live)
 
-    def _reached(self, step: Step, live: MutableValues) -> State:
+    def _reached(self, step: Step, live: MutableValues) -> WalkState:
         if self.particles.routing.local:
-            return State({n: v.detach() for n, v in live.items()}, step.log_weight, step.log_target_fixed)
-        return State(live, step.log_weight_out, step.log_target)
+            return WalkState({n: v.detach() for n, v in live.items()}, step.log_weight, step.log_target_fixed)
+        return WalkState(live, step.log_weight_out, step.log_target)
 
-    def _move_invariantly(self, level: int, state: State, kernel: InvariantMove) -> tuple[Step, State]:
+    def _move_invariantly(self, level: int, state: WalkState, kernel: InvariantMove) -> tuple[Step, WalkState]:
         """Weight draws for the level's target where they are, then move them under it."""
         here = self._target(level, state.values)
         step = Step.from_move(
@@ -128,13 +128,13 @@ class Walk:
         particles = self.particles
         frame = Frame(lambda values: self._target(level, values), particles.total, particles.align)
         moved = kernel.move(state.values, frame)
-        return step, State(moved, step.log_weight, self._target(level, moved))
+        return step, WalkState(moved, step.log_weight, self._target(level, moved))
 
-    def draw(self, level: int, state: State, *, detach: bool = False) -> Run:
+    def draw(self, level: int, state: WalkState, *, detach: bool = False) -> Run:
         """Run the forward kernel of a level from the draws of the level before."""
         return self.run(self.kernel(level), {}, state.values, detach=detach)
 
-    def drawn(self, level: int, state: State) -> MutableValues:
+    def drawn(self, level: int, state: WalkState) -> MutableValues:
         """Draws of a level without their weights."""
         return self._covering(self.draw(level, state), state.values)
 
@@ -183,18 +183,18 @@ class Walk:
             )
         return draws_of(run)
 
-    def _resampled(self, resampling: Resampling, state: State) -> State:
+    def _resampled(self, resampling: Resampling, state: WalkState) -> WalkState:
         if (found := resampling.indices(state.log_weight.detach())) is None:
             return state
         return self.taken(state, *found)
 
-    def taken(self, state: State, chosen: Tensor, log_weight: Tensor) -> State:
+    def taken(self, state: WalkState, chosen: Tensor, log_weight: Tensor) -> WalkState:
         """Some of the draws, ``chosen`` of shape ``(num_taken, *batch)``, with new weights of that shape."""
         self.particles.num_particles = len(chosen)
         values = {name: self.particles.take(value, chosen) for name, value in state.values.items()}
         if len(chosen) == 1:  # one particle runs programs without a dimension for it
             values = {name: value.squeeze(0) for name, value in values.items()}
-        return State(values, log_weight, torch.take_along_dim(state.log_density, chosen, 0))
+        return WalkState(values, log_weight, torch.take_along_dim(state.log_density, chosen, 0))
 
 
 def _without_path(sites: Mapping[str, Any]) -> list[str]:

@@ -6,11 +6,12 @@ from pplvi.training.restart import Restart
 from pplvi.training.schedules import AdaptiveClip, Cosine, Schedule
 from pplvi.training.steps import Stepper
 from pplvi.training.stopping import Plateau, has_settled
-from pplvi.training.watch import Watch
+from pplvi.training.watch import Monitor, Watch
 
 __all__ = [
     "AdaptiveClip",
     "Cosine",
+    "Monitor",
     "PerProgram",
     "Plateau",
     "Restart",

@@ -23,7 +23,6 @@ from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.state import clone, rng_state, set_rng_state
 from pplvi.training.batches import Batches
 from pplvi.training.restart import Restart, TrainingError, copy_into
-from pplvi.training.schedules import Cosine
 from pplvi.training.steps import StepLoss, Steps, Turns, drive, next_calls
 from pplvi.training.watch import Watch
 from pplvi.types import Call
@@ -147,18 +146,15 @@ class Trainer:
             self.watch.save(self)
 
     def _reason_to_end(self) -> str:
-        schedule = self.update.schedule
-        cooling = isinstance(schedule, Cosine) and schedule.cooling
-        if isinstance(schedule, Cosine) and cooling and self.update.count >= schedule.end:
+        left = self.update.left
+        if left is not None and left <= 0:
             return "converged"
         if self.run.step >= self.watch.num_steps:
             return "num_steps"
-        if cooling or not self._is_flat():
+        if left is not None or not self._is_flat():
             return ""
-        if isinstance(schedule, Cosine):  # the last steps are small ones, so the iterate settles before the end
-            schedule.cool_down(self.update.count, max(SETTLE_EVERY, self.run.step // 4))
-            return ""
-        return "converged"
+        # Where that can be, the last steps are small ones, so that the iterate settles before the end.
+        return "" if self.update.cool_down(max(SETTLE_EVERY, self.run.step // 4)) else "converged"
 
     def _is_flat(self) -> bool:
         """Ask the stopping rule, whose counts are in entries of the trace that it looks at."""

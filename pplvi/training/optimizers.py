@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from pplvi.programs.state import clone
 from pplvi.training.per_program import PerProgram
-from pplvi.training.schedules import Schedule, make_clip, make_schedule
+from pplvi.training.schedules import Cosine, Schedule, make_clip, make_schedule
 
 Factory = Callable[[list[Tensor]], Optimizer]
 OptimLike = PyroOptim | type[Optimizer] | Factory | Mapping[str, PyroOptim | Factory] | None
@@ -39,6 +39,9 @@ class Engine(Protocol):
     """
 
     optim: Any
+
+    def at(self, call: tuple[Any, ...]) -> None:
+        """Take note of the programs, and of the call that the next step is for."""
 
     def prepare(self, named: dict[str, Tensor]) -> None:
         """Make sure that each of these parameters has an optimiser."""
@@ -63,16 +66,19 @@ class PyroEngine:
     """One torch optimiser per parameter, as ``pyro.optim.PyroOptim`` has it."""
 
     def __init__(self, optim: PyroOptim) -> None:
-        self.optim = copy.copy(optim)  # a run must not leave its state in the user's object
+        self.optim: Any = copy.copy(optim)  # a run must not leave its state in the user's object
         waiting = clone(optim._state_waiting_to_be_consumed)
         self.set_state(waiting)
+
+    def at(self, call: tuple[Any, ...]) -> None:
+        """Programs do not matter."""
 
     def prepare(self, named: dict[str, Tensor]) -> None:
         """Do what ``PyroOptim.__call__`` does for new parameters, but before the step."""
         for name, p in named.items():
             if p not in self.optim.optim_objs:
                 self.optim.optim_objs[p] = self.optim._get_optim(p)
-                self.optim.grad_clip[p] = self.optim._get_grad_clip(p)  # type: ignore[arg-type]
+                self.optim.grad_clip[p] = self.optim._get_grad_clip(p)
                 if (state := self.optim._state_waiting_to_be_consumed.pop(name, None)) is not None:
                     _load_state_dict(self.optim.optim_objs[p], state)
 
@@ -102,6 +108,14 @@ class PyroEngine:
         self.optim._state_waiting_to_be_consumed = dict(state)
 
 
+class PerProgramEngine(PyroEngine):
+    """An optimiser each for model and guide."""
+
+    def at(self, call: tuple[Any, ...]) -> None:
+        """Tell it which is which."""
+        self.optim.call = call
+
+
 class TorchEngine:
     """One torch optimiser over all parameters; parameters that appear later form further groups."""
 
@@ -111,6 +125,9 @@ class TorchEngine:
         self.names: list[list[str]] = []
         self.parameters: dict[str, Tensor] = {}
         self._waiting: dict[str, Any] = {}
+
+    def at(self, call: tuple[Any, ...]) -> None:
+        """Programs do not matter."""
 
     def prepare(self, named: dict[str, Tensor]) -> None:
         """Build the optimiser, from the waiting state if there is one, and add the parameters it does not have."""
@@ -180,7 +197,9 @@ def resolve(optim: OptimLike) -> Engine:
     if optim is None:
         return TorchEngine(partial(torch.optim.Adam, lr=DEFAULT_LR))
     if isinstance(optim, Mapping):
-        return PyroEngine(PerProgram(optim))
+        return PerProgramEngine(PerProgram(optim))
+    if isinstance(optim, PerProgram):
+        return PerProgramEngine(optim)
     if isinstance(optim, PyroOptim):
         return PyroEngine(optim)
     if callable(optim) and not isinstance(optim, Optimizer):
@@ -273,8 +292,20 @@ class Update(PyroOptim):
 
     def at(self, *call: Any) -> None:
         """Tell optimisers for model and guide the programs and the call that the next step is for."""
-        if isinstance(self.engine, PyroEngine) and isinstance(self.engine.optim, PerProgram):
-            self.engine.optim.call = call
+        self.engine.at(call)
+
+    @property
+    def left(self) -> int | None:
+        """Steps until a schedule whose end was brought forward is over; ``None`` for others."""
+        schedule = self.schedule
+        return schedule.end - self.count if isinstance(schedule, Cosine) and schedule.cooling else None
+
+    def cool_down(self, length: int) -> bool:
+        """Bring the end of the schedule forward, to so many steps from here; whether it has one that can be."""
+        if not isinstance(self.schedule, Cosine):
+            return False
+        self.schedule.cool_down(self.count, length)
+        return True
 
     def get_state(self) -> dict[str, Any]:
         """A copy of everything that the next steps depend on."""

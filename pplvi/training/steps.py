@@ -17,7 +17,7 @@ from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import OptimLike, Update
-from pplvi.training.schedules import Cosine, Schedule
+from pplvi.training.schedules import Schedule
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
 
@@ -177,9 +177,8 @@ class CompiledStepper(Stepper):
             return 1
         every = [settle_every, watch.save_every, *(w.every for w in (watch.stop, watch.monitor) if w is not None)]
         ends = [watch.num_steps - at, *(n - at % n for n in every)]
-        schedule = self.update.schedule
-        if isinstance(schedule, Cosine) and schedule.cooling:
-            ends.append(schedule.end - self.update.count)
+        if self.update.left is not None:
+            ends.append(self.update.left)
         return max(1, min(ends))
 
     def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
@@ -249,13 +248,21 @@ class EagerSteps(Steps):
 class CompiledSteps(Steps):
     """Makes compiled steps; what ``"auto"`` has come to in one restart holds for the next.
 
-    :param options: of :class:`pplvi.training.Update`.
     :param mode: as of :class:`pplvi.compile.CompiledSVI`.
     :param chunk: the most steps in one call.
     """
 
-    def __init__(self, *options: Any, mode: Mode = True, chunk: int = 50) -> None:
-        super().__init__(*options)
+    def __init__(
+        self,
+        optim: OptimLike = None,
+        num_steps: int = 1000,
+        schedule: str | Schedule | None = "cosine",
+        clip: Any = "adaptive",
+        *,
+        mode: Mode = True,
+        chunk: int = 50,
+    ) -> None:
+        super().__init__(optim, num_steps, schedule, clip)
         self.mode, self.chunk = mode, chunk
         self.side_by_side = mode in ("trace", True, "auto")  # without a loop inside the program
         self.last: CompiledStepper | None = None

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pplvi.losses.elbo import ELBO
+from pplvi.programs.calls import to_call
 from pplvi.training.batches import Batches
 from pplvi.training.restart import Restart, evaluate, unobtrusive
 from pplvi.training.stopping import Plateau
@@ -14,16 +16,31 @@ from pplvi.types import Call
 
 @dataclass(frozen=True)
 class Monitor:
-    """A loss that the user named to watch, evaluated every ``every`` steps on held-back data if there are any."""
+    """A loss to judge by in place of the objective, now and then, on held-back data if there are any.
 
-    objective: Any
-    held_back: Call | None = None
+    :param objective: a loss of :mod:`pplvi.losses.elbo` or of Pyro.
+    :param held_back: what one item of minibatches is: a tuple of arguments, a dictionary of keyword arguments, or one
+        tensor; the data of the step unless given.
+    :param every: steps between two evaluations.
+    :raises ValueError: for a number below 1.
+
+    >>> Monitor(every=20)
+    Monitor(objective=ELBO(num_particles=1), held_back=None, every=20)
+    """
+
+    objective: Any = field(default_factory=ELBO)
+    held_back: Any = None
     every: int = 10
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every={self.every!r}: expected a whole number of steps, at least 1.")
 
     def __call__(self, run: Restart, call: Call) -> float:
         """Its value (nats); the random state is left as it was, so that watching changes nothing."""
         with unobtrusive(run):
-            return evaluate(self.objective, run.model, run.guide, self.held_back or call)
+            given = call if self.held_back is None else to_call(self.held_back)
+            return evaluate(self.objective, run.model, run.guide, given)
 
 
 class Training(Protocol):

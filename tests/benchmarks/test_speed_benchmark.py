@@ -7,14 +7,11 @@ from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
 def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with short turns, in this process."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    module = importlib.import_module("speed")
+    module = importlib.import_module("benchmarks.speed")
     monkeypatch.setattr(module, "TURN_SECONDS", 0.01)
     monkeypatch.setattr(module, "TURNS", 2)
     monkeypatch.setattr(module, "BLOCK", 2)
@@ -40,7 +37,8 @@ def test_what_fails_is_a_row(speed: ModuleType, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(speed, "start", refused)
     assert speed.in_turns(["max"], "ring", None) == {"max": {"failed": "ValueError: max cannot train ring"}}
     rows = [{"problem": "ring", "way": "max", "cold": {"failed": "ValueError: refused"}}]
-    assert speed.table(rows).endswith("ring          max          ValueError: refused")
+    cells = [cell.strip() for cell in speed.table(rows).splitlines()[-1].strip("|").split("|")]
+    assert (*cells[:2], cells[-1]) == ("ring", "max", "ValueError: refused")
 
 
 def test_compiling_has_paid_where_it_has_used_less_time_than_pyro(speed: ModuleType) -> None:

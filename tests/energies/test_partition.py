@@ -155,14 +155,14 @@ def test_it_is_a_walk_of_the_annealed_sampler(monkeypatch: pytest.MonkeyPatch) -
 def test_two_products_with_the_weights_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = machines()["rbm"]
     count = 0
-    plain = BoltzmannMachine._product
+    plain = BoltzmannMachine.contribution
 
     def counted(self: Any, *args: Any) -> Tensor:
         nonlocal count
         count += 1
         return plain(self, *args)
 
-    monkeypatch.setattr(BoltzmannMachine, "_product", counted)
+    monkeypatch.setattr(BoltzmannMachine, "contribution", counted)
     calls = []
     for num_betas in (11, 21):
         count = 0

@@ -27,8 +27,10 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
+from pplvi.fitting import Chains, Checkpoint, Compile
 from pplvi.programs.state import Environment, rng_state
 from pplvi.training import checkpoint
+from pplvi.training.watch import Monitor
 
 Y = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0, -2.0, 1.5, 0.0])
 X = torch.linspace(-1.0, 1.0, 8)
@@ -379,18 +381,19 @@ def interrupted_at(step, index=0):
 
 def check_resume(path, options, at, index=0, program=lambda: model, guide=AutoNormal, steps=24):
     """Run without an interruption, and again with one: the same to the bit, and the random state too."""
-    common = {"num_steps": steps, "stop": None, "checkpoint_every": 5}
+    common = {"num_steps": steps, "stop": None}
     pyro.set_rng_seed(2)
     whole = fit(program(), guide, **options(), **common)
     expected, rng = state(), rng_state()
     pyro.clear_param_store()
     pyro.set_rng_seed(2)
-    part = fit(program(), guide, **options(), **common, checkpoint=path, callbacks=interrupted_at(at, index))
+    file = Checkpoint(path, every=5)
+    part = fit(program(), guide, **options(), **common, checkpoint=file, callbacks=interrupted_at(at, index))
     assert part.reasons[-1] == "interrupted"
     pyro.clear_param_store()
     pyro.set_rng_seed(99)
     torch.rand(7), np.random.normal()
-    resumed = fit(program(), guide, **options(), **common, checkpoint=path, resume=path)
+    resumed = fit(program(), guide, **options(), **common, checkpoint=file, resume=path)
     assert (resumed.losses == whole.losses).all()
     assert resumed.reasons == whole.reasons
     assert_same(state(), expected)
@@ -444,7 +447,7 @@ def test_resume_of_a_module_with_buffers_and_constraints(tmp_path, restarts):
 
 def interrupted_net(path, methods=False):
     """Two restarts of a module, from two states of the random numbers, interrupted in the first restart."""
-    options = {"seed": 1, "restarts": 2, "num_steps": 12, "checkpoint_every": 5}
+    options = {"seed": 1, "restarts": 2, "num_steps": 12}
     pyro.set_rng_seed(3)
     first, second = (Amortised() if methods else Net() for _ in range(2))
     data = (Y,) if methods else (X, Y)
@@ -454,8 +457,8 @@ def interrupted_net(path, methods=False):
         return fit(*programs, args=data, **options, **more)
 
     whole = run(copy.deepcopy(first))
-    run(first, checkpoint=path, callbacks=interrupted_at(7))
-    return whole, second, partial(run, checkpoint=path, resume=path)
+    run(first, checkpoint=Checkpoint(path, every=5), callbacks=interrupted_at(7))
+    return whole, second, partial(run, checkpoint=Checkpoint(path, every=5), resume=path)
 
 
 @pytest.mark.parametrize("methods", [False, True])
@@ -493,12 +496,12 @@ def test_resume_with_monitor_and_stop(tmp_path):
 
     options = {
         "args": (Y,), "seed": 0, "num_steps": 3000, "stop": Plateau(min_steps=200, every=50, patience=2),
-        "monitor": pplvi.ELBO(), "checkpoint_every": 75,
+        "monitor": pplvi.ELBO(),
     }  # fmt: skip
     whole = fit(model, AutoNormal, **options)
     assert whole.reasons == ["converged"]
     at = whole.losses.shape[1] - 20  # while the learning rate falls to zero
-    fit(model, AutoNormal, **options, checkpoint=tmp_path / "a", callbacks=interrupted_at(at))
+    fit(model, AutoNormal, **options, checkpoint=Checkpoint(tmp_path / "a", every=75), callbacks=interrupted_at(at))
     resumed = fit(model, AutoNormal, **options, resume=tmp_path / "a")
     assert (resumed.losses == whole.losses).all()
     assert resumed.runs[0].monitored == whole.runs[0].monitored
@@ -590,7 +593,7 @@ def test_kill_in_the_middle_of_a_write_loses_nothing(tmp_path):
     script = f"""
         import os, sys, time
         sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from test_fit import AutoNormal, fit, loader, model
+        from test_fit import AutoNormal, Checkpoint, fit, loader, model
         fsync, calls = os.fsync, []
         def slow(handle):
             calls.append(handle)
@@ -599,7 +602,7 @@ def test_kill_in_the_middle_of_a_write_loses_nothing(tmp_path):
                 time.sleep(60)
             fsync(handle)
         os.fsync = slow
-        fit(model, AutoNormal, data=loader(), num_steps=24, seed=1, checkpoint={str(path)!r}, checkpoint_every=5)
+        fit(model, AutoNormal, data=loader(), num_steps=24, seed=1, checkpoint=Checkpoint({str(path)!r}, every=5))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
@@ -608,8 +611,8 @@ def test_kill_in_the_middle_of_a_write_loses_nothing(tmp_path):
     process.stdout.close()
     saved = len(checkpoint.read(path)["runs"][0]["losses"])
     assert saved in (10, 15)
-    options = {"num_steps": 24, "seed": 1, "checkpoint_every": 5}
-    resumed = fit(model, AutoNormal, data=loader(), checkpoint=path, resume=path, **options)
+    options = {"num_steps": 24, "seed": 1}
+    resumed = fit(model, AutoNormal, data=loader(), checkpoint=Checkpoint(path, every=5), resume=path, **options)
     expected = state()
     pyro.clear_param_store()
     whole = fit(model, AutoNormal, data=loader(), **options)
@@ -681,7 +684,9 @@ def test_fit_runs_its_programs_and_posterior_on_its_device(monkeypatch):
         ({"num_steps": 0}, "num_steps=0"),
         ({"num_steps": 1.5}, "num_steps=1.5"),
         ({"restarts": 0}, "restarts=0"),
-        ({"checkpoint_every": -1}, "checkpoint_every=-1"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1: expected a positive"),
+        ({"learning_rate": 0.1, "optim": torch.optim.Adam}, "learning_rate=0.1 beside optim="),
+        ({"compile": "fast"}, "compile='fast'"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32 - 1, "restarts": 2}, "seed="),
         ({"objective": pplvi.ELBO}, "expected a loss such as"),
@@ -691,13 +696,48 @@ def test_fit_runs_its_programs_and_posterior_on_its_device(monkeypatch):
         ({"schedule": "linear"}, "'cosine'"),
         ({"clip": 0}, "'adaptive'"),
         ({"stop": 100}, "stop=100"),
-        ({"num_warmup": 10}, "is for MCMC"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_runs(options, words):
     with pytest.raises(ValueError, match=words):
         fit(model, AutoNormal, **{"args": (Y,), **options})
     assert not len(pyro.get_param_store())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Checkpoint("run.pt", every=-1), "every=-1"),
+        (lambda: Chains(num_warmup=0), "num_warmup=0"),
+        (lambda: Chains("hmc"), "kernel='hmc'"),
+        (lambda: Compile("max", chunk=0), "chunk=0"),
+        (lambda: Compile("max", chunk=51), "at most 50"),
+        (lambda: Compile("quick"), "compile='quick'"),
+        (lambda: Monitor(every=0), "every=0"),
+        (lambda: fit(model, AutoNormal, args=(Y,), monitor=Monitor(held_back=3)), "the data yielded a int"),
+    ],
+)
+def test_wrong_options_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_learning_rate_is_that_of_adam():
+    options = {"args": (Y,), "num_steps": 5, "seed": 0}
+    named = fit(model, AutoNormal, **options, learning_rate=0.03)
+    assert (named.losses == fit(model, AutoNormal, **options, optim=partial(torch.optim.Adam, lr=0.03)).losses).all()
+    assert (named.losses != fit(model, AutoNormal, **options).losses).any()
+
+
+def test_the_short_forms_are_the_long_ones(tmp_path):
+    options = {"args": (Y,), "num_steps": 20, "seed": 0, "restarts": 2}
+    short = fit(model, AutoNormal, **options, monitor=pplvi.ELBO(), compile="trace", checkpoint=tmp_path / "a")
+    monitor, file = Monitor(pplvi.ELBO(), every=10), Checkpoint(tmp_path / "b")
+    long = fit(model, AutoNormal, **options, monitor=monitor, compile=Compile("trace"), checkpoint=file)
+    assert (short.losses == long.losses).all()
+    assert [run.monitored for run in short.runs] == [run.monitored for run in long.runs]
+    saved = [checkpoint.read(tmp_path / name) for name in "ab"]
+    assert saved[0]["settings"] == saved[1]["settings"]
 
 
 def test_wrong_model_and_modules_that_cannot_be_copied_are_refused():
@@ -833,7 +873,7 @@ def test_the_bar_shows_the_smoothed_loss(capsys):
 @pytest.fixture(scope="module")
 def chains():
     with torch.random.fork_rng():
-        return fit(model, "nuts", args=(Y,), num_steps=60, num_warmup=60, restarts=2, seed=0)
+        return fit(model, "nuts", args=(Y,), num_steps=60, restarts=2, seed=0)
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
@@ -851,7 +891,7 @@ def test_nuts_is_a_fit(chains):
 
 def test_chains_are_seeded_one_by_one(chains):
     before = torch.get_rng_state()
-    second = fit(model, NUTS, args=(Y,), num_steps=60, num_warmup=60, seed=1).mcmc.get_samples()["loc"]
+    second = fit(model, Chains(NUTS, num_warmup=60), args=(Y,), num_steps=60, seed=1).mcmc.get_samples()["loc"]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(chains.mcmc.get_samples(group_by_chain=True)["loc"][1], second)
 
@@ -867,13 +907,13 @@ def test_kernels_take_options_and_chains_can_be_interrupted():
             super().setup(*args, **kwargs)
 
     kernel = partial(Interrupted, max_tree_depth=3)
-    result = fit(model, kernel, args=(Y,), num_steps=5, num_warmup=5, restarts=3, seed=0)
+    result = fit(model, kernel, args=(Y,), num_steps=5, restarts=3, seed=0)
     assert result.mcmc.num_chains == 1
 
 
 def test_what_mcmc_has_no_use_for_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no use for \['checkpoint', 'objective'\]"):
-        fit(model, "nuts", args=(Y,), objective=pplvi.ELBO(), checkpoint=tmp_path / "a")
+    with pytest.raises(ValueError, match=r"no use for \['checkpoint', 'compile', 'objective'\]"):
+        fit(model, "nuts", args=(Y,), objective=pplvi.ELBO(), checkpoint=tmp_path / "a", compile=True)
 
 
 # --- light imports ---

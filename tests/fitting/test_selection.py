@@ -10,6 +10,7 @@ import torch
 
 import pplvi
 from pplvi import AutoFlow
+from pplvi.fitting import Auto
 from pplvi.fitting.auto import Attempt, flow_recipe, select
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.state import Environment
@@ -230,7 +231,7 @@ def test_each_family_starts_from_the_first_parameters_and_those_of_the_taken_one
 
 
 def test_the_budget_ends_the_search_with_the_best_so_far():
-    result = fit(crooked, "auto", seed=0, budget=0.5)
+    result = fit(crooked, Auto(budget=0.5), seed=0)
     assert "time" in result.notes["taken"]
     assert "least k-hat" in result.notes["taken"]
     assert math.isfinite(result.runs[0].score)
@@ -265,8 +266,8 @@ def test_the_recipe_trains_a_flow():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"budget": 0.0}, "positive number of seconds"),
-        ({"budget": True}, "positive number of seconds"),
+        ({"compile": True}, "guide='auto' has no use for"),
+        ({"learning_rate": 0.1}, "guide='auto' has no use for"),
         ({"num_steps": 10}, "guide='auto' has no use for"),
         ({"data": [torch.zeros(3)]}, "guide='auto' has no use for"),
         ({"monitor": pplvi.ELBO()}, "guide='auto' has no use for"),
@@ -278,6 +279,7 @@ def test_what_auto_has_no_use_for_is_refused(options, words):
         fit(crooked, "auto", **options)
 
 
-def test_a_budget_is_for_auto_only():
-    with pytest.raises(ValueError, match="budget=3"):
-        fit(crooked, pplvi.AutoPathfinder, budget=3)
+@pytest.mark.parametrize("budget", [0.0, True, -3, "long"])
+def test_a_budget_is_a_time(budget):
+    with pytest.raises(ValueError, match=r"budget=.* positive number of seconds"):
+        fit(crooked, Auto(budget=budget))

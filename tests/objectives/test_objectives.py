@@ -37,6 +37,40 @@ def normalised(log_weight: Tensor, power: float = 1.0) -> Tensor:
     return (weight / weight.sum(0)).detach()
 
 
+def test_steps_of_moves_carry_their_weights_on() -> None:
+    weight, target, initial, reverse, forward = torch.randn(5, K, N).unbind(0)
+    target.requires_grad_()
+    step = Step.from_move(weight, target, initial, reverse, forward, scale=2.0, subsampled=("data",))
+    assert torch.allclose(step.log_weight_out, weight + target + reverse - initial - forward)
+    assert torch.equal(step.log_weight, step.log_weight_out.detach())
+    assert not step.log_weight.requires_grad
+    assert (step.scale, step.subsampled) == (2.0, ("data",))
+    assert torch.equal(step.log_target_fixed, target)
+
+
+def test_draws_that_stay_are_weighted_by_the_ratio_of_targets() -> None:
+    weight, target, initial = torch.randn(3, K, N).unbind(0)
+    assert torch.allclose(Step.from_move(weight, target, initial).log_weight, weight + target - initial)
+
+
+def test_a_first_move_is_ordinary_importance_sampling() -> None:
+    target, fixed, forward = densities(requires_grad=False)
+    zero = torch.zeros_like(target)
+    moved = Step.from_move(zero, target, zero, log_forward=forward, log_target_fixed=fixed)
+    plain = Step.from_proposal(target, forward, fixed)
+    for name in ("log_weight", "log_target", "log_target_fixed", "log_forward", "log_increment"):
+        assert torch.equal(getattr(moved, name), getattr(plain, name)), name
+
+
+def test_equally_weighted_draws_leave_the_gradient_of_their_density() -> None:
+    target, _, _ = densities()
+    step = Step.equally_weighted(target)
+    assert not step.log_weight.any()
+    assert not step.log_increment.any()
+    (slope,) = torch.autograd.grad(step.log_increment.sum(), target)
+    assert torch.equal(slope, torch.ones(K, N))
+
+
 def test_increment_has_the_reverse_and_initial_densities() -> None:
     terms = torch.randn(7, K, N)
     step = Step(*terms)

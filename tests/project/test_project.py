@@ -4,15 +4,18 @@ import ast
 import importlib
 import inspect
 import json
+import pkgutil
 import re
 import statistics
 import subprocess
 import sys
+import tomllib
 import types
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +24,7 @@ import pplvi
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "pplvi"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+DOCUMENTS = ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"]  # a changelog speaks of what was
 MAX_LINES = 400
 MAX_MEDIAN_FUNCTION = 6
 MAX_PARAMETERS = 12
@@ -249,12 +253,44 @@ def test_architecture_has_every_room_on_its_floor() -> None:
     assert [int(floor) for floor, _ in rows] == sorted((int(floor) for floor, _ in rows), reverse=True)
 
 
-@pytest.mark.parametrize("document", ["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_in_documents_exist(document: str) -> None:
     words = re.findall(r"`((?:\w+/)+[\w.]*)`", (ROOT / document).read_text())
     places = [ROOT, PACKAGE, *(PACKAGE / name for name in ROOMS)]
     missing = {word for word in words if not any((place / word).exists() for place in places)}
     assert not missing - {"out/"}
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_documents_are_in_the_source_distribution() -> None:
+    included = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    )
+    assert {f"/{path.name}" for path in ROOT.glob("*.md")} - {"/README.md"} <= included  # hatch takes the readme itself
+    assert all((ROOT / path.removeprefix("/")).exists() for path in included)
+
+
+def test_hooks_are_of_the_projects_own_environment() -> None:
+    entries = re.findall(r"entry: (\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    development = project()["project"]["optional-dependencies"]["dev"]
+    assert {entry.removeprefix(".venv/bin/") for entry in entries} == {"ruff", "mypy"} <= set(development)
+
+
+def resolves(word: str) -> bool:
+    try:
+        return pkgutil.resolve_name(word) is not None
+    except (ImportError, AttributeError):
+        return False
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_modules_in_documents_exist(document: str) -> None:
+    """A dotted name in a document is a module, or a name that one has."""
+    words = set(re.findall(r"`(pplvi(?:\.\w+)+)[`(]", (ROOT / document).read_text()))
+    assert not [word for word in words if not resolves(word)]
 
 
 # ---------------------------------------------------------------------- lint for the house

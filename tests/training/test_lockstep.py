@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pplvi.compile.vectorized
 from pplvi import fit
+from pplvi.fitting import Checkpoint
 from pplvi.losses.elbo import ELBO
 from pplvi.training.restart import TrainingError
 from pplvi.training.stopping import Plateau
@@ -162,7 +163,7 @@ def test_resumed_restarts_are_the_uninterrupted_ones(when, tmp_path: Path):
     options = {**FIT, "restarts": 3, "stop": Plateau(min_steps=40, every=20, patience=1)}
     file = tmp_path / "run.pt"
     whole = fit(model, AutoNormal, callbacks=[lambda run: False], **options)
-    broken = fit(model, AutoNormal, checkpoint=file, checkpoint_every=30, callbacks=[interrupt], **options)
+    broken = fit(model, AutoNormal, checkpoint=Checkpoint(file, every=30), callbacks=[interrupt], **options)
     assert len(broken.runs) == 3
     assert {run.reason for run in broken.runs} <= {"interrupted", "converged"}
     if not file.exists():

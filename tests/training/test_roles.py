@@ -13,6 +13,7 @@ from pyro.optim import Adam, ExponentialLR
 
 import pplvi
 from pplvi.compile.svi import CompiledSVI
+from pplvi.fitting import Checkpoint
 from pplvi.fitting.entry import describe
 from pplvi.losses.wake_sleep import ReweightedWakeSleep
 from pplvi.training.optimizers import Update
@@ -100,10 +101,10 @@ def test_two_optimisers_resume_to_the_bit(tmp_path):
         if run.step == 5:
             raise RuntimeError
 
-    options = {"num_steps": 12, "schedule": "cosine", "checkpoint": tmp_path / "run.pt"}
+    options = {"num_steps": 12, "schedule": "cosine"}
     with pytest.raises(RuntimeError):
-        by_fit(TWO, checkpoint_every=5, callbacks=[interrupt], **options)
-    assert by_fit(TWO, resume=tmp_path / "run.pt", **{**options, "checkpoint": None}) == straight
+        by_fit(TWO, checkpoint=Checkpoint(tmp_path / "run.pt", every=5), callbacks=[interrupt], **options)
+    assert by_fit(TWO, resume=tmp_path / "run.pt", **options) == straight
 
 
 def test_modules_have_roles_too():

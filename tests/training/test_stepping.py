@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 
 import pplvi.compile.svi
 from pplvi import fit
+from pplvi.fitting import Checkpoint, Minibatches
 from pplvi.losses.elbo import ELBO
 from pplvi.training.loop import SETTLE_EVERY, Trainer
 from pplvi.training.restart import TrainingError
+from pplvi.training.steps import CompiledSteps, EagerSteps
 from pplvi.training.stopping import Plateau
 
 Y = torch.tensor([1.0, 2.5, 0.5, 3.0, 1.5, 2.0])
@@ -56,6 +58,33 @@ def test_traced_training_equals_the_eager_one(options):
             torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "steps", [EagerSteps(clip=None), CompiledSteps(clip=None, mode="trace")], ids=["eager", "compiled"]
+)
+def test_eager_and_compiled_steps_have_one_interface(steps):
+    """Parameters are announced once, untouched; a state that is given back leads to the same steps."""
+    moved: list[Tensor] = []
+    guide, call = AutoNormal(model), ((Y,), {})
+    before = lambda: moved.append(guide.locs.mu.detach().clone())  # noqa: E731
+    stepper = steps(model, guide, ELBO(num_particles=4), before)
+    pyro.set_rng_seed(1)
+    stepper.many([call])
+    start, rng = {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}, torch.get_rng_state()
+    state = stepper.get_state()
+    first = [float(loss) for loss in stepper.many([call] * 3)]
+    assert len(moved) == 1
+    assert moved[0] != guide.locs.mu
+    assert stepper.update.count == 4
+
+    for name, p in pyro.get_param_store().named_parameters():
+        p.data.copy_(start[name])
+    torch.set_rng_state(rng)
+    stepper.set_state(state)
+    assert stepper.update.count == 1
+    assert [float(loss) for loss in stepper.many([call] * 3)] == first
+    assert len(moved) == 1
+
+
 @pytest.mark.parametrize(("last_batch", "sizes"), [("compile", [4, 2]), ("drop", [4]), ("pad", [4, 4])])
 @pytest.mark.parametrize("mode", [False, "trace"])
 def test_a_short_last_minibatch(last_batch, sizes, mode, monkeypatch):
@@ -69,8 +98,8 @@ def test_a_short_last_minibatch(last_batch, sizes, mode, monkeypatch):
         seen.append(len(y))
         model(y)
 
-    options = {"num_steps": 10, "seed": 0, "progress": False, "compile": mode, "last_batch": last_batch}
-    result = fit(counted, AutoNormal, data=list(Y.split(4)), **options)
+    options = {"num_steps": 10, "seed": 0, "progress": False, "compile": mode}
+    result = fit(counted, AutoNormal, data=Minibatches(list(Y.split(4)), last_batch), **options)
     assert result.losses.shape == (1, 10)
     assert set(seen[-20:]) == set(sizes)
     assert len(made) == (len(set(sizes)) if mode else 0)
@@ -83,15 +112,15 @@ def test_a_resumed_run_knows_how_long_a_batch_is(tmp_path: Path):
         if run.step == 51:
             raise KeyboardInterrupt
 
-    file, options = tmp_path / "run.pt", {"args": (), "data": list(Y.split(4)), "last_batch": "pad", "num_steps": 60}
+    file, options = tmp_path / "run.pt", {"args": (), "data": Minibatches(list(Y.split(4)), "pad"), "num_steps": 60}
     whole = train("trace", **options)
-    train("trace", checkpoint=file, checkpoint_every=51, callbacks=[interrupt], **options)
+    train("trace", checkpoint=Checkpoint(file, every=51), callbacks=[interrupt], **options)
     assert train("trace", resume=file, **options).runs[0].losses == whole.runs[0].losses
 
 
 def test_last_batch_is_checked():
     with pytest.raises(ValueError, match="last_batch='keep'"):
-        train("trace", last_batch="keep")
+        train("trace", data=Minibatches([Y], last_batch="keep"))
 
 
 def test_stopping_and_cooling_are_those_of_the_eager_loop():
@@ -118,7 +147,7 @@ def test_resumed_training_is_the_uninterrupted_one(mode, data, tmp_path: Path):
 
     file = tmp_path / "run.pt"
     whole = train(mode, **loader())
-    train(mode, checkpoint=file, checkpoint_every=70, callbacks=[interrupt], **loader())
+    train(mode, checkpoint=Checkpoint(file, every=70), callbacks=[interrupt], **loader())
     resumed = train(mode, resume=file, **loader())
     assert torch.equal(torch.as_tensor(whole.losses), torch.as_tensor(resumed.losses))
     for name, value in whole.params[0].items():
@@ -167,7 +196,7 @@ def test_statistics_of_an_encoder_are_resumed(tmp_path: Path):
     torch.testing.assert_close(buffers, expected, rtol=1e-4, atol=1e-4)
     assert buffers["encoder.1.num_batches_tracked"] == 70
     file = tmp_path / "run.pt"
-    autoencode("trace", checkpoint=file, checkpoint_every=20, callbacks=[interrupt])
+    autoencode("trace", checkpoint=Checkpoint(file, every=20), callbacks=[interrupt])
     resumed, again = autoencode("trace", resume=file)
     assert torch.equal(torch.as_tensor(resumed.losses), torch.as_tensor(whole.losses))
     assert all(torch.equal(value, buffers[name]) for name, value in again.items())

@@ -18,6 +18,7 @@ from pplvi.training import batches, loop
 from pplvi.training.batches import make_batches
 from pplvi.training.steps import EagerStepper
 from pplvi.training.stopping import Plateau
+from pplvi.training.watch import Monitor
 
 Y = torch.linspace(-1.0, 2.0, 20)
 fit = partial(pplvi.fit, progress=False, schedule=None, clip=None, stop=None, seed=0)
@@ -259,11 +260,17 @@ def test_held_back_data_choose_the_best():
             pyro.param("AutoNormal.locs.loc").data.fill_(5.0)
 
     result = fit(
-        model, AutoNormal, args=(Y,), held_back=(Y + 0.1,), num_steps=50, restarts=2, callbacks=[bad_in_restart_0]
+        model,
+        AutoNormal,
+        args=(Y,),
+        monitor=Monitor(held_back=(Y + 0.1,)),
+        num_steps=50,
+        restarts=2,
+        callbacks=[bad_in_restart_0],
     )
     scores = [run.score for run in result.runs]
     assert result.best == 1
-    short = fit(model, AutoNormal, args=(Y,), held_back=(Y,), num_steps=3)
+    short = fit(model, AutoNormal, args=(Y,), monitor=Monitor(held_back=(Y,)), num_steps=3)
     assert short.runs[0].score == short.runs[0].monitored[0]
     assert scores[0] > scores[1] + 10
 

@@ -9,15 +9,17 @@ numbers on the last dimension; ``beta`` is an inverse temperature, a number or a
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import TorchDistribution
 from pyro.nn import PyroModule
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import one_hot, softplus
+
+from pplvi.energies.machines.one_hot import OneHots
 
 Beta = float | Tensor
 
@@ -290,7 +292,7 @@ class CategoricalUnits(Units):
 
     def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
         """Independent one-hot distributions, side by side."""
-        return _OneHots(self._apart(_times(beta, field)))
+        return OneHots(self._apart(_times(beta, field)))
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Each category with the same probability."""
@@ -302,41 +304,6 @@ class CategoricalUnits(Units):
         if binary and bool((self._apart(value).sum(-1) == 1).all()):
             return None
         return f"{_range_of(value)}: expected one-hot codes side by side. Make them from integers with units.encode()."
-
-
-class _OneHots(TorchDistribution):
-    """Independent one-hot variables whose codes lie side by side on one event dimension."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.independent(constraints.boolean, 1)
-
-    def __init__(self, logits: Tensor) -> None:
-        self.each = dist.OneHotCategorical(logits=logits, validate_args=False)
-        self._apart = logits.shape[-2:]
-        super().__init__(logits.shape[:-2], Size([self._apart.numel()]), validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _OneHots:
-        """The same distribution, more often."""
-        return _OneHots(self.each.logits.expand((*batch_shape, *self._apart)))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """One-hot codes."""
-        return self.each.sample(Size(sample_shape)).flatten(-2)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log probability of one-hot codes."""
-        density: Tensor = self.each.log_prob(value.reshape(*value.shape[:-1], *self._apart)).sum(-1)
-        return density
-
-    @property
-    def mean(self) -> Tensor:
-        """Probabilities side by side."""
-        return self.each.probs.flatten(-2)
-
-    def entropy(self) -> Tensor:
-        """Entropy, in nats."""
-        entropy: Tensor = self.each.entropy().sum(-1)
-        return entropy
 
 
 class GaussianUnits(Units):
