@@ -25,7 +25,7 @@ from torch.fx.graph import CodeGen
 from torch.utils._pytree import tree_leaves
 
 from pplvi.compile.reading import MANY, Guard
-from pplvi.compile.watching import Refusal, Watch, WatchCalls, Writes, written_by
+from pplvi.compile.watching import Refusal, Varying, VaryingCalls, Writes, written_by
 from pplvi.programs.handlers import last_site
 
 aten = torch.ops.aten
@@ -80,12 +80,12 @@ def record(
     >>> traced.graph(torch.zeros(3), *traced.constants)
     (tensor([1., 1., 1.]),)
     """
-    watch = Watch(p for _, p in parameters.values())
+    watch = Varying(p for _, p in parameters.values())
 
     def watched(*tensors: Tensor) -> tuple[Tensor, ...]:
         watch.mark(tensors[: len(tensors) - num_arguments])
         watch.tape.start(tensors[len(tensors) - num_arguments :])
-        with WatchCalls(watch), watch:
+        with VaryingCalls(watch), watch:
             return step(*tensors)
 
     with last_site() as site, _named_failure(site), _same_generators(), unchecked():

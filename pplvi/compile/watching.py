@@ -74,7 +74,7 @@ def _storages(leaves: Iterable[Any]) -> set[StorageWeakRef]:
     return {StorageWeakRef(x.untyped_storage()) for x in leaves if isinstance(x, Tensor)}
 
 
-class Watch(Writes):
+class Varying(Writes):
     """Follow what varies from step to step, and refuse to bake it in.
 
     Parameters and noise vary, and so does all that is worked out from them. The rest is constant: its values may be
@@ -134,10 +134,10 @@ class Watch(Writes):
         return found
 
 
-class WatchCalls(TorchFunctionMode):
+class VaryingCalls(TorchFunctionMode):
     """Refuse calls that read the memory of a tensor that varies without an operation."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Varying) -> None:
         super().__init__()
         self.watch = watch
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from pplvi.programs.checks import check_model, has_data
+from pplvi.programs.checks import check_model_run, has_data
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import Environment
@@ -64,4 +64,4 @@ def check_chains(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any
     :raises ValueError: for a model without latents, undeclared batch dimensions, and NaN in the data.
     """
     with scratch(), environment.active():
-        check_model(plain_run(model, args, kwargs))
+        check_model_run(plain_run(model, args, kwargs))

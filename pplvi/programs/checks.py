@@ -50,7 +50,7 @@ def check_pair(run: Run) -> None:
     _warn_of_joint_factors(run)
 
 
-def check_model(run: Run) -> None:
+def check_model_run(run: Run) -> None:
     """Check a run of a model alone, as the model of a pair is checked.
 
     :raises ValueError: with the site, what came, what was expected and what to do.
