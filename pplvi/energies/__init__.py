@@ -20,6 +20,7 @@ from pplvi.energies.learning.stacking import Stage, stages
 from pplvi.energies.learning.up_down import UpDown
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.copies import CopiedUnits
+from pplvi.energies.machines.couplings import DenseCoupling
 from pplvi.energies.machines.dbm import DeepBoltzmannMachine
 from pplvi.energies.machines.dbn import DeepBeliefGuide, DeepBeliefNetwork
 from pplvi.energies.machines.energy import EnergyModel
@@ -48,6 +49,7 @@ __all__ = [
     "DeepBeliefGuide",
     "DeepBeliefNetwork",
     "DeepBoltzmannMachine",
+    "DenseCoupling",
     "EnergyModel",
     "EveryState",
     "Factorised",

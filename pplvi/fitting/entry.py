@@ -25,7 +25,7 @@ from pplvi.fitting.arguments import (
 from pplvi.fitting.auto import select
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.mcmc import run_chains
-from pplvi.fitting.options import Auto, Chains, Checkpoint, Compile, Minibatches
+from pplvi.fitting.options import Auto, Checkpoint, Compile, MarkovChains, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
@@ -103,7 +103,7 @@ def fit(
         :class:`pplvi.fitting.Auto`), on whichever is easier of the model as written and its non-centered forms
         (:func:`pplvi.noncentered`); parameters of the model are trained anew with each family; ``"nuts"``, or another
         MCMC kernel class or ``functools.partial`` of one, for MCMC instead of training (its warm-up is named by
-        :class:`pplvi.fitting.Chains`).
+        :class:`pplvi.fitting.MarkovChains`).
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
@@ -178,7 +178,7 @@ def fit(
         return select(again, model, originals, auto.budget)
     if data is None:
         warn_of_no_data(model, *call, environment)
-    if (chains := Chains.of(guide)) is not None:
+    if (chains := MarkovChains.of(guide)) is not None:
         refuse(unused, "MCMC", "num_steps, ")
         recipe = Recipe(model, chains.make_kernel, True, False, environment)
         return _fit_chains(recipe, call, num_steps or NUM_DRAWS, chains.num_warmup, restarts, seed, progress)

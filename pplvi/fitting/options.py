@@ -43,15 +43,15 @@ class Auto:
 
 
 @dataclass(frozen=True)
-class Chains:
+class MarkovChains:
     """MCMC in place of a guide: ``"nuts"``, a kernel class, or a ``functools.partial`` of one, for short.
 
     :param kernel: what makes an MCMC kernel from a model, or ``"nuts"``.
     :param num_warmup: steps of each chain that adapt the kernel and are dropped; as many as ``num_steps`` unless given.
     :raises ValueError: for a kernel of another kind, or a number below 1.
 
-    >>> Chains(num_warmup=200)
-    Chains(kernel='nuts', num_warmup=200)
+    >>> MarkovChains(num_warmup=200)
+    MarkovChains(kernel='nuts', num_warmup=200)
     """
 
     kernel: Any = "nuts"
@@ -62,11 +62,11 @@ class Chains:
         kernel_factory(self.kernel)
 
     @classmethod
-    def of(cls, guide: Any) -> Chains | None:
+    def of(cls, guide: Any) -> MarkovChains | None:
         """What ``guide`` means, if it means this.
 
-        >>> Chains.of("nuts"), Chains.of("auto")
-        (Chains(kernel='nuts', num_warmup=None), None)
+        >>> MarkovChains.of("nuts"), MarkovChains.of("auto")
+        (MarkovChains(kernel='nuts', num_warmup=None), None)
         """
         if isinstance(guide, cls):
             return guide

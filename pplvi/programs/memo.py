@@ -34,7 +34,7 @@ class Memo(Generic[Found]):
         """What has been kept of these programs under a key, if anything.
 
         :param programs: the programs, always in the same order.
-        :param key: what else it depends on, such as :func:`dimensions` or :func:`sizes` of arguments.
+        :param key: what else it depends on, such as :func:`dimensions` or :func:`argument_shapes` of arguments.
         """
         with suppress(KeyError, TypeError):
             table: Any = self._table

@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from pplvi.programs.memo import Memo, dimensions, sizes
+from pplvi.programs.memo import Memo, argument_shapes, dimensions
 
 
 class Program:
@@ -50,4 +50,4 @@ def test_a_column_is_no_vector_and_sizes_count_where_they_matter() -> None:
     vector, column = torch.zeros(3), torch.zeros(3, 1)
     assert dimensions((vector,), {}) != dimensions((column,), {})
     assert dimensions((vector,), {}) == dimensions((torch.zeros(5),), {})
-    assert sizes((vector,), {"x": 1}) == ((3,), None) != sizes((torch.zeros(5),), {"x": 1})
+    assert argument_shapes((vector,), {"x": 1}) == ((3,), None) != argument_shapes((torch.zeros(5),), {"x": 1})
