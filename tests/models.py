@@ -1,5 +1,6 @@
 """Small programs with their data that several tests run."""
 
+import math
 from typing import Any
 
 import pyro
@@ -43,6 +44,63 @@ class Collinear:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 10.0).to_event(1))
         with pyro.plate("data", 100):
             pyro.sample("y", dist.Normal((self.design * w).sum(-1), 0.5), obs=self.y)
+
+
+def counts() -> None:
+    """Counts with a gamma prior."""
+    rate = pyro.sample("rate", dist.Gamma(3.0, 2.0))
+    with pyro.plate("data", 4):
+        pyro.sample("y", dist.Poisson(rate), obs=torch.tensor([3.0, 5.0, 2.0, 6.0]))
+
+
+def words() -> None:
+    """Counts of three words, with a Dirichlet prior."""
+    p = pyro.sample("p", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+    pyro.sample("y", dist.Multinomial(10, p), obs=torch.tensor([5.0, 1.0, 4.0]))
+
+
+def coin() -> None:
+    """Six tosses, with a beta prior."""
+    p = pyro.sample("p", dist.Beta(2.0, 3.0))
+    with pyro.plate("data", 6):
+        pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0]))
+
+
+def nan_data() -> None:
+    """An observation that is no number."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    pyro.sample("bad", dist.Normal(mean, 1.0), obs=torch.tensor(math.nan))
+
+
+def subsampled() -> None:
+    """Three of ten data at a time."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 10, subsample_size=3) as index:
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.ones(10)[index])
+
+
+def banana() -> None:
+    """A normal, and another around its square."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x**2, 0.5))
+
+
+def gamma_target() -> None:
+    """A normal and a gamma."""
+    pyro.sample("z", dist.Normal(1.0, 2.0))
+    pyro.sample("s", dist.Gamma(3.0, 2.0))
+
+
+def bimodal() -> None:
+    """Z = 1/2, second moment 4.49."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+    modes = dist.Normal(torch.tensor([2.0, -2.0]), 0.7)
+    pyro.factor("density", torch.logsumexp(modes.log_prob(z.unsqueeze(-1)), -1) - math.log(4.0))
+
+
+def binary(count: int, width: int) -> Tensor:
+    """Random states of ``count`` rows of binary units."""
+    return torch.randint(2, (count, width)).double()
 
 
 class Walk:

@@ -6,6 +6,7 @@ import pickle
 import pyro
 import pytest
 import torch
+from models import binary
 from pyro.infer import SVI, Predictive
 from pyro.optim import SGD, Adam
 from torch import Tensor
@@ -34,10 +35,6 @@ def deep(*, scale: float = 1.0, **options: object) -> DeepBoltzmannMachine:
     for layer in dbm.layers:
         dbm.offset(layer).uniform_(0.2, 0.8)
     return dbm
-
-
-def binary(count: int, width: int) -> Tensor:
-    return torch.randint(2, (count, width)).double()
 
 
 def exact_means(machine: BoltzmannMachine, v: Tensor) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import binary
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim import SGD
 from torch import Tensor
@@ -44,10 +45,6 @@ def deep(*, scale: float = 1.0, **options: object) -> DeepBoltzmannMachine:
 def general() -> BoltzmannMachine:
     layers = {"v": BernoulliUnits(4), "h": BernoulliUnits(5)}
     return randomised(BoltzmannMachine(layers, [("v", "h"), ("v", "v"), ("h", "h")], init_scale=1.0))
-
-
-def binary(count: int, width: int) -> Tensor:
-    return torch.randint(2, (count, width)).double()
 
 
 MACHINES = {

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pyro
 import pytest
 import torch
+from models import binary
 from pyro.infer import SVI, Predictive
 from pyro.optim import SGD, Adam
 from torch import Tensor
@@ -33,10 +34,6 @@ from pplvi.energies.learning.up_down import UpDown
 pytestmark = pytest.mark.usefixtures("float64")
 
 PATTERNS = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 0]]).double()
-
-
-def binary(count: int, width: int) -> Tensor:
-    return torch.randint(2, (count, width)).double()
 
 
 def states(width: int) -> Tensor:

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import banana
 
 from pplvi import ELBO, AutoFlow, CompiledSVI, fit
 from pplvi.guides.flows.bnaf import BlockNeuralFlow
@@ -66,11 +67,6 @@ def test_its_tails_are_lines_and_reach_every_value():
     assert ladj.isfinite().all()
     x, _ = transform.inv.call_and_ladj(torch.tensor([[1e4, -1e4]]))
     assert torch.allclose(transform.call_and_ladj(x)[0], torch.tensor([[1e4, -1e4]]))
-
-
-def banana() -> None:
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(x**2, 0.5))
 
 
 def correlated() -> None:

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import Collinear, correlated
+from models import Collinear, coin, correlated, counts, nan_data, subsampled, words
 from torch.distributions import constraints
 
 from pplvi import Posterior
@@ -52,23 +52,6 @@ def test_a_collinear_regression_agrees_with_its_closed_form():
     posterior = AutoDeterministicNormal(model, seed=0).run().get_posterior()
     assert ((posterior.mean - mean).abs() < 0.01 * sd).all()
     assert torch.allclose(posterior.variance.sqrt(), sd, rtol=0.01)
-
-
-def counts() -> None:
-    rate = pyro.sample("rate", dist.Gamma(3.0, 2.0))
-    with pyro.plate("data", 4):
-        pyro.sample("y", dist.Poisson(rate), obs=torch.tensor([3.0, 5.0, 2.0, 6.0]))
-
-
-def words() -> None:
-    p = pyro.sample("p", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
-    pyro.sample("y", dist.Multinomial(10, p), obs=torch.tensor([5.0, 1.0, 4.0]))
-
-
-def coin() -> None:
-    p = pyro.sample("p", dist.Beta(2.0, 3.0))
-    with pyro.plate("data", 6):
-        pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0]))
 
 
 def log_beta(*a: float) -> float:
@@ -123,17 +106,6 @@ def separable() -> None:
     slope = pyro.sample("slope", dist.ImproperUniform(constraints.real, (), ()))
     logits = slope[..., None] * torch.tensor([-1.0, -2.0, 1.0, 3.0])
     pyro.sample("y", dist.Bernoulli(logits=logits).to_event(1), obs=torch.tensor([0.0, 0.0, 1.0, 1.0]))
-
-
-def nan_data() -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    pyro.sample("bad", dist.Normal(mean, 1.0), obs=torch.tensor(math.nan))
-
-
-def subsampled() -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 10, subsample_size=3) as index:
-        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.ones(10)[index])
 
 
 @pytest.mark.parametrize(

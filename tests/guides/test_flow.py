@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import banana
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoGuideList, AutoNormal, init_to_value
@@ -240,11 +241,6 @@ def svi_steps(program: Callable, guide: Callable, steps: int, *args: Tensor, lr:
 def correlated() -> None:
     chol = torch.tensor([[1.0, 0.0], [0.95, math.sqrt(1 - 0.95**2)]])
     pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=chol))
-
-
-def banana() -> None:
-    x = pyro.sample("x", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(x**2, 0.5))
 
 
 def funnel() -> None:

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import Collinear, correlated
+from models import Collinear, coin, correlated, counts, nan_data, subsampled, words
 from pyro.infer import SVI, Predictive, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, init_to_value
 from torch.distributions import constraints
@@ -126,23 +126,6 @@ def test_a_collinear_regression_agrees_with_its_closed_form():
     assert posterior.pareto_k < 0.5
     assert ((draws.mean(0) - mean).abs() < 0.05 * sd).all()
     assert ((draws.std(0) / sd - 1).abs() < 0.05).all()
-
-
-def coin() -> None:
-    p = pyro.sample("p", dist.Beta(2.0, 3.0))
-    with pyro.plate("data", 6):
-        pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0]))
-
-
-def counts() -> None:
-    rate = pyro.sample("rate", dist.Gamma(3.0, 2.0))
-    with pyro.plate("data", 4):
-        pyro.sample("y", dist.Poisson(rate), obs=torch.tensor([3.0, 5.0, 2.0, 6.0]))
-
-
-def words() -> None:
-    p = pyro.sample("p", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
-    pyro.sample("y", dist.Multinomial(10, p), obs=torch.tensor([5.0, 1.0, 4.0]))
 
 
 def log_beta(a: torch.Tensor) -> torch.Tensor:
@@ -419,17 +402,6 @@ def test_a_start_at_the_mode_still_has_a_path():
 
 
 # ---------------------------------------------------------------------- refusals
-
-
-def nan_data() -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    pyro.sample("bad", dist.Normal(mean, 1.0), obs=torch.tensor(math.nan))
-
-
-def subsampled() -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 10, subsample_size=3) as index:
-        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.ones(10)[index])
 
 
 def hidden() -> None:

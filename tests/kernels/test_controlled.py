@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import bimodal, gamma_target
 from pyro.infer import SVI
 from pyro.optim import Adam
 from torch import Tensor
@@ -35,11 +36,6 @@ def randomise(guide: Any, scale: float = 0.4) -> None:
         for name, parameter in guide.named_parameters():
             if "outputs" in name:
                 parameter.normal_(0.0, scale)
-
-
-def gamma_target() -> None:
-    pyro.sample("z", dist.Normal(1.0, 2.0))
-    pyro.sample("s", dist.Gamma(3.0, 2.0))
 
 
 def target_density(values: Any, args: Any, kwargs: Any) -> Tensor:
@@ -85,13 +81,6 @@ def gaussian() -> None:
     """Z = 3, mean 1, sd 1/2."""
     pyro.sample("z", dist.Normal(1.0, 0.5))
     pyro.factor("mass", torch.tensor(3.0).log())
-
-
-def bimodal() -> None:
-    """Z = 1/2."""
-    z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
-    modes = dist.Normal(torch.tensor([2.0, -2.0]), 0.7)
-    pyro.factor("density", torch.logsumexp(modes.log_prob(z.unsqueeze(-1)), -1) - math.log(4.0))
 
 
 def base() -> None:

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import bimodal, gamma_target
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 from torch import Tensor
@@ -97,11 +98,6 @@ def test_a_flow_is_the_identity_at_first() -> None:
     torch.testing.assert_close(ratio, torch.zeros(4), rtol=0, atol=1e-12)
 
 
-def gamma_target() -> None:
-    pyro.sample("z", dist.Normal(1.0, 2.0))
-    pyro.sample("s", dist.Gamma(3.0, 2.0))
-
-
 def slope(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of the log density in z and u = log s: (1 - z) / 4 and 3 - 2 s."""
     return (1.0 - z) / 4, 3.0 - 2.0 * u.exp()
@@ -151,13 +147,6 @@ def test_one_leapfrog_step_has_the_weights_of_a_langevin_pair() -> None:
 
 
 # ---------------------------------------------------------------- on a path
-
-
-def bimodal() -> None:
-    """Z = 1/2, second moment 4.49."""
-    z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
-    modes = dist.Normal(torch.tensor([2.0, -2.0]), 0.7)
-    pyro.factor("density", torch.logsumexp(modes.log_prob(z.unsqueeze(-1)), -1) - math.log(4.0))
 
 
 def single() -> None:

@@ -276,5 +276,5 @@ def test_untraceable_models_and_losses():
     assert len([w for w in told if "falls back" in str(w.message)]) == 1
     with pytest.raises(ValueError, match="TraceGraph_ELBO branches on values"):
         fit(branching, AutoNormal, compile="trace", objective=TraceGraph_ELBO(), **options)
-    with pytest.raises(ValueError, match="mode='fast'"):
+    with pytest.raises(ValueError, match="compile='fast'"):
         train("fast")
