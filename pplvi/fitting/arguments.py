@@ -18,6 +18,7 @@ from pyro.infer.elbo import ELBO as PyroELBO
 from pplvi.losses.base import Loss
 from pplvi.programs.calls import to_call
 from pplvi.programs.handlers import sized
+from pplvi.programs.inputs import to_inputs
 from pplvi.programs.state import Environment
 from pplvi.programs.ways import Vectorize
 from pplvi.training.batches import Batches, FullData
@@ -70,9 +71,10 @@ def named_monitor(monitor: Any, environment: Environment) -> Monitor | None:
         return None
     whole = monitor if isinstance(monitor, Monitor) else Monitor(monitor)
     check_loss(whole.objective, "monitor")
-    if whole.held_back is not None:
-        to_call(whole.held_back)  # is one
-    return replace(whole, held_back=environment.move(whole.held_back))
+    if whole.held_back is None:
+        return whole
+    args, kwargs = to_inputs(None, *to_call(whole.held_back), environment)
+    return replace(whole, held_back=kwargs or args)
 
 
 def optimizer_of(optim: OptimLike, learning_rate: float | None) -> OptimLike:

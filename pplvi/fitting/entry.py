@@ -24,6 +24,7 @@ from pplvi.fitting.arguments import (
     stopping_rule,
 )
 from pplvi.fitting.auto import select
+from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.mcmc import run_chains
 from pplvi.fitting.options import Auto, Checkpoint, Compile, MarkovChains, Minibatches
 from pplvi.fitting.result import Fit
@@ -31,6 +32,8 @@ from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
+from pplvi.programs.errors import explained
+from pplvi.programs.inputs import Inputs
 from pplvi.programs.state import Environment, fingerprint
 from pplvi.programs.ways import Vectorize
 from pplvi.training.batches import make_batches
@@ -52,6 +55,7 @@ NUM_STEPS = 5000
 NUM_DRAWS = 1000
 
 
+@explained()
 def fit(
     model: Program,
     guide: Any,
@@ -169,6 +173,8 @@ def fit(
     check_numbers(num_steps=num_steps, restarts=restarts)
     check_seed(seed, restarts)
     ways.named(vectorize)
+    if data is None:
+        call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
     unused |= {"init": init, "monitor": monitor, "callbacks": callbacks or None, "compile": compile or None}
     unused |= {"checkpoint": checkpoint, "resume": resume}
@@ -179,6 +185,8 @@ def fit(
         originals = Originals(model, *call, environment)
         again = partial(fit, args=call[0], kwargs=call[1], progress=progress, **same)
         return select(again, model, originals, auto.budget)
+    if data is None:
+        warn_of_no_data(model, *call, environment)
     if (chains := MarkovChains.of(guide)) is not None:
         refuse(unused, "MCMC", "num_steps, ")
         recipe = Recipe(model, chains.make_kernel, True, False, environment)
@@ -190,6 +198,7 @@ def fit(
     named, steps = named_monitor(monitor, environment), num_steps or NUM_STEPS
     source, compiled = Minibatches.of(data), Compile.of(compile)
     batches = make_batches(source.data, *call, seed is not None, source.last_batch)
+    batches.inputs = Inputs(model, dtype, check=data is not None)
     recipe = recipe_of(model, guide, batches, restarts, environment)
     bound = named is not None or monitor_of(objective) is not None
     rule = stopping_rule(stop, schedule) if bound else None
@@ -243,6 +252,7 @@ def _fit_chains(
 ) -> Fit:
     run = Restart(0, recipe.model, recipe.guide, recipe.environment, seed)
     recipe.environment.move_module(recipe.model)
+    check_chains(recipe.model, *call, recipe.environment)
     start = time.perf_counter()
     with run.scope():
         mcmc = run_chains(

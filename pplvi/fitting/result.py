@@ -18,10 +18,11 @@ from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import report, report_likelihood
+from pplvi.programs.inputs import to_inputs
 from pplvi.programs.ways import Vectorize, is_looped
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
-from pplvi.types import Program
+from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     import arviz
@@ -183,8 +184,11 @@ class Fit:
             )
         own = args is None and kwargs is None
         call = (self.args or (), self.kwargs) if own else (args or (), kwargs or {})
-        moved: tuple[tuple[Any, ...], Any] = self.runs[0].environment.move(call)
-        return moved
+        return self._inputs(*call)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        run = self.runs[self.best]
+        return to_inputs(run.model, args, kwargs, run.environment)
 
     @cached_property
     def posteriors(self) -> list[Posterior]:
@@ -202,8 +206,7 @@ class Fit:
 
     def predict(self, *args: Any, num_samples: int | None = None, seed: int | None = None, **kwargs: Any) -> Draws:
         """Posterior predictive draws of the best restart: see :meth:`pplvi.Posterior.predict`."""
-        environment = self.runs[self.best].environment
-        moved_args, moved_kwargs = environment.move((args, kwargs))
+        moved_args, moved_kwargs = self._inputs(args, kwargs)
         posterior = self.posteriors[self.best]
         seed = self.seed if seed is None else seed
         return posterior.predict(*moved_args, num_samples=num_samples, seed=seed, **moved_kwargs)

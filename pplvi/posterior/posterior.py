@@ -24,13 +24,17 @@ from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
+from pplvi.programs.errors import explained
+from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
+from pplvi.programs.plates import with_all_data
 from pplvi.programs.running import isolated, plain_run
+from pplvi.programs.scales import without_scale
 from pplvi.programs.sites import batch_sizes, is_delta, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.ways import Vectorize
-from pplvi.types import Program
+from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     from arviz.stats.stats_utils import ELPDData
@@ -41,7 +45,10 @@ class Posterior(WeightedDraws):
 
     .. math:: z_s \sim q, \qquad \log w_s = \log p(x, z_s) - \log q(z_s)
 
-    It takes any guide that was trained in any way, ``pplvi.fit`` or a loop written by hand.
+    It takes any guide that was trained in any way, ``pplvi.fit`` or a loop written by hand. Where a site of the guide
+    stands under ``poutine.scale``, as in a KL term that is warmed up, densities and weights are those of both programs
+    without it; a scale in the model alone is a part of the target. Plates that the programs subsample themselves
+    (``subsample_size=``) are whole here, if the arguments hold the data for it.
 
     Source: Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
 
@@ -69,6 +76,10 @@ class Posterior(WeightedDraws):
     (True, -1.33)
     """
 
+    model: Program
+    guide: Program | None
+
+    @explained()
     def __init__(
         self,
         model: Program,
@@ -83,10 +94,10 @@ class Posterior(WeightedDraws):
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
-        if names := enumerated_by(
-            leaves_out_summed(guide), self.args, self.kwargs
-        ):  # it can be drawn from all the same
-            model, guide = drawing(model, names), drawing(guide, names)
+        model, guide = without_scale(model, guide, self.args, self.kwargs)
+        self.model, self.guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
+        if names := enumerated_by(leaves_out_summed(guide), self.args, self.kwargs):
+            model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         chunks = _chunks(num_draws, chunk_size)
         if at_a_point := _is_at_a_point(model, guide, self.args, self.kwargs):
             chunks = [(0, 1)]
@@ -102,6 +113,7 @@ class Posterior(WeightedDraws):
         super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
 
     @classmethod
+    @explained()
     def from_mcmc(
         cls,
         mcmc: MCMC,
@@ -162,7 +174,9 @@ class Posterior(WeightedDraws):
         vectorize: Vectorize,
         mcmc: MCMC | None = None,
     ) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, tuple(args), dict(kwargs or {})
+        self.model, self.guide = model, guide
+        self._call: Call = to_inputs(model, tuple(args), dict(kwargs or {}))
+        check_finite(model, self.args, self.kwargs)
         self.vectorize, self.mcmc = vectorize, mcmc
 
     def _without_padding(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,10 +185,21 @@ class Posterior(WeightedDraws):
         shapes = {name: (*batch_sizes(s).values(), *s["fn"].event_shape) for name, s in sites.items()}
         return {name: value.reshape(-1, *shapes.get(name, value.shape[1:])) for name, value in latents.items()}
 
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of model and guide."""
+        return self._call[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Their keyword arguments."""
+        return self._call[1]
+
     def _score(self, latents: Mapping[str, Tensor], start: int, stop: int) -> Draws:
         part = {name: value[start:stop] for name, value in latents.items()}
         return score(self.model, part, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
 
+    @explained()
     def predict(
         self,
         *args: Any,
@@ -206,7 +231,7 @@ class Posterior(WeightedDraws):
                 f"latent sites in the subsampled plates {names} belong to one minibatch, and the model would draw "
                 "another: expected a posterior on the full data. Or let the model draw these sites: new_sites=."
             )
-        args, kwargs = (args, kwargs) if args or kwargs else (self.args, self.kwargs)
+        args, kwargs = to_inputs(self.model, args, kwargs) if args or kwargs else (self.args, self.kwargs)
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples
@@ -214,6 +239,7 @@ class Posterior(WeightedDraws):
                 found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
         return _observed_as_before(found, self.draws)
 
+    @explained()
     def loo(self, var_name: str | None = None) -> ELPDData:
         """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
 

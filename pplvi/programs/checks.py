@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import dropwhile
 from typing import Any
 
@@ -23,43 +22,6 @@ from pplvi.programs.sites import (
     site_plates,
 )
 from pplvi.programs.traces import Run
-
-
-@contextmanager
-def named_errors() -> Iterator[None]:
-    """Turn Pyro's errors for an empty plate, no latent site or an improper prior into a ``ValueError`` saying so."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "ImproperUniform does not support sampling" in str(error):
-            raise ValueError(_NO_START) from error
-        if "found no latent variables" not in str(error):
-            raise
-        raise ValueError(
-            f"{error}: this guide needs at least one latent site, but the model has none. For maximum likelihood pass "
-            "a guide without sites, such as `lambda *args: None`."
-        ) from error
-    except ZeroDivisionError as error:
-        if not _raised_by_pyro(error):
-            raise
-        raise ValueError(
-            "a pyro.plate of size 0 was met: expected at least one element. Drop empty batches before the step."
-        ) from error
-
-
-_NO_START = (
-    "a latent has an ImproperUniform prior, which cannot be drawn from to find a start: expected one by name, "
-    "lambda model: AutoNormal(model, init_loc_fn=init_to_value(values={...})) or, for MCMC, "
-    "partial(NUTS, init_strategy=init_to_value(values={...})). Or use pplvi.AutoPathfinder, which needs none, or a "
-    "proper prior."
-)
-
-
-def _raised_by_pyro(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("pyro.")
 
 
 def enumerates(run: Run) -> bool:
@@ -86,6 +48,27 @@ def check_pair(run: Run) -> None:
             _check_data(name, site)
             _check_declared(name, site)
     _warn_of_joint_factors(run)
+
+
+def check_model_run(run: Run) -> None:
+    """Check a run of a model alone, as the model of a pair is checked.
+
+    :raises ValueError: with the site, what came, what was expected and what to do.
+    """
+    if not latent_sites(run.model):
+        raise ValueError(
+            "the model has no latent sites, so there is nothing to draw: expected at least one pyro.sample without "
+            "obs=. For maximum likelihood train a guide without sites, such as `lambda *args: None`."
+        )
+    for name, site in sample_sites(run.model):
+        _check_data(name, site)
+        _check_declared(name, site)
+
+
+def has_data(run: Run) -> bool:
+    """Whether a model has an observed site or a factor."""
+    found = (s for _, s in sample_sites(run.model) if s["is_observed"])
+    return any(is_factor(site) or not is_deterministic(site) for site in found)
 
 
 def check_run(run: Run) -> None:

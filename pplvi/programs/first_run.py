@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.autoguides import check_full_size
+from pplvi.programs.autoguides import check_full_size, check_local_sizes
 from pplvi.programs.handlers import SubsampleRecorder
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.running import _plain_run, _recording, isolated, plain_run
@@ -79,6 +79,7 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
     own = run.given_subsamples & frozenset(run.subsample_indices())
     with isolated():
         checks.check_pair(run)
+        check_local_sizes(guide)
         if checks.is_minibatch(run):
             check_full_size(guide, run)
             checks.check_minibatch(run, plain_run(model, args, kwargs))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import wraps
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
+from typing import Any, cast
 
 import pyro
 import torch
@@ -148,6 +148,24 @@ class _Noting(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         self.names.append(msg["name"])
+
+
+def within(context: Callable[[], AbstractContextManager[Any]], program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program that runs inside a context, and is seen through by what looks for the program behind handlers.
+
+    >>> from contextlib import nullcontext
+    >>> inner = lambda x: x + 1
+    >>> within(nullcontext, inner)(1), poutine.unwrap(within(nullcontext, inner)) is inner
+    (2, True)
+    """
+    wrapped: Any = partial(_within, context, program)
+    wrapped.__wrapped__ = program
+    return cast(Callable[..., Any], wrapped)
+
+
+def _within(context: Callable[[], AbstractContextManager[Any]], program: Any, /, *args: Any, **kwargs: Any) -> Any:
+    with context():
+        return program(*args, **kwargs)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 Site = dict[str, Any]
 
 
-PARTICLES = "_pplvi_particles"
+PARTICLES = "all draws in one call"  # messages of Pyro show it
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.distributions import biject_to
 from pplvi.guides.base import ContinuousGuide
 from pplvi.guides.density import UnconstrainedDensity, outside_of_handlers
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture
-from pplvi.programs import checks
+from pplvi.programs.errors import explained
 from pplvi.programs.handlers import float_dtype
 from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
@@ -86,7 +86,7 @@ class FoundGuide(ContinuousGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            with preserved_rng(active=self._seed is not None), checks.named_errors():
+            with preserved_rng(active=self._seed is not None), explained():
                 self._read_model(*args, **kwargs)
             if "loc" not in self._buffers:  # else its result was loaded by load_state_dict
                 with random_state(self._seed), outside_of_handlers():
