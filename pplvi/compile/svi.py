@@ -11,7 +11,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from itertools import takewhile
+from typing import Any, Literal, cast
 
 import pyro
 import torch
@@ -27,7 +28,8 @@ from pplvi.compile.flat_optimizers import (
     flat_update,
     without_new_parameters,
 )
-from pplvi.compile.tracing import Traced, Untraceable, record, unchanged
+from pplvi.compile.reading import Guard, Programs, Variant
+from pplvi.compile.tracing import Traced, Untraceable, check_variants, record, unchanged
 from pplvi.losses.elbo import own_loss
 from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, in_runs, stacked, to_call
 from pplvi.programs.first_run import first_bad_site
@@ -39,7 +41,6 @@ _Loop = tuple[int, Sequence[Tensor]]
 Mode = Literal["trace", "max", "auto"] | bool
 
 MODES = (False, "trace", True, "max", "auto")
-_MANY = 8
 
 
 class CompiledSVI:
@@ -68,10 +69,11 @@ class CompiledSVI:
     :raises ValueError: for an optimiser, loss or option that is not one of these; at the first step, for programs that
         cannot be traced, with the site and the reason, and without a compiler. Parameters are as they were then.
 
-    A new graph is recorded for every new shape, dtype, or value of an argument that is no tensor. Python code runs only
-    while recording: counters and closures of a program keep the values that they had. Parameters share the memory of
-    one vector, so that the parameter store, ``guide.median`` and ``Predictive`` see every step. Compiled programs for
-    the CPU stay in inductor's folder (``TORCHINDUCTOR_CACHE_DIR``), where other processes find them by their graph.
+    A new graph is recorded for every new shape, dtype, or value of an argument that is no tensor, and for new values
+    of what the programs read of tensor arguments, such as ``int(lengths.max())``. Python code runs only while
+    recording: counters and closures of a program keep the values that they had. Parameters share the memory of one
+    vector, so that the parameter store, ``guide.median`` and ``Predictive`` see every step. Compiled programs for the
+    CPU stay in inductor's folder (``TORCHINDUCTOR_CACHE_DIR``), where other processes find them by their graph.
 
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference", for the step.
 
@@ -109,8 +111,7 @@ class CompiledSVI:
         self.count = 0
         self._update: FlatUpdate | None = None
         self._waiting: Mapping[str, Any] | None = None
-        self._programs: dict[Any, Program] = {}
-        self._fixed: list[Arguments] = []  # what the keys of programs refer to by identity stays alive
+        self._programs = Programs()
         self._size: int | None = None
 
     # ------------------------------------------------------------------ training
@@ -273,23 +274,28 @@ class CompiledSVI:
     def _each(self, calls: Sequence[Arguments]) -> Tensor:
         """At most a chunk of steps, each on its own arguments of the same shapes."""
         self._ready(calls[0])
-        if self.mode == "max":
-            data = stacked(calls, self.chunk)
-            return self._loop(calls[0], len(calls), data, stacks=len(data))
-        return self._one_by_one(calls)
+        if self.mode != "max":
+            return self._one_by_one(calls)
+        data = stacked(calls, self.chunk)
+        guard = self._variant(calls[0], (len(data), data)).guard
+        same = list(takewhile(lambda call: guard.holds(call.tensors), calls))
+        data = stacked(same, self.chunk)
+        losses = self._loop(same[0], len(same), data, stacks=len(data))
+        return torch.cat([losses, self._each(calls[len(same) :])]) if len(same) < len(calls) else losses
 
     def _one_by_one(self, calls: Sequence[Arguments]) -> Tensor:
         with torch.no_grad():
-            program = self._program(calls[0], None)
+            found = {id(call): self._variant(call, None).program for call in {id(x): x for x in calls}.values()}
             rates = self.rates(len(calls), len(calls)).unbind()
             flat = self._ready(calls[0]).flat
-            losses = [program(flat, *self.state, r, *call.tensors) for r, call in zip(rates, calls, strict=True)]
+            steps = zip(rates, calls, strict=True)
+            losses = [found[id(call)](flat, *self.state, rate, *call.tensors) for rate, call in steps]
         self.count += len(calls)
         return torch.stack(losses)
 
     def _loop(self, arguments: Arguments, num_steps: int, data: Sequence[Tensor], stacks: int) -> Tensor:
         with torch.no_grad():
-            program = self._program(arguments, (stacks, data))
+            program = self._variant(arguments, (stacks, data)).program
             steps = torch.tensor(num_steps, device=self._ready(arguments).flat.device)
             rates = self.rates(num_steps, self.chunk)
             losses: Tensor = program(self._ready(arguments).flat, *self.state, rates, steps, *data)
@@ -303,18 +309,11 @@ class CompiledSVI:
         device = self.state[0].device
         return torch.tensor(factors + [0.0] * (length - num_steps), dtype=torch.float64, device=device)
 
-    def _program(self, arguments: Arguments, loop: _Loop | None) -> Program:
-        key = (arguments.key, None if loop is None else loop[0])
-        if key not in self._programs:
-            self._programs[key] = self.settled(lambda: self._make(arguments, loop))
-            self._fixed.append(arguments)
-            if len(self._programs) == _MANY:
-                warnings.warn(
-                    f"{_MANY} programs were made for different arguments. Pass what changes from step to step as a "
-                    "tensor of fixed shape, not as a Python number.",
-                    stacklevel=2,
-                )
-        return self._programs[key]
+    def _variant(self, arguments: Arguments, loop: _Loop | None) -> Variant:
+        def make(others: int) -> Variant:
+            return cast(Variant, self.settled(lambda: self._make(arguments, loop, others)))
+
+        return self._programs.find(arguments, None if loop is None else loop[0], make)
 
     def settled(self, make: Callable[[], Any]) -> Any:
         """What this makes; in mode ``"auto"`` with the first mode that it can be made in, and a warning for another."""
@@ -329,13 +328,15 @@ class CompiledSVI:
             warnings.warn(f"compile='auto' falls back to {how}: {error}", stacklevel=2)
             return self.settled(make)
 
-    def _make(self, arguments: Arguments, loop: _Loop | None) -> Program:
+    def _make(self, arguments: Arguments, loop: _Loop | None, others: int) -> Variant:
         carried = self.carried()
         if self.mode is False:
-            return backends.in_place(without_new_parameters(self._step_on(arguments)), len(carried))
+            step = without_new_parameters(self._step_on(arguments))
+            return Variant(Guard(), backends.in_place(step, len(carried)))
+        check_variants(others)
         traced, inputs = self.recorded(arguments), (torch.ones_like(self.state[0]), *arguments.tensors)
         program = self.backend(traced, (*carried, *traced.state), inputs, loop)
-        return lambda *x: program(*x[: len(carried)], *traced.state, *x[len(carried) :])
+        return Variant(traced.guard, lambda *x: program(*x[: len(carried)], *traced.state, *x[len(carried) :]))
 
     def carried(self) -> tuple[Tensor, ...]:
         """What goes from step to step: the parameters as one vector, and the optimiser's state."""
@@ -353,7 +354,7 @@ class CompiledSVI:
         carried = self.carried()
         inputs = (*carried, torch.ones_like(self.state[0]), *arguments.tensors)
         with self._same_buffers():
-            return record(self._step_on(arguments), inputs, parameters.places, len(carried))
+            return record(self._step_on(arguments), inputs, parameters.places, len(carried), len(arguments.tensors))
 
     def backend(
         self, traced: Traced, carried: Sequence[Tensor], inputs: Sequence[Tensor], loop: _Loop | None

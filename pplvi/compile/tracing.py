@@ -2,17 +2,19 @@
 
 ``make_fx`` runs the step once on real tensors and writes down every operation. What does not pass through tensor
 operations is written down with today's value: a branch on a tensor, a shape that follows from data, a number from
-Python's or NumPy's generator. Such steps are refused here instead of being repeated wrongly. Python values that a
-program reads or counts itself (closures, attributes, global variables) stay as they were when the step was recorded.
+Python's or NumPy's generator. Such steps are refused here instead of being repeated wrongly, but for what follows from
+arguments alone: that is a constant of the recording, and :mod:`pplvi.compile.reading` keeps what it depends on. Python
+values that a program reads or counts itself (closures, attributes, global variables) stay as they were when the step
+was recorded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import pyro
 import torch
@@ -20,29 +22,21 @@ from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from pplvi.compile.reading import MANY, Guard
+from pplvi.compile.watching import Refusal, Varying, VaryingCalls, Writes, written_by
 from pplvi.programs.handlers import last_site
 
 aten = torch.ops.aten
 
-BRANCH = "a Python value taken from a tensor (a branch, .item(), float(), bool(), .tolist() or .numpy())"
-SHAPE = "a shape that depends on the data (boolean indexing, nonzero, unique)"
 RANDOM = "numbers from Python's or NumPy's random generator, which would be the same at every step"
 FUSED_NOISE = 32  # most random numbers that are drawn inside a fused loop
-_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_NOT_USERS = {"torch", "pyro", "pplvi", "contextlib", "functools"}
 
 
 class Untraceable(ValueError):
     """A step cannot be recorded: the message names the site and the reason."""
-
-
-class _Refusal(BaseException):
-    """Why an operation cannot be part of a graph. No ``Exception``: programs that catch one shall not hide it."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +48,13 @@ class Traced:
     :ivar constants: tensors that the programs reached by themselves: closures, numbers of the priors.
     :ivar state: those among them that the programs change in place, such as the running means of batch normalisation
         or persistent chains: the graph takes their values and returns the new ones.
+    :ivar guard: what the programs have read of the arguments, which the recording holds for.
     """
 
     graph: fx.GraphModule
     constants: tuple[Tensor, ...]
     state: tuple[Tensor, ...] = ()
+    guard: Guard = field(default_factory=Guard)
 
 
 def record(
@@ -66,6 +62,7 @@ def record(
     inputs: Sequence[Tensor],
     parameters: Mapping[int, tuple[int, Tensor]],
     num_carried: int = 0,
+    num_arguments: int = 0,
 ) -> Traced:
     """Record a step.
 
@@ -75,18 +72,20 @@ def record(
     :param parameters: by the identity of a parameter that the programs reach by themselves: where it starts in that
         vector, and the parameter.
     :param num_carried: how many of the first inputs come back, changed, as the first outputs.
-    :raises Untraceable: with the last site that was met and the reason.
+    :param num_arguments: how many of the last inputs are arguments of the programs, which may read their values.
+    :raises Untraceable: with the last site that was met, the reason, and the line of the program.
 
     >>> offset = torch.tensor(1.0)
     >>> traced = record(lambda x: (x * 2 + offset,), [torch.ones(3)], {})
     >>> traced.graph(torch.zeros(3), *traced.constants)
     (tensor([1., 1., 1.]),)
     """
-    watch = _Watch(p for _, p in parameters.values())
+    watch = Varying(p for _, p in parameters.values())
 
     def watched(*tensors: Tensor) -> tuple[Tensor, ...]:
-        watch.mark(tensors)
-        with _WatchCalls(watch), watch:
+        watch.mark(tensors[: len(tensors) - num_arguments])
+        watch.tape.start(tensors[len(tensors) - num_arguments :])
+        with VaryingCalls(watch), watch:
             return step(*tensors)
 
     with last_site() as site, _named_failure(site), _same_generators(), unchecked():
@@ -99,13 +98,27 @@ def record(
     _simplify_noise(graph.graph)
     graph.graph.eliminate_dead_code(_has_effect)
     graph.recompile()
-    return Traced(graph, *(tuple(x.detach() for x in tensors) for tensors in (constants, state)))
+    values = [tuple(x.detach() for x in tensors) for tensors in (constants, state)]
+    return Traced(graph, values[0], values[1], watch.tape.guard())
+
+
+def check_variants(others: int) -> None:
+    """Check that a step was not recorded too often because of what it reads of its arguments.
+
+    :raises Untraceable: if there are so many recordings for arguments of the same shapes.
+    """
+    if others >= MANY:
+        raise Untraceable(
+            f"the step was recorded for {others} different values of what the programs read of their arguments (a "
+            "branch, .item(), a boolean index), and met others: expected values that seldom change. Use torch.where or "
+            "masks of fixed shape, or train with compile=False (mode=False)."
+        )
 
 
 @contextmanager
 def unchanged() -> Iterator[None]:
     """Put every tensor that is written to in place inside the block back afterwards."""
-    watch = _Writes()
+    watch = Writes()
     try:
         with watch:
             yield
@@ -133,7 +146,7 @@ def _same_generators() -> Iterator[None]:
         yield
         after = pyro.util.get_rng_state()
         if repr(after["random"]) != repr(before["random"]) or repr(after["numpy"]) != repr(before["numpy"]):
-            raise _Refusal(RANDOM)
+            raise Refusal(RANDOM)
     finally:
         pyro.util.set_rng_state(before)
 
@@ -144,127 +157,23 @@ def _named_failure(site: list[str]) -> Iterator[None]:
         yield
     except ValueError:
         raise
-    except (Exception, _Refusal) as error:  # an operation can fail to be recorded in any way
-        reason = str(error) if isinstance(error, _Refusal) else f"an operation that cannot be recorded: {error}"
+    except (Exception, Refusal) as error:  # an operation can fail to be recorded in any way
+        reason = str(error) if isinstance(error, Refusal) else f"an operation that cannot be recorded: {error}"
         where = f"at or after site {site[-1]!r}" if site else "before the first site"
         raise Untraceable(
-            f"the step cannot be traced: {where} it met {reason}. Expected tensor operations whose shapes do not "
-            "depend on values: use torch.where or masks instead of branches, pass what changes as a tensor argument, "
-            "or train with compile=False (mode=False)."
+            f"the step cannot be traced: {where} it met {reason}{_place_of(error)}. Expected tensor operations whose "
+            "shapes do not depend on values: use torch.where or masks instead of branches, pass what changes as a "
+            "tensor argument, or train with compile=False (mode=False)."
         ) from error
 
 
-class _Writes(TorchDispatchMode):
-    """Note which tensors are written to in place, and what they held before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        self.made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.fresh: set[StorageWeakRef] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.run(func, args, kwargs or {})[0]
-
-    def run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
-        """The result of an operation, and the tensors that it wrote to."""
-        written = [args[i] for i in _written(func) if i < len(args)]
-        for x in written:
-            self._remember(x)
-        result = func(*args, **kwargs)
-        given = {id(x) for x in args}
-        results = [x for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in given]
-        self.made.update((x, True) for x in results)
-        self.fresh.update(_storages(results) - _storages(tree_leaves((args, kwargs))))
-        return result, written
-
-    def _remember(self, x: Any) -> None:
-        """Keep the values of a tensor that is older than this; a view made meanwhile stands for what it views."""
-        if not isinstance(x, Tensor) or _storages([x]) & self.fresh:  # a new parameter shares a new tensor's memory
-            return
-        whole = x._base if x in self.made and x._base is not None else x
-        if whole not in self.made and id(whole) not in self.before:
-            with _disable_current_modes():
-                self.before[id(whole)] = (whole, whole.detach().clone())
-
-    def wrote(self, tensor: Tensor) -> bool:
-        """Whether a tensor has been written to."""
-        return id(tensor) in self.before
-
-    def put_back(self) -> None:
-        """Undo what was done to tensors that are older."""
-        with torch.no_grad():
-            for tensor, value in self.before.values():
-                tensor.copy_(value)
-
-
-def _storages(leaves: Iterable[Any]) -> set[StorageWeakRef]:
-    return {StorageWeakRef(x.untyped_storage()) for x in leaves if isinstance(x, Tensor)}
-
-
-class _Watch(_Writes):
-    """Follow what varies from step to step, and refuse to bake it in.
-
-    Arguments, parameters and noise vary, and so does all that is worked out from them. The rest is constant: its values
-    may be read, and its masks become indices.
-    """
-
-    def __init__(self, varying: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.varying: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.mark(varying)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is aten.index.Tensor:
-            args = (args[0], [part for i in args[1] for part in self._indices(i)])
-        elif torch.Tag.dynamic_output_shape in func.tags and func is not aten.index_put_.default:
-            return self._constant(func, args, kwargs, SHAPE)
-        elif torch.Tag.data_dependent_output in func.tags:
-            return self._constant(func, args, kwargs, BRANCH)
-        result, written = self.run(func, args, kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags or self.varies(args, kwargs):
-            self.mark(tree_leaves((result, written)))
-        return result
-
-    def varies(self, *tree: Any) -> bool:
-        """Whether any tensor in nested containers follows from arguments, parameters or noise."""
-        return any(x in self.varying for x in tree_leaves(tree) if isinstance(x, Tensor))
-
-    def mark(self, tensors: Iterable[Any]) -> None:
-        """Note that these tensors vary."""
-        for x in tensors:
-            if isinstance(x, Tensor):
-                self.varying[x] = True
-
-    def _constant(self, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
-        if self.varies(args, kwargs):
-            raise _Refusal(reason)
-        with _disable_current_modes():
-            return func(*args, **kwargs)
-
-    def _indices(self, index: Any) -> Sequence[Any]:
-        """A constant mask as indices, one for each of its dimensions."""
-        if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8):
-            return (index,)
-        if self.varies(index):
-            raise _Refusal(SHAPE)
-        with _disable_current_modes():
-            found: Sequence[Tensor] = index.nonzero().unbind(1)
-        return found
-
-
-class _WatchCalls(TorchFunctionMode):
-    """Refuse calls that read the memory of a tensor that varies without an operation."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS and self.watch.varies(args):
-            raise _Refusal(BRANCH)
-        return func(*args, **(kwargs or {}))
+def _place_of(error: BaseException) -> str:
+    """File and line of the user's program that an error went through last."""
+    found = [(frame.f_code.co_filename, line, frame) for frame, line in traceback.walk_tb(error.__traceback__)]
+    for file, line, frame in reversed(found):
+        if str(frame.f_globals.get("__name__")).split(".")[0] not in _NOT_USERS and not file.startswith("<frozen"):
+            return f', in "{file}", line {line}'
+    return ""
 
 
 def _plain_output(graph: fx.GraphModule) -> None:
@@ -342,15 +251,7 @@ def _lift(
 
 def _has_effect(node: fx.Node) -> bool:
     """Whether a node matters although nobody uses its result; noise that is not used does not."""
-    return node.op in ("placeholder", "output") or bool(_written(node.target))
-
-
-def _written(func: Any) -> Sequence[int]:
-    """Positions of the arguments that an operation writes to."""
-    if func is aten.native_batch_norm.default:
-        return (3, 4)  # its schema keeps quiet about the running mean and variance
-    arguments = func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ()
-    return [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+    return node.op in ("placeholder", "output") or bool(written_by(node.target))
 
 
 def _simplify_noise(graph: fx.Graph) -> None:

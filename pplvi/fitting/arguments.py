@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -13,8 +15,12 @@ import pyro.infer
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
+from pplvi.losses.base import Loss
 from pplvi.programs.calls import to_call
+from pplvi.programs.handlers import sized
+from pplvi.programs.inputs import to_inputs
 from pplvi.programs.state import Environment
+from pplvi.programs.ways import Vectorize
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import OptimLike
 from pplvi.training.replicas import Recipe
@@ -65,9 +71,10 @@ def named_monitor(monitor: Any, environment: Environment) -> Monitor | None:
         return None
     whole = monitor if isinstance(monitor, Monitor) else Monitor(monitor)
     check_loss(whole.objective, "monitor")
-    if whole.held_back is not None:
-        to_call(whole.held_back)  # is one
-    return replace(whole, held_back=environment.move(whole.held_back))
+    if whole.held_back is None:
+        return whole
+    args, kwargs = to_inputs(None, *to_call(whole.held_back), environment)
+    return replace(whole, held_back=kwargs or args)
 
 
 def optimizer_of(optim: OptimLike, learning_rate: float | None) -> OptimLike:
@@ -103,7 +110,18 @@ def recipe_of(model: Program, guide: Any, batches: Batches, restarts: int, envir
             f"from the model to a guide, such as lambda model: {type(guide).__name__}(model)."
         )
     makes_guide = not isinstance(guide, torch.nn.Module) and makes_guides(guide, model, batches)
+    if makes_guide:
+        guide = _of_sized_plates(guide, model, batches)
     return Recipe(model, guide, makes_guide, restarts > 1, environment)
+
+
+def _of_sized_plates(guide: Callable[..., Any], model: Program, batches: Batches) -> Callable[..., Any]:
+    """What makes a guide, given the model with plates that have sizes: automatic guides make plates of their own."""
+    args, kwargs = batches.call if isinstance(batches, FullData) else batches.peek()
+    with scratch(), suppress(Exception):  # what is wrong with the model is said where it is trained
+        if sized(model, args, kwargs) is not model:
+            return lambda model: guide(sized(model, args, kwargs))
+    return guide
 
 
 def makes_guides(guide: Callable[..., Any], model: Program, batches: Batches) -> bool:
@@ -144,6 +162,15 @@ def check_loss(loss: Any, name: str) -> Any:
     if isinstance(loss, type) or not (isinstance(loss, PyroELBO) or callable(loss)):
         raise ValueError(f"{name}={loss!r}: expected a loss such as pplvi.ELBO(), or pyro.infer.Trace_ELBO().")
     return loss
+
+
+def in_way(objective: Any, vectorize: Vectorize) -> Any:
+    """An objective that runs its particles in this way; the same one if it does so already."""
+    if vectorize is None or not isinstance(objective, Loss):
+        return objective
+    objective = copy.copy(objective)
+    objective.vectorize_particles = vectorize
+    return objective
 
 
 def check_model(model: Any) -> None:

@@ -15,6 +15,7 @@ from pplvi.fitting.arguments import (
     check_model,
     check_numbers,
     check_seed,
+    in_way,
     monitor_of,
     named_monitor,
     optimizer_of,
@@ -23,13 +24,18 @@ from pplvi.fitting.arguments import (
     stopping_rule,
 )
 from pplvi.fitting.auto import select
+from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.mcmc import run_chains
 from pplvi.fitting.options import Auto, Checkpoint, Compile, MarkovChains, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
+from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
+from pplvi.programs.errors import explained
+from pplvi.programs.inputs import Inputs
 from pplvi.programs.state import Environment, fingerprint
+from pplvi.programs.ways import Vectorize
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.describe import describe
@@ -49,6 +55,7 @@ NUM_STEPS = 5000
 NUM_DRAWS = 1000
 
 
+@explained()
 def fit(
     model: Program,
     guide: Any,
@@ -74,6 +81,7 @@ def fit(
     resume: PathLike | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    vectorize: Vectorize = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -136,6 +144,9 @@ def fit(
     :param resume: a checkpoint to continue; the result is, to the bit, that of a run that was never interrupted.
     :param device: where to move the data and modules to, and the default device meanwhile.
     :param dtype: floating point type of data and modules, and the default meanwhile.
+    :param vectorize: the way of running several particles and draws: ``"broadcast"``, as one more dimension on the left
+        of all tensors; ``"vmap"``, carried by ``torch.func.vmap``; ``"loop"`` (``False``), one after another. The
+        fastest that is right for the programs is found by trying unless one is named.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
     :raises ValueError: for arguments of a wrong kind or that contradict each other, programs that do not fit together,
@@ -161,24 +172,33 @@ def fit(
     environment = Environment(dtype, device)
     check_numbers(num_steps=num_steps, restarts=restarts)
     check_seed(seed, restarts)
+    ways.named(vectorize)
+    if data is None:
+        call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
     unused |= {"init": init, "monitor": monitor, "callbacks": callbacks or None, "compile": compile or None}
     unused |= {"checkpoint": checkpoint, "resume": resume}
     if (auto := Auto.of(guide)) is not None:
         refuse({**unused, "num_steps": num_steps}, "guide='auto'", "")
         same: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "dtype": dtype}
+        same["vectorize"] = vectorize
         originals = Originals(model, *call, environment)
         again = partial(fit, args=call[0], kwargs=call[1], progress=progress, **same)
         return select(again, model, originals, auto.budget)
+    if data is None:
+        warn_of_no_data(model, *call, environment)
     if (chains := MarkovChains.of(guide)) is not None:
         refuse(unused, "MCMC", "num_steps, ")
         recipe = Recipe(model, chains.make_kernel, True, False, environment)
-        return _fit_chains(recipe, call, num_steps or NUM_DRAWS, chains.num_warmup, restarts, seed, progress)
+        run = _fit_chains(recipe, call, num_steps or NUM_DRAWS, chains.num_warmup, restarts, seed, progress)
+        run.vectorize = vectorize
+        return run
     check_init(init)
-    objective = check_loss(ELBO() if objective is None else objective, "objective")
+    objective = in_way(check_loss(ELBO() if objective is None else objective, "objective"), vectorize)
     named, steps = named_monitor(monitor, environment), num_steps or NUM_STEPS
     source, compiled = Minibatches.of(data), Compile.of(compile)
     batches = make_batches(source.data, *call, seed is not None, source.last_batch)
+    batches.inputs = Inputs(model, dtype, check=data is not None)
     recipe = recipe_of(model, guide, batches, restarts, environment)
     bound = named is not None or monitor_of(objective) is not None
     rule = stopping_rule(stop, schedule) if bound else None
@@ -223,6 +243,7 @@ def fit(
         seed=seed,
         objective=objective,
         is_bound=bound,
+        vectorize=vectorize,
     )
 
 
@@ -231,6 +252,7 @@ def _fit_chains(
 ) -> Fit:
     run = Restart(0, recipe.model, recipe.guide, recipe.environment, seed)
     recipe.environment.move_module(recipe.model)
+    check_chains(recipe.model, *call, recipe.environment)
     start = time.perf_counter()
     with run.scope():
         mcmc = run_chains(

@@ -11,7 +11,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 
-from pplvi.programs.checks import named_errors
+from pplvi.programs.errors import explained
 from pplvi.programs.state import preserved_rng
 from pplvi.types import Program
 
@@ -60,7 +60,7 @@ def run_chains(
                 make_kernel(model), num_samples=num_samples, warmup_steps=num_warmup, disable_progbar=not progress
             )
             try:
-                with named_errors():
+                with explained():
                     chain.run(*args, **kwargs)
             except KeyboardInterrupt:
                 if not chains:

@@ -18,9 +18,11 @@ from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import report, report_likelihood
+from pplvi.programs.inputs import to_inputs
+from pplvi.programs.ways import Vectorize, is_looped
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
-from pplvi.types import Program
+from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     import arviz
@@ -43,9 +45,8 @@ class Fit:
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
     :ivar seed: the seed of restart 0.
     :ivar notes: what the report says besides, such as what ``"auto"`` tried.
-    :ivar vectorize: whether all draws of a posterior are made in one call of the programs. An objective of
-        :mod:`pplvi.losses.elbo` decides by its ``vectorize_particles``; with another one, or MCMC, set it to ``False``
-        for programs that allow no such call.
+    :ivar vectorize: the way in which draws of a posterior are run, ``"broadcast"``, ``"vmap"`` or ``"loop"``
+        (``False``); where it is ``None`` or ``True``, the fastest that is right for the programs.
 
     Source: Kucukelbir et al. (2017), "Automatic differentiation variational inference", for the work flow; restarts
     as chains after Gelman & Rubin (1992), "Inference from iterative simulation using multiple sequences".
@@ -74,12 +75,13 @@ class Fit:
         objective: Any = None,
         is_bound: bool = False,
         mcmc: MCMC | None = None,
+        vectorize: Vectorize = None,
     ) -> None:
         self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
         self.notes: dict[str, str] = {}
         own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
-        self.vectorize: bool = objective.vectorize_particles if own else True
+        self.vectorize: Vectorize = objective.vectorize_particles if own and vectorize is None else vectorize
 
     def __repr__(self) -> str:
         if self.mcmc is not None:
@@ -143,7 +145,7 @@ class Fit:
         restart: int | None = None,
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
-        vectorize: bool | None = None,
+        vectorize: Vectorize = None,
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> Posterior:
@@ -153,7 +155,7 @@ class Fit:
         :param restart: its index; the best unless given.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
-        :param vectorize: draw all at once, or one after another; :attr:`vectorize` unless given.
+        :param vectorize: the way of running draws; :attr:`vectorize` unless given.
         :param chunk_size: draw at most so many at once.
         :param seed: for the draws; by default the seed of the restart.
         :raises ValueError: if the fit had no ``args`` and none are given, or there is no such restart.
@@ -182,8 +184,11 @@ class Fit:
             )
         own = args is None and kwargs is None
         call = (self.args or (), self.kwargs) if own else (args or (), kwargs or {})
-        moved: tuple[tuple[Any, ...], Any] = self.runs[0].environment.move(call)
-        return moved
+        return self._inputs(*call)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        run = self.runs[self.best]
+        return to_inputs(run.model, args, kwargs, run.environment)
 
     @cached_property
     def posteriors(self) -> list[Posterior]:
@@ -201,8 +206,7 @@ class Fit:
 
     def predict(self, *args: Any, num_samples: int | None = None, seed: int | None = None, **kwargs: Any) -> Draws:
         """Posterior predictive draws of the best restart: see :meth:`pplvi.Posterior.predict`."""
-        environment = self.runs[self.best].environment
-        moved_args, moved_kwargs = environment.move((args, kwargs))
+        moved_args, moved_kwargs = self._inputs(args, kwargs)
         posterior = self.posteriors[self.best]
         seed = self.seed if seed is None else seed
         return posterior.predict(*moved_args, num_samples=num_samples, seed=seed, **moved_kwargs)
@@ -270,6 +274,10 @@ class Fit:
         posterior = self._best_posterior(args, kwargs)
         if trained:
             facts |= describe_guide(run, posterior, self._call(args, kwargs), self.seed)
+            if is_looped(posterior.model, run.guide, posterior.args, posterior.kwargs):
+                facts["draws"] = (
+                    f"run one after another, {posterior.num_draws} runs of the programs, which branch on what they draw"
+                )
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = describe_end(run) if trained else None
         return report(posterior, facts=facts, convergence=ended, converged=self.converged)

@@ -25,6 +25,7 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import IndependentTransform
 
 from pplvi.guides.owned import OwnedGuide
+from pplvi.programs.errors import explanation, is_own, without_empty_tables
 
 __all__ = ["ContinuousGuide"]
 
@@ -76,8 +77,13 @@ class ContinuousGuide(OwnedGuide, AutoContinuous):
         try:
             super()._setup_prototype(*args, **kwargs)
         except NotImplementedError as error:
+            if is_own(error):
+                raise
+            if known := explanation(error):
+                raise ValueError(known) from error
+            reason = without_empty_tables(str(error))
             raise ValueError(
-                f"{type(self).__name__} cannot guide this model: {error}. Expected latent sites whose support maps to "
+                f"{type(self).__name__} cannot guide this model: {reason}. Expected latent sites whose support maps to "
                 "the real line, in plates that are entered (`with pyro.plate(...)`). Rewrite the site, for example "
                 "with a reparameterisation of pyro.infer.reparam, or hide it: poutine.block(model, hide=[...])."
             ) from error

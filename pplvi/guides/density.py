@@ -24,11 +24,13 @@ from torch.distributions import Transform, biject_to
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.programs import checks
+from pplvi.programs.carrying import LOOP, Way, for_each, ways_of_rows
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import PARTICLES, Site, latent_sites, site_plates
 from pplvi.programs.state import preserved_rng
 from pplvi.programs.summing import is_summed
 from pplvi.programs.traces import Run
+from pplvi.programs.ways import Vectorize, named
 
 CHUNK = 1_000  # rows that go through the model in one call
 
@@ -82,7 +84,8 @@ class UnconstrainedDensity:
     :param kwargs: its keyword arguments.
     :param prototype: a model with the same sites that runs without values, such as the model with an ``InitMessenger``;
         the model itself unless given.
-    :param vectorize: run all rows in one call of the model; ``False`` runs one after another.
+    :param vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
+        is right for the programs unless named.
     :raises ValueError: for subsampled plates, a model without continuous latents, and a density that is not a function
         of ``u`` alone.
 
@@ -101,9 +104,11 @@ class UnconstrainedDensity:
         kwargs: Mapping[str, Any] | None = None,
         *,
         prototype: Callable[..., Any] | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
-        self.model, self.args, self.kwargs, self.vectorize = model, args, dict(kwargs or {}), vectorize
+        self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
+        self._ways = ways_of_rows(named(vectorize))
+        self.way = self._ways[0]
         self.plain = plain_run(prototype or model, self.args, self.kwargs)
         _refuse_subsampling(self.plain)
         sites = {n: s for n, s in latent_sites(self.plain.model).items() if not is_summed(s)}
@@ -124,7 +129,7 @@ class UnconstrainedDensity:
     def __call__(self, u: Tensor) -> Tensor:
         """Log densities ``(S,)`` of rows ``(S, dim)`` of any floating type; differentiable where autograd is on."""
         u = u.to(self.device, self.dtype)  # the model may hold constants of its own type
-        return torch.cat([self._chunk(part) for part in u.split(CHUNK if self.vectorize else 1)])
+        return torch.cat([self._chunk(part) for part in u.split(1 if self.way == LOOP else CHUNK)])
 
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log densities ``(S,)`` and their gradients ``(S, dim)``, detached and in float64."""
@@ -204,6 +209,8 @@ class UnconstrainedDensity:
 
     def _chunk(self, u: Tensor) -> Tensor:
         self.rows += len(u)
+        if len(u) > 1 and not self.way.model:
+            return for_each(self._row, u, written=self.way.written)
         try:
             with pyro.validation_enabled(False):
                 run, jacobian = self._run(u)
@@ -214,29 +221,47 @@ class UnconstrainedDensity:
                 return u.sum(1) * torch.nan
             return torch.cat([self._chunk(row) for row in u.split(1)])
 
+    def _row(self, u: Tensor) -> Tensor:
+        run, jacobian = self._run(u[None])
+        return run.log_target().sum() + jacobian.squeeze(0)
+
     @torch.no_grad()
     def _check_function(self) -> None:
         with preserved_rng():
-            alone = [self(self.start[None]) for _ in range(3)]
-            found = torch.cat([*alone, *self._together()])
-        if bool(found.isfinite().all()) and not torch.allclose(found, found[:1], rtol=1e-3):
-            raise ValueError(
-                f"the log density of the model is not a function of its latent sites: runs at the same values gave "
-                f"{found.min():.6g} and {found.max():.6g}. Expected every random site to be seen: do not hide sites "
-                "with poutine.block (enumerate discrete ones: pyro.infer.config_enumerate(model)), and draw no random "
-                "numbers outside of pyro.sample; and tensors that broadcast over one more dimension on the left, or "
-                "vectorize=False."
-            )
+            alone = torch.cat([self(self.start[None]) for _ in range(3)])
+            if bool(alone.isfinite().all()) and not _agree(alone):
+                raise ValueError(
+                    "the log density of the model is not a function of its latent sites: runs at the same values gave "
+                    f"{alone.min():.6g} and {alone.max():.6g}. Expected every random site to be seen: do not hide "
+                    "sites with poutine.block (enumerate discrete ones: pyro.infer.config_enumerate(model)), and draw "
+                    "no random numbers outside of pyro.sample."
+                )
+            self.way = self._first_right()
 
-    def _together(self) -> list[Tensor]:
+    def _first_right(self) -> Way:
+        """The first way in which rows have the density that one has alone."""
+        errors: list[str] = []
+        for way in self._ways:
+            self.way = way
+            if way == LOOP or (error := self._failure()) is None:
+                return way
+            errors.append(error)
+        raise ValueError(f"vectorize={self._ways[0].word!r}: the model cannot be run that way: {errors[0]}")
+
+    def _failure(self) -> str | None:
+        rows = self.start + 0.1 * torch.linspace(-1.0, 1.0, 8, dtype=self.dtype)[:, None]
+        rows = torch.cat([rows.to(self.device), self.start[None]])
         try:
-            return [self(self.start.expand(8, -1)) for _ in range(3)]
-        except (RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"the model runs alone, but not with several rows in one call: {error}\nExpected tensors that "
-                "broadcast over one more dimension on the left (index dimensions from the right). Rewrite the model "
-                "that way, or pass vectorize=False."
-            ) from error
+            together = self(rows)
+            each = torch.cat([self._chunk(row) for row in rows[[0, -1]].split(1)])
+        except Exception as error:  # the model's own errors were met alone
+            return str(error)
+        return None if _agree(torch.stack([together[[0, -1]], each])) else "rows differ from what each is alone."
+
+
+def _agree(found: Tensor) -> bool:
+    size = found.abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1.0)
+    return torch.allclose(found, found[:1], rtol=1e-3, atol=1e-3 * float(size), equal_nan=True)
 
 
 def _block(name: str, site: Site) -> _Block:

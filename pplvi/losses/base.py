@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pplvi.objectives.step import BoundSide, Objective, Step
 from pplvi.programs.joint import execute
+from pplvi.programs.ways import Vectorize, named
 from pplvi.samplers.base import Request, Sampler
 from pplvi.samplers.importance import Importance
 from pplvi.types import Program
@@ -72,7 +73,9 @@ class LossSum(Loss):
         inner = [(w, loss.terms if isinstance(loss, LossSum) else [(1.0, loss)]) for w, loss in terms]
         self.terms: list[tuple[float, Loss]] = [(w * v, part) for w, parts in inner for v, part in parts]
         most = max(loss.num_particles for _, loss in self.terms)
-        super().__init__(num_particles=most, vectorize_particles=all(x.vectorize_particles for _, x in self.terms))
+        super().__init__(num_particles=most)
+        ways = [loss.vectorize_particles for _, loss in self.terms]
+        self.vectorize_particles = False if any(named(way) == "loop" for way in ways) else ways[0]
         monitors = {loss.monitor for _, loss in self.terms}
         self.monitor = monitors.pop() if len(monitors) == 1 and all(w > 0 for w, _ in self.terms) else None
 
@@ -100,8 +103,8 @@ class WeightedELBO(Loss):
     :param objective: a function of steps (:mod:`pplvi.objectives.bounds`).
     :param sampler: where the steps come from; by default importance sampling from the guide.
     :param num_particles: number of draws.
-    :param vectorize_particles: run all particles in one call, as an outermost plate; otherwise one after another, for
-        models that cannot be vectorised.
+    :param vectorize_particles: the way of running particles: ``"broadcast"`` (as an outermost plate), ``"vmap"`` or
+        ``"loop"`` (``False``); the fastest that is right for the programs unless named.
     :param allow_biased_subsampling: accept a nonlinear objective although a plate is subsampled that does not hold all
         latents.
     :raises ValueError: if the objective cannot use the sampler's draws, or needs more particles.
@@ -124,10 +127,12 @@ class WeightedELBO(Loss):
         sampler: Sampler | None = None,
         num_particles: int = 1,
         *,
-        vectorize_particles: bool = True,
+        vectorize_particles: Vectorize = True,
         allow_biased_subsampling: bool = False,
     ) -> None:
-        super().__init__(num_particles=_checked_count(num_particles), vectorize_particles=vectorize_particles)
+        super().__init__(num_particles=_checked_count(num_particles))
+        named(vectorize_particles, "vectorize_particles")
+        self.vectorize_particles: Vectorize = vectorize_particles
         self.objective = objective
         self.sampler = Importance() if sampler is None else sampler
         self.allow_biased_subsampling = allow_biased_subsampling

@@ -98,10 +98,11 @@ class ELBO(_Named):
         :returns: ``{"elbo", "expected_log_prob", "entropy"}``, subsample scales included.
         :raises ValueError: with ``per_site`` for models with enumerated sites, whose densities do not separate.
         """
-        counts = [self.num_particles] if self.vectorize_particles else [1] * self.num_particles
+        options: dict[str, Any] = {"num_particles": self.num_particles, "vectorize": self.vectorize_particles}
+        if self.objective.routing.exact_entropy:
+            options["exact"] = "entropy"
         with torch.no_grad():
-            runs = (execute(model, guide, args, kwargs, num_particles=count) for count in counts)
-            return _averaged([self._terms(run, per_site) for run in runs])
+            return self._terms(execute(model, guide, args, kwargs, **options), per_site)
 
     def _terms(self, run: Run, per_site: bool) -> dict[str, Any]:
         entropies = exact_entropies(run) if self.objective.routing.exact_entropy else None
@@ -109,13 +110,6 @@ class ELBO(_Named):
         halves = {"expected_log_prob": _mean(run, run.log_target()), "entropy": _mean(run, entropy)}
         found: dict[str, Any] = {"elbo": sum(halves.values()), **halves}
         return {**found, "sites": _sites(run, entropies)} if per_site else found
-
-
-def _averaged(parts: list[Any]) -> Any:
-    """Mean of nested dicts of numbers."""
-    if isinstance(parts[0], dict):
-        return {key: _averaged([part[key] for part in parts]) for key in parts[0]}
-    return sum(parts) / len(parts)
 
 
 def _mean(run: Run, density: Tensor) -> float:

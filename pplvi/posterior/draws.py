@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from pplvi.programs import enumeration
-from pplvi.programs.joint import execute, run_model
+from pplvi.programs.joint import execute
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import (
     Plate,
     Site,
+    batch_plates,
+    event_dims,
     is_delta,
     is_deterministic,
     is_enumerated,
@@ -29,6 +31,8 @@ from pplvi.programs.sites import (
     site_plates,
 )
 from pplvi.programs.traces import Run
+from pplvi.programs.unguided import run_model
+from pplvi.programs.ways import Vectorize
 from pplvi.types import Program
 
 
@@ -81,12 +85,13 @@ def draw(
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_draws: int,
-    vectorize: bool = True,
+    vectorize: Vectorize = None,
 ) -> Draws:
     """Draws of a guide, scored by the model: ``log_p - log_q`` is the log importance weight, ``(S, *batch)``, nats.
 
     :param num_draws: ``S``.
-    :param vectorize: all draws in one call of the programs, or one after another.
+    :param vectorize: the way of running draws, ``"broadcast"``, ``"vmap"`` or ``"loop"``; the fastest that is right
+        unless named.
     :raises ValueError: if model and guide do not fit together, or if the guide enumerates a site.
 
     >>> import pyro, pyro.distributions as dist
@@ -101,7 +106,7 @@ def draw(
     kwargs = kwargs or {}
 
     def run(size: int) -> Run:
-        found = execute(model, guide, args, kwargs, num_particles=size)
+        found = execute(model, guide, args, kwargs, num_particles=size, vectorize=vectorize)
         if found.guide_enumerated:
             names = sorted(name for name, site in latent_sites(found.guide).items() if is_enumerated(site))
             raise ValueError(
@@ -111,8 +116,7 @@ def draw(
         return found
 
     shapes = _Shapes(model, args, kwargs)
-    parts = [_read(run(size), shapes) for size in _sizes(num_draws, vectorize)]
-    return _concatenate(parts)
+    return _read(run(_checked(num_draws)), shapes)
 
 
 @torch.no_grad()
@@ -123,7 +127,7 @@ def predict(
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_draws: int,
-    vectorize: bool = True,
+    vectorize: Vectorize = None,
 ) -> Draws:
     """Draws of the model given latent draws (or prior ones, ``latents=None``); observed sites are sampled too.
 
@@ -149,7 +153,7 @@ def score(
     kwargs: Mapping[str, Any] | None = None,
     *,
     num_draws: int,
-    vectorize: bool = True,
+    vectorize: Vectorize = None,
 ) -> Draws:
     """Score given latent draws, such as those of MCMC, under the model: densities and deterministic sites.
 
@@ -172,23 +176,27 @@ def _model_draws(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     num_draws: int,
-    vectorize: bool,
+    vectorize: Vectorize,
     *,
     sample_observed: bool,
 ) -> Draws:
-    shapes, parts, start = _Shapes(model, args, kwargs), [], 0
-    for size in _sizes(num_draws, vectorize):
-        given = {name: value[start : start + size] for name, value in (latents or {}).items()}
-        run = run_model(model, args, kwargs, num_particles=size, latents=given, sample_observed=sample_observed)
-        parts.append(_read(run, shapes, predicted=sample_observed))
-        start += size
-    return _concatenate(parts)
+    shapes, size = _Shapes(model, args, kwargs), _checked(num_draws)
+    run = run_model(
+        model,
+        args,
+        kwargs,
+        num_particles=size,
+        latents=latents,
+        sample_observed=sample_observed,
+        vectorize=vectorize,
+    )
+    return _read(run, shapes, predicted=sample_observed)
 
 
-def _sizes(num_draws: int, vectorize: bool) -> list[int]:
+def _checked(num_draws: int) -> int:
     if num_draws < 1:
         raise ValueError(f"num_draws={num_draws}: expected at least one draw.")
-    return [num_draws] if vectorize else [1] * num_draws
+    return num_draws
 
 
 class _Shapes:
@@ -203,7 +211,7 @@ class _Shapes:
         found = {}
         for name, site in sites.items():
             plain = self.plain.get(name, site)
-            event = _event_dims(plain)
+            event = event_dims(plain)
             width = run.nesting + 1 + (plain["value"].dim() if event is None else event)
             if run.enumerated and site["value"].dim() > width:
                 warnings.warn(f"deterministic site {name!r} depends on an enumerated site: left out.", stacklevel=2)
@@ -217,20 +225,6 @@ class _Shapes:
 def _as_plain(value: Tensor, shape: tuple[int, ...], num_draws: int) -> Tensor:
     padded = value.dim() > len(shape) and value.shape[0] == num_draws
     return value.reshape(num_draws, *shape) if padded else value.expand(num_draws, *shape)
-
-
-def _event_dims(site: Site) -> int | None:
-    """Event dimensions of a deterministic site inside plates: the declared ones, or else the fewest that leave batch
-    dimensions which fit its plates. ``None`` outside of plates, where the whole shape is one event."""
-    shape, plates = tuple(site["value"].shape), site_plates(site)
-    sizes = {p.dim: p.size for p in plates}
-    declared = site["fn"].event_dim
-    fewest = 0 if declared == len(shape) else declared
-    for event in range(fewest, len(shape) + 1) if plates else ():
-        batch = zip(range(-1, -1 - len(shape), -1), reversed(shape[: len(shape) - event]), strict=False)
-        if all(size in (1, sizes.get(dim)) for dim, size in batch) and len(shape) - event <= -min(sizes):
-            return event
-    return None
 
 
 def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
@@ -247,10 +241,15 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
         log_p=None if predicted else run.log_target(),
         log_q=run.log_forward() if run.guide.nodes else None,
         batch=run.batch,
-        plates={n: site_plates(s) for n, s in sites.items()},
+        plates={n: _plates(s) for n, s in sites.items()},
         factors=frozenset(kinds["factor"]),
         random=any(not is_delta(s) for s in latent_sites(run.guide).values()),
     )
+
+
+def _plates(site: Site) -> tuple[Plate, ...]:
+    plain = is_deterministic(site) or is_enumerated(site) or not isinstance(site["value"], Tensor)
+    return site_plates(site) if plain else batch_plates(site)
 
 
 def _kind(site: Site) -> str:
@@ -281,13 +280,16 @@ def _pad(value: Tensor, dims: int) -> Tensor:
 
 def _select(value: Tensor, site: Site, run: Run, event: tuple[int, ...], with_draws: bool) -> Tensor:
     sizes = {p.dim: p.size for p in site_plates(site)}
+    batch = value.shape[value.dim() - len(event) - run.nesting : value.dim() - len(event)]
+    undeclared = {dim: size for dim, size in zip(range(-run.nesting, 0), batch, strict=True) if size != 1}
+    sizes = {**undeclared, **sizes}
     full = (run.num_particles if with_draws else 1, *(sizes.get(dim, 1) for dim in range(-run.nesting, 0)), *event)
     compact = (*full[:1], *(sizes[dim] for dim in sorted(sizes)), *event)
     if value.dim() > len(full):
         raise ValueError(
             f"site {site['name']!r} has shape {tuple(value.shape)} with all {run.num_particles} draws in one call, "
             f"expected at most {len(full)} dimensions (draws, plates, event). The program may count them from the "
-            "left: count from the right, or pass vectorize=False."
+            "left: count from the right."
         )
     value = value[:1] if not with_draws else value
     return value.expand(full).reshape(compact)[0 if not with_draws else slice(None)]

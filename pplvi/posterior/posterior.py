@@ -24,12 +24,17 @@ from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
+from pplvi.programs.errors import explained
+from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
+from pplvi.programs.plates import with_all_data
 from pplvi.programs.running import isolated, plain_run
-from pplvi.programs.sites import is_delta, latent_sites, site_plates
+from pplvi.programs.scales import without_scale
+from pplvi.programs.sites import batch_sizes, is_delta, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
-from pplvi.types import Program
+from pplvi.programs.ways import Vectorize
+from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     from arviz.stats.stats_utils import ELPDData
@@ -40,7 +45,10 @@ class Posterior(WeightedDraws):
 
     .. math:: z_s \sim q, \qquad \log w_s = \log p(x, z_s) - \log q(z_s)
 
-    It takes any guide that was trained in any way, ``pplvi.fit`` or a loop written by hand.
+    It takes any guide that was trained in any way, ``pplvi.fit`` or a loop written by hand. Where a site of the guide
+    stands under ``poutine.scale``, as in a KL term that is warmed up, densities and weights are those of both programs
+    without it; a scale in the model alone is a part of the target. Plates that the programs subsample themselves
+    (``subsample_size=``) are whole here, if the arguments hold the data for it.
 
     Source: Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
 
@@ -49,7 +57,8 @@ class Posterior(WeightedDraws):
     :param args: positional arguments of model and guide; the full data, not a minibatch.
     :param kwargs: their keyword arguments.
     :param num_draws: how many draws are taken.
-    :param vectorize: run all draws in one call; ``False`` runs one after another, for programs that allow no other way.
+    :param vectorize: the way of running draws, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
+        is right for the programs unless named.
     :param chunk_size: run at most so many draws in one call, to bound the memory; all at once unless given.
     :param seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
         unless given.
@@ -67,6 +76,10 @@ class Posterior(WeightedDraws):
     (True, -1.33)
     """
 
+    model: Program
+    guide: Program | None
+
+    @explained()
     def __init__(
         self,
         model: Program,
@@ -75,16 +88,16 @@ class Posterior(WeightedDraws):
         kwargs: Mapping[str, Any] | None = None,
         *,
         num_draws: int = 1000,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
-        if names := enumerated_by(
-            leaves_out_summed(guide), self.args, self.kwargs
-        ):  # it can be drawn from all the same
-            model, guide = drawing(model, names), drawing(guide, names)
+        model, guide = without_scale(model, guide, self.args, self.kwargs)
+        self.model, self.guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
+        if names := enumerated_by(leaves_out_summed(guide), self.args, self.kwargs):
+            model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         chunks = _chunks(num_draws, chunk_size)
         if at_a_point := _is_at_a_point(model, guide, self.args, self.kwargs):
             chunks = [(0, 1)]
@@ -95,11 +108,12 @@ class Posterior(WeightedDraws):
             )
         draws = repeated(draws, num_draws) if at_a_point else draws
         _check_latents(draws)
-        if len(chunks) > 1 or not vectorize:
+        if len(chunks) > 1:
             _check_same_data(draws)
         super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
 
     @classmethod
+    @explained()
     def from_mcmc(
         cls,
         mcmc: MCMC,
@@ -107,7 +121,7 @@ class Posterior(WeightedDraws):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
         chunk_size: int | None = None,
     ) -> Posterior:
         """The draws of a finished MCMC run, equally weighted, scored by the model.
@@ -120,7 +134,7 @@ class Posterior(WeightedDraws):
         :param model: the model it was run on.
         :param args: positional arguments of the model.
         :param kwargs: its keyword arguments.
-        :param vectorize: score all draws in one call.
+        :param vectorize: the way of running draws, as for a guide.
         :param chunk_size: score at most so many draws in one call; all at once unless given.
         :returns: a posterior of ``num_chains * num_samples`` draws, one chain after another.
         :raises ValueError: if the run has no draws, or ``args`` is no tuple.
@@ -157,22 +171,35 @@ class Posterior(WeightedDraws):
         guide: Program | None,
         args: tuple[Any, ...],
         kwargs: Any,
-        vectorize: bool,
+        vectorize: Vectorize,
         mcmc: MCMC | None = None,
     ) -> None:
-        self.model, self.guide, self.args, self.kwargs = model, guide, tuple(args), dict(kwargs or {})
+        self.model, self.guide = model, guide
+        self._call: Call = to_inputs(model, tuple(args), dict(kwargs or {}))
+        check_finite(model, self.args, self.kwargs)
         self.vectorize, self.mcmc = vectorize, mcmc
 
     def _without_padding(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Drop the dimensions of size 1 that stand for plates a site is not in: ``(S, *plates, *event)`` is left."""
         sites = latent_sites(plain_run(self.model, self.args, self.kwargs).model)
-        shapes = {name: (*(p.size for p in site_plates(s)), *s["fn"].event_shape) for name, s in sites.items()}
+        shapes = {name: (*batch_sizes(s).values(), *s["fn"].event_shape) for name, s in sites.items()}
         return {name: value.reshape(-1, *shapes.get(name, value.shape[1:])) for name, value in latents.items()}
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of model and guide."""
+        return self._call[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Their keyword arguments."""
+        return self._call[1]
 
     def _score(self, latents: Mapping[str, Tensor], start: int, stop: int) -> Draws:
         part = {name: value[start:stop] for name, value in latents.items()}
         return score(self.model, part, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
 
+    @explained()
     def predict(
         self,
         *args: Any,
@@ -204,7 +231,7 @@ class Posterior(WeightedDraws):
                 f"latent sites in the subsampled plates {names} belong to one minibatch, and the model would draw "
                 "another: expected a posterior on the full data. Or let the model draw these sites: new_sites=."
             )
-        args, kwargs = (args, kwargs) if args or kwargs else (self.args, self.kwargs)
+        args, kwargs = to_inputs(self.model, args, kwargs) if args or kwargs else (self.args, self.kwargs)
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples
@@ -212,6 +239,7 @@ class Posterior(WeightedDraws):
                 found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
         return _observed_as_before(found, self.draws)
 
+    @explained()
     def loo(self, var_name: str | None = None) -> ELPDData:
         """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
 
@@ -265,7 +293,7 @@ def _check_same_data(draws: Draws) -> None:
     if names := _subsampled(draws, draws.plates):
         raise ValueError(
             f"the plates {names} are subsampled anew in every run of the program, so that draws of several runs would "
-            "belong to different data: expected the full data, or one run (vectorize=True and no chunk_size)."
+            "belong to different data: expected the full data, or one run (no chunk_size)."
         )
 
 

@@ -38,18 +38,21 @@ _CHECK = "posterior predictive checks (az.plot_ppc): all of the above judges the
 _MODES = "several restarts: k-hat cannot see a mode that the guide never visits"
 
 
-def judge(pareto_k: float, num_draws: int) -> Verdict:
+def judge(pareto_k: float, num_draws: int, efficiency: float = 0.0) -> Verdict:
     r"""Say what a Pareto k-hat means.
 
     Below 0.5 the weights have a finite variance. Up to 0.7, given :math:`S \ge 10^{1 / (1 - k)}` draws, Pareto
     smoothing makes averages usable. Up to 1 they are biased at any affordable number of draws; from 1 on the weights
-    have no finite mean.
+    have no finite mean. Where the weights are nearly equal all the same, a few draws in a tail are what k-hat is large
+    by: averages hold as far as the draws have been, and only what the tail adds is uncertain.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
 
     :param pareto_k: k-hat, the largest where there are several.
     :param num_draws: number of draws that it was fitted to.
-    :returns: the verdict, of which the word is one of "good", "usable", "too few draws", "bad", "very bad", "unknown".
+    :param efficiency: effective sample size of the weights as a part of the draws, the least where there are several.
+    :returns: the verdict, of which the word is one of "good", "usable", "heavy tail", "too few draws", "bad",
+        "very bad", "unknown".
     :raises ValueError: if k-hat is finite and there are fewer than two draws.
 
     >>> [judge(k, 1000).word for k in (0.2, 0.6, 0.68, 0.9, 1.3)]
@@ -57,6 +60,8 @@ def judge(pareto_k: float, num_draws: int) -> Verdict:
     """
     if math.isinf(pareto_k):
         return Verdict("unknown", *_UNKNOWN)
+    if pareto_k > pareto_k_threshold(num_draws) and efficiency > _NEARLY_EQUAL:
+        return Verdict("heavy tail", *_HEAVY_TAIL)
     if pareto_k >= 1:
         return Verdict("very bad", *_VERY_BAD)
     if pareto_k > 0.7:
@@ -88,6 +93,13 @@ _VERY_BAD = (
     "The guide misses much of the posterior: the weights behave as if they had no finite mean, so that weighted "
     "averages and the log evidence do not settle with any number of draws. The ELBO stays a valid lower bound.",
     (*_RICHER, _NUTS),
+)
+_NEARLY_EQUAL = 0.9
+_HEAVY_TAIL = (
+    "The weights are nearly equal, so that the guide is close to the posterior where its draws have been, and weighted "
+    "averages and the log evidence hold there. The few largest weights grow fast, though: the guide's tails are too "
+    "light, and what lies beyond the draws is uncertain.",
+    ("more draws (num_draws=), which is cheap: k-hat varies from one set of draws to the next", _RICHER[0], _CHECK),
 )
 _UNKNOWN = (
     "The tail of the weights cannot be fitted: there are fewer than five draws in it, or no draw has any weight.",
@@ -194,7 +206,8 @@ def _verdict(posterior: WeightedDraws) -> Verdict:
         return Verdict("point", *_POINT)
     if not posterior.has_weights:
         return Verdict("subsampled", *_SUBSAMPLED)
-    return judge(posterior.pareto_k.max().item(), posterior.num_draws)
+    efficiency = posterior.ess.min().item() / posterior.num_draws
+    return judge(posterior.pareto_k.max().item(), posterior.num_draws, efficiency)
 
 
 _MCMC = (

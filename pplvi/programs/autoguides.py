@@ -6,11 +6,48 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoDelta, AutoGuide, AutoGuideList, AutoNormal
+from pyro import poutine
+from pyro.infer.autoguide import (
+    AutoContinuous,
+    AutoDelta,
+    AutoDiscreteParallel,
+    AutoGaussian,
+    AutoGuide,
+    AutoGuideList,
+    AutoNormal,
+    AutoStructured,
+)
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pplvi.programs.sites import is_delta, latent_sites, site_plates
+
+_SIZED_BY_FIRST_RUN = (AutoContinuous, AutoDiscreteParallel, AutoGaussian, AutoStructured)
+
+
+def check_local_sizes(guide: Any) -> None:
+    """Check that no automatic guide has parameters for a minibatch in place of those for all data.
+
+    Most of Pyro's have one for each element that their first run has met: with ``subsample_size=`` those of one
+    minibatch, which every other minibatch would share.
+
+    :raises ValueError: with the plate.
+    """
+    guide = poutine.unwrap(guide)
+    for part in guide if isinstance(guide, AutoGuideList) else ():
+        check_local_sizes(part)
+    if not isinstance(guide, _SIZED_BY_FIRST_RUN) or getattr(guide, "prototype_trace", None) is None:
+        return
+    frames = [*guide._prototype_frames.values()]
+    frames += [f for plates in getattr(guide, "_plates", {}).values() for f in plates]  # of data: AutoGaussian
+    for frame in frames:
+        if frame.full_size is not None and frame.size < frame.full_size:
+            raise ValueError(
+                f"{type(guide).__name__} has parameters for {frame.size} elements of plate {frame.name!r}, which has "
+                f"{frame.full_size}: every minibatch would share those of one. Expected a guide with parameters for "
+                "all of them, such as AutoNormal, or one whose size does not grow with the data, such as "
+                "pplvi.AutoAmortized; or train on the full data."
+            )
 
 
 def auxiliary_values(guide: Any, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:

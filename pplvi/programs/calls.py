@@ -26,7 +26,7 @@ def to_call(item: Any) -> Call:
     >>> to_call({"x": 1}), to_call([1, 2])
     (((), {'x': 1}), ((1, 2), {}))
     """
-    if isinstance(item, Tensor):
+    if isinstance(item, (Tensor, np.ndarray)) or hasattr(item, "to_numpy"):
         return (item,), {}
     if isinstance(item, Mapping):
         return (), {str(key): value for key, value in item.items()}
@@ -34,7 +34,7 @@ def to_call(item: Any) -> Call:
         return tuple(item), {}
     raise ValueError(
         f"the data yielded a {type(item).__name__}: expected a tuple or list of the model's arguments, a dictionary of "
-        "its keyword arguments, or one tensor."
+        "its keyword arguments, or one tensor or array."
     )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import dropwhile
 from typing import Any
 
@@ -23,43 +22,6 @@ from pplvi.programs.sites import (
     site_plates,
 )
 from pplvi.programs.traces import Run
-
-
-@contextmanager
-def named_errors() -> Iterator[None]:
-    """Turn Pyro's errors for an empty plate, no latent site or an improper prior into a ``ValueError`` with advice."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "ImproperUniform does not support sampling" in str(error):
-            raise ValueError(_NO_START) from error
-        if "found no latent variables" not in str(error):
-            raise
-        raise ValueError(
-            f"{error}: this guide needs at least one latent site, but the model has none. For maximum likelihood pass "
-            "a guide without sites, such as `lambda *args: None`."
-        ) from error
-    except ZeroDivisionError as error:
-        if not _raised_by_pyro(error):
-            raise
-        raise ValueError(
-            "a pyro.plate of size 0 was met: expected at least one element. Drop empty batches before the step."
-        ) from error
-
-
-_NO_START = (
-    "a latent has an ImproperUniform prior, which cannot be drawn from to find a start: expected one by name, "
-    "lambda model: AutoNormal(model, init_loc_fn=init_to_value(values={...})) or, for MCMC, "
-    "partial(NUTS, init_strategy=init_to_value(values={...})). Or use pplvi.AutoPathfinder, which needs none, or a "
-    "proper prior."
-)
-
-
-def _raised_by_pyro(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("pyro.")
 
 
 def enumerates(run: Run) -> bool:
@@ -86,6 +48,27 @@ def check_pair(run: Run) -> None:
             _check_data(name, site)
             _check_declared(name, site)
     _warn_of_joint_factors(run)
+
+
+def check_model_run(run: Run) -> None:
+    """Check a run of a model alone, as the model of a pair is checked.
+
+    :raises ValueError: with the site, what came, what was expected and what to do.
+    """
+    if not latent_sites(run.model):
+        raise ValueError(
+            "the model has no latent sites, so there is nothing to draw: expected at least one pyro.sample without "
+            "obs=. For maximum likelihood train a guide without sites, such as `lambda *args: None`."
+        )
+    for name, site in sample_sites(run.model):
+        _check_data(name, site)
+        _check_declared(name, site)
+
+
+def has_data(run: Run) -> bool:
+    """Whether a model has an observed site or a factor."""
+    found = (s for _, s in sample_sites(run.model) if s["is_observed"])
+    return any(is_factor(site) or not is_deterministic(site) for site in found)
 
 
 def check_run(run: Run) -> None:
@@ -188,39 +171,52 @@ def _check_masks(name: str, model: Site, guide: Site) -> None:
         )
 
 
-def differing_site(one: Run, other: Run, particle: int) -> str | None:
+def differing_site(one: Run, other: Run, particle: int, *, exact: bool = False) -> str | None:
     """Name of the first site whose log density in a particle of one run is not that of another run of it alone.
 
     Enumerated models are compared as a whole: the name is then that of their last site.
+
+    :param exact: two runs of the same operations are compared, which leave the same numbers to the last digit.
     """
+    close = _same if exact else _close
     for ours, theirs in ((one.guide, other.guide), (one.model, other.model)):
         if one.enumerated:
             whole = one.log_target()[particle] - one.log_forward()[particle]
-            same = _close(whole, other.log_target()[0] - other.log_forward()[0])
+            same = close(whole, other.log_target()[0] - other.log_forward()[0])
             return None if same else list(latent_sites(one.model))[-1]
         mine, alone = one.log_probs(ours), other.log_probs(theirs)
         for name in mine:
-            if not _close(mine[name][particle], alone[name][0]):
+            if not close(mine[name][particle], alone[name][0]):
                 return name
     return None
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3, equal_nan=True)
+class DiffersError(Exception):
+    """Several particles that are run in some way have other densities, or other random numbers, than each alone."""
 
 
-def check_alone(both: Run, alone: Run, particle: int) -> None:
+def check_alone(both: Run, alone: Run, again: Run, particle: int) -> None:
     """Check that a particle in one call with another has the densities that it has alone.
 
-    :raises ValueError: with the site where it has not.
+    :param again: a second run of it alone: where the two differ, the programs draw random numbers of their own.
+    :raises DiffersError: with the site where it has not.
     """
+    if differing_site(alone, again, 0, exact=True) is not None:
+        return
     if (name := differing_site(both, alone, particle)) is not None:
-        raise ValueError(
-            f"site {name!r} has another log density with two particles in one call than alone: the programs mix "
-            "particles, for instance by a sum or mean over all dimensions, a reshape, or an index from the left. Name "
-            "dimensions from the right (x.sum(-1), x[..., 0]), or run particles one after another: "
-            "vectorize_particles=False (objectives), vectorize=False (posteriors)."
-        )
+        raise DiffersError(f"site {name!r} has another log density with two particles in one call than alone.")
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two densities are equal but for rounding, which grows with the largest term of a sum."""
+    theirs = theirs.to(ours.dtype)
+    size = theirs[theirs.isfinite()].abs()
+    atol = 1e-3 * max(1.0, float(size.max()) if size.numel() else 1.0)
+    return torch.allclose(ours, theirs, rtol=1e-3, atol=atol, equal_nan=True)
 
 
 def _check_enumeration(name: str, site: Site) -> None:
@@ -261,11 +257,12 @@ def check_subsamples(once: Mapping[str, Tensor], again: Mapping[str, Tensor], na
 
 
 def _check_declared(name: str, site: Site) -> None:
-    """Every batch dimension of a site has to be a plate, or particles would be mixed up with data."""
+    """Every batch dimension of a site has to be a plate, or to the right of one, where it is summed over as in Pyro."""
     sizes = {p.dim: p.size for p in site_plates(site)}
+    leftmost = min(sizes, default=0)
     batch = _batch_shape(name, site)
     for dim, size in zip(range(-1, -1 - len(batch), -1), reversed(batch), strict=True):
-        if size != 1 and sizes.get(dim) != size:
+        if size != 1 and sizes.get(dim, size if dim > leftmost else None) != size:
             raise ValueError(
                 f"site {name!r} has batch shape {batch}, but plates "
                 f"{ {p.name: (p.dim, p.size) for p in site_plates(site)} }: expected a plate of size {size} at "

@@ -11,63 +11,35 @@ import torch
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.autoguides import check_full_size
-from pplvi.programs.handlers import SubsampleRecorder, Supply
+from pplvi.programs.autoguides import check_full_size, check_local_sizes
+from pplvi.programs.handlers import SubsampleRecorder
 from pplvi.programs.memo import Layout, recall, remember
-from pplvi.programs.running import _execute, _How, _plain_run, _recording, isolated, plain_run
-from pplvi.programs.state import preserved_buffers
+from pplvi.programs.running import _plain_run, _recording, isolated, plain_run
 from pplvi.programs.traces import Run
 from pplvi.types import Program
-
-
-def _compare_particles(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout) -> None:
-    """Check once that particles do not meet inside the programs, which shapes alone cannot show.
-
-    :raises ValueError: if two particles in one call have other densities than each by itself.
-    """
-    with isolated(), preserved_buffers(model=model, guide=guide):
-        how = _How(2, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, None))
-        both = _execute(model, guide, args, kwargs, how)
-        if both.guide_enumerated:  # its later draws have a dimension for each enumerated value: none is one particle's
-            return
-        for particle in range(2):
-            values = {**both.subsample_indices(), **both.draws_of(particle)}
-            by_itself = replace(how, num_particles=1, values=values)
-            with Supply(both.subsample_indices(of_model=True)):
-                alone, again = (_execute(model, guide, args, kwargs, by_itself) for _ in range(2))
-            if checks.differing_site(alone, again, 0) is None:  # else programs draw random numbers of their own
-                checks.check_alone(both, alone, particle)
 
 
 def _needed(run: Run, layout: Layout) -> Layout:
     """The layout with room for what a run has shown, such as plates that nest deeper than at the first run."""
     own = layout.own_subsamples | (run.given_subsamples & frozenset(run.subsample_indices()))
     nesting, enumerated = max(layout.nesting, run.deepest), layout.enumerated or checks.enumerates(run)
-    return replace(layout, nesting=nesting, enumerated=enumerated, own_subsamples=own)
+    found = replace(layout, nesting=nesting, enumerated=enumerated, own_subsamples=own)
+    return layout if found == layout else replace(found, ways={})
 
 
-def _renewed(
-    model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, num_particles: int, error: Exception
-) -> Layout:
+def _renewed(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, error: Exception) -> Layout:
     """After an error in a run: the layout for these arguments, if they are what has changed.
 
-    :raises ValueError: what is wrong with them, or with running all particles in one call.
+    :raises ValueError: what is wrong with them.
     """
     if _recording():
         raise error
     fresh = inspect(model, guide, args, kwargs)
-    fresh = replace(fresh, compared=layout.compared, dreams_together=layout.dreams_together)
-    if fresh != layout:
-        remember(model, guide, args, kwargs, fresh)
-        return fresh
-    shapes = isinstance(error, RuntimeError | IndexError) or "Shape mismatch" in str(error)
-    if num_particles > 1 and shapes:
-        raise ValueError(
-            f"the programs run alone, but not with {num_particles} particles in one call: {error}\nExpected tensors "
-            "that broadcast over one more dimension on the left (index dimensions from the right). Rewrite the program "
-            "that way, or run particles one after another: vectorize_particles=False (objectives), vectorize=False."
-        ) from error
-    raise error
+    if fresh == layout and not layout.ways:
+        raise error
+    fresh = replace(fresh, dreams_together=layout.dreams_together)
+    remember(model, guide, args, kwargs, fresh)
+    return fresh
 
 
 def given_subsamples(model: Program, args: Any, kwargs: Any) -> dict[str, Tensor]:
@@ -107,6 +79,7 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
     own = run.given_subsamples & frozenset(run.subsample_indices())
     with isolated():
         checks.check_pair(run)
+        check_local_sizes(guide)
         if checks.is_minibatch(run):
             if trained:  # draws of such a guide can be looked at
                 check_full_size(guide, run)
@@ -115,7 +88,8 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
             given = given_subsamples(model, args, kwargs)
             torch.rand(())  # from here on other random numbers
             checks.check_subsamples(given, given_subsamples(model, args, kwargs), own)
-    return Layout(run.nesting, checks.enumerates(run), own)
+    indices = frozenset(run.subsample_indices()) | frozenset(run.subsample_indices(of_model=True))
+    return Layout(run.nesting, checks.enumerates(run), own, indices)
 
 
 def first_bad_site(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:

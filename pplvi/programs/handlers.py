@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
+from typing import Any, cast
 
 import pyro
 import torch
@@ -16,7 +17,8 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pplvi.programs.sites import is_computed, is_delta, is_deterministic, is_factor, is_subsample
+from pplvi.programs.randomness import carries_gradient
+from pplvi.programs.sites import is_computed, is_delta, is_deterministic, is_factor, is_subsample, site_plates
 
 
 class Detach(Messenger):
@@ -24,7 +26,7 @@ class Detach(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and isinstance(msg["value"], Tensor):
-            if (is_delta(msg) or is_computed(msg)) and msg["value"].requires_grad:
+            if (is_delta(msg) or is_computed(msg)) and carries_gradient(msg["value"]):
                 raise ValueError(
                     f"site {msg['name']!r} is a deterministic function of parameters, so it has no density at fixed "
                     "draws: expected a stochastic guide for this objective or estimator. Use an objective with "
@@ -44,7 +46,18 @@ class Supply(Messenger):
         if self.but_delta and is_delta(msg):
             return
         if not msg["is_observed"] and msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
+            msg["value"], msg["done"] = without_padding(self.values[msg["name"]], msg["fn"]), True
+
+
+def without_padding(value: Any, fn: Any) -> Any:
+    """A value without the dimensions of size 1, left of the shape of its distribution, that stand for nothing here."""
+    if not isinstance(value, Tensor) or is_subsample({"type": "sample", "fn": fn}):
+        return value
+    extra = value.dim() - len(fn.batch_shape) - len(fn.event_shape)
+    padding = 0
+    while padding < extra and value.shape[padding] == 1:
+        padding += 1
+    return value.reshape(value.shape[padding:]) if padding else value
 
 
 class Uncondition(UnconditionMessenger):
@@ -53,6 +66,41 @@ class Uncondition(UnconditionMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not (is_deterministic(msg) or is_factor(msg)):
             super()._pyro_sample(msg)
+
+
+class Sized(Messenger):
+    """Show the plates of a program as automatic guides can make them again.
+
+    Those that have no size (``pyro.plate("data")``) get the one of what is inside; sequential ones are left out, since
+    a guide has a site for each of their turns.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_subsample(msg) and _unsized(msg):
+            sizes = {p.name: p.size for p in site_plates(msg)}
+            frames = (f for f in msg["cond_indep_stack"] if f.vectorized)
+            msg["cond_indep_stack"] = tuple(
+                f._replace(size=sizes[f.name], full_size=sizes[f.name]) if f.size < 0 else f for f in frames
+            )
+
+
+def _unsized(site: Any) -> bool:
+    return any(not f.vectorized or f.size < 0 for f in site["cond_indep_stack"])
+
+
+def sized(program: Callable[..., Any], args: Any, kwargs: Any) -> Callable[..., Any]:
+    """A program whose plates automatic guides can make; the program itself, if they can with these arguments."""
+    with poutine.trace() as recorder:
+        program(*args, **kwargs)
+    if not any(s["type"] == "sample" and _unsized(s) for s in recorder.trace.nodes.values()):
+        return program
+
+    @wraps(program)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with Sized():
+            return program(*args, **kwargs)
+
+    return run
 
 
 class Somewhere(Messenger):
@@ -100,6 +148,24 @@ class _Noting(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         self.names.append(msg["name"])
+
+
+def within(context: Callable[[], AbstractContextManager[Any]], program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program that runs inside a context, and is seen through by what looks for the program behind handlers.
+
+    >>> from contextlib import nullcontext
+    >>> inner = lambda x: x + 1
+    >>> within(nullcontext, inner)(1), poutine.unwrap(within(nullcontext, inner)) is inner
+    (2, True)
+    """
+    wrapped: Any = partial(_within, context, program)
+    wrapped.__wrapped__ = program
+    return cast(Callable[..., Any], wrapped)
+
+
+def _within(context: Callable[[], AbstractContextManager[Any]], program: Any, /, *args: Any, **kwargs: Any) -> Any:
+    with context():
+        return program(*args, **kwargs)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -36,22 +36,30 @@ class Memo(Generic[Found]):
         :param programs: the programs, always in the same order.
         :param key: what else it depends on, such as :func:`dimensions` or :func:`argument_shapes` of arguments.
         """
+        owners, methods = _apart(programs)
         with suppress(KeyError, TypeError):
             table: Any = self._table
-            for program in programs:
-                table = table[program]
-            found: Found = table[key]
+            for owner in owners:
+                table = table[owner]
+            found: Found = table[methods, key]
             return found
         return None
 
     def keep(self, programs: tuple[Any, ...], key: Hashable, found: Found) -> Found:
         """Keep, and return, what has been found of these programs."""
+        owners, methods = _apart(programs)
         with suppress(TypeError):
             table = self._table
-            for program in programs[:-1]:
-                table = table.setdefault(program, WeakKeyDictionary())
-            table.setdefault(programs[-1], {})[key] = found
+            for owner in owners[:-1]:
+                table = table.setdefault(owner, WeakKeyDictionary())
+            table.setdefault(owners[-1], {})[methods, key] = found
         return found
+
+
+def _apart(programs: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...]]:
+    """What lives as long as each program, and which of its methods each is: a bound method is made anew at will."""
+    owners = [getattr(program, "__self__", program) for program in programs]
+    return owners, tuple(getattr(program, "__func__", None) for program in programs)
 
 
 def dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -81,14 +89,16 @@ class Layout:
     :ivar nesting: how deep plates nest.
     :ivar enumerated: whether sites are enumerated.
     :ivar own_subsamples: plates to which the model itself gives indices (``pyro.plate(..., subsample=...)``).
-    :ivar compared: whether particles in one call have been found to have the densities that they have alone.
+    :ivar indices: plates that are subsampled, whose index draws are no particle's own.
+    :ivar ways: how several particles are run, by the word that asked for it (``None``: any way).
     :ivar dreams_together: whether several dreams in one call have never failed.
     """
 
     nesting: int
     enumerated: bool
     own_subsamples: frozenset[str]
-    compared: bool = False
+    indices: frozenset[str] = frozenset()
+    ways: Mapping[str | None, Any] = field(default_factory=dict, compare=False)
     dreams_together: bool = True
 
 

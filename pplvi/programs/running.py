@@ -14,7 +14,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pplvi.programs import checks
+from pplvi.programs.errors import explained
 from pplvi.programs.handlers import Detach, Somewhere, SubsampleRecorder, Supply
 from pplvi.programs.masks import balance_missing
 from pplvi.programs.sites import PARTICLES, is_subsample
@@ -101,7 +101,7 @@ def _recording() -> bool:
 
 
 def _plain_run(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
-    with isolated(), preserved_buffers(model=model, guide=guide), checks.named_errors():
+    with isolated(), preserved_buffers(model=model, guide=guide), explained():
         run = _execute(model, guide, args, kwargs, _How())
     return replace(run, nesting=run.deepest)
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 Site = dict[str, Any]
 
 
-PARTICLES = "_pplvi_particles"
+PARTICLES = "all draws in one call"  # messages of Pyro show it
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,15 @@ def base_distribution(fn: Any) -> Any:
     return fn
 
 
+def kind_of(fn: Any) -> str:
+    """Name of the family of a distribution, without what expands, masks or reshapes it."""
+    base = base_distribution(fn)
+    return str(getattr(base, "kind", type(base).__name__))
+
+
 def is_delta(site: Any) -> bool:
     """Whether the site is a deterministic value (``Delta``), such as the second half of every autoguide's draw."""
-    return type(base_distribution(site["fn"])).__name__ == "Delta"
+    return kind_of(site["fn"]) == "Delta"
 
 
 def is_computed(site: Any) -> bool:
@@ -78,7 +86,7 @@ def is_deterministic(site: Any) -> bool:
 
 def is_factor(site: Site) -> bool:
     """Whether the site came from ``pyro.factor``."""
-    return type(site["fn"]).__name__ == "Unit"
+    return kind_of(site["fn"]) == "Unit"
 
 
 def is_enumerated(site: Site) -> bool:
@@ -89,9 +97,52 @@ def is_enumerated(site: Site) -> bool:
 def site_plates(site: Site) -> tuple[Plate, ...]:
     """The vectorised plates around a site, left to right, without the particle plate."""
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
-    return tuple(
-        Plate(f.name, f.dim, int(f.size), int(f.full_size or f.size)) for f in sorted(frames, key=lambda f: f.dim)
-    )
+    return tuple(_plate(f, site) for f in sorted(frames, key=lambda f: f.dim))
+
+
+def _plate(frame: Any, site: Site) -> Plate:
+    if int(frame.size) >= 0:
+        return Plate(frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size))
+    batch = tuple(site["fn"].batch_shape)  # pyro.plate("data"): as large as what is inside
+    size = int(batch[frame.dim]) if len(batch) >= -frame.dim else 1
+    return Plate(frame.name, frame.dim, size, size)
+
+
+def event_dims(site: Site) -> int | None:
+    """Event dimensions of a deterministic site inside plates: the declared ones, or else the fewest that leave batch
+    dimensions which fit its plates. ``None`` outside of plates, where the whole shape is one event."""
+    shape, plates = tuple(site["value"].shape), site_plates(site)
+    sizes = {p.dim: p.size for p in plates}
+    declared = site["fn"].event_dim
+    fewest = 0 if declared == len(shape) else declared
+    for event in range(fewest, len(shape) + 1) if plates else ():
+        batch = zip(range(-1, -1 - len(shape), -1), reversed(shape[: len(shape) - event]), strict=False)
+        if all(size in (1, sizes.get(dim)) for dim, size in batch) and len(shape) - event <= -min(sizes):
+            return event
+    return None
+
+
+def batch_plates(site: Site) -> tuple[Plate, ...]:
+    """The plates around a site, left to right, and what is right of one and in no plate, as ``y_dim_0`` of site y."""
+    plates = {p.dim: p for p in site_plates(site)}
+    value, events = site["value"], len(site["fn"].event_shape)
+    batch = tuple(torch.broadcast_shapes(site["fn"].batch_shape, value.shape[: value.dim() - events]))
+    found: dict[int, Plate] = {}
+    for dim in range(min(plates, default=0), 0):
+        size = batch[dim] if len(batch) >= -dim else 1
+        if dim in plates:
+            found[dim] = plates[dim]
+        elif size != 1:
+            found[dim] = Plate(f"{site['name']}_dim_{len(found) - len(plates.keys() & found.keys())}", dim, size, size)
+    return tuple(found[dim] for dim in sorted(found))
+
+
+def batch_sizes(site: Site) -> dict[int, int]:
+    """Sizes of a site's batch dimensions, left to right: its plates, and what is in no plate."""
+    batch = tuple(site["fn"].batch_shape)
+    undeclared = {dim - len(batch): size for dim, size in enumerate(batch) if size != 1}
+    found = {**undeclared, **{p.dim: p.size for p in site_plates(site)}}
+    return dict(sorted(found.items()))
 
 
 def _subsampled_plates(site: Site) -> set[str]:

@@ -23,6 +23,7 @@ from pplvi.programs.sites import (
     Plate,
     Site,
     _subsampled_plates,
+    batch_sizes,
     common_plates,
     is_delta,
     is_deterministic,
@@ -143,14 +144,15 @@ class Run:
 
     def _site_to_batch(self, name: str, site: Site, density: Tensor) -> Tensor:
         """As :meth:`to_batch`, once sure that every dimension is one of the site's plates or the particles."""
-        sizes = {p.dim: p.size for p in site_plates(site)} | {-self.nesting - 1: self.num_particles}
+        sizes = {p.dim: p.size for p in site_plates(site)}
+        leftmost = min(sizes, default=0)
+        sizes[-self.nesting - 1] = self.num_particles
         for dim, size in zip(range(-1, -1 - density.dim(), -1), reversed(density.shape), strict=True):
-            if size != 1 and sizes.get(dim) != size:
+            if size != 1 and sizes.get(dim, size if dim > leftmost else None) != size:
                 raise ValueError(
                     f"site {name!r} has a log density of shape {tuple(density.shape)}, but only the dimensions {sizes} "
                     "(of its plates and the particles) may differ from 1. Declare the others with pyro.plate or "
-                    ".to_event(), keep dimensions when reducing over a plate (keepdim=True), index from the right, or "
-                    "run particles one after another: vectorize_particles=False (objectives), vectorize=False."
+                    ".to_event(), keep dimensions when reducing over a plate (keepdim=True), or index from the right."
                 )
         return self.to_batch(density, name)
 
@@ -261,8 +263,8 @@ def spread(latents: Mapping[str, Tensor], plain: Run) -> dict[str, Tensor]:
 
 
 def _shape_under_particles(name: str, value: Tensor, site: Any, nesting: int) -> list[int]:
-    sizes = {p.dim: p.size for p in site_plates(site)}
     event = tuple(site["fn"].event_shape)
+    sizes = batch_sizes(site)
     expected = (*sizes.values(), *event)
     if tuple(value.shape[1:]) != expected:
         raise ValueError(

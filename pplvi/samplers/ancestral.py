@@ -28,7 +28,7 @@ class Ancestral:
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
     ) -> Iterator[Step]:
         """Yield one step of ``request.num_particles`` dreams, each of the size of the data, in one call if possible."""
-        counts = [request.num_particles] if request.vectorize else [1] * request.num_particles
+        counts = request.counts
         parts = [dream(model, guide, args, kwargs, count) for count in counts]
         runs = [run for together, _ in parts for run in together]
         log_target = torch.cat([run.log_target().detach() for run in runs])

@@ -87,7 +87,7 @@ def check_levels(request: Request) -> None:
             "(pplvi.objectives.nested). For bounds "
             "of the whole path use the guide with the ordinary importance sampler."
         )
-    if not request.vectorize and request.num_particles > 1:
+    if len(request.counts) > 1:
         raise ValueError(
             "vectorize_particles=False: particles of a path are weighted and resampled together. Expected programs "
             "that run all particles in one call; drop the option."

@@ -7,16 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from pplvi.objectives.step import Routing, Step
+from pplvi.programs.ways import Vectorize, named
 from pplvi.types import Program
 
 
 @dataclass(frozen=True)
 class Request:
-    """How many particles an objective wants, at once or one after another, and how gradients are routed."""
+    """How many particles an objective wants, in which way they are run, and how gradients are routed."""
 
     num_particles: int = 1
-    vectorize: bool = True
+    vectorize: Vectorize = None
     routing: Routing = field(default_factory=Routing)
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of particles to run at once, for what has no way but two: together, or one after another."""
+        return [1] * self.num_particles if named(self.vectorize) == "loop" else [self.num_particles]
 
 
 class Sampler(Protocol):

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from pplvi.objectives.step import Routing, Step
-from pplvi.programs.joint import execute, guide_run
+from pplvi.programs.joint import Exact, execute, guide_run
 from pplvi.programs.single import carried_path
 from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.base import Request
 from pplvi.samplers.divergences import divergences, without
 from pplvi.samplers.score_terms import score_terms
-from pplvi.types import Program, Values
+from pplvi.types import Program
 
 
 class Importance:
@@ -34,14 +34,8 @@ class Importance:
     ) -> Iterator[Step]:
         """Yield one step of ``request.num_particles`` particles."""
         step = _frozen_step if request.routing.freeze else _live_step
-        counts = [request.num_particles] if request.vectorize else [1] * request.num_particles
-        parts: list[Step] = []
-        shared: Mapping[str, Tensor] | None = None
-        for count in counts:
-            part, run = step(model, guide, args, kwargs, count, request.routing, shared)
-            shared = run.subsample_indices()  # one minibatch for all: a bound compares weights of the same data
-            parts.append(part)
-        yield Step.concatenate(parts)
+        found, _ = step(model, guide, args, kwargs, request)
+        yield found
 
 
 def step_of(run: Run, log_target: Tensor, log_forward: Tensor, **more: Tensor | None) -> Step:
@@ -64,10 +58,18 @@ def exact_entropies(run: Run) -> dict[str, Tensor]:
     return run.entropies()
 
 
-def _live_step(
-    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: Values | None
-) -> tuple[Step, Run]:
-    run = execute(model, guide, args, kwargs, num_particles=num_particles, detach=routing.detach, values=shared)
+def _live_step(model: Program, guide: Program, args: Any, kwargs: Any, request: Request) -> tuple[Step, Run]:
+    routing = request.routing
+    run = execute(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_particles=request.num_particles,
+        detach=routing.detach,
+        vectorize=request.vectorize,
+        exact=_exact(routing),
+    )
     log_target, log_forward = _densities(run, routing)
     log_score = run.log_score(detached=routing.detach)
     if run.guide_enumerated and log_score is not None:
@@ -84,6 +86,12 @@ def _with_draws(step: Step, run: Run, routing: Routing) -> Step:
     return step if terms is None else replace(step, score=terms.score, below=terms.below, score_path=terms.path)
 
 
+def _exact(routing: Routing) -> Exact | None:
+    if routing.analytic_kl:
+        return "divergence"
+    return "entropy" if routing.exact_entropy else None
+
+
 def _densities(run: Run, routing: Routing) -> tuple[Tensor, Tensor]:
     """``log p`` and ``log q``; the second, or at some sites their difference, by its expectation."""
     if routing.exact_entropy:
@@ -95,18 +103,18 @@ def _densities(run: Run, routing: Routing) -> tuple[Tensor, Tensor]:
     return log_target, sum(known.values(), log_forward)
 
 
-def _frozen_step(
-    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, routing: Routing, shared: Values | None
-) -> tuple[Step, Run]:
+def _frozen_step(model: Program, guide: Program, args: Any, kwargs: Any, request: Request) -> tuple[Step, Run]:
     """A step whose guide densities carry the path of the draws but none of their own parameters.
 
     The pair is run again with the draws as leaves; the path enters to first order, ``<grad_z log q, z - sg(z)>``, which
     has the value and the gradient of the density under frozen parameters, whatever kind of parameters they are.
     """
-    drawn = guide_run(model, guide, args, kwargs, num_particles, shared)
+    drawn = guide_run(model, guide, args, kwargs, request.num_particles, None, request.vectorize)
     leaves = _leaves(drawn)
     values = {**drawn.subsample_indices(), **leaves}
-    run = execute(model, guide, args, kwargs, num_particles=num_particles, values=values)
+    run = execute(
+        model, guide, args, kwargs, num_particles=request.num_particles, values=values, vectorize=request.vectorize
+    )
     densities = run.log_probs(run.guide)
     zero = run.zeros()
     # What a deterministic guide site adds is a Jacobian, not the density of a draw: it moves with its parameters and

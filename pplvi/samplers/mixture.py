@@ -50,7 +50,7 @@ class DefensiveMixture:
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
     ) -> Iterator[Step]:
         """Yield one step of ``request.num_particles`` particles."""
-        counts = [request.num_particles] if request.vectorize else [1] * request.num_particles
+        counts = request.counts
         parts: list[Step] = []
         shared: Values | None = None
         for count in counts:

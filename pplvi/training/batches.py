@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, to_call
+from pplvi.programs.inputs import Inputs, is_array
 from pplvi.programs.state import Environment, clone, fingerprint, preserved_rng, rng_state, set_rng_state
 from pplvi.types import Call
 
@@ -30,6 +31,7 @@ class Batches(ABC):
 
     resumable = True
     environment = Environment()
+    inputs = Inputs()
     last_batch: LastBatch = "compile"
     size: int | None = None  # of the first batch, once it is asked for
 
@@ -48,9 +50,15 @@ class Batches(ABC):
         if self.last_batch != "compile" and self.size is None:
             self.size = Arguments.of(*self.peek()).size
         while True:
-            arguments = Arguments.of(*self.environment.move(to_call(self.next_item())))
+            arguments = Arguments.of(*self._call(self.next_item()))
             if (fitted := arguments.fitted(self.size, self.last_batch)) is not None:
                 return fitted.call(fitted.tensors)
+
+    def _call(self, item: Any) -> Call:
+        """What the model is called with for an item."""
+        with self.environment.active():
+            call: Call = self.environment.move(self.inputs(*to_call(item)))
+        return call
 
     @abstractmethod
     def peek(self) -> Call:
@@ -153,7 +161,7 @@ class Epochs(Batches):
             g.set_state(state)
         if item is None:
             raise _no_batch(self.data)
-        return self.environment.move(to_call(item))
+        return self._call(item)
 
     def get_state(self) -> dict[str, Any]:
         """Random state at the start of the epoch, number of batches used, and a hash of the last one."""
@@ -224,7 +232,7 @@ class Stateful(Batches):
             raise _no_batch(self.data)
         self.data.load_state_dict(state)
         self.iterator = None
-        return self.environment.move(to_call(item))
+        return self._call(item)
 
     def get_state(self) -> dict[str, Any]:
         """The iterable's own state."""
@@ -255,7 +263,7 @@ class OneShot(Batches):
     def peek(self) -> Call:
         """The next item, which is kept for the first step."""
         self.first = self.first or [next(self.data)]
-        return self.environment.move(to_call(self.first[0]))
+        return self._call(self.first[0])
 
 
 def make_batches(
@@ -280,7 +288,7 @@ def make_batches(
 
 
 def _source(data: Any, seeded: bool) -> Batches:
-    if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
+    if is_array(data) or isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
         raise ValueError(
             f"data={type(data).__name__}: expected a DataLoader or another iterable over batches, each what the model "
             "is called with. Full data are given as args= and kwargs=."

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pplvi.compile.svi import CompiledSVI, Mode
 from pplvi.compile.vectorized import Apart
+from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import OptimLike, Update
@@ -88,6 +89,8 @@ class EagerStepper(Stepper):
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepLoss:
         self.update.at(self.model, self.guide, args, kwargs)
         loss = self.svi.step(*args, **kwargs)
+        if self.update.count <= 1:  # losses of Pyro check nothing before
+            check_local_sizes(self.guide)
         return sum(loss) if isinstance(loss, tuple) else loss  # ReweightedWakeSleep has one for model and guide
 
     def stride(self, at: int, batches: Batches, watch: Watch, settle_every: int) -> int:

@@ -827,18 +827,18 @@ def test_programs_trained_with_one_draw_a_call_are_looked_at_that_way():
         assert np.isfinite(result.loo().elpd_loo)
         assert np.isfinite(pplvi.compare({"regression": result}).loc["regression", "elpd_loo"])
     assert result.predict(X, num_samples=9).observed["y"].shape == (9, 8)
-    with pytest.raises(ValueError, match="vectorize=False"):
-        result.posterior(vectorize=True)
+    assert result.posterior(num_draws=3, vectorize=True).num_draws == 3
 
 
-def test_of_other_objectives_vectorize_is_set_by_hand():
+def test_of_other_objectives_the_way_is_found():
     result = fit(Regression(), AutoNormal, args=(X, Y), objective=Trace_ELBO(), num_steps=10, seed=0)
-    assert result.vectorize
-    with pytest.raises(ValueError, match="vectorize=False"):
-        result.summary()
+    assert result.vectorize is None
     assert result.posterior(num_draws=3, vectorize=False).num_draws == 3
-    result.vectorize = False
     assert "k-hat" in result.summary()
+    named = fit(Regression(), AutoNormal, args=(X, Y), num_steps=10, seed=0, vectorize="loop")
+    assert named.vectorize == named.objective.vectorize_particles == "loop"
+    with pytest.raises(ValueError, match=r"vectorize='fast': expected None, True, False, or one of"):
+        fit(Regression(), AutoNormal, args=(X, Y), num_steps=10, vectorize="fast")
 
 
 def test_a_fit_on_minibatches_is_given_the_full_data():

@@ -286,11 +286,20 @@ def test_seeds_make_it_reproducible_and_leave_the_global_state_alone():
     assert torch.equal(third.loc, AutoPathfinder(eight_schools, **PAPER).run().loc)
 
 
-def test_one_row_at_a_time_finds_the_same():
+@pytest.mark.parametrize("vectorize", ["vmap", "loop", False])
+def test_rows_in_any_way_find_the_same(vectorize):
     options = {"seed": 0, "num_paths": 2, **PAPER}
     together = AutoPathfinder(coin, **options).run()
-    apart = AutoPathfinder(coin, vectorize=False, **options).run()
+    apart = AutoPathfinder(coin, vectorize=vectorize, **options).run()
     assert torch.allclose(together.loc, apart.loc, atol=1e-6)
+
+
+def test_models_that_do_not_broadcast_are_carried():
+    guide = AutoPathfinder(unbroadcast, seed=0).run()
+    variance = guide.get_posterior().variance
+    assert torch.allclose(variance, torch.tensor([1.0, 2.0, 2.0, 2.0]), atol=0.1)
+    with pytest.raises(ValueError, match=r"vectorize='broadcast': the model cannot be run that way"):
+        AutoPathfinder(unbroadcast, seed=0, vectorize="broadcast").run()
 
 
 def test_pickle_state_dict_and_copies():
@@ -443,7 +452,6 @@ def separable() -> None:
         (subsampled, r"plates \['data'\] are subsampled"),
         (nan_data, "the first bad site is 'bad'"),
         (hidden, "not a function of its latent sites"),
-        (unbroadcast, "vectorize=False"),
         (rising, "improper"),
         (rising_with_another, "improper.*site 'x'"),
         (flat, "improper"),

@@ -197,3 +197,13 @@ def test_lines_are_not_too_long_with_many_sites() -> None:
     text = report(WeightedDraws(draws), facts={"objective": "x " * 200})
     assert max(map(len, text.splitlines())) <= 100
     assert "30 latent sites" in text
+
+
+@pytest.mark.parametrize(
+    ("pareto_k", "efficiency", "word"),
+    [(1.05, 0.99, "heavy tail"), (0.8, 0.95, "heavy tail"), (1.05, 0.5, "very bad"), (0.3, 0.99, "good")],
+)
+def test_nearly_equal_weights_are_not_said_to_miss_much(pareto_k: float, efficiency: float, word: str) -> None:
+    verdict = judge(pareto_k, 1000, efficiency)
+    assert verdict.word == word
+    assert ("misses much" in verdict.meaning) == (word == "very bad")

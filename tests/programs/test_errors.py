@@ -385,28 +385,35 @@ def test_nonlinear_bounds_refuse_global_latents_over_a_subsample():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, IndexError])
-def test_programs_that_do_not_broadcast_are_told_to_loop(error):
+def test_programs_that_do_not_broadcast_are_carried(error):
     def rigid(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         if mu.dim():
             raise error("mat1 and mat2 shapes cannot be multiplied")
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y[0])
 
-    with pytest.raises(ValueError, match=r"(?s)run alone, but not with 3 particles.*mat1.*vectorize_particles=False"):
-        pplvi.ELBO(3).loss(rigid, guide, Y)
-    assert pplvi.ELBO(3, vectorize_particles=False).loss(rigid, guide, Y) > 0
+    with pytest.raises(ValueError, match=r"(?s)vectorize='broadcast'.*cannot be run that way.*mat1.*Drop vectorize"):
+        pplvi.ELBO(3, vectorize_particles="broadcast").loss(rigid, guide, Y)
+    for vectorize in (True, "vmap", "loop", False):
+        loss = pplvi.ELBO(2000 if vectorize in (True, "vmap") else 50, vectorize_particles=vectorize)
+        assert loss.loss(rigid, guide, Y) > 0
 
 
 def test_particles_that_land_in_a_data_dimension_are_noticed():
-    """Reducing over the wrong dimension moves particles into the place of data."""
+    """Reducing over the wrong dimension moves particles into the place of data: they are carried instead."""
 
     def careless(y):
         with pyro.plate("data", 4):
             z = pyro.sample("z", normal())
         pyro.sample("total", dist.Normal(z.sum(-1), 1.0), obs=y[0])  # (particles,) where (particles, 1) is meant
 
+    guide = plated(lambda: normal())
     with pytest.raises(ValueError, match=r"'total' has a log density of shape .*keepdim=True"):
-        pplvi.ELBO(3).loss(careless, plated(lambda: normal()), Y)
+        pplvi.ELBO(3, vectorize_particles="broadcast").loss(careless, guide, Y)
+    run = execute(careless, guide, (Y,), {}, num_particles=3)
+    z = run.guide.nodes["z"]["value"].reshape(3, 4)
+    prior, data = dist.Normal(0.0, 1.0).log_prob(z).sum(-1), dist.Normal(z.sum(-1), 1.0).log_prob(Y[0])
+    assert torch.allclose(run.log_target(), prior + data)
 
 
 def test_a_model_that_draws_indices_by_itself_is_refused():

@@ -35,8 +35,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pplvi
 from pplvi.programs.first_run import first_bad_site
-from pplvi.programs.joint import execute, run_model
+from pplvi.programs.joint import execute
 from pplvi.programs.sites import sample_sites
+from pplvi.programs.unguided import run_model
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -768,13 +769,13 @@ def mixing(y):
     pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=y)
 
 
-def test_programs_that_mix_particles_are_refused_and_run_alone():
+def test_programs_that_mix_particles_are_carried():
     guide, args = AutoNormal(mixing), (torch.tensor(1.0),)
-    for loss in (pplvi.ELBO(num_particles=3), pplvi.ImportanceWeightedELBO(num_particles=3)):
-        with pytest.raises(ValueError, match=r"site 'y'.*mix.*vectorize_particles=False"):
-            loss.loss(mixing, guide, *args)
-    draws = torch.tensor([pplvi.ELBO(10, vectorize_particles=False).loss(mixing, guide, *args) for _ in range(20)])
-    assert draws.std() < 1.0
+    with pytest.raises(ValueError, match=r"site 'y' has another log density with two particles in one call"):
+        pplvi.ELBO(3, vectorize_particles="broadcast").loss(mixing, guide, *args)
+    for vectorize in (True, False):
+        losses = [pplvi.ELBO(10, vectorize_particles=vectorize).loss(mixing, guide, *args) for _ in range(20)]
+        assert torch.tensor(losses).std() < 1.0
     right = pplvi.ELBO(num_particles=3).loss(lambda y: None, lambda y: None, *args)
     assert right == 0.0
 

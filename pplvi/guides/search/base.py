@@ -16,10 +16,11 @@ from torch.distributions import biject_to
 from pplvi.guides.base import ContinuousGuide
 from pplvi.guides.density import UnconstrainedDensity, outside_of_handlers
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture
-from pplvi.programs import checks
+from pplvi.programs.errors import explained
 from pplvi.programs.handlers import float_dtype
 from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
+from pplvi.programs.ways import Vectorize
 
 _PARTS = Gaussian._fields
 _TRIES = 100
@@ -36,7 +37,8 @@ class FoundGuide(ContinuousGuide):
     :param init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
     :param init_loc_fn: start from this instead, any of Pyro's ``init_to_*``, called anew for each start.
     :param seed: makes runs reproducible and leaves the global random state as it was.
-    :param vectorize: run all rows in one call of the model; ``False`` for models that allow no other way.
+    :param vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
+        is right for the programs unless named.
     :raises ValueError: ``init_radius`` is not a positive number; on the first run, for a model without latent sites,
         with discrete ones that are not enumerated, with subsampled plates, or whose log density is not finite at any
         start (with the first bad site).
@@ -49,7 +51,7 @@ class FoundGuide(ContinuousGuide):
         init_radius: float = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: int | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
         if isinstance(init_radius, bool) or not 0 < float(init_radius) < math.inf:
             raise ValueError(f"init_radius is {init_radius!r}; expected a positive finite number, for example 2.0")
@@ -84,7 +86,7 @@ class FoundGuide(ContinuousGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
-            with preserved_rng(active=self._seed is not None), checks.named_errors():
+            with preserved_rng(active=self._seed is not None), explained():
                 self._read_model(*args, **kwargs)
             if "loc" not in self._buffers:  # else its result was loaded by load_state_dict
                 with random_state(self._seed), outside_of_handlers():

@@ -14,6 +14,7 @@ from pplvi.guides.search.explore import elbos, explore
 from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.pathfinder import check_counts
+from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoBatchAndMatch"]
 
@@ -75,7 +76,7 @@ class AutoBatchAndMatch(FoundGuide):
         init_radius: float = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: int | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
         if batch_size is not None and (
             isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 2

@@ -16,6 +16,7 @@ from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussia
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
+from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoDeterministicNormal"]
 
@@ -71,7 +72,7 @@ class AutoDeterministicNormal(FoundGuide):
         init_radius: float = 0.5,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: int | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
         if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 2 or num_draws % 2:
             raise ValueError(f"num_draws is {num_draws!r}; expected an even number of at least 2, for example 30")

@@ -16,6 +16,7 @@ from pplvi.guides.search.explore import OptimizationPath, explore
 from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
+from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoPathfinder", "OptimizationPath", "init_to_pathfinder"]
 
@@ -60,7 +61,8 @@ class AutoPathfinder(FoundGuide):
     :param lbfgs: settings of L-BFGS in place of Stan's defaults: ``max_iterations`` of a path, ``tol_obj``,
         ``tol_rel_obj``, ``tol_grad``, ``tol_rel_grad``, ``tol_param`` and ``init_alpha``.
     :param seed: makes runs reproducible and leaves the global random state as it was.
-    :param vectorize: run paths and draws in one call of the model; ``False`` for models that allow no other way.
+    :param vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
+        is right for the programs unless named.
     :raises ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete
         ones that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
         first bad site), or whose posterior is improper as far as the paths can tell.
@@ -89,7 +91,7 @@ class AutoPathfinder(FoundGuide):
         init_loc_fn: Callable[..., Any] | None = None,
         lbfgs: Mapping[str, float] | None = None,
         seed: int | None = None,
-        vectorize: bool = True,
+        vectorize: Vectorize = None,
     ) -> None:
         if isinstance(moment_matching, bool) or not isinstance(moment_matching, int) or moment_matching < 0:
             raise ValueError(f"moment_matching is {moment_matching!r}; expected a number of rounds, 0 for none")

@@ -21,7 +21,7 @@ from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.pathfinder import AutoPathfinder
-from pplvi.programs import checks
+from pplvi.programs.errors import explained
 
 __all__ = ["start_at_pathfinder"]
 
@@ -85,7 +85,7 @@ def start_at_pathfinder(
     _check(guide)
     one = {"num_components": 1} if issubclass(search, AutoPathfinder) else {}  # a Gaussian is what guides can start at
     found = search(model, **{**one, **options}).run(*args, **(kwargs or {}))
-    with checks.named_errors():
+    with explained():
         guide(*args, **(kwargs or {}))
     _place(guide, _Found(found))
 

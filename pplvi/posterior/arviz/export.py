@@ -26,9 +26,10 @@ from pplvi.posterior.arviz.groups import (
     prior_groups,
     summary,
 )
-from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, to_numpy, wrap
+from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, storable, to_numpy, wrap
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
+from pplvi.programs.errors import explained
 from pplvi.programs.state import random_state
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 RestartsKind = Literal["all", "best"]
 
 
+@explained()
 def to_arviz(
     source: Posterior | Sequence[Posterior] | MCMC,
     *,
@@ -82,7 +84,8 @@ def to_arviz(
     :meth:`pplvi.Posterior.loo` leaves them out.
 
     The plates are named dimensions; what follows them is named by ``dims`` or ``<variable>_dim_<i>``. Dimensions of a
-    constant are named after the plates of a site if its shape begins with theirs.
+    constant are named after the plates of a site if its shape begins with theirs. A slash in a name, which a NetCDF
+    file cannot hold, becomes a point; the attribute ``renamed`` says where.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling; Rubin 1988, Using the SIR
     algorithm to simulate posterior distributions; Kumar, Carroll, Hartikainen and Martin 2019, ArviZ.
@@ -120,6 +123,7 @@ def to_arviz(
     (('chain', 'draw', 'school'), 1.0)
     """
     _check_choices(draws=draws, restarts=restarts)
+    _check_mappings(coords=coords, dims=dims)
     dims, posteriors = dims or {}, _posteriors(source, args)
     traces = _traces(losses, len(posteriors))
     chosen = _best(posteriors, best)
@@ -137,8 +141,11 @@ def to_arviz(
     groups["optimization"] = {"loss": (("chain", "step"), traces)} if traces.size else {}
     _check_dims(groups, dims)
     kind = "mcmc" if posteriors[0].is_mcmc else draws
-    described = attributes({"draws": kind, **summary(posteriors), **(attrs or {})})
-    return wrap(datasets(groups, coords, described), described)
+    groups, renamed = storable(groups)
+    notes = {"renamed": ", ".join(f"{old} is {new}" for old, new in renamed.items())} if renamed else {}
+    described = attributes({"draws": kind, **summary(posteriors), **notes, **(attrs or {})})
+    labels = {renamed.get(dim, dim): values for dim, values in (coords or {}).items()}
+    return wrap(datasets(groups, labels, described), described)
 
 
 # --- what is exported -----------------------------------------------------------------------------------------------
@@ -148,6 +155,13 @@ def _check_choices(**choices: str) -> None:
     for (name, value), kinds in zip(choices.items(), (DrawsKind, RestartsKind), strict=True):
         if value not in get_args(kinds):
             raise ValueError(f"{name}={value!r}; expected one of {list(get_args(kinds))}.")
+
+
+def _check_mappings(**given: Any) -> None:
+    for name, value in given.items():
+        pairs = value.items() if isinstance(value, Mapping) else ()
+        if (value is not None and not isinstance(value, Mapping)) or any(not hasattr(v, "__len__") for _, v in pairs):
+            raise ValueError(f"{name}={value!r}; expected a dictionary with a list for each name.")
 
 
 def _posteriors(source: Any, args: tuple[Any, ...]) -> list[Posterior]:

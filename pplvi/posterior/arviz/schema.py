@@ -137,6 +137,29 @@ def datasets(
     return found
 
 
+def storable(groups: Groups) -> tuple[Groups, dict[str, str]]:
+    """The groups with names that a NetCDF file can hold, and the new name of each that was changed.
+
+    A slash, which separates the groups of such a file, becomes a point, or what keeps different names different.
+
+    >>> storable({"posterior": {"a/b": (("draw",), np.zeros(1))}})[1]
+    {'a/b': 'a.b'}
+    """
+    names = {n for group in groups.values() for variable, (dims, _) in group.items() for n in (variable, *dims)}
+    taken, new = {name for name in names if "/" not in name}, {}
+    for name in sorted(names - taken):
+        candidate = name.replace("/", ".")
+        while candidate in taken:
+            candidate += "_"
+        taken.add(candidate)
+        new[name] = candidate
+    renamed = {
+        kind: {new.get(n, n): (tuple(new.get(d, d) for d in dims), values) for n, (dims, values) in group.items()}
+        for kind, group in groups.items()
+    }
+    return (renamed if new else groups), new
+
+
 def _sizes(groups: Groups) -> set[tuple[str, int]]:
     """Every ``(dimension, size)`` in the groups."""
     return {pair for name, group in groups.items() for pair in _sizes_of(name, group).items()}
