@@ -43,7 +43,8 @@ def told(error: Exception) -> Exception:
     frames = _frames(original)
     if not _is_ours(frames):
         return original
-    if text := explanation(original):
+    told_already = isinstance(original, ValueError) and _room(frames[0]) == "pplvi"
+    if not told_already and (text := explanation(original)):
         return _because(ValueError(text), error)
     if isinstance(original, _RAW):
         name = type(original).__name__
@@ -98,8 +99,12 @@ def _frames(error: BaseException) -> list[FrameType]:
 
 
 def _is_ours(frames: list[FrameType]) -> bool:
-    rooms = (str(frame.f_globals.get("__name__")).split(".")[0] for frame in frames)
+    rooms = map(_room, frames)
     return next((room for room in rooms if room != _TORCH), "") in _OURS
+
+
+def _room(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).split(".")[0]
 
 
 def _message(frames: list[FrameType]) -> dict[str, Any]:
