@@ -8,6 +8,8 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pplvi.programs import checks
@@ -83,7 +85,8 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
         if checks.is_minibatch(run):
             if trained:  # draws of such a guide can be looked at
                 check_full_size(guide, run)
-            checks.check_minibatch(run, plain_run(model, args, kwargs))
+            if isinstance(poutine.unwrap(guide), AutoGuide):  # other guides draw what they are asked for
+                checks.check_minibatch(run, plain_run(model, args, kwargs))
         if own:
             given = given_subsamples(model, args, kwargs)
             torch.rand(())  # from here on other random numbers

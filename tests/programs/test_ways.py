@@ -443,3 +443,23 @@ def test_plates_without_a_size_and_dimensions_beside_a_plate():
         draws = fit.predict(num_samples=7)
         assert draws.observed["y"].shape == (7, *y.shape)
         assert draws.latents["z"].shape == (7, *y.shape)
+
+
+def test_minibatches_that_only_the_guide_draws_in_any_order():
+    y = torch.randn(50) + 1
+
+    def model(y, size):
+        with pyro.plate("data", 50) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y[index])
+
+    def guide(y, size):
+        with pyro.plate("data", 50, size) as index:
+            pyro.sample("z", dist.Normal(0.5 * y[index], math.sqrt(0.5)))  # the posterior: weights are the evidence
+
+    exact = -dist.Normal(0.0, math.sqrt(2.0)).log_prob(y)
+    for size in (10, None, 10):
+        for num_particles in (1, 4):
+            losses = torch.tensor([pplvi.ELBO(num_particles).loss(model, guide, y, size) for _ in range(40)])
+            error = 0.0 if size is None else 50 * exact.std() / math.sqrt(10 * 40)
+            assert abs(losses.mean() - exact.sum()) < 4 * error + 1e-8
