@@ -21,7 +21,6 @@ from pyro.infer.autoguide import AutoNormal
 
 import pplvi
 from pplvi import AutoBatchAndMatch, AutoDeterministicNormal, AutoFlow, AutoPathfinder
-from pplvi.fitting import Auto
 from pplvi.posterior import plot_against_reference, plot_weights
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
@@ -146,5 +145,5 @@ plt.savefig(OUT / "awkward_reference.png")
 # needs only the first rung. `chosen.model` is that form, for a flow, if the report asks for one.
 
 # %%
-chosen = pplvi.fit(schools, Auto(budget=5.0 if SMOKE else 60.0), args=(sigma, y), seed=0, progress=False)
+chosen = pplvi.fit(schools, "auto", budget=5.0 if SMOKE else 60.0, args=(sigma, y), seed=0, progress=False)
 chosen.report()

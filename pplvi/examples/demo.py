@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
-from pplvi.fitting import Fit, MarkovChains, fit
+from pplvi.fitting import Fit, fit
 from pplvi.guides import AutoFlow
 from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO, RenyiELBO
 from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
@@ -113,7 +113,8 @@ def sample(job: Job) -> Outcome:
     example = load(job.example)
     result = fit(
         example.model,
-        MarkovChains(KERNEL, num_warmup=job.num_draws // 2),
+        KERNEL,
+        num_warmup=job.num_draws // 2,
         args=example.args,
         num_steps=job.num_draws,
         seed=0,

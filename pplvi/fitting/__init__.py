@@ -2,15 +2,13 @@
 
 from pplvi.fitting.entry import fit
 from pplvi.fitting.flow_recipe import flow_recipe, search_learning_rate
-from pplvi.fitting.options import Auto, Checkpoint, Compile, MarkovChains, Minibatches
+from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 
 __all__ = [
-    "Auto",
     "Checkpoint",
     "Compile",
     "Fit",
-    "MarkovChains",
     "Minibatches",
     "fit",
     "flow_recipe",

@@ -217,3 +217,14 @@ def refuse(given: Mapping[str, Any], what: str, others: str) -> None:
     """
     if found := sorted(name for name, value in given.items() if value is not None):
         raise ValueError(f"{what} has no use for {found}: expected args, kwargs, {others}restarts and seed.")
+
+
+def check_budget(budget: Any) -> None:
+    """Check the seconds of ``"auto"``.
+
+    :raises ValueError: if they are no positive number.
+    """
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+        raise ValueError(f"budget={budget!r}: expected a positive number of seconds.")

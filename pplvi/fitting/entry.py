@@ -11,6 +11,7 @@ import torch
 
 from pplvi.compile.svi import Mode
 from pplvi.fitting.arguments import (
+    check_budget,
     check_loss,
     check_model,
     check_numbers,
@@ -25,8 +26,8 @@ from pplvi.fitting.arguments import (
 )
 from pplvi.fitting.auto import select
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
-from pplvi.fitting.mcmc import run_chains
-from pplvi.fitting.options import Auto, Checkpoint, Compile, MarkovChains, Minibatches
+from pplvi.fitting.mcmc import kernel_factory, run_chains
+from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
@@ -53,6 +54,7 @@ __all__ = ["Fit", "fit"]
 
 NUM_STEPS = 5000
 NUM_DRAWS = 1000
+BUDGET = 60.0  # seconds
 
 
 @explained()
@@ -70,6 +72,8 @@ def fit(
     clip: str | float | None = "adaptive",
     init: Literal["pathfinder", "match"] | None = None,
     num_steps: int | None = None,
+    num_warmup: int | None = None,
+    budget: float | None = None,
     restarts: int = 1,
     seed: int | None = None,
     compile: Mode | Compile = False,
@@ -103,11 +107,10 @@ def fit(
     :param model: a Pyro program: a function, a module, or a method of a module.
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
         returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"auto"``: one
-        family after another until k-hat is below 0.7, within 60 seconds (or those of
-        :class:`pplvi.fitting.Auto`), on whichever is easier of the model as written and its non-centered forms
-        (:func:`pplvi.noncentered`); parameters of the model are trained anew with each family; ``"nuts"``, or another
-        MCMC kernel class or ``functools.partial`` of one, for MCMC instead of training (its warm-up is named by
-        :class:`pplvi.fitting.MarkovChains`).
+        family after another until k-hat is below 0.7, within ``budget=`` seconds (60), on whichever is easier of the
+        model as written and its non-centered forms (:func:`pplvi.noncentered`); parameters of the model are trained
+        anew with each family; ``"nuts"``, or another MCMC kernel class or ``functools.partial`` of one, for MCMC
+        instead of training.
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
@@ -123,6 +126,8 @@ def fit(
         (:func:`pplvi.start_at_pathfinder`), anew for each restart; ``"match"`` at that of batch and match, which is
         nearer. Both need all data at once.
     :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given.
+    :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
+    :param budget: seconds after which ``"auto"`` begins no other family; 60 unless given.
     :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
         restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for
         ``"max"``) and all data at once, as the rows of one program: then restart ``r`` is what it would be alone with
@@ -170,7 +175,8 @@ def fit(
     check_model(model)
     call = checked_call(args, kwargs, "fit(model, guide, args=(x, y))")
     environment = Environment(dtype, device)
-    check_numbers(num_steps=num_steps, restarts=restarts)
+    check_numbers(num_steps=num_steps, num_warmup=num_warmup, restarts=restarts)
+    check_budget(budget)
     check_seed(seed, restarts)
     ways.named(vectorize)
     if data is None:
@@ -178,21 +184,25 @@ def fit(
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
     unused |= {"init": init, "monitor": monitor, "callbacks": callbacks or None, "compile": compile or None}
     unused |= {"checkpoint": checkpoint, "resume": resume}
-    if (auto := Auto.of(guide)) is not None:
-        refuse({**unused, "num_steps": num_steps}, "guide='auto'", "")
+    if isinstance(guide, str) and guide == "auto":
+        refuse({**unused, "num_steps": num_steps, "num_warmup": num_warmup}, "guide='auto'", "budget, ")
         same: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "dtype": dtype}
         same["vectorize"] = vectorize
         originals = Originals(model, *call, environment)
         again = partial(fit, args=call[0], kwargs=call[1], progress=progress, **same)
-        return select(again, model, originals, auto.budget)
+        return select(again, model, originals, BUDGET if budget is None else budget)
+    if budget is not None:
+        raise ValueError(f"budget={budget!r} is for guide='auto': expected that, or num_steps=.")
     if data is None:
         warn_of_no_data(model, *call, environment)
-    if (chains := MarkovChains.of(guide)) is not None:
-        refuse(unused, "MCMC", "num_steps, ")
-        recipe = Recipe(model, chains.make_kernel, True, False, environment)
-        run = _fit_chains(recipe, call, num_steps or NUM_DRAWS, chains.num_warmup, restarts, seed, progress)
+    if (make_kernel := kernel_factory(guide)) is not None:
+        refuse(unused, "MCMC", "num_steps, num_warmup, ")
+        recipe = Recipe(model, make_kernel, True, False, environment)
+        run = _fit_chains(recipe, call, num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress)
         run.vectorize = vectorize
         return run
+    if num_warmup is not None:
+        raise ValueError(f"num_warmup={num_warmup} is for MCMC: expected guide='nuts', got {guide!r}.")
     check_init(init)
     objective = in_way(check_loss(ELBO() if objective is None else objective, "objective"), vectorize)
     named, steps = named_monitor(monitor, environment), num_steps or NUM_STEPS

@@ -18,19 +18,15 @@ from pplvi.types import Program
 KernelFactory = Callable[[Program], MCMCKernel]
 
 
-def kernel_factory(kernel: Any) -> KernelFactory:
+def kernel_factory(kernel: Any) -> KernelFactory | None:
     """What makes an MCMC kernel from a model: ``"nuts"``, a kernel class, or a ``functools.partial`` of one.
 
-    :raises ValueError: for anything else.
-
-    >>> kernel_factory("nuts") is NUTS, kernel_factory(partial(NUTS, max_tree_depth=5)).func is NUTS
-    (True, True)
+    >>> kernel_factory("nuts") is NUTS, kernel_factory(partial(NUTS, max_tree_depth=5)).func is NUTS, kernel_factory(3)
+    (True, True, None)
     """
     made: Any = NUTS if isinstance(kernel, str) and kernel == "nuts" else kernel
     inner = made.func if isinstance(made, partial) else made
-    if isinstance(inner, type) and issubclass(inner, MCMCKernel):
-        return made
-    raise ValueError(f"kernel={kernel!r}: expected 'nuts', an MCMC kernel class, or a functools.partial of one.")
+    return made if isinstance(inner, type) and issubclass(inner, MCMCKernel) else None
 
 
 def run_chains(

@@ -8,77 +8,9 @@ from typing import Any
 
 from pplvi.compile.svi import MODES, Mode
 from pplvi.fitting.arguments import check_numbers
-from pplvi.fitting.mcmc import KernelFactory, kernel_factory
 from pplvi.programs.calls import LastBatch, check_last_batch
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.steps import CompiledSteps, EagerSteps, Steps
-
-BUDGET = 60.0  # seconds
-
-
-@dataclass(frozen=True)
-class Auto:
-    """The guide of ``fit`` that is chosen: one family after another until k-hat is below 0.7. ``"auto"`` for short.
-
-    :param budget: seconds after which no other family is begun.
-    :raises ValueError: for a budget that is no positive number.
-
-    >>> Auto(budget=20.0)
-    Auto(budget=20.0)
-    """
-
-    budget: float = BUDGET
-
-    def __post_init__(self) -> None:
-        number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
-        if not number or not self.budget > 0:
-            raise ValueError(f"budget={self.budget!r}: expected a positive number of seconds.")
-
-    @classmethod
-    def of(cls, guide: Any) -> Auto | None:
-        """What ``guide`` means, if it means this."""
-        if isinstance(guide, str) and guide == "auto":
-            return cls()
-        return guide if isinstance(guide, cls) else None
-
-
-@dataclass(frozen=True)
-class MarkovChains:
-    """MCMC in place of a guide: ``"nuts"``, a kernel class, or a ``functools.partial`` of one, for short.
-
-    :param kernel: what makes an MCMC kernel from a model, or ``"nuts"``.
-    :param num_warmup: steps of each chain that adapt the kernel and are dropped; as many as ``num_steps`` unless given.
-    :raises ValueError: for a kernel of another kind, or a number below 1.
-
-    >>> MarkovChains(num_warmup=200)
-    MarkovChains(kernel='nuts', num_warmup=200)
-    """
-
-    kernel: Any = "nuts"
-    num_warmup: int | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(num_warmup=self.num_warmup)
-        kernel_factory(self.kernel)
-
-    @classmethod
-    def of(cls, guide: Any) -> MarkovChains | None:
-        """What ``guide`` means, if it means this.
-
-        >>> MarkovChains.of("nuts"), MarkovChains.of("auto")
-        (MarkovChains(kernel='nuts', num_warmup=None), None)
-        """
-        if isinstance(guide, cls):
-            return guide
-        try:
-            return cls(guide)
-        except ValueError:
-            return None
-
-    @property
-    def make_kernel(self) -> KernelFactory:
-        """What makes the kernel from the model."""
-        return kernel_factory(self.kernel)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
-from pplvi.fitting import Checkpoint, Compile, MarkovChains
+from pplvi.fitting import Checkpoint, Compile
 from pplvi.programs.state import Environment, rng_state
 from pplvi.training import checkpoint
 from pplvi.training.watch import Monitor
@@ -708,8 +708,9 @@ def test_wrong_arguments_are_refused_before_anything_runs(options, words):
     ("make", "words"),
     [
         (lambda: Checkpoint("run.pt", every=-1), "every=-1"),
-        (lambda: MarkovChains(num_warmup=0), "num_warmup=0"),
-        (lambda: MarkovChains("hmc"), "kernel='hmc'"),
+        (lambda: fit(model, "nuts", args=(Y,), num_warmup=0), "num_warmup=0"),
+        (lambda: fit(model, AutoNormal, args=(Y,), num_warmup=10), "num_warmup=10 is for MCMC"),
+        (lambda: fit(model, AutoNormal, args=(Y,), budget=10.0), "budget=10.0 is for guide='auto'"),
         (lambda: Compile("max", chunk=0), "chunk=0"),
         (lambda: Compile("max", chunk=51), "at most 50"),
         (lambda: Compile("quick"), "compile='quick'"),
@@ -891,7 +892,7 @@ def test_nuts_is_a_fit(chains):
 
 def test_chains_are_seeded_one_by_one(chains):
     before = torch.get_rng_state()
-    second = fit(model, MarkovChains(NUTS, num_warmup=60), args=(Y,), num_steps=60, seed=1).mcmc.get_samples()["loc"]
+    second = fit(model, NUTS, args=(Y,), num_steps=60, num_warmup=60, seed=1).mcmc.get_samples()["loc"]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(chains.mcmc.get_samples(group_by_chain=True)["loc"][1], second)
 

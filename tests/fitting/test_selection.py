@@ -10,7 +10,6 @@ import torch
 
 import pplvi
 from pplvi import AutoFlow
-from pplvi.fitting import Auto
 from pplvi.fitting.auto import Attempt, flow_recipe, select
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.state import Environment
@@ -231,7 +230,7 @@ def test_each_family_starts_from_the_first_parameters_and_those_of_the_taken_one
 
 
 def test_the_budget_ends_the_search_with_the_best_so_far():
-    result = fit(crooked, Auto(budget=0.5), seed=0)
+    result = fit(crooked, "auto", budget=0.5, seed=0)
     assert "time" in result.notes["taken"]
     assert "least k-hat" in result.notes["taken"]
     assert math.isfinite(result.runs[0].score)
@@ -282,4 +281,4 @@ def test_what_auto_has_no_use_for_is_refused(options, words):
 @pytest.mark.parametrize("budget", [0.0, True, -3, "long"])
 def test_a_budget_is_a_time(budget):
     with pytest.raises(ValueError, match=r"budget=.* positive number of seconds"):
-        fit(crooked, Auto(budget=budget))
+        fit(crooked, "auto", budget=budget)

@@ -16,7 +16,6 @@ from torch.distributions import constraints
 
 import pplvi
 from pplvi import ELBO, AutoPathfinder, Posterior, noncentered
-from pplvi.fitting import MarkovChains
 from pplvi.posterior.draws import score
 from pplvi.programs.state import module_of
 
@@ -136,7 +135,7 @@ def test_resampled_draws_have_the_sites_of_the_model():
 
 
 def test_nuts_draws_from_it():
-    result = fit(noncentered(gaussian), MarkovChains(num_warmup=100), args=(Y,), num_steps=200)
+    result = fit(noncentered(gaussian), "nuts", args=(Y,), num_steps=200, num_warmup=100)
     draws = result.posterior().draws
     assert set(draws.latents) == {"mu", "x_decentered"}
     precision = torch.eye(4).double() * 2 + 1.0  # of y: E[x | y] = y - E[noise | y]
