@@ -262,7 +262,10 @@ class OneShot(Batches):
 
     def peek(self) -> Call:
         """The next item, which is kept for the first step."""
-        self.first = self.first or [next(self.data)]
+        try:
+            self.first = self.first or [next(self.data)]
+        except StopIteration:
+            raise _no_batch(self.data) from None
         return self._call(self.first[0])
 
 
