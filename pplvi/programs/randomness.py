@@ -269,7 +269,7 @@ def carried(mode: OutOfPlace) -> Iterator[None]:
     branch on values and have been made in a plain run."""
     known = dirichlet._Dirichlet, von_mises._rejection_sample, special._SafeLog
     dirichlet._Dirichlet, von_mises._rejection_sample = _Dirichlet, _rejected  # type: ignore[misc, assignment]
-    special._SafeLog = _SafeLog
+    special._SafeLog = _SafeLog  # type: ignore[misc, assignment]
     try:
         with pyro.validation_enabled(False), mode:
             yield

@@ -262,7 +262,7 @@ def chain_density(values, y):
     return dist.Dirichlet(3 * torch.eye(2) + 1).log_prob(p).sum(-1) + forward.logsumexp(-1)
 
 
-@pytest.mark.parametrize("program, exact", [(mixture, mixture_density), (chain, chain_density)])
+@pytest.mark.parametrize(("program", "exact"), [(mixture, mixture_density), (chain, chain_density)])
 def test_sums_over_enumerated_sites_are_carried_in_densities(program, exact):
     density = UnconstrainedDensity(program, (Y,))
     assert density.way.word == "vmap"
