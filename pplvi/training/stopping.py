@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+_OUTLYING = 3.0  # interquartile ranges, four standard deviations of a normal
+
 
 def mean_with_error(values: NDArray[np.float64]) -> tuple[float, float]:
     r"""Mean of a correlated series and its standard error, by non-overlapping batch means.
@@ -49,9 +51,27 @@ def has_settled(losses: Sequence[float] | NDArray[np.float64]) -> bool:
     """A verdict on a finished trace: the last gain is below three standard errors, or below a tenth of a nat.
 
     A falling learning rate improves the objective a little to the very end, at no gain in the posterior to speak of.
+    It holds of the trace with its outliers pulled in as well: the huge losses that a learning rate too large throws up
+    make an error in which any improvement would be lost.
+
+    >>> falling = 1000.0 - np.arange(400.0)
+    >>> spikes = falling + 1e6 * (np.arange(400) % 90 == 89)
+    >>> has_settled(falling), has_settled(spikes), has_settled(np.zeros(400))
+    (False, False, True)
     """
-    gain, error = improvement(losses)
+    return _is_small(*improvement(losses)) and _is_small(*improvement(_without_outliers(losses)))
+
+
+def _is_small(gain: float, error: float) -> bool:
     return gain < max(0.1, 3.0 * error)
+
+
+def _without_outliers(losses: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """A trace moved to within three interquartile ranges of the median of its last half (Tukey's outer fences)."""
+    trace = np.asarray(losses, float)
+    low, middle, high = np.quantile(trace[-2 * (len(trace) // 4) :], [0.25, 0.5, 0.75])
+    reach = _OUTLYING * (high - low)
+    return trace.clip(middle - reach, middle + reach)
 
 
 @dataclass(frozen=True)
@@ -64,7 +84,8 @@ class Plateau:
 
     .. math:: \bar\ell_\text{early} - \bar\ell_\text{late} < c \sqrt{s_\text{early}^2 + s_\text{late}^2},
 
-    and training stops if that holds at ``patience`` checks in a row. The rule is a pure function of the trace.
+    and training stops if that holds at ``patience`` checks in a row at which the trace with its outliers pulled in has
+    settled too. The rule is a pure function of the trace.
 
     Source: Geweke (1992), "Evaluating the accuracy of sampling-based approaches to the calculation of posterior
     moments", whose statistic compares two windows of a chain, one-sided, with the errors of
@@ -103,7 +124,7 @@ class Plateau:
     def is_flat(self, losses: Sequence[float] | NDArray[np.float64]) -> bool:
         """Whether the improvement over the last half of this trace is within its error."""
         gain, error = improvement(losses)
-        return gain < self.threshold * error
+        return gain < self.threshold * error and _is_small(*improvement(_without_outliers(losses)))
 
     def reached(self, losses: Sequence[float] | NDArray[np.float64]) -> bool:
         """Whether training on this trace (nats, to be minimised; shape ``(steps,)``) should stop now."""

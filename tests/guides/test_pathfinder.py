@@ -17,6 +17,7 @@ from torch.distributions import constraints
 from pplvi import ELBO, ImportanceWeightedELBO, Posterior
 from pplvi.guides import AutoFlow
 from pplvi.guides.density import UnconstrainedDensity
+from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.gaussians import GaussianMixture, full_gaussian, local_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options, minimise
 from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
@@ -389,6 +390,24 @@ def test_float32():
         assert all(path.reason == "converged" for path in guide.paths)
     finally:
         torch.set_default_dtype(with_default)
+
+
+@pytest.mark.parametrize("kind", [AutoPathfinder, AutoBatchAndMatch])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4, 1e8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scales_far_from_one_are_no_matter(kind, scale, dtype):
+    data = scale * torch.tensor([5.12, 4.87, 6.21, 3.99, 5.55], dtype=dtype)
+
+    def income(y: torch.Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(y.new_tensor(5 * scale), scale))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 0.8 * scale), obs=y)
+
+    found = kind(income, seed=0).run(data).get_posterior()
+    variance = 1 / (1 + len(data) / 0.64)  # closed form, in units of the scale
+    mean = variance * (5.0 + float(data.sum()) / scale / 0.64)
+    assert float(found.mean) / scale == pytest.approx(mean, abs=0.01 * math.sqrt(variance))
+    assert float(found.variance.sqrt()) / scale == pytest.approx(math.sqrt(variance), rel=0.01)
 
 
 # ---------------------------------------------------------------------- the start of other guides

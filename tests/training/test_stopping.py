@@ -73,3 +73,14 @@ def test_the_verdict_on_a_finished_trace():
     assert all(settled)
     assert all(has_settled(t) for t in traces(lambda t: -1e-4 * t, 1000))  # significant or not, 0.025 nats are nothing
     assert not any(has_settled(t) for t in traces(lambda t: -0.005 * t, 1000))
+
+
+@pytest.mark.parametrize("height", [0.0, 1e3, 1e6])
+def test_spikes_do_not_hide_an_improvement(height):
+    rng = np.random.default_rng(0)
+    spikes = height * rng.exponential(size=2000) * (rng.uniform(size=2000) < 0.02)
+    noise = 5.0 * rng.normal(size=2000)
+    falling = 2000.0 - 0.2 * np.arange(2000) + noise + spikes
+    assert not has_settled(falling)
+    assert not Plateau().reached(falling)
+    assert has_settled(noise + spikes)

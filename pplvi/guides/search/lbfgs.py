@@ -19,6 +19,7 @@ EPSILON = torch.finfo(torch.float64).eps
 FURTHEST = 1e10
 LINE_SEARCH_STEPS = 25
 ARMIJO, WOLFE = 1e-4, 0.9
+_VISIBLE = 100.0  # rounding errors of the function
 
 
 class Point(NamedTuple):
@@ -133,6 +134,8 @@ def _walk(start: Tensor, options: Options, stop: Callable[[Trail], str]) -> Aski
         direction = -times_inverse_hessian(point.gradient, pairs)
         first = 1.0 if pairs else min(options.init_alpha, 1 / max(float(point.gradient.norm()), 1.0))
         found = yield from _line_search(point, direction, first)
+        if found is None and not pairs:
+            found = yield from _line_search(point, direction, _visible_step(point, options))
         if found is None and pairs:
             pairs.clear()  # once more, along the gradient
         elif found is None:
@@ -146,6 +149,13 @@ def _walk(start: Tensor, options: Options, stop: Callable[[Trail], str]) -> Aski
             trail.reason = "converged" if converged else stop(trail)
             point = found
     return trail
+
+
+def _visible_step(point: Point, options: Options) -> float:
+    """A step along the gradient that promises more than rounding hides: in coordinates of large scales, where
+    gradients are small, shorter ones leave the value as it is."""
+    square = max(float(point.gradient.square().sum()), torch.finfo(torch.float64).tiny)
+    return _VISIBLE * options.precision * max(abs(point.value), 1.0) / square
 
 
 def is_curved(step: Tensor, change: Tensor) -> bool:
