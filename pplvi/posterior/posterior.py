@@ -94,9 +94,9 @@ class Posterior(WeightedDraws):
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
-        model, guide = without_scale(model, guide, self.args, self.kwargs)
+        model, guide = without_scale(model, leaves_out_summed(guide), self.args, self.kwargs)
         self.model, self.guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
-        if names := enumerated_by(leaves_out_summed(guide), self.args, self.kwargs):
+        if names := enumerated_by(guide, self.args, self.kwargs):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         chunks = _chunks(num_draws, chunk_size)
         if at_a_point := _is_at_a_point(model, guide, self.args, self.kwargs):

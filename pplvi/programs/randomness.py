@@ -13,6 +13,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.ops import special
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -243,14 +244,34 @@ def _rejected(loc: Tensor, concentration: Tensor, proposal: Tensor, x: Tensor) -
     return found
 
 
+class _SafeLog(torch.autograd.Function):
+    """Pyro's logarithm with a finite slope at zero, used to sum over enumerated values, that ``vmap`` can carry."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.log()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        return grad / x.clamp(min=torch.finfo(x.dtype).eps)
+
+
 @contextmanager
 def carried(mode: OutOfPlace) -> Iterator[None]:
     """Run programs inside ``vmap``: random numbers of each particle's own, and no checks of arguments, which would
     branch on values and have been made in a plain run."""
-    known = dirichlet._Dirichlet, von_mises._rejection_sample
+    known = dirichlet._Dirichlet, von_mises._rejection_sample, special._SafeLog
     dirichlet._Dirichlet, von_mises._rejection_sample = _Dirichlet, _rejected  # type: ignore[misc, assignment]
+    special._SafeLog = _SafeLog  # type: ignore[misc, assignment]
     try:
         with pyro.validation_enabled(False), mode:
             yield
     finally:
-        dirichlet._Dirichlet, von_mises._rejection_sample = known  # type: ignore[misc]
+        dirichlet._Dirichlet, von_mises._rejection_sample, special._SafeLog = known  # type: ignore[misc]

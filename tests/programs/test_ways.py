@@ -14,6 +14,7 @@ from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroSample
 
 import pplvi
+from pplvi.guides.density import UnconstrainedDensity
 from pplvi.programs.joint import execute
 from pplvi.programs.memo import recall
 from pplvi.programs.unguided import run_model
@@ -236,6 +237,43 @@ def test_enumerated_sites_are_summed_out_in_each_particle():
     prior = dist.Dirichlet(torch.ones(2)).log_prob(w[:, 0]) + dist.Normal(0.0, 3.0).log_prob(mu[:, 0]).sum(-1)
     assert torch.allclose(run.log_target(), prior + data, atol=1e-10)
     assert found_way(mixture, guide, (Y,)).word == "vmap"
+
+
+def chain(y):
+    p = pyro.sample("p", dist.Dirichlet(3 * torch.eye(2) + 1).to_event(1))
+    s = 0
+    for t in pyro.markov(range(len(y))):
+        s = pyro.sample(f"s_{t}", dist.Categorical(p[s]), infer={"enumerate": "parallel"})
+        pyro.sample(f"y_{t}", dist.Normal(torch.tensor([-1.0, 1.0])[s], 0.5), obs=y[t])
+
+
+def mixture_density(values, y):
+    w, mu = values["w"], values["mu"]
+    prior = dist.Dirichlet(torch.ones(2)).log_prob(w) + dist.Normal(0.0, 3.0).log_prob(mu).sum(-1)
+    return prior + (w.log()[:, None] + dist.Normal(mu[:, None], 1.0).log_prob(y[:, None])).logsumexp(-1).sum(-1)
+
+
+def chain_density(values, y):
+    p = values["p"]
+    forward = torch.eye(2)[0].log().expand(len(p), 2)
+    for value in y:
+        forward = (forward[:, :, None] + p.log()).logsumexp(1)
+        forward = forward + dist.Normal(torch.tensor([-1.0, 1.0]), 0.5).log_prob(value)
+    return dist.Dirichlet(3 * torch.eye(2) + 1).log_prob(p).sum(-1) + forward.logsumexp(-1)
+
+
+@pytest.mark.parametrize(("program", "exact"), [(mixture, mixture_density), (chain, chain_density)])
+def test_sums_over_enumerated_sites_are_carried_in_densities(program, exact):
+    density = UnconstrainedDensity(program, (Y,))
+    assert density.way.word == "vmap"
+    u = (density.start + 0.3 * torch.randn(5, density.dim)).requires_grad_()
+    jacobian = sum(block.constrain(part, len(block.batch))[1] for block, part in density._parts(u))
+    expected = exact(density.unpack(u), Y) + jacobian
+    value, gradient = density.value_and_gradient(u)
+    assert torch.allclose(value, expected, atol=1e-10)
+    assert torch.allclose(gradient, torch.autograd.grad(expected.sum(), u)[0], atol=1e-9)
+    one = UnconstrainedDensity(program, (Y,), vectorize="loop")
+    assert torch.allclose(density.hessian(u[0].detach()), one.hessian(u[0].detach()), atol=1e-8)
 
 
 def test_guides_that_enumerate_are_carried():
