@@ -111,14 +111,20 @@ def recipe_of(model: Program, guide: Any, batches: Batches, restarts: int, envir
         )
     makes_guide = not isinstance(guide, torch.nn.Module) and makes_guides(guide, model, batches)
     if makes_guide:
-        guide = _of_sized_plates(guide, model, batches)
+        guide = _of_sized_plates(guide, model, batches, environment)
     return Recipe(model, guide, makes_guide, restarts > 1, environment)
 
 
-def _of_sized_plates(guide: Callable[..., Any], model: Program, batches: Batches) -> Callable[..., Any]:
+def _of_sized_plates(
+    guide: Callable[..., Any], model: Program, batches: Batches, environment: Environment
+) -> Callable[..., Any]:
     """What makes a guide, given the model with plates that have sizes: automatic guides make plates of their own."""
     args, kwargs = batches.call if isinstance(batches, FullData) else batches.peek()
-    with scratch(), suppress(Exception):  # what is wrong with the model is said where it is trained
+    with (
+        scratch(),
+        environment.active(),
+        suppress(Exception),
+    ):  # what is wrong with the model is said where it is trained
         if sized(model, args, kwargs) is not model:
             return lambda model: guide(sized(model, args, kwargs))
     return guide

@@ -297,10 +297,17 @@ def test_minibatch_of_local_latents_has_scaled_estimates_and_no_predictions() ->
     assert posterior.predict(new_sites=["z"]).observed["y"].shape == (30, 2)
 
 
-@pytest.mark.parametrize("options", [{"chunk_size": 10}, {"vectorize": False}])
-def test_draws_of_several_minibatches_are_refused(options: dict[str, Any]) -> None:
+def test_draws_of_several_minibatches_are_refused() -> None:
     with pytest.raises(ValueError, match=r"plates \['data'\] are subsampled anew in every run"):
-        Posterior(local_minibatch_model, local_minibatch_guide, (Y[:2],), num_draws=30, seed=0, **options)
+        Posterior(local_minibatch_model, local_minibatch_guide, (Y[:2],), num_draws=30, seed=0, chunk_size=10)
+
+
+def test_looped_draws_share_one_minibatch() -> None:
+    posterior = Posterior(
+        local_minibatch_model, local_minibatch_guide, (Y[:2],), num_draws=30, seed=0, vectorize="loop"
+    )
+    assert posterior.pareto_k.shape == (2,)
+    assert len({tuple(row) for row in posterior.draws.indices["data"].reshape(-1, 2).tolist()}) == 1
 
 
 def test_guides_that_enumerate_are_drawn_from() -> None:
