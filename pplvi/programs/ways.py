@@ -102,7 +102,9 @@ def is_looped(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
 
 
 def candidates(word: Word | None) -> list[Way]:
-    """The ways that a word allows, the fastest first."""
+    """The ways that a word allows, the fastest first; a loop that is asked for takes the pair particle by particle."""
+    if word == "loop":
+        return [LOOP]
     return [way for way in (BROADCAST, *CARRIED, LOOPED_MODEL, LOOP) if word in (None, way.word)]
 
 

@@ -382,13 +382,16 @@ def single_guide() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
-def test_models_that_cannot_be_vectorised_are_looped(loss: WeightedELBO) -> None:
-    looped = WeightedELBO(loss.objective, num_particles=4, vectorize_particles=False)
-    pyro.clear_param_store()
-    assert torch.tensor(looped.loss_and_grads(unvectorisable_model, single_guide)).isfinite()
-    assert pyro.param("loc").grad is not None
-    with pytest.raises((ValueError, RuntimeError)):
-        WeightedELBO(loss.objective, num_particles=4).loss(unvectorisable_model, single_guide)
+def test_models_that_do_not_broadcast_are_looped_or_carried(loss: WeightedELBO) -> None:
+    for way in (False, None):
+        pyro.clear_param_store()
+        trained = WeightedELBO(loss.objective, num_particles=4, vectorize_particles=way)
+        assert torch.tensor(trained.loss_and_grads(unvectorisable_model, single_guide)).isfinite()
+        assert pyro.param("loc").grad is not None
+    with pytest.raises(ValueError, match="vectorize='broadcast': these programs cannot be run that way"):
+        WeightedELBO(loss.objective, num_particles=4, vectorize_particles="broadcast").loss(
+            unvectorisable_model, single_guide
+        )
 
 
 @pytest.mark.parametrize("loss", [ELBO(3), ImportanceWeightedELBO(3, estimator="dreg"), ForwardKL(3)], ids=repr)
