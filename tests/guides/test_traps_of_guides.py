@@ -130,7 +130,7 @@ def test_guides_whose_local_parameters_become_those_of_a_minibatch(kind):
     assert guide(DATA, 2)["z"].shape == (2,)
     with pytest.raises(ValueError, match="parameters for 2 elements of plate 'data', which has 6"):
         pplvi.Posterior(local_model, guide, (DATA, 2), num_draws=5)
-    with pytest.raises(ValueError, match="the guide has 2 of 6 elements of plate 'data'"):
+    with pytest.raises(ValueError, match="parameters for 2 elements of plate 'data', which has 6"):
         pplvi.Posterior(local_model, guide, (DATA,), num_draws=5)
 
 
