@@ -120,7 +120,7 @@ def improper(y: Tensor) -> None:
 
 @pytest.mark.parametrize("guide", [AutoNormal, "nuts"])
 def test_an_improper_prior_that_cannot_be_drawn_from_asks_for_a_start(guide: Any) -> None:
-    with pytest.raises(ValueError, match=r"ImproperUniform prior.*init_to_value"):
+    with pytest.raises(ValueError, match=r"ImproperUniform.*init_to_value"):
         pplvi.fit(improper, guide, args=(torch.tensor([1.0, 2.0]),), num_steps=3, seed=0, progress=False)
 
 
