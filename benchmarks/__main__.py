@@ -36,6 +36,7 @@ NAMES = (
     "mixture_vae",
     "nested_gradients",
     "posteriors",
+    "pyro_examples",
     "restricted_boltzmann",
     "speed",
     "wake_sleep",

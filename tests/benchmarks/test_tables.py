@@ -144,6 +144,16 @@ def nested(run: Command, module: ModuleType) -> None:
     assert all(ratio[name, 0, 64] > ratio[name, 0, 4] for name in ("NVI", "AVO"))
 
 
+def examples(run: Command, module: ModuleType) -> None:
+    """Chains of all kinds, and what their example learns in minibatches, as under Pyro's own loss."""
+    rows = run("--steps 3 --judge 2 --only hmm-1-* hmm-7-* lda")
+    for row in rows:
+        assert not row["failed"]
+        assert row["first"] < 1e-5  # float32: rounding
+        assert row["eager"] == pytest.approx(row["pyro"], rel=1e-4)
+        assert row["trace"] == pytest.approx(row["pyro"], rel=1e-4)
+
+
 def wake_sleep(run: Command, module: ModuleType) -> None:
     options = "--mode trace --seconds 1 --points 3 --draws 50 --hidden 8 --test-images 40"
     rows = run(f"{options} --methods WakeSleep", "RWS mixture")
@@ -169,6 +179,7 @@ CASES = [
     Case("annealing_ring", "log Z (R)", "rows", 2, ring),
     Case("levels", "level by level", "memory", 4, levels),
     Case("nested_gradients", "NVI", "rows", 8, nested),
+    Case("pyro_examples", "hmm-7", "rows", 3, examples),
     Case("wake_sleep", "log p", "rows", 2, wake_sleep),
 ]
 
