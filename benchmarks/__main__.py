@@ -35,6 +35,7 @@ NAMES = (
     "levels",
     "mixture_vae",
     "nested_gradients",
+    "particle_ways",
     "posteriors",
     "pyro_examples",
     "restricted_boltzmann",
