@@ -16,6 +16,7 @@ from pplvi.programs.joint import execute
 from pplvi.programs.memo import Memo, dimensions
 from pplvi.programs.running import isolated
 from pplvi.programs.traces import Run
+from pplvi.programs.ways import named
 from pplvi.samplers import annealed_at_once
 from pplvi.samplers.base import Request
 from pplvi.samplers.importance import Importance
@@ -87,10 +88,10 @@ def check_levels(request: Request) -> None:
             "(pplvi.objectives.nested). For bounds "
             "of the whole path use the guide with the ordinary importance sampler."
         )
-    if len(request.counts) > 1:
+    if request.num_particles > 1 and named(request.vectorize) in ("loop", "vmap"):
         raise ValueError(
-            "vectorize_particles=False: particles of a path are weighted and resampled together. Expected programs "
-            "that run all particles in one call; drop the option."
+            f"vectorize_particles={request.vectorize!r}: particles of a path are weighted and resampled together. "
+            "Expected programs that run all particles in one call; drop the option."
         )
 
 
