@@ -32,7 +32,7 @@ _NO_MATTER = 0.5  # below that, k-hats differ by chance
 _LEAST_STEPS, _TIMED_STEPS = 200, 12
 
 FitFunction = Callable[..., Fit]
-Recipe = Callable[[int], Mapping[str, Any]]
+FitArguments = Callable[[int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Rung:
 
     name: str
     guide: Any
-    recipe: Recipe | None = None
+    recipe: FitArguments | None = None
     steps: int = 2000
 
 
@@ -247,7 +247,7 @@ class _Ladder:
         judged = (pareto_k, elbo, log_evidence, time.perf_counter() - start)
         self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure))
 
-    def _timed(self, train: FitFunction, recipe: Recipe) -> tuple[Any, float]:
+    def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float]:
         """How to run the steps, and the seconds that one of them takes."""
         for compile in ("trace", False):
             stamps: list[float] = []
