@@ -8,10 +8,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from benchmarks.speed_problems import SCHOOLS, eight_schools
-
-__all__ = ["SCHOOLS", "eight_schools"]
-
 
 def correlated(dim: int, seed: int) -> tuple[Tensor, Tensor]:
     """Mean and covariance of a Gaussian that is no product."""
