@@ -131,7 +131,8 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     :param budget: seconds.
     :raises ValueError: the first error if every family fails.
     """
-    ladder = _Ladder(fit, originals, time.perf_counter() + budget)
+    start = time.perf_counter()
+    ladder = _Ladder(fit, originals, start + budget)
     forms = originals.look(forms_of, model)
     reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
     best = ladder.best
@@ -139,6 +140,8 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
         raise ladder.errors[0]
     originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
+    best.fit.total_seconds = time.perf_counter() - start
+    best.fit.reformed = best.form != _WRITTEN
     best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
     if forms:
         best.fit.notes["parametrisation"] = ladder.comparison

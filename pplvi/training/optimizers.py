@@ -307,6 +307,11 @@ class Update(PyroOptim):
         self.schedule.cool_down(self.count, length)
         return True
 
+    def restart_schedule(self) -> None:
+        """Let the rates of a cosine schedule start anew at this step."""
+        if isinstance(self.schedule, Cosine):
+            self.schedule.restart(self.count)
+
     def get_state(self) -> dict[str, Any]:
         """A copy of everything that the next steps depend on."""
         clip = {} if self.clip is None else {"clip": self.clip.state_dict()}
