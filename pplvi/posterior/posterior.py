@@ -30,14 +30,17 @@ from pplvi.programs.joint import execute
 from pplvi.programs.plates import with_all_data
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.scales import without_scale
-from pplvi.programs.sites import batch_sizes, is_delta, latent_sites
+from pplvi.programs.sites import Site, batch_sizes, is_delta, latent_sites, sample_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
+from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     from arviz.stats.stats_utils import ELPDData
+
+_BYTES = 100 * 2**20  # of values and densities that one call makes
 
 
 class Posterior(WeightedDraws):
@@ -59,7 +62,8 @@ class Posterior(WeightedDraws):
     :param num_draws: how many draws are taken.
     :param vectorize: the way of running draws, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
         is right for the programs unless named.
-    :param chunk_size: run at most so many draws in one call, to bound the memory; all at once unless given.
+    :param chunk_size: run at most so many draws in one call, to bound the memory; as many as values of the sites of a
+        hundred MiB unless given, and all at once where plates are subsampled.
     :param seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
         unless given.
     :raises ValueError: if ``args`` is no tuple, if the model has no latent sites, if model and guide do not fit
@@ -98,17 +102,22 @@ class Posterior(WeightedDraws):
         self.model, self.guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
         if names := enumerated_by(guide, self.args, self.kwargs):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
-        chunks = _chunks(num_draws, chunk_size)
-        if at_a_point := _is_at_a_point(model, guide, self.args, self.kwargs):
+        with isolated():
+            run = execute(model, guide, self.args, self.kwargs)
+        chunks = _chunks(num_draws, _fitting(run) if chunk_size is None else chunk_size)
+        if at_a_point := _is_at_a_point(run):
             chunks = [(0, 1)]
         with random_state(seed):
             draws = stack(
-                draw(model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=vectorize)
-                for start, stop in chunks
+                (
+                    draw(model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=vectorize)
+                    for start, stop in chunks
+                ),
+                chunks[-1][1],
             )
         draws = repeated(draws, num_draws) if at_a_point else draws
         _check_latents(draws)
-        if len(chunks) > 1:
+        if chunk_size is not None and len(chunks) > 1:
             _check_same_data(draws)
         super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
 
@@ -135,7 +144,7 @@ class Posterior(WeightedDraws):
         :param args: positional arguments of the model.
         :param kwargs: its keyword arguments.
         :param vectorize: the way of running draws, as for a guide.
-        :param chunk_size: score at most so many draws in one call; all at once unless given.
+        :param chunk_size: score at most so many draws in one call; chosen as for a guide unless given.
         :returns: a posterior of ``num_chains * num_samples`` draws, one chain after another.
         :raises ValueError: if the run has no draws, or ``args`` is no tuple.
 
@@ -157,8 +166,10 @@ class Posterior(WeightedDraws):
         self._remember(model, None, args, kwargs, vectorize, mcmc)
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
-        bounds = _chunks(num_chains * length, chunk_size)
-        super(Posterior, self).__init__(stack(self._score(latents, *b) for b in bounds), num_chains=num_chains)
+        size = _fitting(plain_run(self.model, self.args, self.kwargs)) if chunk_size is None else chunk_size
+        bounds = _chunks(num_chains * length, size)
+        scored = stack((self._score(latents, *b) for b in bounds), num_chains * length)
+        super(Posterior, self).__init__(scored, num_chains=num_chains)
         return self
 
     def __repr__(self) -> str:
@@ -301,12 +312,27 @@ def _subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
     return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})
 
 
-def _is_at_a_point(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
+def _is_at_a_point(run: Run) -> bool:
     """Whether all draws of a guide are one and the same, so that one run says it all."""
-    with isolated():
-        run = execute(model, guide, args, kwargs)
     random = (site for site in latent_sites(run.guide).values() if not is_delta(site))
     return next(random, None) is None and not run.subsampled and run.scale == 1.0
+
+
+def _fitting(run: Run) -> int | None:
+    """How many draws one call may have; ``None`` where draws of several calls would belong to different data."""
+    sites = [site for trace in (run.model, run.guide) for _, site in sample_sites(trace)]
+    if run.subsampled or run.scale != 1.0:
+        return None
+    return max(1, _BYTES // max(1, sum(map(_size, sites))))
+
+
+def _size(site: Site) -> int:
+    """Bytes of a draw of a site: its value, or the mean and such of an observed one, and its density."""
+    value = site["value"]
+    if not isinstance(value, Tensor):
+        return 0
+    events = math.prod(site["fn"].event_shape)
+    return int(value.element_size() * (value.numel() + value.numel() // max(1, events)))
 
 
 def _point_sites(draws: Draws, model: Program, guide: Program, args: Any, kwargs: Any) -> frozenset[str]:
