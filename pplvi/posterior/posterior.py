@@ -104,7 +104,7 @@ class Posterior(WeightedDraws):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         with isolated():
             run = execute(model, guide, self.args, self.kwargs)
-        chunks = _chunks(num_draws, _fitting(run) if chunk_size is None else chunk_size)
+        chunks = _chunks(num_draws, chunk_size, _fitting(run))
         if at_a_point := _is_at_a_point(run):
             chunks = [(0, 1)]
         with random_state(seed):
@@ -166,8 +166,8 @@ class Posterior(WeightedDraws):
         self._remember(model, None, args, kwargs, vectorize, mcmc)
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
-        size = _fitting(plain_run(self.model, self.args, self.kwargs)) if chunk_size is None else chunk_size
-        bounds = _chunks(num_chains * length, size)
+        run = plain_run(self.model, self.args, self.kwargs)
+        bounds = _chunks(num_chains * length, chunk_size, _fitting(run))
         scored = stack((self._score(latents, *b) for b in bounds), num_chains * length)
         super(Posterior, self).__init__(scored, num_chains=num_chains)
         return self
@@ -357,8 +357,8 @@ def _is_constant(site: Any) -> bool:
     return math.prod(free) == 0 < site["value"].numel()
 
 
-def _chunks(total: int, chunk_size: int | None) -> list[tuple[int, int]]:
-    size = total if chunk_size is None else chunk_size
-    if total < 1 or size < 1:
+def _chunks(total: int, chunk_size: int | None, fitting: int | None) -> list[tuple[int, int]]:
+    if total < 1 or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"got num_draws={total} and chunk_size={chunk_size}; expected at least 1 of each.")
+    size = chunk_size or fitting or total
     return [(start, min(start + size, total)) for start in range(0, total, size)]
