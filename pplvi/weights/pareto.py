@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pplvi.weights.algebra import particle_dim
+from pplvi.weights.algebra import normalize, particle_dim
 
 _MIN_TAIL = 5
 _MOST_AT_ONCE = 2**20  # numbers of the fit: 8 MiB, a few times over
@@ -94,6 +94,37 @@ def pareto_k_error(pareto_k: Tensor, num_draws: int) -> Tensor:
     if (num_tail := _tail_length(num_draws)) < _MIN_TAIL:
         return torch.full_like(pareto_k, math.inf)
     return (1 + pareto_k).clamp(min=0.0) / math.sqrt(num_tail)
+
+
+def tail_shortfall(log_weight: Tensor, pareto_k: Tensor, dim: int = 0) -> Tensor:
+    r"""What the weights beyond the largest of these draws would add to their sum, as a part of it.
+
+    .. math:: \frac{\sum_{s \in \text{tail}} (w_s - u)}{\sum_s w_s} M^{\hat k - 1}
+
+    with the ``M`` largest weights as the tail above ``u``. The excess of a generalised Pareto distribution above its
+    quantile of ``1 - 1/M`` is on average so much of its mean: the sample has not been there. Where k-hat is large, this
+    and not the variance is the error of an estimated evidence.
+
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72), section 3.
+
+    :param log_weight: log-weights of shape ``(num_particles, *batch)``, in nats.
+    :param pareto_k: their k-hat, of shape ``batch``.
+    :param dim: the particle dimension.
+    :returns: of shape ``batch``; infinite for a finite k-hat of 1 or more, 0 where there is no tail to fit.
+
+    >>> log_weight = torch.distributions.Pareto(1.0, 1 / 0.5).icdf(torch.linspace(0, 1, 1002)[1:-1]).log()
+    >>> tail_shortfall(log_weight, torch.tensor(0.5)), tail_shortfall(log_weight, torch.tensor(1.0))
+    (tensor(0.0138), tensor(inf))
+    """
+    dim = particle_dim(log_weight, dim)
+    if (num_tail := _tail_length(log_weight.shape[dim])) < _MIN_TAIL:
+        return torch.zeros_like(pareto_k)
+    weight = normalize(log_weight, dim)
+    top = weight.topk(num_tail + 1, dim).values
+    tail = (top - top.amin(dim, keepdim=True)).sum(dim)
+    missing = tail * num_tail ** (pareto_k - 1)
+    missing = torch.where(pareto_k < 1, missing, math.inf)
+    return missing.masked_fill(pareto_k.isinf() | (tail == 0), 0.0)
 
 
 def _tail_length(num_draws: int) -> int:
