@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,8 +19,10 @@ from pplvi.fitting.summary import describe_end, describe_guide, describe_restart
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
+from pplvi.posterior.gathering import disagreements
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import report, report_likelihood
+from pplvi.posterior.verdict import Verdict, judge
 from pplvi.programs.inputs import to_inputs
 from pplvi.programs.ways import Vectorize, is_looped
 from pplvi.training.checkpoint import PathLike
@@ -140,7 +143,9 @@ class Fit:
 
         See :func:`pplvi.training.has_settled`.
         """
-        run = self.runs[self.best]
+        return self._has_converged(self.runs[self.best])
+
+    def _has_converged(self, run: Restart) -> bool | None:
         if run.reason == "converged":
             return True
         trace = run.monitored or run.losses
@@ -177,7 +182,9 @@ class Fit:
             return Posterior.from_mcmc(cast(MCMC, self.mcmc), model, *call, **options)
         options["seed"] = run.seed if seed is None else seed
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
-            return Posterior(model, run.guide, *call, num_draws=num_draws, **options)
+            posterior = Posterior(model, run.guide, *call, num_draws=num_draws, **options)
+        posterior.scope, posterior.converged = run.scope, self._has_converged(run)
+        return posterior
 
     def _run(self, restart: int) -> Restart:
         if not 0 <= restart < len(self.runs):
@@ -207,6 +214,21 @@ class Fit:
         if args is None and kwargs is None:
             return self.posteriors[0 if self.mcmc is not None else self.best]
         return self.posterior(args=args, kwargs=kwargs)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """How far the posterior of the best restart can be believed: :attr:`pplvi.Posterior.verdict`, and whether
+        other restarts contradict it.
+
+        :raises ValueError: for a fit on minibatches alone, and for a model without latent sites.
+        """
+        return self._verdict(self._best_posterior(None, None))
+
+    def _verdict(self, posterior: Posterior) -> Verdict:
+        if len(self.runs) == 1 or posterior.draws.batch or not posterior.has_weights:
+            return posterior.verdict
+        others = [each for index, each in enumerate(self.posteriors) if index != self.best]
+        return judge(replace(posterior.facts, disagreement=disagreements(posterior, others)))
 
     @property
     def _restarts(self) -> range:
@@ -302,7 +324,8 @@ class Fit:
                 )
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = describe_end(run) if trained else None
-        return report(posterior, facts=facts, convergence=ended, converged=self.converged)
+        verdict = posterior.verdict if args is not None or kwargs is not None else self._verdict(posterior)
+        return report(posterior, facts=facts, convergence=ended, verdict=verdict)
 
     def report(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, run_model_all, ways_of_rows
+from pplvi.programs.errors import lacks_memory
 from pplvi.programs.handlers import Supply, Uncondition
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.running import How, isolated, no_guide, plain_run, trace_within
@@ -122,7 +123,7 @@ def _tried(single: _Model, how: How, way: Way, errors: list[Exception]) -> Run |
     try:
         return single.run(how, way)
     except Exception as error:
-        if way == LOOP:
+        if way == LOOP or lacks_memory(error):
             raise
         errors.append(error)
         return None
