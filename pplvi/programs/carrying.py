@@ -101,7 +101,7 @@ def _both(model: Program, guide: Program, args: Any, kwargs: Any, how: _How, way
     def one(values: Lanes, single: _How) -> Run:
         return _execute(model, guide, args, kwargs, replace(single, values={**rest, **values}))
 
-    return _gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
+    return gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
 
 
 def guide_all(guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given) -> Run:
@@ -115,7 +115,7 @@ def guide_all(guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given
         trace = _run_guide(guide, args, kwargs, replace(single, values={**rest, **values}))
         return Run(trace, Trace(), 1, how.nesting, how.enumerated)
 
-    return _gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
+    return gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
 
 
 def model_at(model: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given, guide_trace: Any) -> Run:
@@ -131,7 +131,7 @@ def model_at(model: Program, args: Any, kwargs: Any, how: _How, way: Way, given:
         around = _Replay(trace), single.enumerating(first=False)
         return Run(Trace(), _trace(model, args, kwargs, *around), 1, how.nesting, how.enumerated)
 
-    run = _gathered(one, lanes, how, way, replace(given, supplied=frozenset(found)))
+    run = gathered(one, lanes, how, way, replace(given, supplied=frozenset(found)))
     balance_missing(run.model, guide_trace)
     return replace(run, guide=guide_trace)
 
@@ -177,10 +177,10 @@ def run_model_all(program: Callable[[Lanes, _How], Trace], lanes: Lanes, how: _H
     def one(values: Lanes, single: _How) -> Run:
         return Run(Trace(), program(values, single), 1, how.nesting, how.enumerated)
 
-    return _gathered(one, lanes, how, way, given)
+    return gathered(one, lanes, how, way, given)
 
 
-def _gathered(one: One, lanes: Lanes, how: _How, way: Way, given: Given) -> Run:
+def gathered(one: One, lanes: Lanes, how: _How, way: Way, given: Given) -> Run:
     """Run every particle and put what they leave into one run."""
     single = replace(how, num_particles=1, values=None)
     gather = _looped if way.word == "loop" else _carried
@@ -193,7 +193,8 @@ def _gathered(one: One, lanes: Lanes, how: _How, way: Way, given: Given) -> Run:
     guide, model = (
         stacked.rebuild(records[role], outputs[role], how.num_particles, how.nesting) for role in ("guide", "model")
     )
-    return Run(guide, model, how.num_particles, how.nesting, how.enumerated, run.given_subsamples)
+    kept = outputs["kept"][""]
+    return Run(guide, model, how.num_particles, how.nesting, how.enumerated, run.given_subsamples, kept)
 
 
 def _carried(

@@ -95,7 +95,7 @@ def take_apart(run: Run, *, densities: bool = True, exact: bool = False) -> tupl
     :param densities: log densities are wanted.
     :param exact: entropies and divergences are wanted too.
     """
-    outputs: Outputs = {}
+    outputs: Outputs = {"kept": {"": dict(run.kept)}}
     records: Records = {}
     for role, trace in (("guide", run.guide), ("model", run.model)):
         outputs[role], records[role] = {}, {}
