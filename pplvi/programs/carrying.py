@@ -96,7 +96,7 @@ def run_particles(model: Program, guide: Program, args: Any, kwargs: Any, how: _
 
 
 def _both(model: Program, guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given) -> Run:
-    lanes, rest = _lanes(how, given)
+    lanes, rest = lanes_of(how, given)
 
     def one(values: Lanes, single: _How) -> Run:
         return _execute(model, guide, args, kwargs, replace(single, values={**rest, **values}))
@@ -109,7 +109,7 @@ def guide_all(guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given
     if way.guide or how.num_particles == 1:
         trace = _run_guide(guide, args, kwargs, how)
         return Run(trace, Trace(), how.num_particles, how.nesting, how.enumerated)
-    lanes, rest = _lanes(how, given)
+    lanes, rest = lanes_of(how, given)
 
     def one(values: Lanes, single: _How) -> Run:
         trace = _run_guide(guide, args, kwargs, replace(single, values={**rest, **values}))
@@ -160,7 +160,7 @@ class _Replay(poutine.replay_messenger.ReplayMessenger):
             msg["value"] = without_padding(msg["value"], msg["fn"])
 
 
-def _lanes(how: _How, given: Given) -> tuple[Lanes, Lanes]:
+def lanes_of(how: _How, given: Given) -> tuple[Lanes, Lanes]:
     """Values of each particle, and those that all share."""
     values = dict(how.values or {})
     shared = {n: v for n, v in values.items() if n in given.indices or not _has_particles(v, how.num_particles)}

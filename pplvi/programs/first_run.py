@@ -16,7 +16,7 @@ from pplvi.programs import checks
 from pplvi.programs.autoguides import check_full_size, check_local_sizes
 from pplvi.programs.handlers import SubsampleRecorder
 from pplvi.programs.memo import Layout, recall, remember
-from pplvi.programs.running import _plain_run, _recording, isolated, plain_run
+from pplvi.programs.running import _plain_run, is_recording, isolated, plain_run
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
@@ -34,7 +34,7 @@ def _renewed(model: Program, guide: Program, args: Any, kwargs: Any, layout: Lay
 
     :raises ValueError: what is wrong with them.
     """
-    if _recording():
+    if is_recording():
         raise error
     fresh = inspect(model, guide, args, kwargs)
     if fresh == layout and not layout.ways:

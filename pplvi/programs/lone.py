@@ -15,7 +15,7 @@ from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, gathered, ways_of_rows
 from pplvi.programs.memo import Memo, dimensions
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import _How, _recording, isolated
+from pplvi.programs.running import _How, is_recording, isolated
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites, site_plates
 from pplvi.programs.state import preserved_buffers
@@ -159,7 +159,7 @@ class Lone:
         key = dimensions(self.args, self.kwargs), word
         if (known := _WAYS.recall((self.program,), key)) is not None:
             return known
-        if _recording():  # nothing can be tried now
+        if is_recording():  # nothing can be tried now
             return BROADCAST
         for way in ways_of_rows(word):
             if way == LOOP or self._failure(alone, way) is None:

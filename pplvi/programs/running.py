@@ -88,12 +88,12 @@ def isolated() -> Iterator[None]:
     """Run a program for inspection: no gradient, no new parameter in the store (its initial value would depend on who
     inspected first), and a random state that is neither advanced nor used twice."""
     with preserved_rng(), preserved_parameters(), torch.no_grad():
-        if not _recording():
+        if not is_recording():
             pyro.set_rng_seed(int(torch.randint(2**31, ())))
         yield
 
 
-def _recording() -> bool:
+def is_recording() -> bool:
     """Whether operations are being written down (``make_fx``): values cannot be looked at then."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 

@@ -24,7 +24,7 @@ from pplvi.programs.first_run import _supplied
 from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import _execute, _How, _recording, isolated
+from pplvi.programs.running import _execute, _How, is_recording, isolated
 from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
 from pplvi.programs.state import modules_of, preserved_buffers
 from pplvi.programs.traces import Run
@@ -63,7 +63,7 @@ def way_for(
     """
     if word in layout.ways:
         return layout.ways[word], layout
-    if _recording():  # nothing can be tried now
+    if is_recording():  # nothing can be tried now
         return next(iter(layout.ways.values()), BROADCAST), layout
     way = _found(model, guide, args, kwargs, layout, word)
     layout = replace(layout, ways={**layout.ways, word: way})
