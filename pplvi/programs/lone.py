@@ -39,9 +39,7 @@ def each_own(container: Any, change: Callable[[Tensor], Tensor]) -> Any:
     >>> each_own({"z": Own(torch.zeros(2)), "n": 3}, lambda x: x + 1)
     {'z': Own(value=tensor([1., 1.])), 'n': 3}
     """
-    return tree_map(
-        lambda leaf: Own(change(leaf.value)) if isinstance(leaf, Own) else leaf, container, is_leaf=_is_own
-    )
+    return tree_map(lambda leaf: Own(change(leaf.value)) if isinstance(leaf, Own) else leaf, container, is_leaf=_is_own)
 
 
 def _is_own(leaf: Any) -> bool:

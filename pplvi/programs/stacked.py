@@ -172,6 +172,8 @@ def stack_outputs(parts: Sequence[Outputs]) -> Outputs:
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
+    if is_batched(first):  # inside vmap tensors have no storage of their own
+        return torch.stack(list(tensors))
     same = all(x.data_ptr() == first.data_ptr() and x.stride() == first.stride() for x in tensors)
     return first.expand(len(tensors), *first.shape) if same and first.numel() else torch.stack(list(tensors))
 

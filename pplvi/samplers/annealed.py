@@ -70,9 +70,7 @@ class Annealed:
             return
         check_levels(request)
         nesting, batch = _layout(model, guide, args, kwargs)
-        particles = Particles(
-            request.num_particles, nesting, batch, request.routing, vectorize=request.vectorize
-        )
+        particles = Particles(request.num_particles, nesting, batch, request.routing, vectorize=request.vectorize)
         walk = Walk(model, guide.plan(args, kwargs), args, kwargs, particles)
         if annealed_at_once.wanted(self.vectorize_levels, walk, self.resampling):
             yield annealed_at_once.all_levels(walk, self.resampling)

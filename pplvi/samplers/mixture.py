@@ -54,9 +54,7 @@ class DefensiveMixture:
         call = args, kwargs, request.num_particles
         with torch.no_grad():
             values = self._drawn(model, guide, *call, request.vectorize)
-        run = execute(
-            model, guide, args, kwargs, num_particles=call[2], values=values, vectorize=request.vectorize
-        )
+        run = execute(model, guide, args, kwargs, num_particles=call[2], values=values, vectorize=request.vectorize)
         log_target, log_forward = run.log_target(), run.log_forward()
         own, other = math.log1p(-self.weight), math.log(self.weight)
         log_component = self._log_component(run, model, *call, request.vectorize)
