@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,6 +133,16 @@ class Step:
             log_initial=log_density.detach(),
             log_forward=zero,
         )
+
+    @classmethod
+    def concatenate(cls, steps: Sequence[Step]) -> Step:
+        """Put the particles of several steps side by side."""
+        if len(steps) == 1:
+            return steps[0]
+        first = steps[0]
+        names = [f.name for f in fields(cls) if isinstance(getattr(first, f.name), Tensor)]
+        joined: dict[str, Any] = {name: torch.cat([getattr(step, name) for step in steps]) for name in names}
+        return replace(first, **joined)
 
     @property
     def num_particles(self) -> int:

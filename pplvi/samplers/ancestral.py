@@ -28,7 +28,9 @@ class Ancestral:
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
     ) -> Iterator[Step]:
         """Yield one step of ``request.num_particles`` dreams, each of the size of the data, in one call if possible."""
-        runs, log_forward = dream(model, guide, args, kwargs, request.num_particles, request.vectorize)
+        counts = request.counts
+        parts = [dream(model, guide, args, kwargs, count) for count in counts]
+        runs = [run for together, _ in parts for run in together]
         log_target = torch.cat([run.log_target().detach() for run in runs])
-        step = step_of(runs[0], log_target, log_forward)
+        step = step_of(runs[0], log_target, torch.cat([log_forward for _, log_forward in parts]))
         yield replace(step, log_weight=torch.zeros_like(log_target))  # exact draws: equal weights

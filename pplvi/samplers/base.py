@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from pplvi.objectives.step import Routing, Step
-from pplvi.programs.ways import Vectorize
+from pplvi.programs.ways import Vectorize, named
 from pplvi.types import Program
 
 
@@ -18,6 +18,11 @@ class Request:
     num_particles: int = 1
     vectorize: Vectorize = None
     routing: Routing = field(default_factory=Routing)
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of particles to run at once, for what has no way but two: together, or one after another."""
+        return [1] * self.num_particles if named(self.vectorize) == "loop" else [self.num_particles]
 
 
 class Sampler(Protocol):

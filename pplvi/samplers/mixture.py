@@ -15,6 +15,7 @@ from pplvi.programs.dreams import prior_run
 from pplvi.programs.joint import execute, guide_run
 from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
+from pplvi.programs.ways import Vectorize
 from pplvi.samplers.base import Request
 from pplvi.samplers.importance import step_of
 from pplvi.types import Program
@@ -50,24 +51,28 @@ class DefensiveMixture:
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
     ) -> Iterator[Step]:
         """Yield one step of ``request.num_particles`` particles."""
-        call = (args, kwargs, request)
+        call = args, kwargs, request.num_particles
         with torch.no_grad():
-            values = self._drawn(model, guide, *call)
-        run = _run(model, guide, *call, values)
+            values = self._drawn(model, guide, *call, request.vectorize)
+        run = execute(model, guide, args, kwargs, num_particles=call[2], values=values, vectorize=request.vectorize)
         log_target, log_forward = run.log_target(), run.log_forward()
         own, other = math.log1p(-self.weight), math.log(self.weight)
-        mixture = torch.logaddexp(own + log_forward, other + self._log_component(run, model, *call)).detach()
+        log_component = self._log_component(run, model, *call, request.vectorize)
+        mixture = torch.logaddexp(own + log_forward, other + log_component).detach()
         yield replace(step_of(run, log_target, log_forward), log_weight=log_target.detach() - mixture)
 
-    def _drawn(self, model: Program, guide: Program, args: Any, kwargs: Any, request: Request) -> dict[str, Tensor]:
-        """Values for the guide's sites, and the indices of the minibatch that they belong to."""
-        count, vectorize = request.num_particles, request.vectorize
+    def _drawn(
+        self, model: Program, guide: Program, args: Any, kwargs: Any, count: int, vectorize: Vectorize
+    ) -> dict[str, Tensor]:
+        """Values for the guide's sites, with the indices of the minibatch that they belong to."""
         own = guide_run(model, guide, args, kwargs, count, None, vectorize)
         indices, sites = own.subsample_indices(), latent_sites(own.guide)
         if self.component is None:
             other = prior_run(model, guide, args, kwargs, count, indices, vectorize)
         else:
-            other = _run(model, self.component, args, kwargs, request, indices)
+            other = execute(
+                model, self.component, args, kwargs, num_particles=count, values=indices, vectorize=vectorize
+            )
         theirs = latent_sites(other.guide)
         if without := [name for name, site in sites.items() if is_delta(site) or name not in theirs]:
             raise ValueError(
@@ -78,7 +83,9 @@ class DefensiveMixture:
         chosen = both.align(_systematic(self.weight, both.zeros()))
         return {**indices, **{name: _mixed(chosen, site, theirs[name]["value"]) for name, site in sites.items()}}
 
-    def _log_component(self, run: Run, model: Program, args: Any, kwargs: Any, request: Request) -> Tensor:
+    def _log_component(
+        self, run: Run, model: Program, args: Any, kwargs: Any, count: int, vectorize: Vectorize
+    ) -> Tensor:
         """Log density of the component at the run's draws."""
         sites = latent_sites(run.guide)
         if self.component is None:
@@ -90,14 +97,9 @@ class DefensiveMixture:
             densities = run.log_probs(run.model)
         else:
             values = {**run.subsample_indices(), **{name: site["value"] for name, site in sites.items()}}
-            at = guide_run(model, self.component, args, kwargs, request.num_particles, values, request.vectorize)
-            densities = run.log_probs(at.guide)
+            component = guide_run(model, self.component, args, kwargs, count, values, vectorize)
+            densities = run.log_probs(component.guide)
         return sum((d for name, d in densities.items() if name in sites), run.zeros())
-
-
-def _run(model: Program, guide: Program, args: Any, kwargs: Any, request: Request, values: Mapping[str, Tensor]) -> Run:
-    count, vectorize = request.num_particles, request.vectorize
-    return execute(model, guide, args, kwargs, num_particles=count, values=values, vectorize=vectorize)
 
 
 def _systematic(probability: float, like: Tensor) -> Tensor:

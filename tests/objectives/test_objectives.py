@@ -86,6 +86,18 @@ def test_the_weight_of_a_step_is_detached() -> None:
     assert step.log_target_fixed is target
 
 
+def test_concatenated_steps_are_one_step_with_all_particles() -> None:
+    target, fixed, forward = densities()
+    whole = Step.from_proposal(target, forward, fixed, forward, scale=2.0, subsampled=("rows",))
+    parts = [
+        Step.from_proposal(*(x[i : i + 1] for x in (target, forward, fixed, forward)), 2.0, ("rows",)) for i in range(K)
+    ]
+    joined = Step.concatenate(parts)
+    assert (joined.scale, joined.subsampled, joined.averaged) == (2.0, ("rows",), False)
+    for name in ("log_weight", "log_target", "log_target_fixed", "log_forward", "log_score", "log_weight_in"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
+
+
 @pytest.mark.parametrize("alpha", ORDERS)
 def test_renyi_value_and_gradient(alpha: float) -> None:
     target, _, forward = densities()

@@ -16,7 +16,7 @@ from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroSample
 
 import pplvi
-from pplvi.guides.density import UnconstrainedDensity
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.dreams import dream, prior_run
 from pplvi.programs.joint import execute
 from pplvi.programs.memo import recall
@@ -251,7 +251,7 @@ def guide_of_the_first(x, y):
 def test_dreams_and_draws_of_the_prior_are_each_particles_own(way):
     """Two particles of a vector of two: broadcasting would take the first particle for the first element, unseen."""
     args = X, Y[0]
-    runs, log_forward = dream(taking_the_first, guide_of_the_first, args, {}, 2, way)
+    runs, log_forward = dream(taking_the_first, guide_of_the_first, args, {}, 2)
     nodes = [run.model.nodes for run in runs]
     z, s, y = (torch.cat([node[name]["value"].reshape(-1, *shape) for node in nodes]) for name, shape in SHAPES.items())
     assert len(torch.unique(z)) == 4
