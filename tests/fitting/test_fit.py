@@ -926,10 +926,3 @@ def test_the_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_loading_fit_leaves_the_heavy_ones_out():
-    heavy = ("arviz", "matplotlib", "zuko", "sklearn")
-    script = f"import sys, pplvi; pplvi.fit; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
