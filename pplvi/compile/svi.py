@@ -38,7 +38,7 @@ from pplvi.programs.state import buffers_of
 from pplvi.types import Call, Program
 
 _Loop = tuple[int, Sequence[Tensor]]
-Mode = Literal["trace", "max", "auto"] | bool
+CompileMode = Literal["trace", "max", "auto"] | bool
 
 MODES = (False, "trace", True, "max", "auto")
 
@@ -96,7 +96,7 @@ class CompiledSVI:
         optim: OptimFactory,
         loss: Any,
         *,
-        mode: Mode = True,
+        mode: CompileMode = True,
         schedule: Callable[[int], float] | None = None,
         clip: Clip = None,
         last_batch: LastBatch = "compile",
