@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from pplvi.compile.svi import Mode
+from pplvi.compile.svi import CompileMode
 from pplvi.fitting.arguments import (
     check_budget,
     check_loss,
@@ -76,7 +76,7 @@ def fit(
     budget: float | None = None,
     restarts: int = 1,
     seed: int | None = None,
-    compile: Mode | Compile = False,
+    compile: CompileMode | Compile = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
     callbacks: Sequence[Callable[[Restart], Any]] = (),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.draws import stack
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
@@ -101,8 +102,7 @@ def _facts_of_data(draws: WeightedDraws, converged: bool | None) -> DatumFacts:
 
 
 def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
-    import arviz
-
+    arviz = arviz_itself()
     chains = {
         name: value.reshape(draws.num_chains, -1, *value.shape[1:]).cpu().numpy()
         for name, value in draws.draws.latents.items()
@@ -141,7 +141,7 @@ def _furthest(one: Posterior, other: Posterior) -> float:
 
 def _mean(pool: WeightedDraws, name: str) -> tuple[Tensor, Tensor, float]:
     weight = normalize(pool.psis_log_weight.double())
-    value = pool.draws.latents[name].flatten(1).double()
+    value = pool.draws.latents[name].reshape(pool.num_draws, -1).double()
     mean = weight @ value
     return mean, (weight @ (value - mean).square()).sqrt(), 1 / math.sqrt(float(pool.ess))
 

@@ -12,7 +12,7 @@ import pyro.infer
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pplvi.compile.svi import CompiledSVI, Mode
+from pplvi.compile.svi import CompiledSVI, CompileMode
 from pplvi.compile.vectorized import Apart
 from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
@@ -256,7 +256,7 @@ class CompiledSteps(Steps):
     :ivar chunk: the most steps in one call.
     """
 
-    mode: Mode = field(default=True, kw_only=True)
+    mode: CompileMode = field(default=True, kw_only=True)
     chunk: int = field(default=50, kw_only=True)
     last: CompiledStepper | None = field(default=None, init=False)
 

@@ -149,13 +149,15 @@ def rooms_imported(name: str) -> set[str]:
 
 
 def public_definitions(module: Path) -> Iterator[str]:
-    """Public classes, functions, type aliases and constants of a file; what names a type variable is none."""
+    """Public classes, functions and type aliases of a file; a type variable is none."""
     for node in tree(module).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             names = [node.name]
         elif isinstance(node, (ast.Assign, ast.AnnAssign)) and "TypeVar" not in ast.unparse(node.value or node):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [target.id for target in targets if isinstance(target, ast.Name) and target.id[0].isupper()]
+            names = [
+                target.id for target in targets if isinstance(target, ast.Name) and re.match("[A-Z][a-z]", target.id)
+            ]
         else:
             names = []
         yield from (name for name in names if not name.startswith("_"))
@@ -305,7 +307,7 @@ def test_modules_in_documents_exist(document: str) -> None:
 
 
 def test_a_name_stands_for_one_thing() -> None:
-    """No two public classes, functions, aliases or constants of one name; the data sets have one face."""
+    """No two public classes, functions or type aliases of one name; the data sets have one face."""
     homes = defaultdict(set)
     for module in MODULES:
         for name in public_definitions(module):
