@@ -329,7 +329,7 @@ class Filter:
 
         box = run_each(build, {"memory": memory, "found": None}, self.particles.alone({}), self.way)[1]
         if not isinstance(own := box["found"], Own):
-            return own  # type: ignore[no-any-return]
+            return own
         outer = [1] * (self.particles.nesting + 1 - own.value.dim())
         return own.value.reshape(len(own.value), *outer, *own.value.shape[1:])
 
@@ -348,7 +348,7 @@ class Filter:
         if self._together:
             memory = {key: self._kept(key, value, chosen) for key, value in state.memory.items()}
         else:
-            memory = each_own(state.memory, lambda value: self._taken("...", value, chosen))
+            memory = each_own(state.memory, lambda value: self._taken("of a particle", value, chosen))
         return FilterState(memory, log_weight, joint, target)
 
     def _kept(self, key: str, value: Any, chosen: Tensor) -> Any:
