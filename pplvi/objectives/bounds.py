@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,13 +70,8 @@ class RenyiBound(Objective):
             freeze=self.estimator in ("stl", "dreg"),
             exact_entropy=self.exact_entropy,
             analytic_kl=self.analytic_kl,
-            per_draw=self._per_draw,
+            per_draw=self.linear,
         )
-
-    @property
-    def _per_draw(self) -> Literal["plates", "order"] | None:
-        """The plain score function is that of Pyro's ``Trace_ELBO``, draw by draw."""
-        return None if not self.linear else "plates" if self.estimator == "score" else "order"
 
     @property
     def min_particles(self) -> int:

@@ -6,7 +6,8 @@ happen out of place, for every particle by itself, and a factorisation that fail
 Draws of these branch on their values, or have gradients of their own, and are left to the loop: AVFMultivariateNormal,
 CoalescentTimes, DirichletMultinomial, GaussianScaleMixture, MixtureOfDiagNormals, MixtureOfDiagNormalsSharedCovariance,
 OMTMultivariateNormal, ProjectedNormal, SineBivariateVonMises, SineSkewed, SpanningTree, Stable, StableWithLogProb,
-Wishart. Their densities at given values are carried, those of SineBivariateVonMises, SineSkewed, Stable and Wishart apart.
+Wishart. Their densities at given values are carried, except those of SineBivariateVonMises, SineSkewed, Stable and
+Wishart.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ def way_of(
     if errors:
         raise errors[0]
     raise ValueError(
-        f"vectorize_particles={vectorize!r}: a filter whose plates are not all around every site needs one call for all "
-        "particles: expected programs that broadcast. Drop the option."
+        f"vectorize_particles={vectorize!r}: a filter whose plates are not all around every site needs one call for "
+        "all particles: expected programs that broadcast. Drop the option."
     )
 
 
