@@ -110,8 +110,11 @@ class FoundGuide(ContinuousGuide):
 
     def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wrapped, model = self.model, self._target
-        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize)
-        for name, value in zip(_PARTS, self._find(density), strict=True):
+        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize, in_units=True)
+        found = self._find(density)
+        zero, one = (x.to(found.loc) for x in density.units)
+        found = found._replace(loc=zero + one * found.loc, root=one * found.root)
+        for name, value in zip(_PARTS, found, strict=True):
             self.register_buffer(name, value.to(density.device, density.dtype))
         self.num_gradients, self.num_evaluations = density.gradients, density.rows
 
