@@ -264,7 +264,7 @@ def depending(model: Trace, name: str) -> list[str]:
 
 
 def varies(model: Trace, name: str, of: str) -> bool:
-    """Whether the log density of a site takes several values along an enumerated site, in a trace that has been packed."""
+    """Whether a site's log density takes several values along an enumerated site, in a trace that has been packed."""
     term = model.nodes[name]["packed"]["unscaled_log_prob"]
     along = term.movedim(term._pyro_dims.index(model.nodes[of]["infer"]["_enumerate_symbol"]), 0)
     return not bool(torch.isclose(along, along[:1], rtol=1e-6, atol=1e-9).all())

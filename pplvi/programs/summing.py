@@ -108,7 +108,8 @@ def summing(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         )
     if all(is_summed(site) for site in latents.values()):
         return program
-    found: Program = poutine.infer_config(program, _summed)
+    configure: Any = _summed
+    found: Program = poutine.infer_config(program, configure)
     return found
 
 

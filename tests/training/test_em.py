@@ -96,7 +96,7 @@ def test_restarts_differ_and_the_best_is_kept() -> None:
     assert torch.equal(pyro.param("mu"), fit.params[fit.best]["mu"])
 
 
-# ---------------------------------------------------------------------- every closed form against numerical maximisation
+# ---------------------------------------------------------------------- closed forms against numerical maximisation
 
 G = torch.Generator().manual_seed(0)
 F64 = partial(torch.tensor, dtype=torch.float64)
@@ -254,12 +254,11 @@ def test_searched_parameters_end_where_the_likelihood_is_flat(name: str) -> None
 
 
 def test_generalised_em_takes_more_iterations_to_the_same_place() -> None:
-    x = torch.cat([torch.randn(60, 2, generator=G), torch.randn(60, 2, generator=G) + 2])
-    model = partial(mixture, init=alike(2, 2))
-    whole = maximum_likelihood(model, x, algorithm=ExpectationMaximization(tol=1e-6))
-    part = maximum_likelihood(model, x, algorithm=ExpectationMaximization(m_steps=1, tol=1e-6))
+    x, model = torch.tensor(iris()), partial(mixture, init=alike(3, 4))
+    whole = maximum_likelihood(model, x, algorithm=ExpectationMaximization(tol=1e-4))
+    part = maximum_likelihood(model, x, algorithm=ExpectationMaximization(m_steps=3, tol=1e-4))
     assert part.losses.shape[1] > whole.losses.shape[1]
-    assert part.losses[0, -1] == pytest.approx(whole.losses[0, -1], abs=1e-3)
+    assert part.losses[0, -1] == pytest.approx(whole.losses[0, -1], abs=0.01)
     assert falls(part) < 1e-12
 
 

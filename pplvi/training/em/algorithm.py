@@ -161,6 +161,7 @@ class EMStepper(Stepper):
     """
 
     exact: ClassVar[bool] = True
+    update: EMUpdate
 
     def __init__(
         self, algorithm: ExpectationMaximization, model: Program, guide: Any, before_first: BeforeFirst, restart: int
@@ -169,6 +170,7 @@ class EMStepper(Stepper):
         self.before_first, self.restart = before_first, restart
         self.update = EMUpdate()
         self.problem: CompleteData | None = None
+        self.maximise: Maximisation
 
     def many(self, calls: Sequence[Call]) -> Sequence[float]:
         """One iteration after another."""

@@ -1,4 +1,4 @@
-"""The complete-data problem of EM: a program whose discrete latents are enumerated, its arguments and its parameters."""
+"""The complete-data problem of EM: a program with enumerated latents, its arguments and its parameters."""
 
 from __future__ import annotations
 

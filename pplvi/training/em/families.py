@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Tables = dict[str, Tensor]
+Names = tuple[tuple[str, ...], ...]
 
 
 class CollapseError(ValueError):
@@ -58,7 +59,7 @@ class Family:
     :cvar free: which arguments may depend on parameters; ``None`` for all.
     """
 
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]]
+    alternatives: ClassVar[Names]
     free: ClassVar[frozenset[str] | None] = None
 
     @classmethod
@@ -140,7 +141,7 @@ def _probabilities(role: str, mean: Tensor, simplex: bool) -> Tensor:
 class Bernoulli(_Mean):
     """Share of ones."""
 
-    alternatives = (("probs", "logits"),)
+    alternatives: ClassVar[Names] = (("probs", "logits"),)
 
     @classmethod
     def placed(cls, role: str, mean: Tensor) -> Tensor:
@@ -151,8 +152,8 @@ class Bernoulli(_Mean):
 class Binomial(Bernoulli):
     """Share of successes."""
 
-    alternatives = (("probs", "logits"), ("total_count",))
-    free = frozenset({"probs", "logits"})
+    alternatives: ClassVar[Names] = (("probs", "logits"), ("total_count",))
+    free: ClassVar[frozenset[str] | None] = frozenset({"probs", "logits"})
 
     @classmethod
     def denominator(cls, cells: Cells) -> Tensor:
@@ -177,7 +178,7 @@ class Geometric(Bernoulli):
 class OneHot(_Mean):
     """Shares of classes."""
 
-    alternatives = (("probs", "logits"),)
+    alternatives: ClassVar[Names] = (("probs", "logits"),)
 
     @classmethod
     def placed(cls, role: str, mean: Tensor) -> Tensor:
@@ -214,7 +215,7 @@ class Categorical(OneHot):
 class Poisson(_Mean):
     """Mean count."""
 
-    alternatives = (("rate",),)
+    alternatives: ClassVar[Names] = (("rate",),)
 
     @classmethod
     def placed(cls, role: str, mean: Tensor) -> Tensor:
@@ -225,7 +226,7 @@ class Poisson(_Mean):
 class Exponential(_Mean):
     """One by the mean."""
 
-    alternatives = (("rate",),)
+    alternatives: ClassVar[Names] = (("rate",),)
 
     @classmethod
     def numerator(cls, cells: Cells) -> Tensor:
@@ -241,8 +242,8 @@ class Exponential(_Mean):
 class Gamma(Exponential):
     """Concentration by the mean, where the concentration is known."""
 
-    alternatives = (("rate",), ("concentration",))
-    free = frozenset({"rate"})
+    alternatives: ClassVar[Names] = (("rate",), ("concentration",))
+    free: ClassVar[frozenset[str] | None] = frozenset({"rate"})
 
     @classmethod
     def numerator(cls, cells: Cells) -> Tensor:
@@ -253,7 +254,7 @@ class Gamma(Exponential):
 class Normal(Family):
     """Weighted mean and standard deviation; means that have several standard deviations have no closed form."""
 
-    alternatives = (("loc",), ("scale",))
+    alternatives: ClassVar[Names] = (("loc",), ("scale",))
 
     @classmethod
     def is_closed(cls, cells: Sequence[Cells], parameters: Mapping[str, str]) -> bool:
@@ -343,7 +344,7 @@ class LogNormal(Normal):
 class MultivariateNormal(Normal):
     """Weighted mean and covariance."""
 
-    alternatives = (("loc",), ("scale_tril", "covariance_matrix", "precision_matrix"))
+    alternatives: ClassVar[Names] = (("loc",), ("scale_tril", "covariance_matrix", "precision_matrix"))
 
     @classmethod
     def weighs(cls, cells: Sequence[Cells]) -> bool:
