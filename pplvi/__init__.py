@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pplvi.guides import AutoHierarchical as AutoHierarchical
     from pplvi.guides import AutoMixture as AutoMixture
     from pplvi.guides import AutoPathfinder as AutoPathfinder
+    from pplvi.guides import AutoProximal as AutoProximal
     from pplvi.guides import AutoSemiDAIS as AutoSemiDAIS
     from pplvi.guides import FilteredGuide as FilteredGuide
     from pplvi.guides import NestedGuide as NestedGuide
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     from pplvi.losses import ThermodynamicELBO as ThermodynamicELBO
     from pplvi.losses import WakeSleep as WakeSleep
     from pplvi.losses import WeightedELBO as WeightedELBO
+    from pplvi.models import SparseCoding as SparseCoding
+    from pplvi.models import learn_dictionary as learn_dictionary
     from pplvi.posterior import Posterior as Posterior
     from pplvi.posterior import compare as compare
     from pplvi.posterior import plot_against_reference as plot_against_reference
@@ -107,6 +110,7 @@ _HOMES = {
     "AutoHierarchical": "guides",
     "AutoMixture": "guides",
     "AutoPathfinder": "guides",
+    "AutoProximal": "guides",
     "AutoSemiDAIS": "guides",
     "FilteredGuide": "guides",
     "NestedGuide": "guides",
@@ -129,6 +133,8 @@ _HOMES = {
     "ThermodynamicELBO": "losses",
     "WakeSleep": "losses",
     "WeightedELBO": "losses",
+    "SparseCoding": "models",
+    "learn_dictionary": "models",
     "Posterior": "posterior",
     "compare": "posterior",
     "plot_against_reference": "posterior",

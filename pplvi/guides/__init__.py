@@ -11,6 +11,7 @@ from pplvi.guides.mixture import AutoMixture
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.deterministic import AutoDeterministicNormal
 from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
+from pplvi.guides.search.proximal import AutoProximal
 from pplvi.guides.search.start import start_at_pathfinder
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "AutoHierarchical",
     "AutoMixture",
     "AutoPathfinder",
+    "AutoProximal",
     "AutoSemiDAIS",
     "FilteredGuide",
     "NestedGuide",
