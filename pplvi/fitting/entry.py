@@ -268,6 +268,7 @@ def fit(
         objective=objective,
         is_bound=bound,
         vectorize=vectorize,
+        origin=guide,
     )
 
 

@@ -12,10 +12,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pplvi.programs import autoguides, dreams
-from pplvi.programs.first_run import _layout
+from pplvi.programs.first_run import layout_of
 from pplvi.programs.handlers import Supply, Uncondition, last_site
 from pplvi.programs.memo import remember
-from pplvi.programs.running import _How, _run_guide, _trace
+from pplvi.programs.running import How, run_guide, trace_within
 from pplvi.programs.sites import is_deterministic, is_factor, is_subsample, latent_sites, sample_sites, site_plates
 from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.programs.traces import Run
@@ -108,22 +108,22 @@ def dream(
     :raises ValueError: if the model cannot be drawn from, if the dreamed data have no way to reach the guide, or if the
         guide cannot be scored at them.
     """
-    layout = _layout(model, guide, args, kwargs)
+    layout = layout_of(model, guide, args, kwargs)
     if num_dreams > 1 and layout.dreams_together:
         state = rng_state()
         try:
-            run, log_forward = _dream(model, guide, args, kwargs, _How(num_dreams, layout.nesting))
+            run, log_forward = _dream(model, guide, args, kwargs, How(num_dreams, layout.nesting))
             return [run], log_forward
         except Exception:  # a mistake in the programs is met again below
             set_rng_state(state)
     made = len(pyro.get_param_store())
-    alone = [_dream(model, guide, args, kwargs, _How(1, layout.nesting)) for _ in range(num_dreams)]
+    alone = [_dream(model, guide, args, kwargs, How(1, layout.nesting)) for _ in range(num_dreams)]
     if num_dreams > 1 and len(pyro.get_param_store()) == made:  # no parameter can be made under vmap
         remember(model, guide, args, kwargs, replace(layout, dreams_together=False))
     return [run for run, _ in alone], torch.cat([log_forward for _, log_forward in alone])
 
 
-def _dream(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> tuple[Run, Tensor]:
+def _dream(model: Program, guide: Program, args: Any, kwargs: Any, how: How) -> tuple[Run, Tensor]:
     trace = _dreamt(model, args, kwargs, how)
     observed, latents = dreams.observed(trace), latent_sites(trace)
     indices: dict[str, Any] = {n: s["value"] for n, s in trace.nodes.items() if is_subsample(s)}
@@ -134,7 +134,7 @@ def _dream(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) ->
         supplied = {**indices, **drawn, **autoguides.auxiliary_values(guide, drawn)}
         arguments = dreams.arguments(trace, observed, values, args, kwargs)
         with Supply(supplied, but_delta=True):
-            guide_traces.append(_run_guide(guide, *arguments, _How()))
+            guide_traces.append(run_guide(guide, *arguments, How()))
         autoguides.check_scored(guide, latent_sites(guide_traces[-1]), latents)
         return Run(guide_traces[-1], trace, 1, how.nesting).log_forward()[0]
 
@@ -148,12 +148,12 @@ def _dream(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) ->
     return Run(guide_traces[-1], trace, how.num_particles, how.nesting), log_forward
 
 
-def _dreamt(model: Program, args: Any, kwargs: Any, how: _How) -> Trace:
+def _dreamt(model: Program, args: Any, kwargs: Any, how: How) -> Trace:
     """A trace of draws of the model, with its observed sites drawn too; what was observed is their ``infer["obs"]``."""
     with last_site() as met:
         try:
             with torch.no_grad(), Uncondition():
-                trace = _trace(model, args, kwargs, how.particles())
+                trace = trace_within(model, args, kwargs, how.particles())
         except NotImplementedError as error:
             raise ValueError(
                 f"the model cannot dream: its site {met[-1:]} cannot be drawn from. Expected distributions with a "
@@ -168,7 +168,7 @@ def prior_run(
     model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, values: Mapping[str, Tensor]
 ) -> Run:
     """Run the model in the place of the guide: latents are drawn from it, or the given values; data stay."""
-    layout = _layout(model, guide, args, kwargs)
+    layout = layout_of(model, guide, args, kwargs)
     with Supply(values):
-        trace = _trace(model, args, kwargs, _How(num_particles, layout.nesting).particles())
+        trace = trace_within(model, args, kwargs, How(num_particles, layout.nesting).particles())
     return Run(trace, trace, num_particles, layout.nesting)
