@@ -62,7 +62,10 @@ if TYPE_CHECKING:
     from pplvi.losses import ThermodynamicELBO as ThermodynamicELBO
     from pplvi.losses import WakeSleep as WakeSleep
     from pplvi.losses import WeightedELBO as WeightedELBO
+    from pplvi.models import BinaryMeanField as BinaryMeanField
+    from pplvi.models import BinarySparseCoding as BinarySparseCoding
     from pplvi.models import SparseCoding as SparseCoding
+    from pplvi.models import learn_binary_coding as learn_binary_coding
     from pplvi.models import learn_dictionary as learn_dictionary
     from pplvi.posterior import Posterior as Posterior
     from pplvi.posterior import compare as compare
@@ -135,7 +138,10 @@ _HOMES = {
     "ThermodynamicELBO": "losses",
     "WakeSleep": "losses",
     "WeightedELBO": "losses",
+    "BinaryMeanField": "models",
+    "BinarySparseCoding": "models",
     "SparseCoding": "models",
+    "learn_binary_coding": "models",
     "learn_dictionary": "models",
     "Posterior": "posterior",
     "compare": "posterior",

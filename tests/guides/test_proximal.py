@@ -217,7 +217,7 @@ def test_a_fit_has_a_mode_and_no_evidence() -> None:
     call = call_of(coding)
     fit = pplvi.fit(coding, lambda model: AutoProximal(model, "h"), args=call, progress=False)
     assert fit.reasons == ["found"]
-    assert "no evidence and no k-hat" in fit.summary()
+    assert "at a point" in " ".join(fit.summary().split())
     posterior = fit.posterior(10)
     torch.testing.assert_close(posterior.draws.latents["h"][0], fit.guide.median(*call)["h"])
     with pytest.raises(ValueError, match="point"):
