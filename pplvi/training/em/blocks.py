@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pplvi.programs.sites import base_distribution
 from pplvi.training.em.complete import CompleteData
-from pplvi.training.em.families import Cells, CollapseError, Family
+from pplvi.training.em.families import Cells, CollapseError, ExponentialFamily
 from pplvi.training.em.gathers import Link
 
 # Constraints of a parameter inside which the maximum of a family always is.
@@ -39,7 +39,7 @@ class Block:
     :ivar roles: the argument that each parameter is, by its name.
     """
 
-    family: type[Family]
+    family: type[ExponentialFamily]
     roles: Mapping[str, str]
     cells: Mapping[str, Cells]
     fn: Any
@@ -63,7 +63,7 @@ class Block:
         return {name: new[role].reshape(values[name].shape) for name, role in self.roles.items()}
 
     def _table(self, role: str, value: Tensor) -> Tensor:
-        events = Family.row_dims(self.fn, role)
+        events = ExponentialFamily.row_dims(self.fn, role)
         return value.reshape(-1, *value.shape[value.dim() - events :])
 
 
@@ -124,7 +124,7 @@ def cells_of(link: Link) -> Cells:
         if argument.parameters:
             rows[role] = layout.combinations(argument.rows)
         else:
-            events = Family.row_dims(layout.base, role)
+            events = ExponentialFamily.row_dims(layout.base, role)
             constants[role] = layout.arrange(argument.value, events)
     single = {r for r in constants if math.prod(link.arguments[r].value.shape) == math.prod(constants[r].shape[2:])}
     value = torch.as_tensor(link.site["value"])

@@ -1,7 +1,7 @@
 """Exponential families whose weighted maximum-likelihood estimate is a function of weighted moments; a class for each.
 
 A block of sites shares parameters: their distributions' arguments are rows of them. :class:`Cells` holds one site's
-values and, for each, the rows that it is for; a :class:`Family` turns weights of the values into new rows.
+values and, for each, the rows that it is for; a :class:`ExponentialFamily` turns weights of the values into new rows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Tables = dict[str, Tensor]
-Names = tuple[tuple[str, ...], ...]
+Alternatives = tuple[tuple[str, ...], ...]
 
 
 class CollapseError(ValueError):
@@ -52,19 +52,19 @@ class Cells:
         return values.new_zeros(size, *values.shape[1:]).index_add(0, self.rows[role], values)
 
 
-class Family:
+class ExponentialFamily:
     """Closed-form maximisation of ``sum_e c_e log p(x_e | rows)`` in the rows.
 
     :cvar alternatives: each argument by the names under which it can be given, the first of which a distribution has.
     :cvar free: which arguments may depend on parameters; ``None`` for all.
     """
 
-    alternatives: ClassVar[Names]
+    alternatives: ClassVar[Alternatives]
     free: ClassVar[frozenset[str] | None] = None
 
     @classmethod
     def roles_of(cls, fn: Any) -> list[str]:
-        """Names of the arguments that a distribution was given."""
+        """Alternatives of the arguments that a distribution was given."""
         return [next((n for n in names if n in vars(fn)), names[0]) for names in cls.alternatives]
 
     @staticmethod
@@ -76,7 +76,7 @@ class Family:
     @staticmethod
     def canonical(fn: Any, role: str, rows: Tensor) -> Tensor:
         """A parameter's rows as a distribution keeps them: probabilities that sum to one."""
-        if Family.row_dims(fn, role) != 1 or role not in ("probs", "logits"):
+        if ExponentialFamily.row_dims(fn, role) != 1 or role not in ("probs", "logits"):
             return rows
         return rows / rows.sum(-1, keepdim=True) if role == "probs" else rows.log_softmax(-1)
 
@@ -100,7 +100,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, old: Tensor) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator, old.reshape(numerator.shape))
 
 
-class _Mean(Family):
+class _Mean(ExponentialFamily):
     """One argument, a function of the ratio of two weighted sums."""
 
     @classmethod
@@ -141,7 +141,7 @@ def _probabilities(role: str, mean: Tensor, simplex: bool) -> Tensor:
 class Bernoulli(_Mean):
     """Share of ones."""
 
-    alternatives: ClassVar[Names] = (("probs", "logits"),)
+    alternatives: ClassVar[Alternatives] = (("probs", "logits"),)
 
     @classmethod
     def placed(cls, role: str, mean: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class Bernoulli(_Mean):
 class Binomial(Bernoulli):
     """Share of successes."""
 
-    alternatives: ClassVar[Names] = (("probs", "logits"), ("total_count",))
+    alternatives: ClassVar[Alternatives] = (("probs", "logits"), ("total_count",))
     free: ClassVar[frozenset[str] | None] = frozenset({"probs", "logits"})
 
     @classmethod
@@ -178,7 +178,7 @@ class Geometric(Bernoulli):
 class OneHot(_Mean):
     """Shares of classes."""
 
-    alternatives: ClassVar[Names] = (("probs", "logits"),)
+    alternatives: ClassVar[Alternatives] = (("probs", "logits"),)
 
     @classmethod
     def placed(cls, role: str, mean: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ class Categorical(OneHot):
 class Poisson(_Mean):
     """Mean count."""
 
-    alternatives: ClassVar[Names] = (("rate",),)
+    alternatives: ClassVar[Alternatives] = (("rate",),)
 
     @classmethod
     def placed(cls, role: str, mean: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class Poisson(_Mean):
 class Exponential(_Mean):
     """One by the mean."""
 
-    alternatives: ClassVar[Names] = (("rate",),)
+    alternatives: ClassVar[Alternatives] = (("rate",),)
 
     @classmethod
     def numerator(cls, cells: Cells) -> Tensor:
@@ -242,7 +242,7 @@ class Exponential(_Mean):
 class Gamma(Exponential):
     """Concentration by the mean, where the concentration is known."""
 
-    alternatives: ClassVar[Names] = (("rate",), ("concentration",))
+    alternatives: ClassVar[Alternatives] = (("rate",), ("concentration",))
     free: ClassVar[frozenset[str] | None] = frozenset({"rate"})
 
     @classmethod
@@ -251,10 +251,10 @@ class Gamma(Exponential):
         return cells.constants["concentration"] + torch.zeros_like(cells.value)
 
 
-class Normal(Family):
+class Normal(ExponentialFamily):
     """Weighted mean and standard deviation; means that have several standard deviations have no closed form."""
 
-    alternatives: ClassVar[Names] = (("loc",), ("scale",))
+    alternatives: ClassVar[Alternatives] = (("loc",), ("scale",))
 
     @classmethod
     def is_closed(cls, cells: Sequence[Cells], parameters: Mapping[str, str]) -> bool:
@@ -344,7 +344,7 @@ class LogNormal(Normal):
 class MultivariateNormal(Normal):
     """Weighted mean and covariance."""
 
-    alternatives: ClassVar[Names] = (("loc",), ("scale_tril", "covariance_matrix", "precision_matrix"))
+    alternatives: ClassVar[Alternatives] = (("loc",), ("scale_tril", "covariance_matrix", "precision_matrix"))
 
     @classmethod
     def weighs(cls, cells: Sequence[Cells]) -> bool:
@@ -382,7 +382,7 @@ class MultivariateNormal(Normal):
         return variance if role == "covariance_matrix" else torch.cholesky_inverse(tril)
 
 
-FAMILIES: dict[str, type[Family]] = {
+CLOSED_FORMS: dict[str, type[ExponentialFamily]] = {
     "Bernoulli": Bernoulli,
     "Binomial": Binomial,
     "Categorical": Categorical,

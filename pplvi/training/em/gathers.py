@@ -17,7 +17,7 @@ from torch import Tensor
 from pplvi.programs.sites import base_distribution, is_deterministic, sample_sites
 from pplvi.programs.traces import Run
 from pplvi.training.em.complete import CompleteData
-from pplvi.training.em.families import FAMILIES, Family
+from pplvi.training.em.families import CLOSED_FORMS, ExponentialFamily
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Link:
     """
 
     site: Mapping[str, Any]
-    family: type[Family] | None
+    family: type[ExponentialFamily] | None
     arguments: Mapping[str, Argument]
     parameters: frozenset[str]
 
@@ -84,7 +84,7 @@ class _Probe:
 
 def _link(problem: CompleteData, name: str, site: Any, probes: list[_Probe]) -> Link:
     base = base_distribution(site["fn"])
-    family = FAMILIES.get(type(base).__name__)
+    family = CLOSED_FORMS.get(type(base).__name__)
     with torch.enable_grad():
         density = site["fn"].log_prob(site["value"])
     arguments = {}
@@ -96,7 +96,7 @@ def _link(problem: CompleteData, name: str, site: Any, probes: list[_Probe]) -> 
 
 
 def _parameters(problem: CompleteData, x: Any) -> frozenset[str]:
-    """Names of the parameters that a tensor depends on."""
+    """Alternatives of the parameters that a tensor depends on."""
     if not (isinstance(x, Tensor) and x.requires_grad):
         return frozenset()
     leaves = problem.leaves
@@ -106,7 +106,7 @@ def _parameters(problem: CompleteData, x: Any) -> frozenset[str]:
 
 def _argument(problem: CompleteData, base: Any, role: str, probes: list[tuple[Any, Mapping[str, Tensor]]]) -> Argument:
     value = torch.as_tensor(getattr(base, role))
-    events = Family.row_dims(base, role)
+    events = ExponentialFamily.row_dims(base, role)
     parameters, rows = _parameters(problem, value), None
     if len(parameters) == 1:
         (name,) = parameters
@@ -122,7 +122,7 @@ def _rows(seen: list[tuple[Tensor, Tensor]], events: int, role: str, base: Any) 
     pairs = []
     for argument, parameter in seen:
         small = collapsed(argument, argument.dim() - events)
-        table = Family.canonical(base, role, parameter.reshape(-1, *event))
+        table = ExponentialFamily.canonical(base, role, parameter.reshape(-1, *event))
         batch = tuple(small.shape[: small.dim() - events])
         pairs.append((small.reshape(math.prod(batch), -1), table.reshape(len(table), -1)))
     index = _nearest(*(x[:, 0] for x in pairs[0]))
