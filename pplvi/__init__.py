@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pplvi.guides import AutoSemiDAIS as AutoSemiDAIS
     from pplvi.guides import FilteredGuide as FilteredGuide
     from pplvi.guides import NestedGuide as NestedGuide
+    from pplvi.guides import PredictionPenalty as PredictionPenalty
     from pplvi.guides import amortization_gap as amortization_gap
     from pplvi.guides import init_to_pathfinder as init_to_pathfinder
     from pplvi.guides import refine as refine
@@ -57,11 +58,13 @@ if TYPE_CHECKING:
     from pplvi.losses import ForwardKL as ForwardKL
     from pplvi.losses import ImportanceWeightedELBO as ImportanceWeightedELBO
     from pplvi.losses import NestedELBO as NestedELBO
+    from pplvi.losses import RecognitionLoss as RecognitionLoss
     from pplvi.losses import RenyiELBO as RenyiELBO
     from pplvi.losses import ReweightedWakeSleep as ReweightedWakeSleep
     from pplvi.losses import ThermodynamicELBO as ThermodynamicELBO
     from pplvi.losses import WakeSleep as WakeSleep
     from pplvi.losses import WeightedELBO as WeightedELBO
+    from pplvi.models import LISTA as LISTA
     from pplvi.models import BinaryMeanField as BinaryMeanField
     from pplvi.models import BinarySparseCoding as BinarySparseCoding
     from pplvi.models import SparseCoding as SparseCoding
@@ -119,6 +122,7 @@ _HOMES = {
     "AutoSemiDAIS": "guides",
     "FilteredGuide": "guides",
     "NestedGuide": "guides",
+    "PredictionPenalty": "guides",
     "amortization_gap": "guides",
     "init_to_pathfinder": "guides",
     "refine": "guides",
@@ -133,11 +137,13 @@ _HOMES = {
     "ForwardKL": "losses",
     "ImportanceWeightedELBO": "losses",
     "NestedELBO": "losses",
+    "RecognitionLoss": "losses",
     "RenyiELBO": "losses",
     "ReweightedWakeSleep": "losses",
     "ThermodynamicELBO": "losses",
     "WakeSleep": "losses",
     "WeightedELBO": "losses",
+    "LISTA": "models",
     "BinaryMeanField": "models",
     "BinarySparseCoding": "models",
     "SparseCoding": "models",

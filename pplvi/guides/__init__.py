@@ -2,6 +2,7 @@
 
 from pplvi.guides.amortized.amortized import AutoAmortized
 from pplvi.guides.amortized.hierarchical import AutoHierarchical
+from pplvi.guides.amortized.prediction import PredictionPenalty
 from pplvi.guides.amortized.refinement import amortization_gap, refine
 from pplvi.guides.amortized.semi_dais import AutoSemiDAIS
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
@@ -27,6 +28,7 @@ __all__ = [
     "AutoSemiDAIS",
     "FilteredGuide",
     "NestedGuide",
+    "PredictionPenalty",
     "amortization_gap",
     "init_to_pathfinder",
     "refine",

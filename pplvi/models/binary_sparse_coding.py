@@ -228,7 +228,9 @@ class BinaryMeanField:
     :param update: ``"in turn"`` or ``"at once"``.
     :param damping: share of the old means that is kept, of updates at once.
     :param tol: stop when no mean moves by more.
-    :raises ValueError: for numbers outside their ranges and unknown updates.
+    :param network: a module from data to the log odds of the codes, ``(N, m)``, which sweeps start from; trained on
+        what they find by :class:`pplvi.RecognitionLoss`. With ``sweeps=0`` it is the posterior.
+    :raises ValueError: for numbers outside their ranges, unknown updates, and no sweeps without a network.
 
     >>> coding = BinarySparseCoding(2, 2, weight=torch.eye(2), bias=torch.zeros(2))
     >>> guide = BinaryMeanField(coding)  # exact, as the columns are orthogonal
@@ -246,8 +248,9 @@ class BinaryMeanField:
         update: Literal["in turn", "at once"] = "in turn",
         damping: float = 0.0,
         tol: float = 1e-8,
+        network: torch.nn.Module | None = None,
     ) -> None:
-        for what, value, least in (("sweeps", sweeps, 1), ("restarts", restarts, 0)):
+        for what, value, least in (("sweeps", sweeps, int(network is None)), ("restarts", restarts, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{what}={value!r}: expected a whole number of at least {least}.")
         if update not in ("in turn", "at once"):
@@ -255,7 +258,7 @@ class BinaryMeanField:
         if not 0 <= damping < 1 or (damping and update == "in turn"):
             raise ValueError(f"damping={damping!r}: expected a number in [0, 1), and update='at once' above 0.")
         self.coding, self.sweeps, self.restarts = coding, sweeps, restarts
-        self.update, self.damping, self.tol = update, damping, tol
+        self.update, self.damping, self.tol, self.network = update, damping, tol, network
 
     def _sweep(self, problem: BinaryProblem) -> Callable[[Tensor], Tensor]:
         return problem.in_turn if self.update == "in turn" else lambda means: problem.at_once(means, self.damping)
@@ -264,7 +267,7 @@ class BinaryMeanField:
     def trace(self, v: Tensor, start: Tensor | None = None) -> Tensor:
         """The bound of every datum at the start and after each of all sweeps, ``(sweeps + 1, N)``, in nats."""
         problem = self.coding.problem(v)
-        sweep, means = self._sweep(problem), torch.full_like(problem.linear, 0.5) if start is None else start
+        sweep, means = self._sweep(problem), self._start(v, problem) if start is None else start
         bounds = [problem.bound(means)]
         for _ in range(self.sweeps):
             means = sweep(means)
@@ -276,14 +279,38 @@ class BinaryMeanField:
         """Means of the codes, ``(N, m)``.
 
         :param v: data, ``(N, n)``.
-        :param start: means to start from, in place of one half.
+        :param start: means to start from, in place of one half or of what the network says.
         """
         problem = self.coding.problem(v)
-        best = self._ascend(problem, torch.full_like(problem.linear, 0.5) if start is None else start)
+        best = self._ascend(problem, self._start(v, problem) if start is None else start)
         for _ in range(self.restarts):
             other = self._ascend(problem, torch.rand_like(problem.linear))
             best = torch.where((problem.bound(other) > problem.bound(best)).unsqueeze(-1), other, best)
         return best
+
+    def _start(self, v: Tensor, problem: BinaryProblem) -> Tensor:
+        return torch.full_like(problem.linear, 0.5) if self.network is None else torch.sigmoid(self.guess(v))
+
+    def guess(self, v: Tensor) -> Tensor:
+        """The network's log odds, ``(N, m)``, with their gradient.
+
+        :raises ValueError: without a network, or if it gives another shape.
+        """
+        if self.network is None:
+            raise ValueError("this mean field has no network: expected BinaryMeanField(coding, network=...).")
+        pyro.module(f"{self.coding._pyro_name}_recognition", self.network)
+        logits: Tensor = self.network(v)
+        if tuple(logits.shape) != (len(v), self.coding.num_codes):
+            raise ValueError(
+                f"the network gave {tuple(logits.shape)}: expected log odds {(len(v), self.coding.num_codes)}."
+            )
+        return logits
+
+    def divergence(self, v: Tensor, *, size: int | None = None) -> Tensor:
+        """``KL(q || q_network)`` of the mean field to the network's guess, ``(N,)``, in nats, with its gradient."""
+        logits, means = self.guess(v), self.means(v)
+        entropy = -(torch.xlogy(means, means) + torch.xlogy(1 - means, 1 - means)).sum(-1)
+        return -(means * logsigmoid(logits) + (1 - means) * logsigmoid(-logits)).sum(-1) - entropy
 
     def _ascend(self, problem: BinaryProblem, means: Tensor) -> Tensor:
         sweep = self._sweep(problem)
