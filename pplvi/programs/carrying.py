@@ -96,12 +96,12 @@ def run_particles(model: Program, guide: Program, args: Any, kwargs: Any, how: H
 
 
 def _both(model: Program, guide: Program, args: Any, kwargs: Any, how: How, way: Way, given: Given) -> Run:
-    lanes, rest = _lanes(how, given)
+    lanes, rest = lanes_of(how, given)
 
     def one(values: Lanes, single: How) -> Run:
         return run_pair(model, guide, args, kwargs, replace(single, values={**rest, **values}))
 
-    return _gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
+    return gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
 
 
 def guide_all(guide: Program, args: Any, kwargs: Any, how: How, way: Way, given: Given) -> Run:
@@ -109,13 +109,13 @@ def guide_all(guide: Program, args: Any, kwargs: Any, how: How, way: Way, given:
     if way.guide or how.num_particles == 1:
         trace = run_guide(guide, args, kwargs, how)
         return Run(trace, Trace(), how.num_particles, how.nesting, how.enumerated)
-    lanes, rest = _lanes(how, given)
+    lanes, rest = lanes_of(how, given)
 
     def one(values: Lanes, single: How) -> Run:
         trace = run_guide(guide, args, kwargs, replace(single, values={**rest, **values}))
         return Run(trace, Trace(), 1, how.nesting, how.enumerated)
 
-    return _gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
+    return gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
 
 
 def model_at(model: Program, args: Any, kwargs: Any, how: How, way: Way, given: Given, guide_trace: Any) -> Run:
@@ -131,7 +131,7 @@ def model_at(model: Program, args: Any, kwargs: Any, how: How, way: Way, given: 
         around = _Replay(trace), single.enumerating(first=False)
         return Run(Trace(), trace_within(model, args, kwargs, *around), 1, how.nesting, how.enumerated)
 
-    run = _gathered(one, lanes, how, way, replace(given, supplied=frozenset(found)))
+    run = gathered(one, lanes, how, way, replace(given, supplied=frozenset(found)))
     balance_missing(run.model, guide_trace)
     return replace(run, guide=guide_trace)
 
@@ -160,7 +160,7 @@ class _Replay(poutine.replay_messenger.ReplayMessenger):
             msg["value"] = without_padding(msg["value"], msg["fn"])
 
 
-def _lanes(how: How, given: Given) -> tuple[Lanes, Lanes]:
+def lanes_of(how: How, given: Given) -> tuple[Lanes, Lanes]:
     """Values of each particle, and those that all share."""
     values = dict(how.values or {})
     shared = {n: v for n, v in values.items() if n in given.indices or not _has_particles(v, how.num_particles)}
@@ -177,10 +177,10 @@ def run_model_all(program: Callable[[Lanes, How], Trace], lanes: Lanes, how: How
     def one(values: Lanes, single: How) -> Run:
         return Run(Trace(), program(values, single), 1, how.nesting, how.enumerated)
 
-    return _gathered(one, lanes, how, way, given)
+    return gathered(one, lanes, how, way, given)
 
 
-def _gathered(one: One, lanes: Lanes, how: How, way: Way, given: Given) -> Run:
+def gathered(one: One, lanes: Lanes, how: How, way: Way, given: Given) -> Run:
     """Run every particle and put what they leave into one run."""
     single = replace(how, num_particles=1, values=None)
     gather = _looped if way.word == "loop" else _carried
@@ -193,7 +193,8 @@ def _gathered(one: One, lanes: Lanes, how: How, way: Way, given: Given) -> Run:
     guide, model = (
         stacked.rebuild(records[role], outputs[role], how.num_particles, how.nesting) for role in ("guide", "model")
     )
-    return Run(guide, model, how.num_particles, how.nesting, how.enumerated, run.given_subsamples)
+    kept = outputs["kept"][""]
+    return Run(guide, model, how.num_particles, how.nesting, how.enumerated, run.given_subsamples, kept)
 
 
 def _carried(

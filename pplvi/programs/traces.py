@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -42,6 +42,8 @@ class Run:
 
     All densities have shape ``(num_particles, *batch)``, are in nats, and leave the subsample scale of the batch
     plates out; that scale is :attr:`scale`.
+
+    :ivar kept: what a program left beside its sites, with the particles in front.
     """
 
     guide: Any
@@ -50,6 +52,7 @@ class Run:
     nesting: int
     enumerated: bool = False
     given_subsamples: frozenset[str] = frozenset()
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def batch(self) -> tuple[Plate, ...]:
