@@ -36,7 +36,7 @@ FLOORS = {
     3: {"kernels", "posterior"},
     4: {"samplers"},
     5: {"losses", "guides"},
-    6: {"compile"},
+    6: {"compile", "models"},
     7: {"training"},
     8: {"fitting"},
     9: {"energies", "examples", "demo"},

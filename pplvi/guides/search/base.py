@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
@@ -27,7 +27,25 @@ _TRIES = 100
 _STATIONARY = 1e-8
 
 
-class FoundGuide(ContinuousGuide):
+class Search:
+    """What guides that find themselves have in common: there is nothing to train in them.
+
+    :cvar score_draws: draws by which the best of several searches is chosen.
+    :ivar vectorize: the way of running draws.
+    """
+
+    score_draws: ClassVar[int] = 1000
+    vectorize: Vectorize = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Self:
+        """Search, given the arguments of the model.
+
+        :returns: the guide itself.
+        """
+        raise NotImplementedError
+
+
+class FoundGuide(ContinuousGuide, Search):
     """Base of guides with nothing to train: a subclass says in ``_find`` how it gets its Gaussians from a density.
 
     The first call searches, :meth:`run` searches anew. The density is the equal mixture of the Gaussians found.
