@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,9 +110,11 @@ def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
         if value.is_floating_point()
     }
     data = arviz.convert_to_dataset(chains)
+    with np.errstate(invalid="ignore", divide="ignore"):  # sites that never vary
+        tables = arviz.rhat(data), arviz.ess(data)
     rhat, ess = (
         [float(each) for name in chains for each in found[name].values.flatten() if math.isfinite(float(each))]
-        for found in (arviz.rhat(data), arviz.ess(data))
+        for found in tables
     )
     return judge_chains(max(rhat, default=math.inf), min(ess, default=0.0), draws.num_chains)
 
@@ -141,7 +144,7 @@ def _furthest(one: Posterior, other: Posterior) -> float:
 
 def _mean(pool: WeightedDraws, name: str) -> tuple[Tensor, Tensor, float]:
     weight = normalize(pool.psis_log_weight.double())
-    value = pool.draws.latents[name].flatten(1).double()
+    value = pool.draws.latents[name].reshape(pool.num_draws, -1).double()
     mean = weight @ value
     return mean, (weight @ (value - mean).square()).sqrt(), 1 / math.sqrt(float(pool.ess))
 
