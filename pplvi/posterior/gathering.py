@@ -165,7 +165,12 @@ def grown(posterior: Posterior, more: Any, bytes_of_draw: int, seconds_of_draw: 
     start, number = time.process_time(), 0
     while (wanted := _wanted(pool, posterior.num_draws, most)) and time.process_time() - start < _MOST_SECONDS:
         number += 1
-        found = more(wanted, number)
+        try:
+            found = more(wanted, number)
+        except ValueError:  # far out, where values leave the range of a distribution
+            break
+        if bool((found.log_p - found.log_q).isnan().any()):
+            break
         draws = stack([pool.draws, found], pool.num_draws + wanted)
         pool = WeightedDraws(draws, posterior.point_sites)
     return pool

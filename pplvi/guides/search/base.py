@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
@@ -22,7 +23,6 @@ from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
 from pplvi.programs.ways import Vectorize
 
-_PARTS = Gaussian._fields
 _TRIES = 100
 _STATIONARY = 1e-8
 
@@ -61,7 +61,10 @@ class FoundGuide(ContinuousGuide):
         self._seed, self.vectorize = seed, vectorize
         self.num_gradients = self.num_evaluations = 0
 
-    def _find(self, density: UnconstrainedDensity) -> Gaussian:
+    _parts: ClassVar[tuple[str, ...]] = Gaussian._fields
+    """Names of the buffers that hold what was found."""
+
+    def _find(self, density: UnconstrainedDensity) -> tuple[Tensor, ...]:
         """Gaussians with one leading dimension, the best first."""
         raise NotImplementedError
 
@@ -73,7 +76,7 @@ class FoundGuide(ContinuousGuide):
         :returns: the guide itself.
         :raises ValueError: see the class.
         """
-        for name in _PARTS:
+        for name in self._parts:
             self._buffers.pop(name, None)
         self._setup_prototype(*args, **kwargs)
         return self
@@ -111,7 +114,7 @@ class FoundGuide(ContinuousGuide):
     def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wrapped, model = self.model, self._target
         density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize)
-        for name, value in zip(_PARTS, self._find(density), strict=True):
+        for name, value in zip(self._parts, self._find(density), strict=True):
             self.register_buffer(name, value.to(density.device, density.dtype))
         self.num_gradients, self.num_evaluations = density.gradients, density.rows
 
@@ -150,7 +153,7 @@ class FoundGuide(ContinuousGuide):
         """Draw every latent site of the model; same arguments as the model. The first call searches."""
         return AutoContinuous.forward(self, *args, **kwargs)
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> GaussianMixture:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> TorchDistribution:
         """The mixture over the packed unconstrained latents.
 
         :raises ValueError: the guide has not run yet.
@@ -160,7 +163,7 @@ class FoundGuide(ContinuousGuide):
     @property
     def _gaussians(self) -> Gaussian:
         self._need_prototype("density")
-        return Gaussian(*(self._buffers[name] for name in _PARTS))  # type: ignore[arg-type]
+        return Gaussian(*(self._buffers[name] for name in self._parts))  # type: ignore[arg-type]
 
     def _latent_draws(self, *args: Any, **kwargs: Any) -> Tensor:
         mixture = GaussianMixture(self._gaussians)
@@ -173,14 +176,14 @@ class FoundGuide(ContinuousGuide):
 
         :raises ValueError: the guide has not run yet.
         """
-        parts = self._gaussians
-        return {name: biject_to(fn.support)(z[0]) for name, fn, z in self._split(parts.loc[:1])}
+        self._need_prototype("density")
+        return {name: biject_to(fn.support)(z[0]) for name, fn, z in self._split(self.loc[:1])}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_init_loc_fn": None}  # without a model it cannot run again
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in _PARTS:  # a guide that has not run, or found other numbers of Gaussians, takes the shapes given
+        for name in self._parts:  # a guide that has not run, or found other numbers of Gaussians, takes the shapes given
             if prefix + name in state_dict:
                 self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *args)
