@@ -145,12 +145,12 @@ def summing(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         )
     if all(is_summed(site) for site in latents.values()):
         return program
-    configure: Any = _summed
+    configure: Any = _every_latent
     found: Program = poutine.infer_config(program, configure)
     return found
 
 
-def _summed(msg: Any) -> dict[str, Any]:
+def _every_latent(msg: Any) -> dict[str, Any]:
     latent = msg["type"] == "sample" and not (msg["is_observed"] or is_subsample(msg))
     return {"enumerate": "parallel"} if latent else {}
 
