@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,9 +110,11 @@ def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
         if value.is_floating_point()
     }
     data = arviz.convert_to_dataset(chains)
+    with np.errstate(invalid="ignore", divide="ignore"):  # sites that never vary
+        tables = arviz.rhat(data), arviz.ess(data)
     rhat, ess = (
         [float(each) for name in chains for each in found[name].values.flatten() if math.isfinite(float(each))]
-        for found in (arviz.rhat(data), arviz.ess(data))
+        for found in tables
     )
     return judge_chains(max(rhat, default=math.inf), min(ess, default=0.0), draws.num_chains)
 
@@ -162,7 +165,12 @@ def grown(posterior: Posterior, more: Any, bytes_of_draw: int, seconds_of_draw: 
     start, number = time.process_time(), 0
     while (wanted := _wanted(pool, posterior.num_draws, most)) and time.process_time() - start < _MOST_SECONDS:
         number += 1
-        found = more(wanted, number)
+        try:
+            found = more(wanted, number)
+        except ValueError:  # far out, where values leave the range of a distribution
+            break
+        if bool((found.log_p - found.log_q).isnan().any()):
+            break
         draws = stack([pool.draws, found], pool.num_draws + wanted)
         pool = WeightedDraws(draws, posterior.point_sites)
     return pool

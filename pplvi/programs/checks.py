@@ -207,6 +207,18 @@ def check_alone(both: Run, alone: Run, again: Run, particle: int) -> None:
         raise DiffersError(f"site {name!r} has another log density with two particles in one call than alone.")
 
 
+def check_divergences(*, enumerated: bool) -> None:
+    """Check that divergences of single sites can be had.
+
+    :raises ValueError: for models with enumerated sites, whose densities do not separate.
+    """
+    if enumerated:
+        raise ValueError(
+            "entropy='kl' with enumerated sites: they are summed out jointly, and no divergence is one site's. Use "
+            "entropy='sampled' (or 'exact')."
+        )
+
+
 def check_close(ours: Tensor, theirs: Tensor) -> None:
     """Check that two densities are equal but for rounding.
 

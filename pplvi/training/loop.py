@@ -44,7 +44,7 @@ class Trainer:
     def __init__(self, run: Restart, objective: Any, steps: Steps, batches: Batches, watch: Watch) -> None:
         self.run, self.batches, self.watch = run, batches, watch
         self.stepper = steps(run.model, run.guide, objective, self._settle)
-        self.update = self.stepper.update
+        self.update, run.exact = self.stepper.update, self.stepper.exact
         self.good: dict[str, Any] = self.capture()
         self.call: Call = ((), {})
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.infer
 from pyro.optim import PyroOptim
@@ -31,9 +31,11 @@ class Stepper(ABC):
     """Takes the steps of one restart: the replaceable core of the training loop.
 
     :ivar update: counts them and says how large the next one is.
+    :cvar exact: whether the losses have no Monte Carlo error.
     """
 
     update: Update
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:

@@ -15,11 +15,11 @@ from torch import Tensor
 from pplvi.energies.evaluation.ais_path import Between, MachineWalk
 from pplvi.energies.evaluation.moment_paths import Route, averaged_machines, base_fields
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import data_plate
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.posteriors.mean_field import MeanFieldGuide
 from pplvi.programs.errors import warn
+from pplvi.programs.plates import data_plate
 from pplvi.programs.state import random_state
 from pplvi.types import Values
 from pplvi.weights.algebra import effective_sample_size, log_evidence

@@ -19,6 +19,7 @@ from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.training_step import Reminder, active_step
 from pplvi.energies.machines.units import Units
 from pplvi.programs.errors import warn
+from pplvi.programs.plates import data_plate
 from pplvi.types import Values
 
 Mask = Tensor | Mapping[str, Tensor] | None
@@ -261,11 +262,6 @@ class EnergyModel(PyroModule):
                         f"that of this {type(self).__name__}. Give each machine a name of its own (name='first'), "
                         "train them in scopes (pyro.get_param_store().scope()), or call pyro.clear_param_store()."
                     )
-
-
-def data_plate(count: int, size: int | None) -> Any:
-    """The plate ``"data"`` of ``count`` data, which stand for ``size`` of them."""
-    return pyro.plate("data", size or count, subsample_size=None if size is None else count, dim=-1)
 
 
 def _full_name(module: Any, name: str) -> str:
