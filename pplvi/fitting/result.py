@@ -337,9 +337,7 @@ class Fit:
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = describe_end(run) if trained else None
         verdict = posterior.verdict if args is not None or kwargs is not None else self._verdict(posterior)
-        summary = Summary(report(posterior, facts=facts, convergence=ended, verdict=verdict))
-        summary.frame = posterior.to_frame()
-        return summary
+        return Summary(report(posterior, facts=facts, convergence=ended, verdict=verdict), posterior.to_frame())
 
     def report(
         self,

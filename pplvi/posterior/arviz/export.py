@@ -18,7 +18,7 @@ from torch import Tensor
 from pplvi.posterior.arviz.groups import (
     Dims,
     DrawsKind,
-    Inputs,
+    NewInputs,
     base_groups,
     chains_of,
     diagnostics,
@@ -51,7 +51,7 @@ def to_arviz(
     dims: Dims | None = None,
     num_prior: int = 500,
     posterior_predictive: bool = True,
-    predictions: Inputs | None = None,
+    predictions: NewInputs | None = None,
     losses: Tensor | np.ndarray | None = None,
     attrs: Mapping[str, Any] | None = None,
     seed: int | None = None,

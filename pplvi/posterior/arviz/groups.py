@@ -28,7 +28,7 @@ from pplvi.weights.resampling import resample
 
 DrawsKind = Literal["psis", "guide"]
 Dims = Mapping[str, Sequence[str]]
-Inputs = tuple[Any, ...] | Mapping[str, Any]
+NewInputs = tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def prior_densities(chains: Sequence[Chain], dims: Dims) -> Groups:
     return {"log_prior": stack_chains(found, Names(first.plates, dims), like=like)} if found[0] else {}
 
 
-def new_groups(chains: Sequence[Chain], inputs: Inputs, dims: Dims) -> Groups:
+def new_groups(chains: Sequence[Chain], inputs: NewInputs, dims: Dims) -> Groups:
     """Observed sites drawn for new inputs, one for each draw of the posterior, and these inputs.
 
     :raises ValueError: if a latent site has another shape for them than it had in the fit.
