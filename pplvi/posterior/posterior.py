@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -304,17 +304,17 @@ class Posterior(WeightedDraws):
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples
-            with _told_how_to_predict():
+            with told_how_to_predict():
                 found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
-        return _observed_as_before(found, self.draws)
+        return observed_as_before(found, self.draws)
 
     @explained()
-    def loo(self, var_name: str | None = None) -> ELPDData:
+    def loo(self, var_name: str | Sequence[str] | None = None) -> ELPDData:
         """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
 
         Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
 
-        :param var_name: the observed site; may be left out if there is only one.
+        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
         :returns: ArviZ's ``ELPDData`` with pointwise values, ready for ``az.compare``.
         :raises ValueError: where :attr:`log_weight` does (but not for MCMC draws), and if the site is ambiguous or
             unknown.
@@ -323,7 +323,7 @@ class Posterior(WeightedDraws):
 
 
 @contextmanager
-def _told_how_to_predict() -> Iterator[None]:
+def told_how_to_predict() -> Iterator[None]:
     """Add to the error about latents of another shape what the user of a posterior can do."""
     try:
         yield
@@ -342,7 +342,7 @@ def name_of(program: Any) -> str:
     return str(getattr(program, "__name__", type(program).__name__))
 
 
-def _observed_as_before(found: Draws, fitted: Draws) -> Draws:
+def observed_as_before(found: Draws, fitted: Draws) -> Draws:
     """Data left out of the new arguments make latent sites of the observed ones: put those back."""
     names = set(found.latents) & set(fitted.observed)
     moved = {name: value for name, value in found.latents.items() if name in names}
