@@ -183,7 +183,9 @@ class FoundGuide(ContinuousGuide):
         return {**super().__getstate__(), "_init_loc_fn": None}  # without a model it cannot run again
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self._parts:  # a guide that has not run, or found other numbers of Gaussians, takes the shapes given
+        for (
+            name
+        ) in self._parts:  # a guide that has not run, or found other numbers of Gaussians, takes the shapes given
             if prefix + name in state_dict:
                 self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *args)
