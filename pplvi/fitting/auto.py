@@ -36,7 +36,7 @@ _NO_MATTER = 0.5  # below that, k-hats differ by chance
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
 
 FitFunction = Callable[..., Fit]
-Recipe = Callable[[int], Mapping[str, Any]]
+FitArguments = Callable[[int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Rung:
 
     name: str
     guide: Any
-    recipe: Recipe | None = None
+    recipe: FitArguments | None = None
     steps: int = 2000
 
 
@@ -143,6 +143,7 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     :param budget: CPU seconds of this process and its children.
     :raises ValueError: the first error if every family fails.
     """
+    start = time.perf_counter()
     ladder = _Ladder(fit, originals, cpu_seconds() + budget)
     forms = originals.look(forms_of, model)
     reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
@@ -151,6 +152,8 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
         raise ladder.errors[0]
     originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
+    best.fit.total_seconds = time.perf_counter() - start
+    best.fit.reformed = best.form != _WRITTEN
     best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
     if forms:
         best.fit.notes["parametrisation"] = ladder.comparison
@@ -279,7 +282,7 @@ class _Ladder:
         judged = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
         self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure, verdict))
 
-    def _timed(self, train: FitFunction, recipe: Recipe) -> tuple[Any, float, Callable[[], Fit] | None]:
+    def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float, Callable[[], Fit] | None]:
         """How to run the steps, the CPU seconds that one of them takes, and, if they fail, what raises why."""
         failing: Callable[[], Fit] | None = None
         for compile in ("trace", False):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pplvi.posterior.arviz.groups import quality
+from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
 from pplvi.posterior.arviz.schema import equal
 from pplvi.posterior.posterior import Posterior, name_of
 from pplvi.posterior.verdict import UNRELIABLE, Verdict
@@ -152,13 +153,14 @@ def _score(score: ELPDData) -> dict[str, Any]:
 
 def _ranked(scores: Mapping[str, ELPDData]) -> pandas.DataFrame:
     """ArviZ's own comparison, with the column names that ArviZ 0.x gives."""
-    import arviz
     import pandas
 
     columns = ["rank", "elpd_loo", "p_loo", "elpd_diff", "weight", "se", "dse", "warning"]
     if not scores:
         return pandas.DataFrame(columns=columns, dtype=float)
-    found = arviz.compare(dict(scores)).rename(columns={"elpd": "elpd_loo", "p": "p_loo"})
+    with its_own_affairs():
+        table = arviz_itself().compare(dict(scores))
+    found = table.rename(columns={"elpd": "elpd_loo", "p": "p_loo"})
     return found[columns]
 
 
@@ -171,8 +173,7 @@ def _quality(posterior: Posterior) -> dict[str, float]:
 
 
 def _bulk_ess(posterior: Posterior) -> float:
-    import arviz
-
+    arviz = arviz_itself()
     chains = {
         name: value.reshape(posterior.num_chains, -1, *value.shape[1:]).cpu().numpy()
         for name, value in posterior.draws.latents.items()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.draws import stack
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
@@ -102,8 +103,7 @@ def _facts_of_data(draws: WeightedDraws, converged: bool | None) -> DatumFacts:
 
 
 def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
-    import arviz
-
+    arviz = arviz_itself()
     chains = {
         name: value.reshape(draws.num_chains, -1, *value.shape[1:]).cpu().numpy()
         for name, value in draws.draws.latents.items()

@@ -38,6 +38,10 @@ class Students(NamedTuple):
         """Shares, ``(K,)``."""
         return self.log_share.exp()
 
+    def affine(self, zero: Tensor, one: Tensor) -> Self:
+        """The distribution of ``zero + one * draw``, both ``(dim,)``."""
+        return self._replace(loc=zero + one * self.loc, tril=one[:, None] * self.tril)
+
     def heaviest(self, number: int) -> Self:
         """The components of the largest shares, at most so many, the largest first."""
         order = self.log_share.argsort(descending=True)[:number]

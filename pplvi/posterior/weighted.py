@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import take
+from pplvi.posterior.tables import table, to_html
 from pplvi.programs.state import random_state
 from pplvi.weights.algebra import effective_sample_size, log_evidence
 from pplvi.weights.pareto import pareto_k_error, pareto_smooth, tail_shortfall
 from pplvi.weights.resampling import resample
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class Estimate(NamedTuple):
@@ -58,6 +62,18 @@ class WeightedDraws:
     def pool(self) -> WeightedDraws:
         """All draws there are behind these: what :meth:`resample` chooses from."""
         return self
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Mean, sd, 5 %, 50 % and 95 % quantiles of every element of the latent and deterministic sites.
+
+        Draws of a guide count by their Pareto-smoothed weights; those of MCMC, and of a guide that holds sites at a
+        point, count alike. See :func:`pplvi.posterior.tables.table`.
+        """
+        return table(self.draws, self.psis_log_weight if self.has_weights else None)
+
+    def _repr_html_(self) -> str:
+        verdict = getattr(self, "verdict", None)
+        return to_html(repr(self), [] if verdict is None else [str(verdict)], self.to_frame())
 
     @property
     def num_draws(self) -> int:

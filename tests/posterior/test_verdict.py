@@ -139,7 +139,6 @@ def test_restarts_that_contradict_the_best_one_are_told():
 
     assert disagreements(best(0.0, 0), [best(0.0, 1)]) == ()
     told = disagreements(best(0.0, 0), [best(1.0, 1)])
-    print(told)
     (told,) = told
     assert "finds a log evidence of 1.000" in told
 

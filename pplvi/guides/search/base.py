@@ -16,6 +16,7 @@ from torch.distributions import biject_to
 
 from pplvi.guides.base import ContinuousGuide
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture
+from pplvi.posterior.students import Students
 from pplvi.programs.density import UnconstrainedDensity, outside_of_handlers
 from pplvi.programs.errors import explained
 from pplvi.programs.handlers import float_dtype
@@ -27,7 +28,25 @@ _TRIES = 100
 _STATIONARY = 1e-8
 
 
-class FoundGuide(ContinuousGuide):
+class Search:
+    """What guides that find themselves have in common: there is nothing to train in them.
+
+    :cvar score_draws: draws by which the best of several searches is chosen.
+    :ivar vectorize: the way of running draws.
+    """
+
+    score_draws: ClassVar[int] = 1000
+    vectorize: Vectorize = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Self:
+        """Search, given the arguments of the model.
+
+        :returns: the guide itself.
+        """
+        raise NotImplementedError
+
+
+class FoundGuide(ContinuousGuide, Search):
     """Base of guides with nothing to train: a subclass says in ``_find`` how it gets its Gaussians from a density.
 
     The first call searches, :meth:`run` searches anew. The density is the equal mixture of the Gaussians found.
@@ -64,8 +83,8 @@ class FoundGuide(ContinuousGuide):
     _parts: ClassVar[tuple[str, ...]] = Gaussian._fields
     """Names of the buffers that hold what was found."""
 
-    def _find(self, density: UnconstrainedDensity) -> tuple[Tensor, ...]:
-        """Gaussians with one leading dimension, the best first."""
+    def _find(self, density: UnconstrainedDensity) -> Gaussian | Students:
+        """Components with one leading dimension, the best first."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ running
@@ -113,8 +132,10 @@ class FoundGuide(ContinuousGuide):
 
     def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wrapped, model = self.model, self._target
-        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize)
-        for name, value in zip(self._parts, self._find(density), strict=True):
+        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize, in_units=True)
+        found = self._find(density)
+        found = found.affine(*(x.to(found.loc) for x in density.units))
+        for name, value in zip(self._parts, found, strict=True):
             self.register_buffer(name, value.to(density.device, density.dtype))
         self.num_gradients, self.num_evaluations = density.gradients, density.rows
 

@@ -93,7 +93,7 @@ class AutoStudentMixture(FoundGuide):
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._num_scouts, self._num_components = num_scouts, num_components
 
-    def _find(self, density: UnconstrainedDensity) -> tuple[Tensor, ...]:
+    def _find(self, density: UnconstrainedDensity) -> Students:
         if density.dim > MOST_DIMENSIONS:
             raise ValueError(
                 f"AutoStudentMixture got a model of {density.dim:,} unconstrained dimensions: expected at most "
