@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from pplvi.models import learn_binary_coding as learn_binary_coding
     from pplvi.models import learn_dictionary as learn_dictionary
     from pplvi.posterior import Posterior as Posterior
+    from pplvi.posterior import Verdict as Verdict
     from pplvi.posterior import compare as compare
     from pplvi.posterior import plot_against_reference as plot_against_reference
     from pplvi.posterior import plot_objective as plot_objective
@@ -152,6 +153,7 @@ _HOMES = {
     "learn_binary_coding": "models",
     "learn_dictionary": "models",
     "Posterior": "posterior",
+    "Verdict": "posterior",
     "compare": "posterior",
     "plot_against_reference": "posterior",
     "plot_objective": "posterior",
