@@ -47,7 +47,7 @@ QUICK = "--targets 2 --methods AVO --steps 2 --batches 2 --mode eager"
 
 BUDGET = 288
 EARLY = (0.02, 0.065, 0.14, 0.25, 0.4, 0.62)
-HOW: dict[str, Mode] = {"compiled": True, "trace": "trace", "eager": False}
+HOW: dict[str, CompileMode] = {"compiled": True, "trace": "trace", "eager": False}
 
 
 class Shear(Transform):
