@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pplvi.programs import autoguides, dreams
 from pplvi.programs.carrying import BROADCAST, Given, Way, lanes_of, run_model_all
-from pplvi.programs.first_run import _layout
+from pplvi.programs.first_run import layout_of
 from pplvi.programs.handlers import Supply, Uncondition, last_site
 from pplvi.programs.memo import remember
-from pplvi.programs.running import _How, _run_guide, _trace
+from pplvi.programs.running import How, run_guide, trace_within
 from pplvi.programs.sites import is_deterministic, is_factor, is_subsample, latent_sites, sample_sites, site_plates
 from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.programs.traces import Run
@@ -111,24 +111,24 @@ def dream(
     :raises ValueError: if the model cannot be drawn from, if the dreamed data have no way to reach the guide, or if the
         guide cannot be scored at them.
     """
-    layout = _layout(model, guide, args, kwargs)
+    layout = layout_of(model, guide, args, kwargs)
     if num_dreams > 1 and layout.dreams_together:
         way, layout = way_for(model, guide, args, kwargs, layout, None)
         state = rng_state()
         try:
-            run, log_forward = _dream(model, guide, args, kwargs, _How(num_dreams, layout.nesting), way)
+            run, log_forward = _dream(model, guide, args, kwargs, How(num_dreams, layout.nesting), way)
             return [run], log_forward
         except Exception:  # a mistake in the programs is met again below
             set_rng_state(state)
     made = len(pyro.get_param_store())
-    alone = [_dream(model, guide, args, kwargs, _How(1, layout.nesting)) for _ in range(num_dreams)]
+    alone = [_dream(model, guide, args, kwargs, How(1, layout.nesting)) for _ in range(num_dreams)]
     if num_dreams > 1 and len(pyro.get_param_store()) == made:  # no parameter can be made under vmap
         remember(model, guide, args, kwargs, replace(layout, dreams_together=False))
     return [run for run, _ in alone], torch.cat([log_forward for _, log_forward in alone])
 
 
 def _dream(
-    model: Program, guide: Program, args: Any, kwargs: Any, how: _How, way: Way = BROADCAST
+    model: Program, guide: Program, args: Any, kwargs: Any, how: How, way: Way = BROADCAST
 ) -> tuple[Run, Tensor]:
     trace = _dreamt(model, args, kwargs, how, way)
     observed, latents = dreams.observed(trace), latent_sites(trace)
@@ -140,7 +140,7 @@ def _dream(
         supplied = {**indices, **drawn, **autoguides.auxiliary_values(guide, drawn)}
         arguments = dreams.arguments(trace, observed, values, args, kwargs)
         with Supply(supplied, but_delta=True):
-            guide_traces.append(_run_guide(guide, *arguments, _How()))
+            guide_traces.append(run_guide(guide, *arguments, How()))
         autoguides.check_scored(guide, latent_sites(guide_traces[-1]), latents)
         return Run(guide_traces[-1], trace, 1, how.nesting).log_forward()[0]
 
@@ -154,7 +154,7 @@ def _dream(
     return Run(guide_traces[-1], trace, how.num_particles, how.nesting), log_forward
 
 
-def _dreamt(model: Program, args: Any, kwargs: Any, how: _How, way: Way) -> Trace:
+def _dreamt(model: Program, args: Any, kwargs: Any, how: How, way: Way) -> Trace:
     """A trace of draws of the model, with its observed sites drawn too; what was observed is their ``infer["obs"]``."""
     with last_site() as met:
         try:
@@ -171,8 +171,8 @@ def _dreamt(model: Program, args: Any, kwargs: Any, how: _How, way: Way) -> Trac
     return trace
 
 
-def _forward(model: Program, args: Any, kwargs: Any, values: Mapping[str, Tensor], how: _How) -> Trace:
-    return _trace(model, args, kwargs, how.particles())
+def _forward(model: Program, args: Any, kwargs: Any, values: Mapping[str, Tensor], how: How) -> Trace:
+    return trace_within(model, args, kwargs, how.particles())
 
 
 def prior_run(
@@ -185,20 +185,20 @@ def prior_run(
     vectorize: Vectorize = None,
 ) -> Run:
     """Run the model in the place of the guide: latents are drawn from it, or the given values; data stay."""
-    layout = _layout(model, guide, args, kwargs)
-    how, way = _How(num_particles, layout.nesting, values=values), BROADCAST
+    layout = layout_of(model, guide, args, kwargs)
+    how, way = How(num_particles, layout.nesting, values=values), BROADCAST
     if num_particles > 1:
         way, layout = way_for(model, guide, args, kwargs, layout, named(vectorize))
 
-    def run(values: Mapping[str, Tensor], how: _How) -> Trace:
+    def run(values: Mapping[str, Tensor], how: How) -> Trace:
         with Supply(values):
-            return _trace(model, args, kwargs, how.particles())
+            return trace_within(model, args, kwargs, how.particles())
 
     trace = _of_all(run, how, way, Given(layout.indices, frozenset(values)))
     return Run(trace, trace, num_particles, layout.nesting)
 
 
-def _of_all(run: Callable[[Mapping[str, Tensor], _How], Trace], how: _How, way: Way, given: Given) -> Trace:
+def _of_all(run: Callable[[Mapping[str, Tensor], How], Trace], how: How, way: Way, given: Given) -> Trace:
     """The trace of a model with all particles, run in this way."""
     if way.model or how.num_particles == 1:
         return run(how.values or {}, how)

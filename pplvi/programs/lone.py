@@ -14,7 +14,7 @@ from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, gathered, ways_of_rows
 from pplvi.programs.memo import Memo, dimensions
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import _How, is_recording, isolated
+from pplvi.programs.running import How, is_recording, isolated
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites, site_plates
 from pplvi.programs.state import preserved_buffers
@@ -101,7 +101,7 @@ def run_each(build: Callable[[Any], Program], given: Any, alone: Alone, way: Way
     lanes = {f"{_GIVEN}{place}": leaf.value for place, leaf in enumerate(leaves) if isinstance(leaf, Own)}
     left: list[Any] = []
 
-    def one(values: dict[str, Tensor], single: _How) -> Run:
+    def one(values: dict[str, Tensor], single: How) -> Run:
         found = [values.get(f"{_GIVEN}{place}", leaf) for place, leaf in enumerate(leaves)]
         container = tree_unflatten(found, spec)
         run = alone.of({n: v for n, v in values.items() if n not in lanes}).run(build(container))
@@ -109,7 +109,7 @@ def run_each(build: Callable[[Any], Program], given: Any, alone: Alone, way: Way
         own = is_batched if way.word == "vmap" else lambda leaf: isinstance(leaf, Tensor)
         return replace(run, kept={str(place): leaf for place, leaf in enumerate(left[0]) if own(leaf)})
 
-    how = _How(alone.num_particles, alone.nesting)
+    how = How(alone.num_particles, alone.nesting)
     run = gathered(one, {**alone.own, **lanes}, how, way, Given(alone.indices, frozenset(alone.values)))
     after, spec = left
     return run, tree_unflatten([_kept(run, place, leaf) for place, leaf in enumerate(after)], spec)

@@ -22,7 +22,6 @@ from pplvi.programs.masks import without_missing
 from pplvi.programs.sites import (
     Plate,
     Site,
-    _subsampled_plates,
     batch_sizes,
     common_plates,
     is_delta,
@@ -33,6 +32,7 @@ from pplvi.programs.sites import (
     latent_sites,
     sample_sites,
     site_plates,
+    subsampled_plates,
 )
 
 
@@ -95,7 +95,7 @@ class Run:
     @property
     def subsampled(self) -> tuple[str, ...]:
         """Names of subsampled plates that are not batch plates: their scale sits inside the densities."""
-        found = {n for trace in (self.model, self.guide) for _, s in sample_sites(trace) for n in _subsampled_plates(s)}
+        found = {n for trace in (self.model, self.guide) for _, s in sample_sites(trace) for n in subsampled_plates(s)}
         return tuple(sorted(found - {p.name for p in self.batch}))
 
     @property
@@ -167,11 +167,11 @@ class Run:
         return sum(densities.values(), self.zeros())
 
     @cached_property
-    def _enumerated_densities(self) -> tuple[enumeration.Terms, enumeration.Terms]:
+    def _enumerated_densities(self) -> tuple[enumeration.PlateTerms, enumeration.PlateTerms]:
         return enumeration.log_densities(self.model, self.guide, self.scale)
 
     @property
-    def enumerated_target(self) -> enumeration.Terms:
+    def enumerated_target(self) -> enumeration.PlateTerms:
         """Terms of the model's log density where sites are enumerated, each with the names of its plates."""
         return self._enumerated_densities[0]
 

@@ -28,7 +28,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 import pplvi
-from pplvi.guides.density import UnconstrainedDensity
+from pplvi.programs.density import UnconstrainedDensity
 
 pytestmark = pytest.mark.usefixtures("float64")
 
