@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from pplvi.programs.checks import check_model_run, has_data
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.running import plain_run
@@ -34,8 +36,10 @@ def checked_inputs(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def warn_of_no_data(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], environment: Environment) -> None:
-    """Say at once that a model with parameters for data observes nothing; one without any is a target of its own."""
-    if not _takes_data(model):
+    """Say at once that a model that is given data, or could be, observes nothing; one that takes none is a target of its
+    own. It is no error: fitting the prior is a check of model and guide."""
+    given = any(isinstance(value, Tensor) and value.dim() > 0 for value in (*args, *kwargs.values()))
+    if not (given or _takes_data(model)):
         return
     with scratch(), environment.active():
         try:

@@ -87,6 +87,11 @@ def _site(draws: Draws, var_name: str | None) -> str:
         return names[0]
     if var_name is None and names:
         raise ValueError(f"several observed sites {names}, and leave-one-out is of one at a time: pass var_name.")
+    if not names:
+        raise ValueError(
+            "the model has no observed site with a log likelihood for each datum: they come in by pyro.factor, or are "
+            "joined by a site that is summed out. Expected pyro.sample(..., obs=...) given the latents that are drawn."
+        )
     if var_name not in names:
         raise ValueError(
             f"var_name={var_name!r} names no observed site with a log likelihood; expected one of {names}. "

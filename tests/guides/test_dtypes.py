@@ -69,6 +69,27 @@ def test_values_of_ten_thousand_are_not_improper(family: Callable[..., Any]) -> 
     assert float(drawn["scale"].mean()) == pytest.approx(float(y.std()), rel=0.1)
 
 
+@pytest.mark.parametrize("family", SEARCHES, ids=name)
+@pytest.mark.parametrize("unit", [1e-12, 1e4, 1e12])
+def test_scales_of_any_size_are_not_improper(family: Callable[..., Any], unit: float) -> None:
+    """What is found has the unit of the data; the priors say what that is, a hierarchical one of parents first."""
+
+    def model(y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.tensor(0.0, dtype=y.dtype), 10.0 * unit))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(unit, dtype=y.dtype)))
+        with pyro.plate("groups", 2):
+            shift = pyro.sample("shift", dist.Normal(0.0 * scale, scale))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean + shift[..., [0, 1] * 10], 0.1 * unit), obs=y)
+
+    y = 3 + 0.1 * torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
+    posterior = pplvi.fit(model, family, args=(y * unit,), seed=0, progress=False).posterior(num_draws=1000)
+    latents = posterior.draws.latents
+    level = (latents["mean"] + latents["shift"].mean(-1)) / unit
+    assert float(level.mean()) == pytest.approx(float(y.mean()), abs=0.02)
+    assert float(level.std()) == pytest.approx(0.1 / 20**0.5, rel=0.3)
+
+
 def test_an_improper_prior_of_float64_starts_in_float64() -> None:
     def model(y: Tensor) -> None:
         prior = ImproperUniform(constraints.real, (), ())
