@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from pplvi.programs.checks import check_model_run, has_data
+from pplvi.programs.errors import warn
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import Environment
@@ -36,8 +36,10 @@ def checked_inputs(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def warn_of_no_data(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], environment: Environment) -> None:
-    """Say at once that a model that is given data, or could be, observes nothing; one that takes none is a target of its
-    own. It is no error: fitting the prior is a check of model and guide."""
+    """Say at once that a model that is given data, or could be, observes nothing; one that takes none is its own target.
+
+    It is no error: fitting the prior is a check of model and guide.
+    """
     given = any(isinstance(value, Tensor) and value.dim() > 0 for value in (*args, *kwargs.values()))
     if not (given or _takes_data(model)):
         return
@@ -47,10 +49,9 @@ def warn_of_no_data(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, 
         except Exception:  # told where the model is really run
             return
     if not found:
-        warnings.warn(
+        warn(
             "the model observes nothing with these arguments: no site has obs= and there is no pyro.factor, so that "
             "the posterior is the prior. Pass the data in args= or kwargs=, or condition the model on them.",
-            stacklevel=3,
         )
 
 

@@ -7,7 +7,6 @@ Nothing here carries a gradient.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs import enumeration
+from pplvi.programs.errors import warn
 from pplvi.programs.joint import execute
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import (
@@ -171,6 +171,29 @@ def score(
     return _model_draws(model, latents, args, kwargs or {}, num_draws, vectorize, sample_observed=False)
 
 
+@torch.no_grad()
+def log_prior(
+    model: Program,
+    latents: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_draws: int,
+    vectorize: Vectorize = None,
+) -> dict[str, Tensor]:
+    """Log density of every latent site given those that it depends on, ``(num_draws, *plates)`` each, in nats.
+
+    Nothing where sites are enumerated: what depends on them has no density for one draw.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> log_prior(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), {"z": torch.tensor([0.0, 1.0])}, num_draws=2)
+    {'z': tensor([-0.9189, -1.4189])}
+    """
+    run = run_model(model, args, kwargs or {}, num_particles=num_draws, latents=latents, vectorize=vectorize)
+    sites = {n: s for n, s in sample_sites(run.model) if _kind(s) == "latent" and not is_delta(s)}
+    return {} if run.enumerated else _log_likelihoods(run, sites)
+
+
 def _model_draws(
     model: Program,
     latents: Mapping[str, Tensor] | None,
@@ -215,7 +238,7 @@ class _Shapes:
             event = event_dims(plain)
             width = run.nesting + 1 + (plain["value"].dim() if event is None else event)
             if run.enumerated and site["value"].dim() > width:
-                warnings.warn(f"deterministic site {name!r} depends on an enumerated site: left out.", stacklevel=2)
+                warn(f"deterministic site {name!r} depends on an enumerated site: left out.")
             elif event is None:
                 found[name] = _as_plain(site["value"].detach().clone(), tuple(plain["value"].shape), run.num_particles)
             else:
@@ -310,10 +333,9 @@ def _log_likelihood(run: Run, name: str, site: Site) -> Tensor | None:
         return _unscaled(run, name, site)
     density = enumeration.log_likelihood(run.model, run.guide, name)
     if density is None:
-        warnings.warn(
+        warn(
             f"observed site {name!r} has no log likelihood per element: its elements share an enumerated variable. "
             "It is left out of log_likelihood.",
-            stacklevel=2,
         )
     return density
 

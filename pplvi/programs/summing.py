@@ -15,7 +15,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 
 from pplvi.programs.running import plain_run
-from pplvi.programs.sites import is_enumerated, latent_sites
+from pplvi.programs.sites import is_enumerated, is_subsample, latent_sites
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
@@ -130,6 +130,29 @@ def enumerated_by(guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, An
     if isinstance(poutine.unwrap(guide), GuideMessenger):
         return frozenset()
     return frozenset(n for n, s in latent_sites(plain_run(guide, args, kwargs).model).items() if is_summed(s))
+
+
+def summing(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+    """The same program with every discrete latent enumerated; the program itself, if it asks for that by itself.
+
+    :raises ValueError: for latents that have no finite number of values.
+    """
+    latents = latent_sites(plain_run(program, args, kwargs).model)
+    if endless := sorted(name for name, site in latents.items() if not site["fn"].has_enumerate_support):
+        raise ValueError(
+            f"latent sites {endless} do not have a finite number of values that can be summed over: expected discrete "
+            "ones, such as Categorical or Bernoulli. Make what is to be estimated a pyro.param, or fit a guide."
+        )
+    if all(is_summed(site) for site in latents.values()):
+        return program
+    configure: Any = _every_latent
+    found: Program = poutine.infer_config(program, configure)
+    return found
+
+
+def _every_latent(msg: Any) -> dict[str, Any]:
+    latent = msg["type"] == "sample" and not (msg["is_observed"] or is_subsample(msg))
+    return {"enumerate": "parallel"} if latent else {}
 
 
 def drawing(program: Program, names: Collection[str]) -> Program:
