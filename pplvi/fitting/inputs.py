@@ -36,7 +36,7 @@ def checked_inputs(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def warn_of_no_data(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], environment: Environment) -> None:
-    """Say at once that a model that is given data, or could be, observes nothing; one that takes none is its own target.
+    """Say at once that a model that is given data, or could be, observes nothing; one that takes none is a target.
 
     It is no error: fitting the prior is a check of model and guide.
     """

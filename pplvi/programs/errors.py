@@ -168,8 +168,8 @@ def _no_coordinates(text: str, error: Exception, frames: list[FrameType]) -> str
     site = next((site for site in held if isinstance(site, dict) and site.get("name")), {})
     return (
         f"site {site.get('name', 'unknown')!r}: {text.removesuffix('.')} to real numbers, which this guide needs. "
-        "Expected a support that has coordinates: write a covariance as dist.LKJCholesky and scales, or give the site to a "
-        "guide of your own."
+        "Expected a support that has coordinates: write a covariance as dist.LKJCholesky and scales, or give the site "
+        "to a guide of your own."
     )
 
 
