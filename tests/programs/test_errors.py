@@ -459,6 +459,7 @@ def test_a_good_run_leaves_no_chained_exception():
     assert info.value.__context__ is None
 
 
+@pytest.mark.filterwarnings("ignore:Singular sample")
 @pytest.mark.parametrize("guide", [AutoNormal, pplvi.AutoPathfinder, "nuts"])
 def test_supports_without_coordinates_are_named(guide):
     def model():
