@@ -218,8 +218,8 @@ def scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...]
     try:
         with random_state(0):
             return _scouted(programs, pool)
-    except ValueError as error:
-        return (), f"no scouts were sent: {str(error).split(':')[0]}"
+    except Exception as error:  # far from the data a program may fail in its own ways
+        return (), f"scouts could not climb, {type(error).__name__}: {str(error).split(':')[0]}"
 
 
 def _scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
