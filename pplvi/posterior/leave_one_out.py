@@ -164,7 +164,7 @@ def _leave_out(density: Tensor, log_weight: Tensor, posterior: Tensor) -> tuple[
     ratio = log_weight - density
     undefined = ratio.isnan().any(0)
     smoothed, pareto_k = pareto_smooth(ratio.masked_fill(undefined, 0.0))
-    elpd = torch.logsumexp(torch.log_softmax(smoothed, 0) + density, 0)
+    elpd = torch.logsumexp(smoothed + density, 0) - torch.logsumexp(smoothed, 0)
     return elpd.masked_fill(undefined, math.nan), torch.logsumexp(posterior + density, 0), pareto_k
 
 

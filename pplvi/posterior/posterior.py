@@ -160,8 +160,9 @@ class Posterior(WeightedDraws):
     @cached_property
     def facts(self) -> Facts:
         """What the verdict is computed from, for draws with weights that are not those of single data."""
+        size = 1 if self._source is None else self._source.bytes
         with self.scope():
-            return facts_with_scouts(self, self.converged, ModelCall(self.model, *self._call, self.vectorize))
+            return facts_with_scouts(self, self.converged, ModelCall(self.model, *self._call, self.vectorize, size))
 
     @cached_property
     def verdict(self) -> Verdict:

@@ -55,7 +55,7 @@ class Fitted:
 
     def __init__(self, name, pareto_k, elbo=0.0, log_evidence=0.0):
         self.guide_name, self.pareto_k, self.elbo, self.log_evidence = name, pareto_k, elbo, log_evidence
-        self.runs, self.best, self.notes = [None], 0, {}
+        self.runs, self.best, self.notes, self.guide = [None], 0, {}, None
 
     def posterior(self, num_draws):
         estimates = {"elbo": Estimate(self.elbo, 0.0), "total_log_evidence": Estimate(self.log_evidence, 0.01)}
@@ -255,6 +255,20 @@ def test_a_family_that_fails_is_passed_over_and_all_failing_is_an_error():
     assert len(calls) >= 3
     with pytest.raises(ValueError, match="discrete sample site 'k'"):
         fit(lambda: pyro.sample("k", dist.Poisson(3.0)), "auto", seed=0)
+
+
+def test_flows_are_passed_over_where_they_are_too_large(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+
+    def fake(model, guide, **options):
+        assert name_of(guide) != "flow"
+        found = Fitted(name_of(guide), 0.9)
+        found.guide = type("G", (), {"latent_dim": 503})
+        return found
+
+    best = select(fake, plain, originals(plain), budget=30.0)
+    assert "AutoFlow('quadratic'): not tried in 503 dimensions, of at most 200" in best.notes["tried"]
+    assert best.notes["taken"].endswith("as every family was tried, and it has the best verdict")
 
 
 def test_the_recipe_trains_a_flow():
