@@ -8,9 +8,11 @@ tensors aligned right on plate dimensions. The contraction is Pyro's plated vari
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
@@ -151,6 +153,31 @@ def _common_scale(scales: list[Any]) -> Any:
             "since it is applied outside the sum. Put them into the same subsampled plate or drop poutine.scale."
         )
     return scales[0]
+
+
+def factor_marginals(
+    model: Trace, log_factors: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The log normaliser of given factors over a trace's enumerated sites, and the posterior probabilities of each.
+
+    ``log Z = log sum_z exp sum_s f_s(z)`` and ``d log Z / d f_s``, which is the probability of the values that factor
+    ``s`` has in its dimensions, times its scale and mask.
+
+    :param model: an enumerated trace; its values and densities are not looked at.
+    :param log_factors: one tensor for each site, of the full shape of its density.
+    :returns: ``log Z``, nats, and for each site a tensor of its factor's shape.
+    :raises ValueError: if sites that share an enumerated variable have different scales.
+    """
+    with torch.enable_grad():
+        leaves = {name: factor.detach().requires_grad_() for name, factor in log_factors.items()}
+        for site in _sites(model):
+            site["unscaled_log_prob"] = leaf = leaves[site["name"]]
+            site["log_prob"] = scale_and_mask(leaf, site["scale"], site["mask"])
+        empty = poutine.Trace()
+        _pack(model, empty)
+        total = sum(term.sum() for _, term in _model_terms(model, empty, 1.0))
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+    return total.detach(), dict(zip(leaves, gradients, strict=True))
 
 
 class _GuideAverage:

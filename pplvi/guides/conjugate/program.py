@@ -1,0 +1,302 @@
+"""A program read once: its factors as expectations, its latent sites, and which of their elements need joint blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+
+import pplvi.guides.conjugate.operations  # noqa: F401  registers the rules
+from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, same_entry
+from pplvi.guides.conjugate.expressions import latent
+from pplvi.guides.conjugate.families import family_of
+from pplvi.guides.conjugate.normal import Layout, differing_axes
+from pplvi.guides.conjugate.tables import expected_log_prob, parameters
+from pplvi.programs.handlers import Supply
+from pplvi.programs.masks import without_missing
+from pplvi.programs.sites import (
+    Plate,
+    base_distribution,
+    is_deterministic,
+    is_enumerated,
+    is_subsample,
+    latent_sites,
+    sample_sites,
+    site_plates,
+)
+
+FALLBACKS = ("cvi", "laplace", "delta")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent site of the model.
+
+    :ivar start: its first value, float64.
+    :ivar fn: its distribution in a run of the prior.
+    :ivar plates: around it.
+    :ivar mask: of its density, if it has one.
+    :ivar dtype: of its values in the model.
+    """
+
+    start: Tensor
+    fn: Any
+    plates: tuple[Plate, ...]
+    mask: Any
+    dtype: torch.dtype
+
+    @property
+    def weight(self) -> Tensor | None:
+        """What stands before the entropy, of the batch shape; ``None`` for one."""
+        scale = torch.ones(()).double()
+        for plate in self.plates:
+            scale = scale * plate.scale
+        if self.mask is None and bool(scale == 1):
+            return None
+        shape = self.start.shape[: self.start.dim() - self.fn.event_dim]
+        return scale_and_mask(scale.expand(shape), 1.0, self.mask)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The expected log density of one site.
+
+    :ivar expected: of a state of the mean field.
+    :ivar site: in the enumerated trace.
+    :ivar shape: of the log density in full.
+    :ivar summed: whether it depends on enumerated sites.
+    """
+
+    expected: Expected
+    site: Any
+    shape: torch.Size
+    summed: bool
+
+    @property
+    def name(self) -> str:
+        """Of the site."""
+        return str(self.site["name"])
+
+    @property
+    def weight(self) -> Tensor:
+        """Scale and mask, for each element."""
+        return scale_and_mask(torch.ones(()).double().expand(self.shape), self.site["scale"], self.site["mask"])
+
+    def at(self, state: Any) -> Tensor:
+        """Its value for each element."""
+        value = self.expected(state).double()
+        return value.expand(torch.broadcast_shapes(value.shape, self.shape))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a program shows.
+
+    :ivar latents: its continuous latent sites.
+    :ivar summed: its discrete ones, which are enumerated.
+    :ivar factors: the expected log density of every site.
+    :ivar layouts: of the normal blocks, by block.
+    :ivar blocks: the sites of each block, in order.
+    :ivar trace: of the sites that depend on enumerated ones.
+    """
+
+    latents: dict[str, Latent]
+    summed: dict[str, Any]
+    factors: list[Factor]
+    layouts: dict[str, Layout]
+    blocks: dict[str, tuple[str, ...]]
+    trace: Any
+
+
+def read(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    init: Callable[[Any], Any],
+    joint: Sequence[Sequence[str]] = (),
+    fallback: Mapping[str, str] | None = None,
+) -> Reading:
+    """Read a program.
+
+    :param model: the program; discrete sites are enumerated, whether they ask for it or not.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    :param init: the first value of a site, as Pyro's ``init_to_*``.
+    :param joint: sites that share a block.
+    :param fallback: how sites without a closed form are updated.
+    :raises ValueError: for sites that do not exist, have no family, or whose updates have no closed form.
+    """
+    start = InitMessenger(lambda site: site["fn"].sample() if site["fn"].has_enumerate_support else init(site))
+    prior = poutine.trace(start(model)).get_trace(*args, **kwargs)
+    fallback = dict(fallback or {})
+    sites: dict[str, Any] = latent_sites(prior)
+    summed = {n: s for n, s in sites.items() if s["fn"].has_enumerate_support}
+    latents = {n: _latent(s) for n, s in sites.items() if n not in summed}
+    _check_names([*chain.from_iterable(joint), *fallback], latents)
+    names = {site: "+".join(group) for group in joint for site in group}
+    families = {name: _family(name, found, fallback) for name, found in latents.items()}
+    blocks = Blocks({name: names.get(name, name) for name in latents}, families)
+    _check_blocks(joint, families)
+    trace = _symbolic_run(model, args, kwargs, prior, latents, bool(summed))
+    nesting = _nesting(prior)
+    factors = [_factor(blocks, site, nesting) for _, site in sample_sites(trace) if not is_deterministic(site)]
+    inner = poutine.Trace()
+    for factor in factors:
+        if factor.summed:
+            inner.nodes[factor.name] = factor.site
+    members: dict[str, tuple[str, ...]] = {}
+    for site, block in blocks.names.items():
+        members[block] = (*members.get(block, ()), site)
+    normal = {b: m for b, m in members.items() if families[m[0]] in ("normal", "lognormal")}
+    layouts = {b: _layout(b, m, latents, blocks, b in names.values()) for b, m in normal.items()}
+    return Reading(latents, {n: trace.nodes[n] for n in summed}, factors, layouts, members, inner)
+
+
+def _latent(site: Any) -> Latent:
+    value = site["value"]
+    mask = None if site["name"].endswith("_unobserved") else site["mask"]  # its prior sums to one: see balance_missing
+    return Latent(value.detach().double(), base_distribution_of(site["fn"]), site_plates(site), mask, value.dtype)
+
+
+def base_distribution_of(fn: Any) -> Any:
+    """The distribution of a site with its event dimension, without a mask."""
+    return fn.base_dist if type(fn).__name__ == "MaskedDistribution" else fn
+
+
+def _check_names(names: Sequence[str], latents: Mapping[str, Latent]) -> None:
+    if unknown := [name for name in names if name not in latents]:
+        raise ValueError(
+            f"blocks= and fallback= name {unknown}: expected continuous latent sites of the model, one of "
+            f"{sorted(latents)}"
+        )
+
+
+def _check_blocks(joint: Sequence[Sequence[str]], families: Mapping[str, str]) -> None:
+    for group in joint:
+        if len(group) > 1 and (bad := [site for site in group if families[site] != "normal"]):
+            raise ValueError(
+                f"the block {tuple(group)} holds {bad}, which have {[families[site] for site in bad]} distributions: "
+                "expected normal sites only, which alone have a joint family here. Leave the others out of blocks=."
+            )
+
+
+def _family(name: str, found: Latent, fallback: Mapping[str, str]) -> str:
+    if name in fallback:
+        if fallback[name] not in FALLBACKS:
+            raise ValueError(f"fallback for site {name!r} is {fallback[name]!r}; expected one of {FALLBACKS}")
+        return _fallback_family(name, found)
+    kind = type(base_distribution(found.fn)).__name__
+    if (family := family_of(kind)) is None:
+        raise ValueError(
+            f"latent site {name!r} is {kind}, which has no conjugate family: expected Normal, MultivariateNormal, Gamma, "
+            f"InverseGamma, Exponential, Beta, Dirichlet or Wishart. Name fallback={{{name!r}: 'cvi'}} for a normal "
+            "distribution by natural gradients, or use another guide."
+        )
+    return family
+
+
+def _fallback_family(name: str, found: Latent) -> str:
+    support = base_distribution(found.fn).support
+    kind = str(support)
+    if kind.startswith("Real") or kind.startswith("IndependentConstraint(Real"):
+        return "normal"
+    if "GreaterThan" in kind and getattr(support, "lower_bound", 1) == 0:
+        return "lognormal"
+    raise ValueError(
+        f"fallback for site {name!r}: its support is {kind}, expected real or positive values. Use another guide."
+    )
+
+
+def _nesting(trace: Any) -> int:
+    return max((-f.dim for _, s in sample_sites(trace) for f in s["cond_indep_stack"] if f.vectorized), default=0)
+
+
+def _symbolic_run(
+    model: Callable[..., Any], args: Any, kwargs: Any, prior: Any, latents: Mapping[str, Latent], enumerated: bool
+) -> Any:
+    values: dict[str, Any] = {name: latent(name, found.start) for name, found in latents.items()}
+    values |= {name: site["value"] for name, site in prior.nodes.items() if is_subsample(site)}
+    program: Any = Supply(values)(config_enumerate(model) if enumerated else model)
+    if enumerated:
+        dims = max(_nesting(prior), _batch_dims(prior))
+        program = poutine.enum(program, first_available_dim=-1 - dims)
+    with pyro.validation_enabled(False):
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def _batch_dims(trace: Any) -> int:
+    return max((len(site["fn"].batch_shape) for _, site in sample_sites(trace)), default=0)
+
+
+def _factor(blocks: Blocks, site: Any, nesting: int) -> Factor:
+    if site["name"].endswith("_unobserved"):
+        site["mask"] = None
+    try:
+        expected = expected_log_prob(blocks, site["fn"], without_missing(site))
+    except NotConjugate as error:
+        raise refusal(site["name"], error) from error
+    shape = site["fn"].batch_shape
+    return Factor(expected, site, shape, is_enumerated(site) or len(shape) > nesting and _beyond(shape, nesting))
+
+
+def _beyond(shape: Sequence[int], nesting: int) -> bool:
+    return any(size > 1 for size in shape[: len(shape) - nesting])
+
+
+def refusal(name: str, error: NotConjugate) -> ValueError:
+    """What is said of a factor without a closed form."""
+    sites = ", ".join(f"{site!r}: 'cvi'" for site in sorted(error.sites))
+    return ValueError(
+        f"site {name!r} is not conjugate: {error}. Expected a form whose updates are closed (a precision with a Gamma "
+        "prior, scale=tau.rsqrt(); a linear map; one product in a logarithm). Rewrite it, or name "
+        f"fallback={{{sites}}} for updates by natural gradients, or use another guide."
+    )
+
+
+# ---------------------------------------------------------------------- which elements are joint
+
+
+def _layout(
+    block: str, members: Sequence[str], latents: Mapping[str, Latent], blocks: Blocks, named: bool
+) -> Layout:
+    shapes = {site: tuple(latents[site].start.shape) for site in members}
+    axes = _candidates(members, latents)
+    own = [(a, b) for a, b in blocks.pairs if a.site in shapes and b.site in shapes]
+    found = set().union(*(differing_axes(a, b, axes, same_entry) for a, b in own)) if own else set()
+    if not named:
+        _refuse_plates(members[0], latents[members[0]], {axes[members[0]][i] for i in found})
+    return Layout(shapes, {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members})
+
+
+def _candidates(members: Sequence[str], latents: Mapping[str, Latent]) -> dict[str, tuple[int, ...]]:
+    """Dimensions along which elements may be independent: all of a single site's, the common plates of several."""
+    if len(members) == 1:
+        return {members[0]: tuple(range(latents[members[0]].start.dim()))}
+    names = set.intersection(*({p.name for p in latents[s].plates} for s in members))
+    found = {}
+    for site in members:
+        start, plates = latents[site].start, [p for p in latents[site].plates if p.name in names]
+        batch = start.dim() - latents[site].fn.event_dim
+        found[site] = tuple(batch + p.dim for p in plates)
+    return found
+
+
+def _refuse_plates(name: str, found: Latent, interacting: set[int]) -> None:
+    batch = found.start.dim() - found.fn.event_dim
+    plates = {batch + p.dim: p.name for p in found.plates}
+    if bad := [plates.get(d, f"batch dimension {d - batch}") for d in interacting if d < batch]:
+        raise ValueError(
+            f"the elements of site {name!r} along {bad} interact in the model (a sum over them meets one datum), so "
+            f"independent updates of them would not rise: expected independent elements of a plate. Name the joint "
+            f"block, blocks=[({name!r},)], or declare the dimension with .to_event() in place of the plate."
+        )
