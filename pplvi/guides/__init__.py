@@ -5,6 +5,8 @@ from pplvi.guides.amortized.hierarchical import AutoHierarchical
 from pplvi.guides.amortized.refinement import amortization_gap, refine
 from pplvi.guides.amortized.semi_dais import AutoSemiDAIS
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
+from pplvi.guides.conjugate.auto import AutoConjugate
+from pplvi.guides.conjugate.rates import RobbinsMonro
 from pplvi.guides.filtered import FilteredGuide
 from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.mixture import AutoMixture
@@ -17,6 +19,7 @@ __all__ = [
     "AnnealedGuide",
     "AutoAmortized",
     "AutoBatchAndMatch",
+    "AutoConjugate",
     "AutoDeterministicNormal",
     "AutoFlow",
     "AutoHierarchical",
@@ -25,6 +28,7 @@ __all__ = [
     "AutoSemiDAIS",
     "FilteredGuide",
     "NestedGuide",
+    "RobbinsMonro",
     "amortization_gap",
     "init_to_pathfinder",
     "refine",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
@@ -38,6 +38,15 @@ class Family(ABC):
         with torch.no_grad():
             means = self.mean_parameters()
         self.leaves = tuple(mean.detach().requires_grad_() for mean in means)
+
+    @classmethod
+    def revived(cls, canonical: dict[str, Tensor], **facts: Any) -> Self:
+        """A distribution with these canonical parameters."""
+        made = cls.__new__(cls)
+        made.__dict__.update(facts)
+        made.canonical = canonical
+        made.refresh()
+        return made
 
     @abstractmethod
     def mean_parameters(self) -> Values:

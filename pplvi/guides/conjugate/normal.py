@@ -51,8 +51,13 @@ class Layout:
 
     def packed(self, values: Mapping[str, Tensor]) -> Tensor:
         """Values of the sites as ``(*batch, P)``."""
-        rows = [values[s].permute(*self.axes[s], *self.joint(s)).reshape(*self.batch, -1) for s in self.shapes]
-        return torch.cat(rows, -1)
+        return torch.cat([self.row(values[site], site) for site in self.shapes], -1)
+
+    def row(self, value: Tensor, site: str) -> Tensor:
+        """A site's values, with any dimensions before its own, as ``(..., *batch, P)``."""
+        first = value.dim() - len(self.shapes[site])
+        order = [first + d for d in (*self.axes[site], *self.joint(site))]
+        return value.permute(*range(first), *order).reshape(*value.shape[:first], *self.batch, -1)
 
     def packed_axes(self, value: Tensor, site: str) -> Tensor:
         """What belongs to the batch of a tensor that is the same for all joint elements, of the batch shape."""
@@ -79,10 +84,14 @@ class NormalFamily(Family):
     def __init__(self, layout: Layout, values: Mapping[str, Tensor]) -> None:
         self.layout = layout
         loc = layout.packed(values)
-        self.size = loc.shape[-1]
-        precision = torch.ones_like(loc) if self.size == 1 else torch.eye(self.size).to(loc).expand(*loc.shape, -1)
+        precision = torch.ones_like(loc) if loc.shape[-1] == 1 else torch.eye(loc.shape[-1]).to(loc).expand(*loc.shape, -1)
         self.canonical = {"loc": loc.clone(), "precision": precision.clone()}
         self.refresh()
+
+    @property
+    def size(self) -> int:
+        """How many elements are joint."""
+        return self.canonical["loc"].shape[-1]
 
     def mean_parameters(self) -> Values:
         """``E[z], Cov(z)``."""
@@ -116,6 +125,11 @@ class NormalFamily(Family):
             shift = rate * _times(new, new_loc - loc, self.size)
             target = (loc + _solved(mixed, shift, self.size), mixed)
         super().step(target, 1.0)
+
+    def full_covariance(self) -> Tensor:
+        """``(*batch, P, P)``."""
+        covariance = self.covariance_matrix()
+        return covariance.unsqueeze(-1) if self.size == 1 else covariance
 
     def entropy(self) -> Tensor:
         """Of each element of the batch."""

@@ -33,6 +33,7 @@ from pplvi.programs.sites import (
     sample_sites,
     site_plates,
 )
+from pplvi.programs.summing import is_summed
 
 FALLBACKS = ("cvi", "laplace", "delta")
 
@@ -107,6 +108,7 @@ class Reading:
     :ivar layouts: of the normal blocks, by block.
     :ivar blocks: the sites of each block, in order.
     :ivar trace: of the sites that depend on enumerated ones.
+    :ivar drawn: discrete sites that do not ask to be summed out.
     """
 
     latents: dict[str, Latent]
@@ -115,6 +117,15 @@ class Reading:
     layouts: dict[str, Layout]
     blocks: dict[str, tuple[str, ...]]
     trace: Any
+    drawn: tuple[str, ...]
+
+    def locals(self) -> tuple[str, ...]:
+        """Blocks that belong to a minibatch: those in subsampled plates."""
+        return tuple(b for b, sites in self.blocks.items() if any(_is_part(self.latents[s]) for s in sites))
+
+
+def _is_part(found: Latent) -> bool:
+    return any(plate.size < plate.full_size for plate in found.plates)
 
 
 def read(
@@ -159,7 +170,8 @@ def read(
         members[block] = (*members.get(block, ()), site)
     normal = {b: m for b, m in members.items() if families[m[0]] in ("normal", "lognormal")}
     layouts = {b: _layout(b, m, latents, blocks, b in names.values()) for b, m in normal.items()}
-    return Reading(latents, {n: trace.nodes[n] for n in summed}, factors, layouts, members, inner)
+    drawn = tuple(name for name, site in summed.items() if not is_summed(site))
+    return Reading(latents, {n: trace.nodes[n] for n in summed}, factors, layouts, members, inner, drawn)
 
 
 def _latent(site: Any) -> Latent:
