@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from pplvi.guides.conjugate.families import Family, start_of
+from pplvi.guides.conjugate.lognormal import LogNormalFamily, PointFamily, PositivePointFamily
 from pplvi.guides.conjugate.normal import NormalFamily
+from pplvi.guides.conjugate.parameters import parameters
 from pplvi.guides.conjugate.program import Factor, Reading
-from pplvi.guides.conjugate.tables import parameters
 from pplvi.guides.conjugate.expressions import Symbolic
 from pplvi.programs.enumeration import factor_marginals
 from pplvi.programs.sites import base_distribution
+
 
 
 @dataclass
@@ -49,7 +51,7 @@ class MeanField:
         weight = found.weight
         if weight is None or not isinstance(family, NormalFamily):
             return weight
-        whole = weight.reshape(*weight.shape, *(1,) * found.fn.event_dim).expand(found.start.shape)
+        whole = weight.reshape((*weight.shape, *(1,) * found.fn.event_dim)).expand(found.start.shape)
         return family.layout.packed_axes(whole, sites[0])
 
     # ------------------------------------------------------------------ steps
@@ -74,8 +76,23 @@ class MeanField:
             found = torch.autograd.grad(total, leaves, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))
 
+    def weight(self, block: str) -> Tensor | None:
+        """What a block's entropy is multiplied with."""
+        return self._weights[block]
+
+    @torch.no_grad()
+    def expected(self, block: str) -> float:
+        """The expected log joint, without the terms that a block does not change, nats."""
+        return sum(float(_product_sum(self.marginals[f.name], f.at(self.state))) for f in self._own[block])
+
+    def objective(self, block: str) -> float:
+        """The bound, without the terms that a block does not change, nats."""
+        return self.expected(block) + float(_weighted(self.families[block].entropy(), self._weights[block]))
+
     def update(self, block: str, rate: float = 1.0) -> None:
         """Move a block to its maximiser, or by ``rate`` of the way in natural parameters."""
+        if (how := self.reading.fallback.get(block)) is not None:
+            return UPDATES[how](self, block, rate)
         family = self.families[block]
         target = family.target(self.gradients(block), self._weights[block])
         family.step(target, rate)
@@ -126,6 +143,17 @@ def _weighted(entropy: Tensor, weight: Tensor | None) -> Tensor:
     return entropy.sum() if weight is None else (entropy * weight).sum()
 
 
+UPDATES: dict[str, Callable[[MeanField, str, float], None]] = {}
+"""How blocks are updated that have no closed form."""
+
+
+def _normal_kind(reading: Reading, block: str) -> type[NormalFamily]:
+    point = reading.fallback.get(block) == "delta"
+    if block in reading.positive:
+        return PositivePointFamily if point else LogNormalFamily
+    return PointFamily if point else NormalFamily
+
+
 def started(reading: Reading, given: Mapping[str, Any] | None = None) -> MeanField:
     """The first mean field: normal blocks at the sites' first values, the others at their priors where they are known.
 
@@ -136,8 +164,10 @@ def started(reading: Reading, given: Mapping[str, Any] | None = None) -> MeanFie
     known = set(given or {})
     for block, sites in reading.blocks.items():
         if block in reading.layouts:
+            kind = _normal_kind(reading, block)
             values = {site: reading.latents[site].start for site in sites}
-            families[block] = NormalFamily(reading.layouts[block], values)
+            values = {s: v.log() for s, v in values.items()} if issubclass(kind, LogNormalFamily) else values
+            families[block] = kind(reading.layouts[block], values)
         else:
             fn = base_distribution(reading.latents[sites[0]].fn)
             numbers = {n: v.double() for n, v in parameters(fn).items() if not isinstance(v, Symbolic)}

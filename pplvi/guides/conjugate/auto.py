@@ -16,6 +16,7 @@ from torch import Tensor
 from pplvi.guides.conjugate.ascent import MeanField, ascend, started
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block
 from pplvi.guides.conjugate.enumerated import Conditional, conditionals, draw_enumerated
+from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
 from pplvi.guides.conjugate.families import Family
 from pplvi.guides.conjugate.program import Reading, read
 from pplvi.guides.conjugate.quantiles import medians, site_quantiles

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from pplvi.guides.conjugate.families import Family
+from pplvi.guides.conjugate.lognormal import LogNormalFamily, PointFamily, is_point
 from pplvi.guides.conjugate.normal import Layout, NormalFamily
 from pplvi.guides.conjugate.shapes import SiteShape, Structure
 
@@ -42,14 +43,14 @@ class Arrange(Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         lead = x.dim() - self.flat
-        x = x.reshape(*x.shape[:lead], *self.before)
-        return x.permute(*range(lead), *(lead + d for d in self.order))
+        x = x.reshape((*x.shape[:lead], *self.before))
+        return x.permute((*range(lead), *(lead + d for d in self.order)))
 
     def _inverse(self, y: Tensor) -> Tensor:
         lead = y.dim() - len(self.before)
         back = sorted(range(len(self.order)), key=lambda d: self.order[d])
-        y = y.permute(*range(lead), *(lead + d for d in back))
-        return y.reshape(*y.shape[:lead], *self.forward_shape_of_flat())
+        y = y.permute((*range(lead), *(lead + d for d in back)))
+        return y.reshape((*y.shape[:lead], *self.forward_shape_of_flat()))
 
     def forward_shape_of_flat(self) -> tuple[int, ...]:
         """Shape of what comes in."""
@@ -70,19 +71,34 @@ def draw_block(
 ) -> dict[str, Tensor]:
     """Draw the sites of a block, each under its own name; a normal block across plates has one auxiliary site."""
     names = structure.blocks[block]
-    if not isinstance(family, NormalFamily):
-        (name,) = names
-        site = structure.sites[name]
-        fn = distribution_of(family, site)
-        return {name: _sampled(name, fn, site, plates)}
+    if isinstance(family, (LogNormalFamily, PointFamily)) or not isinstance(family, NormalFamily):
+        return _draw_alone(names, family, structure, plates)
     if any(d < structure.sites[n].batch_dim for n in names for d in family.layout.joint(n)):
         return _draw_across(block, family, structure, plates)
     return _draw_in_turn(names, family, structure, plates)
 
 
-def distribution_of(family: Any, site: SiteShape) -> Any:
-    """The distribution of a site that is a block of its own, with its event dimensions."""
-    fn = family.distribution()
+def _draw_alone(
+    names: tuple[str, ...], family: Any, structure: Structure, plates: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Sites that are independent of each other given the block's parameters."""
+    drawn = {}
+    for name in names:
+        site = structure.sites[name]
+        drawn[name] = _sampled(name, distribution_of(family, name, site), site, plates)
+    return drawn
+
+
+def distribution_of(family: Any, name: str, site: SiteShape) -> Any:
+    """The distribution of a site, with its event dimensions."""
+    if is_point(family):
+        place = family.layout.unpacked(family.canonical["loc"], name)
+        place = place.exp() if isinstance(family, LogNormalFamily) else place
+        return dist.Delta(place.to(site.dtype), event_dim=site.event_dim)
+    if isinstance(family, LogNormalFamily):
+        fn = dist.LogNormal(family.layout.unpacked(family.canonical["loc"], name), family.standard_deviation(name))
+    else:
+        fn = family.distribution()
     found = site.event_dim - fn.event_dim
     return fn.to_event(found) if found else fn
 
@@ -99,6 +115,8 @@ def _cast(fn: Any, dtype: torch.dtype) -> Any:
     """The distribution with parameters of the model's dtype."""
     if isinstance(fn, dist.Independent):
         return _cast(fn.base_dist, dtype).to_event(fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.LogNormal):
+        return dist.LogNormal(fn.loc.to(dtype), fn.scale.to(dtype))
     if isinstance(fn, dist.TransformedDistribution):
         return dist.TransformedDistribution(_cast(fn.base_dist, dtype), fn.transforms)
     if isinstance(fn, dist.MultivariateNormal):
@@ -133,7 +151,7 @@ def normal_site(loc: Tensor, tril: Tensor, layout: Layout, name: str, site: Site
 
 def _in_order(value: Tensor, axes: tuple[int, ...]) -> Tensor:
     lead = value.dim() - len(axes)
-    return value.permute(*range(lead), *(lead + axes.index(d) for d in range(len(axes))))
+    return value.permute((*range(lead), *(lead + axes.index(d) for d in range(len(axes)))))
 
 
 def _draw_in_turn(

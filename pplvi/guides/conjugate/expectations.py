@@ -80,11 +80,13 @@ class Blocks:
 
     :ivar names: the block of each site.
     :ivar families: what each site's distribution can do: ``"normal"`` has covariances, and ``"lognormal"`` all powers.
+    :ivar loose: sites that are integrated numerically where there is no closed form.
     :ivar pairs: atoms whose covariance is used.
     """
 
     names: Mapping[str, str]
     families: Mapping[str, str]
+    loose: frozenset[str] = frozenset()
     pairs: list[tuple[Atom, Atom]] = field(default_factory=list)
 
     def mean(self, e: Expression) -> Expected:
@@ -119,6 +121,11 @@ class Blocks:
         pieces += [_Piece(1.0, (Constant(c.value.abs().log(), c.labels),)) for c in term.constants]
         pieces += [_Piece(atom.power, (self._logarithm(atom),)) for atom in term.atoms]
         return _sum_of(pieces, e)
+
+    def log_variance(self, e: Expression) -> Expected:
+        """``Var(log e)`` of one positive site to a power."""
+        ((term,), (atom,)) = e.terms, e.terms[0].atoms
+        return _sum_of([_Piece(term.atoms[0].power ** 2, (_LogVariance(atom),))], e)
 
     def _logarithm(self, atom: Atom) -> _Log:
         if self.families[atom.site] == "normal":
@@ -259,6 +266,15 @@ class _Log(_Power):
     def at(self, state: State) -> tuple[Tensor, Labels]:
         (atom,) = self
         return view(state[atom.site].log(atom.site), atom.index)
+
+
+class _LogVariance(_Power):
+    """The variance of the logarithm of an atom's site."""
+
+    def at(self, state: State) -> tuple[Tensor, Labels]:
+        (atom,) = self
+        family: Any = state[atom.site]
+        return view(family.log_variance(atom.site), atom.index)
 
 
 class _LogComplement(_Power):

@@ -91,7 +91,7 @@ class Family(ABC):
 def _per_weight(gradient: Tensor, weight: Tensor | None, event_dim: int = 0) -> Tensor:
     if weight is None:
         return gradient
-    weight = weight.reshape(*weight.shape, *(1,) * event_dim)
+    weight = weight.reshape((*weight.shape, *(1,) * event_dim))
     return torch.where(weight > 0, gradient / weight.clamp(min=1e-300), gradient.new_zeros(()))
 
 

@@ -57,19 +57,19 @@ class Layout:
         """A site's values, with any dimensions before its own, as ``(..., *batch, P)``."""
         first = value.dim() - len(self.shapes[site])
         order = [first + d for d in (*self.axes[site], *self.joint(site))]
-        return value.permute(*range(first), *order).reshape(*value.shape[:first], *self.batch, -1)
+        return value.permute((*range(first), *order)).reshape((*value.shape[:first], *self.batch, -1))
 
     def packed_axes(self, value: Tensor, site: str) -> Tensor:
         """What belongs to the batch of a tensor that is the same for all joint elements, of the batch shape."""
-        return value.permute(*self.axes[site], *self.joint(site)).reshape(*self.batch, -1)[..., 0]
+        return value.permute((*self.axes[site], *self.joint(site))).reshape((*self.batch, -1))[..., 0]
 
     def unpacked(self, vector: Tensor, site: str) -> Tensor:
         """A site's values of ``(..., *batch, P)``, in its own shape."""
         order = (*self.axes[site], *self.joint(site))
         first = vector.dim() - len(self.batch) - 1
-        part = vector[..., self.places(site)].reshape(*vector.shape[:first], *(self.shapes[site][d] for d in order))
+        part = vector[..., self.places(site)].reshape((*vector.shape[:first], *(self.shapes[site][d] for d in order)))
         back = [first + order.index(d) for d in range(len(order))]
-        return part.permute(*range(first), *back)
+        return part.permute((*range(first), *back))
 
 
 class NormalFamily(Family):
@@ -109,7 +109,7 @@ class NormalFamily(Family):
             first, second = (
                 torch.where(w > 0, g / w.clamp(min=1e-300), 0.0)
                 for g in gradients
-                for w in [weight.reshape(*weight.shape, *(1,) * (g.dim() - weight.dim()))]
+                for w in [weight.reshape((*weight.shape, *(1,) * (g.dim() - weight.dim())))]
             )
         precision = -2 * second if self.size == 1 else -(second + second.mT)
         if weight is not None:
@@ -154,10 +154,10 @@ class NormalFamily(Family):
         index: list[Index] = [a.index[d] for d in layout.axes[a.site]]
         rows, columns = layout.joint_shape(a.site), layout.joint_shape(b.site)
         if self.size == 1:
-            value = self.leaves[1].reshape(*layout.batch, *rows, *columns)
+            value = self.leaves[1].reshape((*layout.batch, *rows, *columns))
         else:
             value = self.leaves[1][..., layout.places(a.site), layout.places(b.site)]
-            value = value.reshape(*value.shape[:batch], *rows, *columns)
+            value = value.reshape((*value.shape[:batch], *rows, *columns))
         index += [a.index[d] for d in layout.joint(a.site)] + [b.index[d] for d in layout.joint(b.site)]
         return view(value, index)
 
@@ -177,7 +177,7 @@ def _solved(matrix: Tensor, vector: Tensor, size: int) -> Tensor:
 
 
 def _kept(precision: Tensor, old: Tensor, weight: Tensor) -> Tensor:
-    inside = weight.reshape(*weight.shape, *(1,) * (precision.dim() - weight.dim())) > 0
+    inside = weight.reshape((*weight.shape, *(1,) * (precision.dim() - weight.dim()))) > 0
     return torch.where(inside, precision, old)
 
 

@@ -277,7 +277,7 @@ def squeeze(a: Any, dim: Any = None) -> Any:
 
 
 def _ordered(a: Expression, order: Sequence[int]) -> Expression:
-    return expression(a.terms, [a.labels[i] for i in order], a.shown.permute(*order))
+    return expression(a.terms, [a.labels[i] for i in order], a.shown.permute((*order,)))
 
 
 @rule("permute")

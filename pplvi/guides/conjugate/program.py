@@ -20,7 +20,7 @@ from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, 
 from pplvi.guides.conjugate.expressions import latent
 from pplvi.guides.conjugate.families import family_of
 from pplvi.guides.conjugate.normal import Layout, differing_axes
-from pplvi.guides.conjugate.tables import expected_log_prob, parameters
+from pplvi.guides.conjugate.tables import expected_log_prob
 from pplvi.programs.handlers import Supply
 from pplvi.programs.masks import without_missing
 from pplvi.programs.sites import (
@@ -109,6 +109,8 @@ class Reading:
     :ivar blocks: the sites of each block, in order.
     :ivar trace: of the sites that depend on enumerated ones.
     :ivar drawn: discrete sites that do not ask to be summed out.
+    :ivar fallback: blocks without a closed form, and how they are updated.
+    :ivar positive: those of them whose logarithm is normal.
     """
 
     latents: dict[str, Latent]
@@ -118,6 +120,8 @@ class Reading:
     blocks: dict[str, tuple[str, ...]]
     trace: Any
     drawn: tuple[str, ...]
+    fallback: dict[str, str]
+    positive: frozenset[str]
 
     def locals(self) -> tuple[str, ...]:
         """Blocks that belong to a minibatch: those in subsampled plates."""
@@ -156,7 +160,7 @@ def read(
     _check_names([*chain.from_iterable(joint), *fallback], latents)
     names = {site: "+".join(group) for group in joint for site in group}
     families = {name: _family(name, found, fallback) for name, found in latents.items()}
-    blocks = Blocks({name: names.get(name, name) for name in latents}, families)
+    blocks = Blocks({name: names.get(name, name) for name in latents}, families, frozenset(fallback))
     _check_blocks(joint, families)
     trace = _symbolic_run(model, args, kwargs, prior, latents, bool(summed))
     nesting = _nesting(prior)
@@ -170,8 +174,11 @@ def read(
         members[block] = (*members.get(block, ()), site)
     normal = {b: m for b, m in members.items() if families[m[0]] in ("normal", "lognormal")}
     layouts = {b: _layout(b, m, latents, blocks, b in names.values()) for b, m in normal.items()}
+    hows = {blocks.names[site]: how for site, how in fallback.items()}
     drawn = tuple(name for name, site in summed.items() if not is_summed(site))
-    return Reading(latents, {n: trace.nodes[n] for n in summed}, factors, layouts, members, inner, drawn)
+    positive = frozenset(b for b, m in members.items() if families[m[0]] == "lognormal")
+    nodes = {name: trace.nodes[name] for name in summed}
+    return Reading(latents, nodes, factors, layouts, members, inner, drawn, hows, positive)
 
 
 def _latent(site: Any) -> Latent:
@@ -285,7 +292,7 @@ def _layout(
     axes = _candidates(members, latents)
     own = [(a, b) for a, b in blocks.pairs if a.site in shapes and b.site in shapes]
     found = set().union(*(differing_axes(a, b, axes, same_entry) for a, b in own)) if own else set()
-    if not named:
+    if not named or blocks.families[members[0]] == "lognormal":
         _refuse_plates(members[0], latents[members[0]], {axes[members[0]][i] for i in found})
     return Layout(shapes, {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members})
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pplvi.guides.conjugate.families import BetaFamily, DirichletFamily, Family, GammaFamily, InverseGammaFamily, WishartFamily
+from pplvi.guides.conjugate.lognormal import LogNormalFamily
 from pplvi.guides.conjugate.normal import NormalFamily
 from pplvi.programs.state import random_state
 
@@ -23,7 +24,8 @@ def site_quantiles(family: Family, site: str, probs: Tensor) -> Tensor:
     if isinstance(family, NormalFamily):
         mean = family.layout.unpacked(family.canonical["loc"], site)
         probs = probs.reshape(-1, *(1,) * mean.dim())
-        return mean + family.standard_deviation(site) * torch.special.ndtri(probs)
+        found = mean + family.standard_deviation(site) * torch.special.ndtri(probs)
+        return found.exp() if isinstance(family, LogNormalFamily) else found
     values = _scipy_quantiles(family, probs)
     return torch.as_tensor(values, dtype=torch.float64)
 

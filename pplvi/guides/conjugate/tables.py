@@ -16,6 +16,8 @@ from torch import Tensor
 from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, combined
 from pplvi.guides.conjugate.expressions import Expression, Function, Symbolic, constant
 from pplvi.guides.conjugate.operations import getitem
+from pplvi.guides.conjugate.parameters import parameters
+from pplvi.guides.conjugate.quadrature import integrated
 from pplvi.programs.sites import kind_of
 
 Row = Callable[[Blocks, Any, Any], Expected]
@@ -32,12 +34,6 @@ def row(*kinds: str) -> Callable[[Row], Row]:
         return function
 
     return register
-
-
-def parameters(fn: Any) -> dict[str, Any]:
-    """The parameters of a distribution that it was made with."""
-    names = [*fn.arg_constraints, "total_count", "log_factor"]
-    return {name: fn.__dict__[name] for name in names if name in fn.__dict__}
 
 
 def is_symbolic(fn: Any, value: Any) -> bool:
@@ -64,6 +60,15 @@ def expected_log_prob(blocks: Blocks, fn: Any, value: Any) -> Expected:
     if not is_symbolic(fn, value):
         known = fn.log_prob(value)
         return Expected(lambda state: known, frozenset())
+    try:
+        return _closed_form(blocks, fn, value)
+    except NotConjugate:
+        if blocks.loose and _sites(fn, value) <= blocks.loose:
+            return integrated(blocks, fn, value)
+        raise
+
+
+def _closed_form(blocks: Blocks, fn: Any, value: Any) -> Expected:
     if hasattr(fn, "base_dist") and hasattr(fn, "transforms"):
         return _transformed(blocks, fn, value)
     if any(isinstance(v, Function) for v in (value, *parameters(fn).values())):

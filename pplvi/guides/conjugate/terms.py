@@ -123,7 +123,7 @@ def take(value: Tensor, names: Labels, label: Label, index: Tensor, labels: Labe
     if not set(labels) & set(names):
         rest = names[:position] + labels + names[position + 1 :]
         flat = value.index_select(position, index.reshape(-1))
-        return flat.reshape(*value.shape[:position], *index.shape, *value.shape[position + 1 :]), rest
+        return flat.reshape((*value.shape[:position], *index.shape, *value.shape[position + 1 :])), rest
     rest = tuple(dict.fromkeys((*(n for n in names if n is not label), *labels)))
     places = [
         spread(index, labels, rest) if n is label else spread(torch.arange(n.size, device=index.device), (n,), rest)
