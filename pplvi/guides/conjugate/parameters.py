@@ -14,5 +14,8 @@ def parameters(fn: Any) -> dict[str, Any]:
     """
     names = [*fn.arg_constraints, "total_count", "log_factor"]
     found = {name: fn.__dict__[name] for name in names if name in fn.__dict__}
+    for part in ("_categorical", "_dirichlet"):
+        if part in fn.__dict__:
+            found |= parameters(fn.__dict__[part])
     inner = fn.arg_constraints if hasattr(fn, "base_dist") and type(fn).__name__ != "TransformedDistribution" else ()
     return found | {name: getattr(fn, name) for name in inner if name not in found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
-from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 
 import pplvi.guides.conjugate.operations  # noqa: F401  registers the rules
@@ -29,6 +30,7 @@ from pplvi.programs.sites import (
     is_deterministic,
     is_enumerated,
     is_subsample,
+    kind_of,
     latent_sites,
     sample_sites,
     site_plates,
@@ -151,8 +153,7 @@ def read(
     :param fallback: how sites without a closed form are updated.
     :raises ValueError: for sites that do not exist, have no family, or whose updates have no closed form.
     """
-    start = InitMessenger(lambda site: site["fn"].sample() if site["fn"].has_enumerate_support else init(site))
-    prior = poutine.trace(start(model)).get_trace(*args, **kwargs)
+    prior = poutine.trace(InitMessenger(partial(_first_value, init))(model)).get_trace(*args, **kwargs)
     fallback = dict(fallback or {})
     sites: dict[str, Any] = latent_sites(prior)
     summed = {n: s for n, s in sites.items() if s["fn"].has_enumerate_support}
@@ -179,6 +180,15 @@ def read(
     positive = frozenset(b for b, m in members.items() if families[m[0]] == "lognormal")
     nodes = {name: trace.nodes[name] for name in summed}
     return Reading(latents, nodes, factors, layouts, members, inner, drawn, hows, positive)
+
+
+def _first_value(init: Callable[[Any], Any], site: Any) -> Any:
+    fn = site["fn"]
+    if fn.has_enumerate_support:
+        return fn.sample()
+    if init is init_to_sample and kind_of(fn) == "Wishart":
+        return fn.mean  # draws may be singular
+    return init(site)
 
 
 def _latent(site: Any) -> Latent:

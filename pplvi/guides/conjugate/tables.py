@@ -59,6 +59,8 @@ def expected_log_prob(blocks: Blocks, fn: Any, value: Any) -> Expected:
         return expected_log_prob(blocks, fn.base_dist, value)
     if not is_symbolic(fn, value):
         known = fn.log_prob(value)
+        if isinstance(known, Symbolic):
+            raise NotConjugate(f"{kind_of(fn)} has no row in the table of conjugate distributions", known.sites)
         return Expected(lambda state: known, frozenset())
     try:
         return _closed_form(blocks, fn, value)
@@ -69,7 +71,7 @@ def expected_log_prob(blocks: Blocks, fn: Any, value: Any) -> Expected:
 
 
 def _closed_form(blocks: Blocks, fn: Any, value: Any) -> Expected:
-    if hasattr(fn, "base_dist") and hasattr(fn, "transforms"):
+    if hasattr(fn, "transforms") and kind_of(fn) not in ROWS:
         return _transformed(blocks, fn, value)
     if any(isinstance(v, Function) for v in (value, *parameters(fn).values())):
         raise _refused(fn, value)
