@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pplvi.guides.amortized.amortized import AutoAmortized
 from pplvi.guides.amortized.refinement import amortization_gap
+from pplvi.guides.conjugate.auto import AutoConjugate
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import describe_parameters
 from pplvi.programs.handlers import parameters_of
@@ -54,6 +55,8 @@ def describe_guide(run: Restart, posterior: Posterior, call: Call, seed: int | N
     :param seed: for what has to be measured.
     """
     guide, (args, kwargs) = run.guide, call
+    if isinstance(guide, AutoConjugate):
+        return {"bound": guide.summary()}
     amortized = isinstance(guide, AutoAmortized) and guide.amortized
     with run.scope():
         count = sum(leaf.numel() for leaf in parameters_of(lambda: guide(*args, **kwargs)).values())

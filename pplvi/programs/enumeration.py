@@ -155,9 +155,7 @@ def _common_scale(scales: list[Any]) -> Any:
     return scales[0]
 
 
-def factor_marginals(
-    model: Trace, log_factors: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def factor_marginals(model: Trace, log_factors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The log normaliser of given factors over a trace's enumerated sites, and the posterior probabilities of each.
 
     ``log Z = log sum_z exp sum_s f_s(z)`` and ``d log Z / d f_s``, which is the probability of the values that factor
@@ -173,9 +171,9 @@ def factor_marginals(
         for site in _sites(model):
             site["unscaled_log_prob"] = leaf = leaves[site["name"]]
             site["log_prob"] = scale_and_mask(leaf, site["scale"], site["mask"])
-        empty = poutine.Trace()
+        empty: Any = poutine.Trace()
         _pack(model, empty)
-        total = sum(term.sum() for _, term in _model_terms(model, empty, 1.0))
+        total = torch.stack([term.sum() for _, term in _model_terms(model, empty, 1.0)]).sum()
         gradients = torch.autograd.grad(total, list(leaves.values()))
     return total.detach(), dict(zip(leaves, gradients, strict=True))
 

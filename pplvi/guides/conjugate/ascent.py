@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pplvi.guides.conjugate.expressions import Symbolic
 from pplvi.guides.conjugate.families import Family, start_of
 from pplvi.guides.conjugate.lognormal import LogNormalFamily, PointFamily, PositivePointFamily
 from pplvi.guides.conjugate.normal import NormalFamily
 from pplvi.guides.conjugate.parameters import parameters
 from pplvi.guides.conjugate.program import Factor, Reading
-from pplvi.guides.conjugate.expressions import Symbolic
 from pplvi.programs.enumeration import factor_marginals
 from pplvi.programs.sites import base_distribution
-
 
 
 @dataclass
@@ -92,10 +91,10 @@ class MeanField:
     def update(self, block: str, rate: float = 1.0) -> None:
         """Move a block to its maximiser, or by ``rate`` of the way in natural parameters."""
         if (how := self.reading.fallback.get(block)) is not None:
-            return UPDATES[how](self, block, rate)
-        family = self.families[block]
-        target = family.target(self.gradients(block), self._weights[block])
-        family.step(target, rate)
+            UPDATES[how](self, block, rate)
+        else:
+            family = self.families[block]
+            family.step(family.target(self.gradients(block), self._weights[block]), rate)
 
     def sweep(self, rate: float = 1.0) -> None:
         """Update the enumerated sites and every block in the order of the program."""

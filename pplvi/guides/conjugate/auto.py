@@ -13,10 +13,10 @@ from pyro.infer.autoguide import init_to_sample
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
+from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
 from pplvi.guides.conjugate.ascent import MeanField, ascend, started
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block
 from pplvi.guides.conjugate.enumerated import Conditional, conditionals, draw_enumerated
-from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
 from pplvi.guides.conjugate.families import Family
 from pplvi.guides.conjugate.program import Reading, read
 from pplvi.guides.conjugate.quantiles import medians, site_quantiles
@@ -81,7 +81,7 @@ class AutoConjugate(OwnedGuide):
     >>> y = torch.tensor([1.2, 0.7, 1.9, 1.4])
     >>> guide = AutoConjugate(model, seed=0).run(y)
     >>> round(guide.bounds[-1], 4), round(guide.median(y)["mu"].item(), 2)
-    (-7.6943, 1.3)
+    (-7.1833, 1.3)
     """
 
     _leaves_out_summed = True  # the model sums out what it enumerates
@@ -143,7 +143,9 @@ class AutoConjugate(OwnedGuide):
         :raises ValueError: see the class; a guide without a ``rate``.
         """
         if self.rate is None:
-            raise ValueError("step is for minibatches: expected AutoConjugate(model, rate=pplvi.RobbinsMonro(10, 0.7)).")
+            raise ValueError(
+                "step is for minibatches: expected AutoConjugate(model, rate=pplvi.RobbinsMonro(10, 0.7))."
+            )
         with random_state(None), outside_of_handlers(), explained():
             field = self._field(self._read(args, kwargs))
             self.bounds.append(_settled(field))
@@ -156,9 +158,7 @@ class AutoConjugate(OwnedGuide):
         return self
 
     def _read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reading:
-        return read(
-            self.model, args, kwargs, init=self._init_loc_fn, joint=self.blocks, fallback=self.fallback
-        )
+        return read(self.model, args, kwargs, init=self._init_loc_fn, joint=self.blocks, fallback=self.fallback)
 
     def _field(self, reading: Reading) -> MeanField:
         """The mean field of a program, with the blocks that are known."""
@@ -192,11 +192,11 @@ class AutoConjugate(OwnedGuide):
         return found
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        with preserved_rng(active=self._seed is not None), outside_of_handlers(), explained():
-            if self._buffers:  # loaded by load_state_dict: the program is only read
-                self._describe(started(self._read(args, kwargs)))
-            else:
-                self.run(*args, **kwargs)
+        if not self._buffers:
+            self.run(*args, **kwargs)
+            return
+        with preserved_rng(), outside_of_handlers(), explained():  # loaded: the program is only read
+            self._describe(started(self._read(args, kwargs)))
 
     @staticmethod
     def _prototype_hide_fn(msg: Any) -> bool:
@@ -215,7 +215,8 @@ class AutoConjugate(OwnedGuide):
             field = self._local(args, kwargs)
             structure, families = Structure.of(field.reading), field.families
             found = {n: c for n, c in self._conditionals(field).items() if n in self._drawn}
-        plates = _plates([p for s in (*structure.sites.values(), *found.values()) for p in s.plates])
+        around = [s.plates for s in structure.sites.values()] + [c.plates for c in found.values()]
+        plates = _plates([plate for plates in around for plate in plates])
         drawn: dict[str, Tensor] = {}
         for block, family in families.items():
             drawn |= draw_block(block, family, structure, plates)
@@ -230,12 +231,22 @@ class AutoConjugate(OwnedGuide):
     def _local(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MeanField:
         """The mean field for these arguments: blocks that are kept, local blocks and enumerated sites given them."""
         key = (*args, *kwargs.values())
-        if self._last is None or len(self._last[0]) != len(key) or any(a is not b for a, b in zip(self._last[0], key, strict=True)):  # noqa: E501
+        if (
+            self._last is None
+            or len(self._last[0]) != len(key)
+            or any(a is not b for a, b in zip(self._last[0], key, strict=True))
+        ):
             with random_state(0), outside_of_handlers():
                 field = self._field(self._read(args, kwargs))
                 _settled(field)
             self._last = (key, field)
         return self._last[1]
+
+    def summary(self) -> str:
+        """Where the bound stands, and after how many sweeps or steps."""
+        if self.rate is not None:
+            return f"{self.steps} natural-gradient steps on minibatches"
+        return f"{self.bounds[-1]:.4f} nats after {len(self.bounds) - 1} sweeps" if self.bounds else "not run"
 
     def terms(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The bound by terms, nats: ``E[log p]`` of every site, then the entropy of every block.
@@ -351,4 +362,3 @@ def _settled(field: MeanField) -> float:
 
 def _plates(found: Sequence[Any]) -> dict[str, Any]:
     return {p.name: pyro.plate(p.name, p.full_size, dim=p.dim, subsample_size=p.size) for p in found}
-

@@ -103,7 +103,7 @@ def distribution_of(family: Any, name: str, site: SiteShape) -> Any:
     return fn.to_event(found) if found else fn
 
 
-def _sampled(name: str, fn: Any, site: SiteShape, plates: Mapping[str, Any], **infer: Any) -> Tensor:
+def _sampled(name: str, fn: Any, site: SiteShape, plates: Mapping[str, Any], infer: Any = None) -> Tensor:
     with ExitStack() as stack:
         for plate in site.plates:
             stack.enter_context(plates[plate.name])

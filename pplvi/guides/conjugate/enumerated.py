@@ -85,17 +85,15 @@ def _check_observation(factor: Any, symbols: Mapping[str, str], families: list[s
 
 def _conditional(site: Any, marginal: Any, own: str, symbols: Mapping[str, str], parents: list[str]) -> Conditional:
     dims, plates = marginal._pyro_dims, site_plates(site)
-    names = {dim: symbol for dim, symbol in site["infer"]["_dim_to_symbol"].items()}
-    batch = len(site["fn"].batch_shape)
+    names = site["infer"]["_dim_to_symbol"]
     nesting = max((-p.dim for p in plates), default=0)
     order = [names.get(d) for d in range(-nesting, 0)] + parents + [own]
     kept = [s for s in order if s in dims]
     value = marginal.permute([dims.index(s) for s in kept])
-    sizes = {s: n for s, n in zip(dims, marginal.shape, strict=True)}
+    sizes = dict(zip(dims, marginal.shape, strict=True))
     value = value.reshape([sizes.get(s, 1) if s is not None else 1 for s in order])
     probs = value.clamp(min=0) + 1e-300
     probs = probs / probs.sum(-1, keepdim=True)
-    assert batch >= 0
     parent = symbols[parents[0]] if parents else None
     return Conditional(probs, parent, plates, kind_of(site["fn"]), site["value"].dtype)
 

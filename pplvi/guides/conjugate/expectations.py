@@ -98,9 +98,10 @@ class Blocks:
         """``Cov(a, b)``, element by element of what both broadcast to; products of means do not occur, nor cancel."""
         terms, labels = aligned(a, b)
         shape = a.shown * b.shown
-        pairs = product(a.terms, terms)
+        pairs: Any = product(a.terms, terms)
         if a is b:  # half of the pairs are the other half with names exchanged
-            pairs = ((x, y._replace(factor=y.factor * (1 if i == j else 2))) for i, x in enumerate(a.terms) for j, y in enumerate(terms) if i <= j)  # type: ignore[assignment]  # noqa: E501
+            both = [(x, y, i, j) for i, x in enumerate(a.terms) for j, y in enumerate(terms) if i <= j]
+            pairs = [(x, y._replace(factor=y.factor * (1 if i == j else 2))) for x, y, i, j in both]
         pieces = [piece for x, y in pairs for piece in self._central(x, y)]
         return _sum_of(pieces, _Shape(labels, shape))
 
@@ -238,18 +239,18 @@ def _complement(e: Expression) -> Atom | None:
 def same_entry(a: Index, b: Index) -> bool:
     """Whether two entries of atoms' indices are the same element."""
     if isinstance(a, Gather) and isinstance(b, Gather):
-        return a.labels == b.labels and (a.index is b.index or torch.equal(a.index, b.index))
+        return a.labels == b.labels and (a.places is b.places or torch.equal(a.places, b.places))
     return a is b
 
 
 def _same_element(a: Atom, b: Atom) -> bool:
-    return a.site == b.site and all(same_entry(x, y) for x, y in zip(a.index, b.index, strict=True))
+    return a.site == b.site and all(same_entry(x, y) for x, y in zip(a.entries, b.entries, strict=True))
 
 
 # ---------------------------------------------------------------------- pieces of einsums
 
 
-class _Power(tuple):  # type: ignore[type-arg]
+class _Power(tuple):
     """The moment of an atom."""
 
     def __new__(cls, atom: Atom) -> _Power:
@@ -257,7 +258,7 @@ class _Power(tuple):  # type: ignore[type-arg]
 
     def at(self, state: State) -> tuple[Tensor, Labels]:
         (atom,) = self
-        return view(state[atom.site].moment(atom.site, atom.power), atom.index)
+        return view(state[atom.site].moment(atom.site, atom.power), atom.entries)
 
 
 class _Log(_Power):
@@ -265,7 +266,7 @@ class _Log(_Power):
 
     def at(self, state: State) -> tuple[Tensor, Labels]:
         (atom,) = self
-        return view(state[atom.site].log(atom.site), atom.index)
+        return view(state[atom.site].log(atom.site), atom.entries)
 
 
 class _LogVariance(_Power):
@@ -274,7 +275,7 @@ class _LogVariance(_Power):
     def at(self, state: State) -> tuple[Tensor, Labels]:
         (atom,) = self
         family: Any = state[atom.site]
-        return view(family.log_variance(atom.site), atom.index)
+        return view(family.log_variance(atom.site), atom.entries)
 
 
 class _LogComplement(_Power):
@@ -282,10 +283,10 @@ class _LogComplement(_Power):
 
     def at(self, state: State) -> tuple[Tensor, Labels]:
         (atom,) = self
-        return view(state[atom.site].log_complement(atom.site), atom.index)
+        return view(state[atom.site].log_complement(atom.site), atom.entries)
 
 
-class _Pair(tuple):  # type: ignore[type-arg]
+class _Pair(tuple):
     """The covariance of two atoms."""
 
     def __new__(cls, a: Atom, b: Atom) -> _Pair:
@@ -315,7 +316,7 @@ class _Piece:
         has = {label for part in parts for label in part.labels}
         out = tuple(label for label in labels if label is not None and label in has)
         value = self.factor * contract(parts, out)
-        return value.reshape([label.size if label in has else 1 for label in labels])  # type: ignore[union-attr]
+        return value.reshape([label.size if label in has else 1 for label in labels])
 
 
 @dataclass(frozen=True)
@@ -340,4 +341,14 @@ def first_operation(value: Any) -> str:
     return value.operation if isinstance(value, Function) else "a polynomial"
 
 
-__all__ = ["Blocks", "Expected", "Moments", "NotConjugate", "State", "combined", "first_operation", "same_entry", "spread"]
+__all__ = [
+    "Blocks",
+    "Expected",
+    "Moments",
+    "NotConjugate",
+    "State",
+    "combined",
+    "first_operation",
+    "same_entry",
+    "spread",
+]

@@ -39,7 +39,17 @@ def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class Symbolic(Tensor):
-    """A value that depends on latent sites; its data are an example."""
+    """A value that depends on latent sites; its data are an example.
+
+    :ivar shown: the example.
+    """
+
+    shown: Tensor
+
+    @property
+    def sites(self) -> set[str]:
+        """Names of the latent sites in it."""
+        return set()
 
     @classmethod
     def __torch_function__(
@@ -94,12 +104,10 @@ class Expression(Symbolic):
 
     :ivar terms: what is summed.
     :ivar labels: one for each dimension; ``None`` where it has size one, or where the value does not depend on it.
-    :ivar shown: an example of the value.
     """
 
     terms: tuple[Term, ...]
     labels: tuple[Label | None, ...]
-    shown: Tensor
 
     @property
     def sites(self) -> set[str]:
@@ -112,12 +120,10 @@ class Function(Symbolic):
 
     :ivar operation: name of the torch function that made it one.
     :ivar inputs: the expressions that it is a function of.
-    :ivar shown: an example of the value.
     """
 
     operation: str
     inputs: tuple[Expression, ...]
-    shown: Tensor
     _call: tuple[Any, tuple[Any, ...], dict[str, Any]]
 
     @property
@@ -149,7 +155,7 @@ def function_of(shown: Tensor, name: str, func: Any, args: tuple[Any, ...], kwar
     inputs = [e for p in parts for e in (p.inputs if isinstance(p, Function) else (p,))]
     made = _dressed(shown, Function)
     made.operation = next((p.operation for p in parts if isinstance(p, Function)), name)
-    made.inputs = tuple({id(e): e for e in inputs}.values())  # type: ignore[misc]
+    made.inputs = tuple({id(e): e for e in inputs}.values())
     made._call = (func, args, kwargs)
     return made
 

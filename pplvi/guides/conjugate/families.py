@@ -1,8 +1,8 @@
 """Distributions of blocks of sites by their expected sufficient statistics, and what gradients make of them.
 
-The update of coordinate ascent, :math:`q_i \\propto \\exp E_{-i}[\\log p]`, has natural parameters that are the gradient
-of the expected log joint in the block's mean parameters. A :class:`Family` holds these mean parameters as leaves,
-answers for moments, and turns a gradient into its next self.
+The update of coordinate ascent, ``q_i ~ exp E[log p]``, has natural parameters that are the gradient of the expected
+log joint in the block's mean parameters. A :class:`Family` holds these mean parameters as leaves, answers for moments,
+and turns a gradient into its next self.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Family(ABC):
     """
 
     kind: ClassVar[str]
-    canonical: dict[str, Tensor]
+    canonical: dict[str, Any]
     leaves: tuple[Tensor, ...]
 
     def refresh(self) -> None:
@@ -116,11 +116,11 @@ class GammaFamily(Family):
 
     def entropy(self) -> Tensor:
         """Of each element."""
-        return dist.Gamma(*self.canonical.values(), validate_args=False).entropy()
+        return dist.Gamma(**self.canonical, validate_args=False).entropy()
 
     def distribution(self) -> Any:
         """Of each element."""
-        return dist.Gamma(*self.canonical.values())
+        return dist.Gamma(**self.canonical)
 
 
 class InverseGammaFamily(GammaFamily):
@@ -145,7 +145,7 @@ class InverseGammaFamily(GammaFamily):
 
     def distribution(self) -> Any:
         """Of each element."""
-        return dist.InverseGamma(*self.canonical.values())
+        return dist.InverseGamma(**self.canonical)
 
 
 class BetaFamily(Family):
@@ -178,7 +178,7 @@ class BetaFamily(Family):
 
     def distribution(self) -> Any:
         """Of each element."""
-        return dist.Beta(*self.canonical.values(), validate_args=False)
+        return dist.Beta(**self.canonical, validate_args=False)
 
 
 class DirichletFamily(Family):
@@ -205,7 +205,7 @@ class DirichletFamily(Family):
 
     def distribution(self) -> Any:
         """Of each vector."""
-        return dist.Dirichlet(*self.canonical.values(), validate_args=False)
+        return dist.Dirichlet(**self.canonical, validate_args=False)
 
 
 class WishartFamily(Family):
@@ -223,7 +223,9 @@ class WishartFamily(Family):
         tril, size = torch.linalg.cholesky(inverse), inverse.shape[-1]
         halves = (df.unsqueeze(-1) - torch.arange(size, dtype=df.dtype, device=df.device)) / 2
         log_det = -2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return df[..., None, None] * torch.cholesky_inverse(tril), torch.digamma(halves).sum(-1) + size * math.log(2) + log_det
+        return df[..., None, None] * torch.cholesky_inverse(tril), torch.digamma(halves).sum(-1) + size * math.log(
+            2
+        ) + log_det
 
     def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
         """``2 dF/dE[log |z|] + D + 1, -2 dF/dE[z]``."""

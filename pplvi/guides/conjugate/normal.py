@@ -84,7 +84,9 @@ class NormalFamily(Family):
     def __init__(self, layout: Layout, values: Mapping[str, Tensor]) -> None:
         self.layout = layout
         loc = layout.packed(values)
-        precision = torch.ones_like(loc) if loc.shape[-1] == 1 else torch.eye(loc.shape[-1]).to(loc).expand(*loc.shape, -1)
+        precision = (
+            torch.ones_like(loc) if loc.shape[-1] == 1 else torch.eye(loc.shape[-1]).to(loc).expand(*loc.shape, -1)
+        )
         self.canonical = {"loc": loc.clone(), "precision": precision.clone()}
         self.refresh()
 
@@ -151,14 +153,14 @@ class NormalFamily(Family):
     def covariance(self, a: Atom, b: Atom) -> tuple[Tensor, Labels]:
         """The covariance of two atoms, whose batch axes are the same."""
         layout, batch = self.layout, len(self.layout.batch)
-        index: list[Index] = [a.index[d] for d in layout.axes[a.site]]
+        index: list[Index] = [a.entries[d] for d in layout.axes[a.site]]
         rows, columns = layout.joint_shape(a.site), layout.joint_shape(b.site)
         if self.size == 1:
             value = self.leaves[1].reshape((*layout.batch, *rows, *columns))
         else:
             value = self.leaves[1][..., layout.places(a.site), layout.places(b.site)]
             value = value.reshape((*value.shape[:batch], *rows, *columns))
-        index += [a.index[d] for d in layout.joint(a.site)] + [b.index[d] for d in layout.joint(b.site)]
+        index += [a.entries[d] for d in layout.joint(a.site)] + [b.entries[d] for d in layout.joint(b.site)]
         return view(value, index)
 
     def standard_deviation(self, site: str) -> Tensor:
@@ -184,7 +186,7 @@ def _kept(precision: Tensor, old: Tensor, weight: Tensor) -> Tensor:
 def differing_axes(a: Atom, b: Atom, axes: Mapping[str, Sequence[int]], same: object) -> set[int]:
     """Positions of those axes along which two atoms are not the same element."""
     pairs = zip(axes[a.site], axes[b.site], strict=True)
-    return {i for i, (x, y) in enumerate(pairs) if not same(a.index[x], b.index[y])}  # type: ignore[operator]
+    return {i for i, (x, y) in enumerate(pairs) if not same(a.entries[x], b.entries[y])}  # type: ignore[operator]
 
 
 __all__ = ["Gather", "Layout", "NormalFamily", "differing_axes"]

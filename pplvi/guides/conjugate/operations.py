@@ -156,7 +156,7 @@ def is_simplex(a: Expression, dim: int) -> bool:
     if len(a.terms) != 1 or len(a.terms[0].atoms) != 1 or a.terms[0].constants or a.terms[0].factor != 1.0:
         return False
     (atom,) = a.terms[0].atoms
-    whole = atom.power == 1.0 and atom.index[-1] is not None and atom.index[-1] is a.labels[dim]
+    whole = atom.power == 1.0 and atom.entries[-1] is not None and atom.entries[-1] is a.labels[dim]
     return whole and bool(torch.allclose(a.shown.sum(dim), torch.ones((), dtype=a.dtype), atol=1e-5))
 
 
@@ -348,7 +348,8 @@ def _arranging(name: str) -> None:
 
 for _name in (
     "reshape", "view", "flatten", "flip", "roll", "movedim", "index_select", "take", "diagonal", "unflatten",
-    "narrow", "select", "gather", "repeat", "repeat_interleave", "tile", "reshape_as", "view_as", "ravel", "take_along_dim",
+    "narrow", "select", "gather", "repeat", "repeat_interleave", "tile", "reshape_as", "view_as", "ravel",
+    "take_along_dim",
 ):  # fmt: skip
     _arranging(_name)
 

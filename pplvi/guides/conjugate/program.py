@@ -227,9 +227,9 @@ def _family(name: str, found: Latent, fallback: Mapping[str, str]) -> str:
     kind = type(base_distribution(found.fn)).__name__
     if (family := family_of(kind)) is None:
         raise ValueError(
-            f"latent site {name!r} is {kind}, which has no conjugate family: expected Normal, MultivariateNormal, Gamma, "
-            f"InverseGamma, Exponential, Beta, Dirichlet or Wishart. Name fallback={{{name!r}: 'cvi'}} for a normal "
-            "distribution by natural gradients, or use another guide."
+            f"latent site {name!r} is {kind}, which has no conjugate family: expected Normal, MultivariateNormal, "
+            f"Gamma, InverseGamma, Exponential, Beta, Dirichlet or Wishart. Name fallback={{{name!r}: 'cvi'}} for a "
+            "normal distribution by natural gradients, or use another guide."
         )
     return family
 
@@ -275,7 +275,7 @@ def _factor(blocks: Blocks, site: Any, nesting: int) -> Factor:
     except NotConjugate as error:
         raise refusal(site["name"], error) from error
     shape = site["fn"].batch_shape
-    return Factor(expected, site, shape, is_enumerated(site) or len(shape) > nesting and _beyond(shape, nesting))
+    return Factor(expected, site, shape, is_enumerated(site) or (len(shape) > nesting and _beyond(shape, nesting)))
 
 
 def _beyond(shape: Sequence[int], nesting: int) -> bool:
@@ -295,9 +295,7 @@ def refusal(name: str, error: NotConjugate) -> ValueError:
 # ---------------------------------------------------------------------- which elements are joint
 
 
-def _layout(
-    block: str, members: Sequence[str], latents: Mapping[str, Latent], blocks: Blocks, named: bool
-) -> Layout:
+def _layout(block: str, members: Sequence[str], latents: Mapping[str, Latent], blocks: Blocks, named: bool) -> Layout:
     shapes = {site: tuple(latents[site].start.shape) for site in members}
     axes = _candidates(members, latents)
     own = [(a, b) for a, b in blocks.pairs if a.site in shapes and b.site in shapes]

@@ -1,7 +1,7 @@
 """Expectations without a closed form: Gauss-Hermite quadrature over scalar predictors, with exact gradients.
 
-For ``f ~ Normal(m, v)``, :math:`\\partial E[g(f)] / \\partial m = E[g'(f)]` and :math:`\\partial E[g(f)] / \\partial v =
-E[g''(f)] / 2` (Bonnet 1964; Price 1958), which hold at ``v = 0`` too.
+For ``f ~ Normal(m, v)``, ``d E[g(f)] / d m = E[g'(f)]`` and ``d E[g(f)] / d v = E[g''(f)] / 2`` (Bonnet 1964; Price
+1958), which hold at ``v = 0`` too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def integrated(blocks: Blocks, fn: Any, value: Any) -> Expected:
 
     :raises NotConjugate: for sites that are not named for it, and densities that depend on several predictors at once.
     """
-    symbolic = {**{n: v for n, v in parameters(fn).items() if isinstance(v, Symbolic)}}
+    symbolic: dict[str, Any] = {**{n: v for n, v in parameters(fn).items() if isinstance(v, Symbolic)}}
     if isinstance(value, Symbolic):
         symbolic["value"] = value
     found = {id(e): e for v in symbolic.values() for e in (v.inputs if isinstance(v, Function) else (v,))}
@@ -73,9 +73,7 @@ def _input(blocks: Blocks, e: Expression) -> Input:
     raise NotConjugate(f"a predictor of {sorted(e.sites)}, which have {sorted(families)} distributions", e.sites)
 
 
-def _density(
-    fn: Any, value: Any, symbolic: dict[str, Any], inputs: Sequence[Expression]
-) -> Callable[..., Tensor]:
+def _density(fn: Any, value: Any, symbolic: dict[str, Any], inputs: Sequence[Expression]) -> Callable[..., Tensor]:
     """The log density as a function of the inputs' values."""
     names = [name for name in symbolic if name != "value"]
 
@@ -93,7 +91,7 @@ def _check_elementwise(density: Callable[..., Tensor], inputs: Sequence[Input], 
     """Check that each element of the density depends on one element of each input."""
     refused = NotConjugate("a density whose elements depend on several predictors at once", _sites(inputs))
     values = [x.expression.shown.double() for x in inputs]
-    if any(torch.broadcast_shapes(v.shape, shape) != torch.Size(shape) for v in values):
+    if not all(_fits(v.shape, shape) for v in values):
         raise refused
     generator = torch.Generator().manual_seed(0)
     for i, x in enumerate(values):
@@ -103,10 +101,16 @@ def _check_elementwise(density: Callable[..., Tensor], inputs: Sequence[Input], 
         def along(v: Tensor, i: int = i) -> Tensor:
             return density(*(v if j == i else y for j, y in enumerate(values))).expand(shape)
 
-        slope, tangent = torch.func.jvp(along, (whole,), (moved,))
+        tangent = torch.func.jvp(along, (whole,), (moved,))[1]
         gradient = torch.func.grad(lambda v: along(v).sum())(whole)
         if not torch.allclose(tangent, gradient * moved, rtol=1e-6, atol=1e-9, equal_nan=True):
             raise refused
+
+
+def _fits(small: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether one shape broadcasts to another."""
+    pairs = zip(reversed(small), reversed(shape), strict=False)
+    return len(small) <= len(shape) and all(a in (1, b) for a, b in pairs)
 
 
 def _gauss_hermite(

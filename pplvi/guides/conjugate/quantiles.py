@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.guides.conjugate.families import BetaFamily, DirichletFamily, Family, GammaFamily, InverseGammaFamily, WishartFamily
+from pplvi.guides.conjugate.families import (
+    BetaFamily,
+    DirichletFamily,
+    Family,
+    GammaFamily,
+    InverseGammaFamily,
+    WishartFamily,
+)
 from pplvi.guides.conjugate.lognormal import LogNormalFamily
 from pplvi.guides.conjugate.normal import NormalFamily
 from pplvi.programs.state import random_state

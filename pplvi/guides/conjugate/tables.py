@@ -160,9 +160,12 @@ def _multivariate_normal(blocks: Blocks, fn: Any, value: Any) -> Expected:
     if not isinstance(residual, Expression):
         outer: Any = residual.unsqueeze(-1) * residual.unsqueeze(-2)
     else:
-        first, second = residual.unsqueeze(-1), residual.unsqueeze(-2)
+        first: Any = residual.unsqueeze(-1)
+        second: Any = residual.unsqueeze(-2)
         outer = combined(
-            lambda m, c: m.unsqueeze(-1) * m.unsqueeze(-2) + c, _whole(blocks, residual), blocks.covariance(first, second)
+            lambda m, c: m.unsqueeze(-1) * m.unsqueeze(-2) + c,
+            _whole(blocks, residual),
+            blocks.covariance(first, second),
         )
         blocks.independent(residual.sites, matrix.sites if isinstance(matrix, Expected) else ())
     half = 0.5 * size * math.log(2 * math.pi)
@@ -180,7 +183,11 @@ def _precision_matrix(blocks: Blocks, fn: Any) -> tuple[Any, Any]:
     given = fn.__dict__.get("precision_matrix")
     if isinstance(given, Expression):
         return blocks.mean(given), log_determinant(blocks, given)
-    symbolic = [v for n in ("precision_matrix", "covariance_matrix", "scale_tril") if isinstance(v := fn.__dict__.get(n), Symbolic)]  # noqa: E501
+    symbolic = [
+        v
+        for n in ("precision_matrix", "covariance_matrix", "scale_tril")
+        if isinstance(v := fn.__dict__.get(n), Symbolic)
+    ]
     if symbolic:
         raise NotConjugate(
             "a latent covariance_matrix or scale_tril of MultivariateNormal; expected a Wishart site as its "
@@ -251,9 +258,7 @@ def _beta(blocks: Blocks, fn: Any, value: Any) -> Expected:
         raise NotConjugate("the concentrations of Beta depend on latent sites", both.sites)
     a, b = both.unbind(-1)
     normaliser = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
-    return combined(
-        lambda x, y: (a - 1) * x + (b - 1) * y + normaliser, log(blocks, value), log(blocks, 1.0 - value)
-    )
+    return combined(lambda x, y: (a - 1) * x + (b - 1) * y + normaliser, log(blocks, value), log(blocks, 1.0 - value))
 
 
 @row("Dirichlet")
@@ -291,7 +296,7 @@ def _probabilities(fn: Any) -> Any:
     given = parameters(fn)
     if isinstance(given.get("logits"), Symbolic):
         raise NotConjugate(f"the logits of {kind_of(fn)} depend on latent sites", given["logits"].sites)
-    return given["probs"] if "probs" in given else fn.probs
+    return given.get("probs", fn.probs)
 
 
 @row("Bernoulli")
@@ -326,9 +331,9 @@ def chosen(probs: Expression, value: Tensor) -> Expression:
     """The probability of a whole number: the last dimension indexed by it, the others broadcast against it."""
     shape = torch.broadcast_shapes(probs.shape[:-1], value.shape)
     value = value.long().expand(shape)
-    probs = probs.expand(*shape, probs.shape[-1])
+    whole: Any = probs.expand(*shape, probs.shape[-1])
     places = [_count(size, dim, shape) for dim, size in enumerate(shape)]
-    found: Expression = getitem(probs, (*places, value))
+    found: Expression = getitem(whole, (*places, value))
     return found
 
 

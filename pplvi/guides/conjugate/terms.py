@@ -30,7 +30,7 @@ class Label:
 class Gather(NamedTuple):
     """A dimension of a site that is indexed by a tensor of whole numbers, whose own dimensions are labelled."""
 
-    index: Tensor
+    places: Tensor
     labels: tuple[Label, ...]
 
 
@@ -39,17 +39,17 @@ Labels = tuple[Label, ...]
 
 
 class Atom(NamedTuple):
-    """A latent site to a power; ``index`` has an entry a dimension of the site, ``None`` for those of size one."""
+    """A latent site to a power; ``entries`` has one for each dimension of the site, ``None`` for those of size one."""
 
     site: str
-    index: tuple[Index, ...]
+    entries: tuple[Index, ...]
     power: float = 1.0
 
     @property
     def labels(self) -> Labels:
         """All labels of the atom, without repetition."""
-        found = [entry if isinstance(entry, Gather) else (entry,) for entry in self.index if entry is not None]
-        flat = [part for entry in found for part in (entry.labels if isinstance(entry, Gather) else entry)]
+        known = [entry for entry in self.entries if entry is not None]
+        flat = [label for e in known for label in (e.labels if isinstance(e, Gather) else (e,))]
         return tuple(dict.fromkeys(flat))
 
 
@@ -70,7 +70,8 @@ class Term(NamedTuple):
     @property
     def labels(self) -> set[Label]:
         """Every label that occurs."""
-        return {label for part in (*self.constants, *self.atoms) for label in part.labels}
+        parts: tuple[Constant | Atom, ...] = (*self.constants, *self.atoms)
+        return {label for part in parts for label in part.labels}
 
     def times(self, other: Term) -> Term:
         """The product of two terms; labels that they share are the same dimension."""
@@ -79,7 +80,7 @@ class Term(NamedTuple):
     def relabelled(self, names: Mapping[Label, Label]) -> Term:
         """The same with other labels."""
         constants = tuple(Constant(c.value, renamed(c.labels, names)) for c in self.constants)
-        return Term(self.factor, constants, tuple(a._replace(index=_renamed(a.index, names)) for a in self.atoms))
+        return Term(self.factor, constants, tuple(a._replace(entries=_renamed(a.entries, names)) for a in self.atoms))
 
     def gathered(self, label: Label, index: Tensor, labels: Labels) -> Term:
         """The term with one of its dimensions replaced by ``index``, whose dimensions have the labels given."""
@@ -99,7 +100,9 @@ def renamed(labels: Sequence[Label], names: Mapping[Label, Label]) -> Labels:
 
 def _renamed(index: tuple[Index, ...], names: Mapping[Label, Label]) -> tuple[Index, ...]:
     return tuple(
-        Gather(entry.index, renamed(entry.labels, names)) if isinstance(entry, Gather) else entry and names.get(entry, entry)
+        Gather(entry.places, renamed(entry.labels, names))
+        if isinstance(entry, Gather)
+        else entry and names.get(entry, entry)
         for entry in index
     )
 
@@ -109,10 +112,10 @@ def _gather_atom(atom: Atom, label: Label, index: Tensor, labels: Labels) -> Ato
         if old is label:
             return Gather(index, labels)
         if isinstance(old, Gather) and label in old.labels:
-            return Gather(*take(old.index, old.labels, label, index, labels))
+            return Gather(*take(old.places, old.labels, label, index, labels))
         return old
 
-    return atom._replace(index=tuple(entry(old) for old in atom.index))
+    return atom._replace(entries=tuple(entry(old) for old in atom.entries))
 
 
 def take(value: Tensor, names: Labels, label: Label, index: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
@@ -149,7 +152,7 @@ def view(value: Tensor, index: Sequence[Index]) -> tuple[Tensor, Labels]:
             position = names.index(label)
             value, names = value.select(position, 0), names[:position] + names[position + 1 :]
         elif isinstance(entry, Gather):
-            value, names = take(value, names, label, entry.index, entry.labels)
+            value, names = take(value, names, label, entry.places, entry.labels)
     return value, names
 
 

@@ -105,7 +105,7 @@ def test_a_gather_in_a_plate_and_a_sequential_plate() -> None:
     def sequential(y: Tensor) -> None:
         for j in pyro.plate("groups", 6):
             a = pyro.sample(f"a_{j}", dist.Normal(0.0, 1.0))
-            rows = y[GROUP == j]
+            rows = y[j == GROUP]
             with pyro.plate(f"data_{j}", len(rows)):
                 pyro.sample(f"y_{j}", dist.Normal(a, 0.5), obs=rows)
 
@@ -288,9 +288,7 @@ def test_normal_with_latent_mean_and_precision_against_quadrature() -> None:
     tau, a, c = (field.families[name].canonical for name in ("tau", "a", "c"))
     grid = 400
     t = quantile_grid(stats.gamma(float(tau["concentration"]), scale=1 / float(tau["rate"])), 200_000)
-    z_a, z_c = (
-        quantile_grid(stats.norm(float(q["loc"]), float(q["precision"]) ** -0.5), grid) for q in (a, c)
-    )
+    z_a, z_c = (quantile_grid(stats.norm(float(q["loc"]), float(q["precision"]) ** -0.5), grid) for q in (a, c))
     mean_square = ((0.7 - 2 * z_a[:, None] * z_c + z_c) ** 2).mean()
     expected = 0.5 * (3 * t).log().mean() - 1.5 * t.mean() * mean_square - 0.5 * torch.log(torch.tensor(2 * torch.pi))
     (factor,) = [f for f in reading.factors if f.name == "y"]

@@ -214,7 +214,9 @@ def test_updates_are_the_maximisers_that_a_search_finds() -> None:
             generator = torch.Generator().manual_seed(0)
             for size in (1e-1, 1e-2, 1e-3):  # every move from the maximiser loses, by an amount of second order
                 for _ in range(3):
-                    moved = {n: v * (1 + size * (torch.rand(v.shape, generator=generator) - 0.5)) for n, v in found.items()}
+                    moved = {
+                        n: v * (1 + size * (torch.rand(v.shape, generator=generator) - 0.5)) for n, v in found.items()
+                    }
                     family.canonical = {n: (v + v.mT) / 2 if n == "precision" else v for n, v in moved.items()}
                     family.refresh()
                     loss = best - field.objective(block)
