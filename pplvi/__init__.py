@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pplvi.fitting import Fit as Fit
     from pplvi.fitting import fit as fit
     from pplvi.fitting import flow_recipe as flow_recipe
+    from pplvi.fitting import load as load
     from pplvi.fitting import search_learning_rate as search_learning_rate
     from pplvi.guides import AnnealedGuide as AnnealedGuide
     from pplvi.guides import AutoAmortized as AutoAmortized
@@ -99,6 +100,7 @@ _HOMES = {
     "Fit": "fitting",
     "fit": "fitting",
     "flow_recipe": "fitting",
+    "load": "fitting",
     "search_learning_rate": "fitting",
     "AnnealedGuide": "guides",
     "AutoAmortized": "guides",

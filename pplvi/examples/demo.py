@@ -49,7 +49,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "RenyiELBO": partial(RenyiELBO, alpha=0.5, num_particles=NUM_PARTICLES),
 }
 HEADER = ("guide", "objective", "ELBO", "k-hat", "ESS", "log evidence", "mean err", "sd err", "seconds")
-FORMAT = "{:<23}{:<23}{:>8}{:>7}{:>6}{:>17}{:>13}{:>13}{:>9}"
+ROW = "{:<23}{:<23}{:>8}{:>7}{:>6}{:>17}{:>13}{:>13}{:>9}"
 LEGEND = (
     "ELBO and log evidence in nats, ESS in draws. Errors of the mean and of the standard deviation: the largest over\n"
     "all latents, in standard deviations under NUTS, of the guide's own draws / after Pareto-smoothed weighting.\n"
@@ -208,7 +208,7 @@ def table(outcomes: Iterable[Outcome]) -> str:
     lines: list[str] = []
     for example in dict.fromkeys(key[0] for key in rows):
         reference = rows[example, REFERENCE, ""]
-        lines += ["", example, FORMAT.format(*HEADER)]
+        lines += ["", example, ROW.format(*HEADER)]
         lines += [row(outcome, reference) for key, outcome in rows.items() if key[0] == example]
     return "\n".join([*lines, "", LEGEND])
 
@@ -230,7 +230,7 @@ def row(outcome: Outcome, reference: Outcome) -> str:
     if outcome is not reference:
         pairs = [f"{before:.2f} / {after:.2f}" for before, after in zip(raw, weighted, strict=True)]
     names = outcome.job.guide, outcome.job.objective
-    return FORMAT.format(*names, *outcome.quality, *pairs, f"{outcome.seconds:.1f}")
+    return ROW.format(*names, *outcome.quality, *pairs, f"{outcome.seconds:.1f}")
 
 
 def demo(examples: Sequence[str], num_steps: int, num_draws: int, processes: int, out: Path) -> str:

@@ -32,7 +32,7 @@ _NO_MATTER = 0.5  # below that, k-hats differ by chance
 _LEAST_STEPS, _TIMED_STEPS = 200, 12
 
 FitFunction = Callable[..., Fit]
-Recipe = Callable[[int], Mapping[str, Any]]
+FitArguments = Callable[[int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Rung:
 
     name: str
     guide: Any
-    recipe: Recipe | None = None
+    recipe: FitArguments | None = None
     steps: int = 2000
 
 
@@ -131,7 +131,8 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     :param budget: seconds.
     :raises ValueError: the first error if every family fails.
     """
-    ladder = _Ladder(fit, originals, time.perf_counter() + budget)
+    start = time.perf_counter()
+    ladder = _Ladder(fit, originals, start + budget)
     forms = originals.look(forms_of, model)
     reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
     best = ladder.best
@@ -139,6 +140,8 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
         raise ladder.errors[0]
     originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
+    best.fit.total_seconds = time.perf_counter() - start
+    best.fit.reformed = best.form != _WRITTEN
     best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
     if forms:
         best.fit.notes["parametrisation"] = ladder.comparison
@@ -247,7 +250,7 @@ class _Ladder:
         judged = (pareto_k, elbo, log_evidence, time.perf_counter() - start)
         self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure))
 
-    def _timed(self, train: FitFunction, recipe: Recipe) -> tuple[Any, float]:
+    def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float]:
         """How to run the steps, and the seconds that one of them takes."""
         for compile in ("trace", False):
             stamps: list[float] = []

@@ -254,6 +254,7 @@ def fit(
         objective=objective,
         is_bound=bound,
         vectorize=vectorize,
+        origin=guide,
     )
 
 

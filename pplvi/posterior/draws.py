@@ -6,6 +6,7 @@ Nothing here carries a gradient.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -322,24 +323,40 @@ def _unscaled(run: Run, name: str, site: Site) -> Tensor:
     return run.site_log_prob(name, {**site, "scale": run.scale})
 
 
-def _concatenate(parts: list[Draws]) -> Draws:
-    if len(parts) == 1:
-        return parts[0]
+def stack(parts: Iterable[Draws], num_draws: int) -> Draws:
+    """Put several sets of draws of one program behind each other, each freed once it is copied.
+
+    :param num_draws: how many there are in all of them.
+    """
+    iterator = iter(parts)
+    first = next(iterator)
+    if first.num_draws == num_draws:
+        return first
     drawn = ["latents", "deterministics", "log_likelihood", "log_p", "log_q"]
-    if parts[0].log_p is None:
+    if first.log_p is None:
         drawn.append("observed")  # predictions
-    return replace(parts[0], **{name: _join([getattr(part, name) for part in parts]) for name in drawn})
+    whole = replace(first, **{name: _room_for(getattr(first, name), num_draws) for name in drawn})
+    start = 0
+    for part in itertools.chain([first], iterator):
+        stop = start + part.num_draws
+        for name in drawn:
+            _copy(getattr(whole, name), getattr(part, name), start, stop)
+        start = stop
+    return whole
 
 
-def _join(values: list[Any]) -> Any:
-    if isinstance(values[0], dict):
-        return {name: torch.cat([v[name] for v in values]) for name in values[0]}
-    return None if values[0] is None else torch.cat(values)
+def _room_for(value: Any, size: int) -> Any:
+    if isinstance(value, dict):
+        return {name: _room_for(each, size) for name, each in value.items()}
+    return None if value is None else value.new_empty(size, *value.shape[1:])
 
 
-def stack(parts: Iterable[Draws]) -> Draws:
-    """Put several sets of draws of one program behind each other."""
-    return _concatenate(list(parts))
+def _copy(whole: Any, part: Any, start: int, stop: int) -> None:
+    if isinstance(whole, dict):
+        for name, each in whole.items():
+            _copy(each, part[name], start, stop)
+    elif whole is not None:
+        whole[start:stop] = part
 
 
 def repeated(draws: Draws, num_draws: int) -> Draws:

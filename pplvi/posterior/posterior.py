@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
+from pplvi.posterior.gathering import facts_with_scouts, grown, verdict_of
 from pplvi.posterior.leave_one_out import loo
+from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
@@ -30,14 +34,18 @@ from pplvi.programs.joint import execute
 from pplvi.programs.plates import with_all_data
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.scales import without_scale
-from pplvi.programs.sites import batch_sizes, is_delta, latent_sites
-from pplvi.programs.state import random_state
+from pplvi.programs.sites import Site, batch_sizes, is_delta, latent_sites, sample_sites
+from pplvi.programs.state import fingerprint, random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
+from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     from arviz.stats.stats_utils import ELPDData
+
+_BYTES = 100 * 2**20  # of values and densities that one call makes
+_FAR_SEED = 1_000_003
 
 
 class Posterior(WeightedDraws):
@@ -59,7 +67,8 @@ class Posterior(WeightedDraws):
     :param num_draws: how many draws are taken.
     :param vectorize: the way of running draws, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
         is right for the programs unless named.
-    :param chunk_size: run at most so many draws in one call, to bound the memory; all at once unless given.
+    :param chunk_size: run at most so many draws in one call, to bound the memory; as many as values of the sites of a
+        hundred MiB unless given, and all at once where plates are subsampled.
     :param seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
         unless given.
     :raises ValueError: if ``args`` is no tuple, if the model has no latent sites, if model and guide do not fit
@@ -78,6 +87,11 @@ class Posterior(WeightedDraws):
 
     model: Program
     guide: Program | None
+    converged: bool | None = None
+    """Whether the training of the guide had converged, where a fit knows."""
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Where the guide has its parameters, if not in the global store."""
+    _source: _Source | None = None
 
     @explained()
     def __init__(
@@ -98,19 +112,71 @@ class Posterior(WeightedDraws):
         self.model, self.guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
         if names := enumerated_by(guide, self.args, self.kwargs):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
-        chunks = _chunks(num_draws, chunk_size)
-        if at_a_point := _is_at_a_point(model, guide, self.args, self.kwargs):
+        run = self._look()
+        chunks = _chunks(num_draws, chunk_size, _fitting(run))
+        if at_a_point := _is_at_a_point(run):
             chunks = [(0, 1)]
-        with random_state(seed):
-            draws = stack(
-                draw(model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=vectorize)
-                for start, stop in chunks
-            )
+        start = time.process_time()
+        draws = self._drawn(chunks, seed)
         draws = repeated(draws, num_draws) if at_a_point else draws
         _check_latents(draws)
-        if len(chunks) > 1:
+        if chunk_size is not None and len(chunks) > 1:
             _check_same_data(draws)
         super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
+        spent = (time.process_time() - start) / num_draws
+        self._source = _Source(_mark(run), seed or 0, chunk_size or _fitting(run), _bytes(run), spent)
+
+    def _look(self) -> Run:
+        """A run for inspection, the same as long as the programs and their parameters are."""
+        with random_state(0), isolated():
+            return execute(self.model, cast(Program, self.guide), self.args, self.kwargs)
+
+    def _drawn(self, chunks: list[tuple[int, int]], seed: int | None) -> Draws:
+        def part(start: int, stop: int) -> Draws:
+            guide = cast(Program, self.guide)
+            return draw(self.model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
+
+        with random_state(seed):
+            return stack((part(*bounds) for bounds in chunks), chunks[-1][1])
+
+    @cached_property
+    def pool(self) -> WeightedDraws:
+        """These draws and more of the same guide, until as many are effective as these are, at little cost.
+
+        Up to 100,000 draws, 256 MiB and two seconds; none where every datum has weights of its own, for MCMC, and where
+        the guide's parameters have changed since.
+        """
+        source = self._source
+        if source is None or not self.has_weights or self.draws.batch:
+            return self
+        with self.scope():
+            if _mark(self._look()) != source.mark:
+                return self
+
+            def more(size: int, number: int) -> Draws:
+                return self._drawn(_chunks(size, None, source.chunk), source.seed + _FAR_SEED * number)
+
+            return grown(self, more, source.bytes, source.seconds)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the verdict is computed from, for draws with weights that are not those of single data."""
+        with self.scope():
+            return facts_with_scouts(self)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """How far these draws can be believed, with reasons and what to do next.
+
+        It looks at the :attr:`pool`, and sends scouts from the prior, from far away and from the guide's tails up the
+        posterior, to see whether the guide misses what they find: :func:`pplvi.posterior.verdict.judge`. Where every
+        datum has weights of its own it counts the data that are badly approximated; MCMC is judged by R-hat and ESS.
+
+        Source: Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
+        """
+        if not self.has_weights or self.draws.batch:
+            return verdict_of(self, self.converged)
+        return judge(self.facts)
 
     @classmethod
     @explained()
@@ -135,7 +201,7 @@ class Posterior(WeightedDraws):
         :param args: positional arguments of the model.
         :param kwargs: its keyword arguments.
         :param vectorize: the way of running draws, as for a guide.
-        :param chunk_size: score at most so many draws in one call; all at once unless given.
+        :param chunk_size: score at most so many draws in one call; chosen as for a guide unless given.
         :returns: a posterior of ``num_chains * num_samples`` draws, one chain after another.
         :raises ValueError: if the run has no draws, or ``args`` is no tuple.
 
@@ -157,8 +223,10 @@ class Posterior(WeightedDraws):
         self._remember(model, None, args, kwargs, vectorize, mcmc)
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
-        bounds = _chunks(num_chains * length, chunk_size)
-        super(Posterior, self).__init__(stack(self._score(latents, *b) for b in bounds), num_chains=num_chains)
+        run = plain_run(self.model, self.args, self.kwargs)
+        bounds = _chunks(num_chains * length, chunk_size, _fitting(run))
+        scored = stack((self._score(latents, *b) for b in bounds), num_chains * length)
+        super(Posterior, self).__init__(scored, num_chains=num_chains)
         return self
 
     def __repr__(self) -> str:
@@ -301,12 +369,45 @@ def _subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
     return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})
 
 
-def _is_at_a_point(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
+def _is_at_a_point(run: Run) -> bool:
     """Whether all draws of a guide are one and the same, so that one run says it all."""
-    with isolated():
-        run = execute(model, guide, args, kwargs)
     random = (site for site in latent_sites(run.guide).values() if not is_delta(site))
     return next(random, None) is None and not run.subsampled and run.scale == 1.0
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What more draws of a guide take: a mark of its parameters, a seed, a size of chunks, bytes and seconds."""
+
+    mark: str
+    seed: int
+    chunk: int | None
+    bytes: int
+    seconds: float
+
+
+def _mark(run: Run) -> str:
+    """What a run that drew from a fixed seed looked like: another one if a parameter has changed."""
+    return fingerprint({name: site["value"] for name, site in sample_sites(run.guide)})
+
+
+def _fitting(run: Run) -> int | None:
+    """How many draws one call may have; ``None`` where draws of several calls would belong to different data."""
+    return None if run.subsampled or run.scale != 1.0 else max(1, _BYTES // max(1, _bytes(run)))
+
+
+def _bytes(run: Run) -> int:
+    """What one draw takes."""
+    return sum(_size(site) for trace in (run.model, run.guide) for _, site in sample_sites(trace))
+
+
+def _size(site: Site) -> int:
+    """Bytes of a draw of a site: its value, or the mean and such of an observed one, and its density."""
+    value = site["value"]
+    if not isinstance(value, Tensor):
+        return 0
+    events = math.prod(site["fn"].event_shape)
+    return int(value.element_size() * (value.numel() + value.numel() // max(1, events)))
 
 
 def _point_sites(draws: Draws, model: Program, guide: Program, args: Any, kwargs: Any) -> frozenset[str]:
@@ -331,8 +432,8 @@ def _is_constant(site: Any) -> bool:
     return math.prod(free) == 0 < site["value"].numel()
 
 
-def _chunks(total: int, chunk_size: int | None) -> list[tuple[int, int]]:
-    size = total if chunk_size is None else chunk_size
-    if total < 1 or size < 1:
+def _chunks(total: int, chunk_size: int | None, fitting: int | None) -> list[tuple[int, int]]:
+    if total < 1 or (chunk_size is not None and chunk_size < 1):
         raise ValueError(f"got num_draws={total} and chunk_size={chunk_size}; expected at least 1 of each.")
+    size = chunk_size or fitting or total
     return [(start, min(start + size, total)) for start in range(0, total, size)]

@@ -17,7 +17,7 @@ from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import take
 from pplvi.programs.state import random_state
 from pplvi.weights.algebra import effective_sample_size, log_evidence
-from pplvi.weights.pareto import pareto_smooth
+from pplvi.weights.pareto import pareto_smooth, tail_shortfall
 from pplvi.weights.resampling import resample
 
 
@@ -53,6 +53,11 @@ class WeightedDraws:
         if draws.log_p is None:
             raise ValueError("these draws are predictions, without densities: expected draws of a guide or of MCMC.")
         self.draws, self.point_sites, self.num_chains, self._log_p = draws, point_sites, num_chains, draws.log_p
+
+    @property
+    def pool(self) -> WeightedDraws:
+        """All draws there are behind these: what :meth:`resample` chooses from."""
+        return self
 
     @property
     def num_draws(self) -> int:
@@ -157,11 +162,27 @@ class WeightedDraws:
 
     @property
     def log_evidence(self) -> tuple[Tensor, Tensor]:
-        """Log evidence and its standard error, each of shape ``batch``; see :func:`pplvi.weights.log_evidence`.
+        r"""Log evidence and its standard error, each of shape ``batch``, in nats.
+
+        The error is that of :func:`pplvi.weights.log_evidence` and, added in quadrature, what a Pareto tail would add
+        beyond the largest draw (:func:`pplvi.weights.pareto.tail_shortfall`): from a k-hat of 0.5 on weights have no
+        finite variance, from 1 on no mean, and the error is infinite.
 
         :raises ValueError: where :attr:`log_weight` does.
         """
-        return log_evidence(self.log_weight)
+        return self._evidence(self.log_weight)
+
+    def _evidence(self, log_weight: Tensor) -> tuple[Tensor, Tensor]:
+        value, error = log_evidence(log_weight)
+        return value, torch.hypot(error, self.tail_shortfall.to(error))
+
+    @cached_property
+    def tail_shortfall(self) -> Tensor:
+        """Part of the evidence that lies beyond the largest weights by their Pareto tail, shape ``batch``.
+
+        :raises ValueError: where :attr:`log_weight` does.
+        """
+        return tail_shortfall(self.log_weight.double(), self.pareto_k.double())
 
     @property
     def total_log_evidence(self) -> Estimate:
@@ -169,7 +190,7 @@ class WeightedDraws:
 
         :raises ValueError: where :attr:`log_weight` does.
         """
-        value, error = log_evidence(self.log_weight.double())
+        value, error = self._evidence(self.log_weight.double())
         return Estimate(self._scale * value.sum().item(), self._scale * error.square().sum().sqrt().item())
 
     @property
@@ -218,6 +239,7 @@ class WeightedDraws:
     ) -> dict[str, Tensor]:
         """Latent draws of equal weight: the guide's, resampled in proportion to their Pareto-smoothed weights.
 
+        They are chosen from the :attr:`pool`, which has more draws of the guide where that is needed and cheap.
         Every batch element is resampled on its own. MCMC draws and those of a guide without weights are equally
         weighted already. Draws come back in the order of the originals, copies of one next to each other.
 
@@ -230,11 +252,13 @@ class WeightedDraws:
         :returns: ``{site: values}``, each of shape ``(num_samples, *plates, *event)``.
         :raises ValueError: if ``num_samples`` is below 1.
         """
+        pool = self.pool
+        size = self.num_draws if num_samples is None else num_samples
         with random_state(seed):
-            indices = resample(self._resampling_weight, num_samples)
-        batch = self.draws.batch if self.has_weights else ()
-        names = [*self.draws.latents, *(self.draws.deterministics if deterministics else ())]
-        return {name: take(self.draws, name, indices, batch) for name in names}
+            indices = resample(pool._resampling_weight, size)
+        batch = pool.draws.batch if pool.has_weights else ()
+        names = [*pool.draws.latents, *(pool.draws.deterministics if deterministics else ())]
+        return {name: take(pool.draws, name, indices, batch) for name in names}
 
     @property
     def _resampling_weight(self) -> Tensor:

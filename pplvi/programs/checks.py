@@ -207,6 +207,15 @@ def check_alone(both: Run, alone: Run, again: Run, particle: int) -> None:
         raise DiffersError(f"site {name!r} has another log density with two particles in one call than alone.")
 
 
+def check_close(ours: Tensor, theirs: Tensor) -> None:
+    """Check that two densities are equal but for rounding.
+
+    :raises DiffersError: if they are not.
+    """
+    if not _close(ours, theirs):
+        raise DiffersError("the log density of a particle in one call with another is not the one that it has alone.")
+
+
 def _same(ours: Tensor, theirs: Tensor) -> bool:
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 

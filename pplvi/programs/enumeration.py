@@ -22,7 +22,7 @@ from pplvi.programs.masks import without_missing
 from pplvi.programs.sites import Site
 
 Tree = OrderedDict[frozenset[str], list[Tensor]]
-Terms = list[tuple[frozenset[str], Tensor]]
+PlateTerms = list[tuple[frozenset[str], Tensor]]
 
 
 class Trace(Protocol):
@@ -36,7 +36,7 @@ class Trace(Protocol):
         """Give every dimension of every log density a symbol."""
 
 
-def log_densities(model: Trace, guide: Trace, scale: float) -> tuple[Terms, Terms]:
+def log_densities(model: Trace, guide: Trace, scale: float) -> tuple[PlateTerms, PlateTerms]:
     """Terms of the log joint density of an enumerated model and of the log density of its guide.
 
     Sites enumerated in the model only are summed out: ``log sum_z p(x, z)``. Over sites enumerated in the guide every

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _RAW = (IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError, NotImplementedError)
@@ -40,6 +41,8 @@ def explained() -> Iterator[None]:
 def told(error: Exception) -> Exception:
     """What to raise in the place of an error; the error itself where it says what is wrong."""
     original = _original(error)
+    if lacks_memory(original):
+        return _because(MemoryError(_MEMORY.format(str(original).strip().split("\n")[0])), error)
     frames = _frames(original)
     if not _is_ours(frames):
         return original
@@ -52,6 +55,23 @@ def told(error: Exception) -> Exception:
         return _because(ValueError(f"the programs cannot be run{where}: {name}: {original}."), error)
     text = without_empty_tables(str(error))
     return error if text == str(error) else _because(type(original)(text), error)
+
+
+_MEMORY = (
+    "out of memory: {}. Expected programs whose draws fit into it together: run fewer at once (chunk_size= of a "
+    "posterior, num_particles= of a loss), on less data, or in float32."
+)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be had, on whatever device.
+
+    >>> lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"))
+    True
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def is_own(error: Exception) -> bool:

@@ -145,7 +145,8 @@ def batch_sizes(site: Site) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
-def _subsampled_plates(site: Site) -> set[str]:
+def subsampled_plates(site: Site) -> set[str]:
+    """Names of the plates around a site that hold fewer elements than they have."""
     frames = site["cond_indep_stack"]
     return {f.name for f in frames if f.full_size is not None and f.full_size != f.size}
 

@@ -95,7 +95,7 @@ def take_apart(run: Run, *, densities: bool = True, exact: bool = False) -> tupl
     :param densities: log densities are wanted.
     :param exact: entropies and divergences are wanted too.
     """
-    outputs: Outputs = {}
+    outputs: Outputs = {"kept": {"": dict(run.kept)}}
     records: Records = {}
     for role, trace in (("guide", run.guide), ("model", run.model)):
         outputs[role], records[role] = {}, {}
@@ -172,6 +172,8 @@ def stack_outputs(parts: Sequence[Outputs]) -> Outputs:
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
+    if is_batched(first):  # inside vmap tensors have no storage of their own
+        return torch.stack(list(tensors))
     same = all(x.data_ptr() == first.data_ptr() and x.stride() == first.stride() for x in tensors)
     return first.expand(len(tensors), *first.shape) if same and first.numel() else torch.stack(list(tensors))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,6 @@ from pplvi.programs.masks import without_missing
 from pplvi.programs.sites import (
     Plate,
     Site,
-    _subsampled_plates,
     batch_sizes,
     common_plates,
     is_delta,
@@ -33,6 +32,7 @@ from pplvi.programs.sites import (
     latent_sites,
     sample_sites,
     site_plates,
+    subsampled_plates,
 )
 
 
@@ -42,6 +42,8 @@ class Run:
 
     All densities have shape ``(num_particles, *batch)``, are in nats, and leave the subsample scale of the batch
     plates out; that scale is :attr:`scale`.
+
+    :ivar kept: what a program left beside its sites, with the particles in front.
     """
 
     guide: Any
@@ -50,6 +52,7 @@ class Run:
     nesting: int
     enumerated: bool = False
     given_subsamples: frozenset[str] = frozenset()
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def batch(self) -> tuple[Plate, ...]:
@@ -92,7 +95,7 @@ class Run:
     @property
     def subsampled(self) -> tuple[str, ...]:
         """Names of subsampled plates that are not batch plates: their scale sits inside the densities."""
-        found = {n for trace in (self.model, self.guide) for _, s in sample_sites(trace) for n in _subsampled_plates(s)}
+        found = {n for trace in (self.model, self.guide) for _, s in sample_sites(trace) for n in subsampled_plates(s)}
         return tuple(sorted(found - {p.name for p in self.batch}))
 
     @property
@@ -164,11 +167,11 @@ class Run:
         return sum(densities.values(), self.zeros())
 
     @cached_property
-    def _enumerated_densities(self) -> tuple[enumeration.Terms, enumeration.Terms]:
+    def _enumerated_densities(self) -> tuple[enumeration.PlateTerms, enumeration.PlateTerms]:
         return enumeration.log_densities(self.model, self.guide, self.scale)
 
     @property
-    def enumerated_target(self) -> enumeration.Terms:
+    def enumerated_target(self) -> enumeration.PlateTerms:
         """Terms of the model's log density where sites are enumerated, each with the names of its plates."""
         return self._enumerated_densities[0]
 

@@ -234,6 +234,11 @@ class Plates:
         """Names of the plates around every site."""
         return frozenset(plate.name for plate in self.common)
 
+    @property
+    def apart(self) -> bool:
+        """Whether a value in the shape of one particle shows which of its dimensions are those of common plates."""
+        return not self.common or self.nesting == len(self.common)
+
 
 def plates_of(course: Course) -> Plates:
     """The plates of a course, from a plain run of its first two steps; later ones are taken to have the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -17,6 +18,22 @@ from pplvi.types import Call, Program
 TAIL = 0.1
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What is kept of a training that has ended, to go on from there.
+
+    :ivar state: of the restart, as in a checkpoint (:func:`pplvi.training.resume.run_state`).
+    :ivar call: the last batch, or the full data.
+    :ivar settings: readable ones that a continuation has to share.
+    :ivar initial: what the user's modules were worth before the first restart.
+    """
+
+    state: Mapping[str, Any] = field(default_factory=dict)
+    call: Call = ((), {})
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Restart:
     """One restart: its programs, its parameters in a scope of their own, and the trace of its objective.
 
@@ -25,6 +42,7 @@ class Restart:
     :ivar reason: why training ended: ``"num_steps"``, ``"converged"``, ``"callback"``, ``"data"`` (an iterator was
         used up), ``"found"`` (the guide found itself) or ``"interrupted"``; empty while it goes on.
     :ivar rollbacks: how many times training went back because of a loss that was not finite.
+    :ivar ended: what a continuation needs, once training has ended.
     """
 
     def __init__(
@@ -36,6 +54,7 @@ class Restart:
         self.losses: list[Any] = []
         self.monitored: list[float] = []
         self.reason, self.seconds, self.rollbacks = "", 0.0, 0
+        self.ended = Ended()
 
     @contextmanager
     def scope(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import SCHOOLS, eight_schools
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -19,6 +18,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
+from benchmarks.speed_problems import SCHOOLS, eight_schools
 from pplvi.compile.svi import CompiledSVI
 from pplvi.guides import AutoFlow
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide

@@ -10,7 +10,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import SCHOOLS, eight_schools
 from pyro.infer.autoguide import AutoNormal
 from scipy.stats import ks_2samp
 from step_cases import (
@@ -30,6 +29,7 @@ from torch import Tensor
 
 import pplvi.compile.backends
 import pplvi.compile.svi
+from benchmarks.speed_problems import SCHOOLS, eight_schools
 from pplvi.compile.svi import CompiledSVI
 from pplvi.losses.elbo import ELBO
 from pplvi.training.schedules import Cosine

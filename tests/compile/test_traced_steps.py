@@ -5,7 +5,6 @@ from functools import partial
 import pyro
 import pytest
 import torch
-from models import SCHOOLS, eight_schools
 from pyro.infer import (
     SVI,
     Predictive,
@@ -17,6 +16,7 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoNormal
 from step_cases import CASES, SGD, Case, assert_same, nested, schools, stepper, trajectory
 
+from benchmarks.speed_problems import SCHOOLS, eight_schools
 from pplvi.compile.svi import CompiledSVI
 from pplvi.losses.elbo import ELBO, own_loss
 

@@ -14,7 +14,7 @@ from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroSample
 
 import pplvi
-from pplvi.guides.density import UnconstrainedDensity
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.joint import execute
 from pplvi.programs.memo import recall
 from pplvi.programs.unguided import run_model

@@ -17,7 +17,7 @@ from pyro.nn.module import PyroModule, PyroParam, to_pyro_module_
 from torch import Tensor, nn
 
 from pplvi.guides.amortized.elements import Locals
-from pplvi.guides.flows.conditional import FAMILIES, build_conditional
+from pplvi.guides.flows.conditional import CONDITIONALS, build_conditional
 from pplvi.guides.owned import OwnedGuide
 from pplvi.kernels.coordinates import Coordinates, coordinates
 from pplvi.programs.autoguides import auxiliary_values
@@ -313,8 +313,8 @@ def _first(*args: Any, **kwargs: Any) -> Any:
 def _check(encoder: Any, family: str, init_scale: float) -> None:
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"encoder is a {type(encoder).__name__}: expected a torch.nn.Module, from inputs to features.")
-    if family not in FAMILIES:
-        raise ValueError(f"family={family!r}: expected one of {sorted(FAMILIES)}.")
+    if family not in CONDITIONALS:
+        raise ValueError(f"family={family!r}: expected one of {sorted(CONDITIONALS)}.")
     if not 0 < init_scale < math.inf:
         raise ValueError(f"init_scale={init_scale!r}: expected a positive number.")
 

@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from pplvi.guides.flows.build import AffineFlowTransform, make_identity, with_tensors
 from pplvi.guides.flows.import_zuko import import_zuko
 
-__all__ = ["FAMILIES", "Conditional", "build_conditional", "from_noise"]
+__all__ = ["CONDITIONALS", "Conditional", "build_conditional", "from_noise"]
 
 
 class Conditional(PyroModule):
@@ -114,7 +114,7 @@ def from_noise(posterior: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
     return draws, scale.log().sum(-1).expand(draws.shape[:-1])
 
 
-FAMILIES: dict[str, type[Conditional]] = {
+CONDITIONALS: dict[str, type[Conditional]] = {
     "normal": Conditional,
     "multivariate_normal": _FullCovariance,
     "flow": _ConditionalFlow,
@@ -123,4 +123,4 @@ FAMILIES: dict[str, type[Conditional]] = {
 
 def build_conditional(family: str, size: int, features: int, init_scale: float, **where: Any) -> Conditional:
     """The family's distribution over ``size`` coordinates; ``where`` are its ``device`` and ``dtype``."""
-    return FAMILIES[family](size, features, init_scale).to(**where)
+    return CONDITIONALS[family](size, features, init_scale).to(**where)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pplvi.guides.base import ContinuousGuide
-from pplvi.guides.density import UnconstrainedDensity, outside_of_handlers
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture
+from pplvi.programs.density import UnconstrainedDensity, outside_of_handlers
 from pplvi.programs.errors import explained
 from pplvi.programs.handlers import float_dtype
 from pplvi.programs.state import preserved_rng, random_state

@@ -52,6 +52,11 @@ class _Block:
     def size(self) -> int:
         return torch.Size(self.shape).numel()
 
+    def unconstrain(self, values: Tensor) -> Tensor:
+        """Rows ``(S, size)`` of values ``(S, *plates, *event)``."""
+        shape = self.transform.forward_shape(self.shape)
+        return self.transform.inv(values.reshape(len(values), *shape)).reshape(len(values), -1)
+
     def constrain(self, u: Tensor, nesting: int | None) -> tuple[Tensor, Tensor]:
         """Values ``(S, *plates, *event)`` and log Jacobians ``(S,)`` of rows; ``nesting=None`` is one row, plain."""
         padding = () if nesting is None else (len(u), *(1,) * (nesting - len(self.batch)))
@@ -173,6 +178,11 @@ class UnconstrainedDensity:
         """The packed vector ``(dim,)`` of constrained values, each of the shape of its site."""
         parts = [b.transform.inv(values[b.name]).reshape(-1) for b in self.blocks]
         return torch.cat(parts).to(self.device, self.dtype)
+
+    def pack_rows(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Packed vectors ``(S, dim)`` of constrained values, each ``(S, *shape of the site)``, as draws have them."""
+        parts = [b.unconstrain(values[b.name]) for b in self.blocks]
+        return torch.cat(parts, 1).to(self.device, self.dtype)
 
     def largest(self, u: Tensor) -> str:
         """Name of the site with the largest entry of ``u``, of shape ``(dim,)``."""
