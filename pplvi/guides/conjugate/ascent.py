@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pplvi.guides.conjugate.expressions import Symbolic
-from pplvi.guides.conjugate.families import Family, start_of
+from pplvi.guides.conjugate.families import BlockFamily, start_of
 from pplvi.guides.conjugate.lognormal import LogNormalFamily, PointFamily, PositivePointFamily
 from pplvi.guides.conjugate.normal import NormalFamily
 from pplvi.guides.conjugate.parameters import parameters
@@ -21,7 +21,7 @@ from pplvi.programs.sites import base_distribution
 
 
 @dataclass
-class MeanField:
+class BlockMeanField:
     """Distributions of all blocks for a reading of a program, and the probabilities of its enumerated sites.
 
     :ivar families: by block.
@@ -30,7 +30,7 @@ class MeanField:
     """
 
     reading: Reading
-    families: dict[str, Family]
+    families: dict[str, BlockFamily]
     marginals: dict[str, Tensor] = field(default_factory=dict)
     log_normaliser: float = 0.0
 
@@ -142,7 +142,7 @@ def _weighted(entropy: Tensor, weight: Tensor | None) -> Tensor:
     return entropy.sum() if weight is None else (entropy * weight).sum()
 
 
-UPDATES: dict[str, Callable[[MeanField, str, float], None]] = {}
+UPDATES: dict[str, Callable[[BlockMeanField, str, float], None]] = {}
 """How blocks are updated that have no closed form."""
 
 
@@ -153,13 +153,13 @@ def _normal_kind(reading: Reading, block: str) -> type[NormalFamily]:
     return PointFamily if point else NormalFamily
 
 
-def started(reading: Reading, given: Mapping[str, Any] | None = None) -> MeanField:
+def started(reading: Reading, given: Mapping[str, Any] | None = None) -> BlockMeanField:
     """The first mean field: normal blocks at the sites' first values, the others at their priors where they are known.
 
     :param reading: of a program.
     :param given: sites whose first values a user has named.
     """
-    families: dict[str, Family] = {}
+    families: dict[str, BlockFamily] = {}
     known = set(given or {})
     for block, sites in reading.blocks.items():
         if block in reading.layouts:
@@ -173,13 +173,10 @@ def started(reading: Reading, given: Mapping[str, Any] | None = None) -> MeanFie
             own = next(f for f in reading.factors if f.name == sites[0])
             numbers = numbers if own.expected.sites == {sites[0]} and not own.summed else {}
             families[block] = start_of(fn, reading.latents[sites[0]].start, numbers, sites[0] in known)
-    return MeanField(reading, families)
+    return BlockMeanField(reading, families)
 
 
-Progress = Callable[[MeanField, list[float]], bool]
-
-
-def ascend(field_: MeanField, *, most: int, tolerance: float) -> list[float]:
+def ascend_bound(field_: BlockMeanField, *, most: int, tolerance: float) -> list[float]:
     """Sweep until the bound stands still: until its relative gain is below ``tolerance``.
 
     :returns: the bound at the start and after each sweep, nats.

@@ -14,16 +14,16 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
 from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
-from pplvi.guides.conjugate.ascent import MeanField, ascend, started
+from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, started
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block
-from pplvi.guides.conjugate.enumerated import Conditional, conditionals, draw_enumerated
-from pplvi.guides.conjugate.families import Family
-from pplvi.guides.conjugate.program import Reading, read
+from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
+from pplvi.guides.conjugate.families import BlockFamily
+from pplvi.guides.conjugate.program import Reading, read_program
 from pplvi.guides.conjugate.quantiles import medians, site_quantiles
 from pplvi.guides.conjugate.rates import RobbinsMonro
 from pplvi.guides.conjugate.shapes import Structure
-from pplvi.guides.density import outside_of_handlers
 from pplvi.guides.owned import OwnedGuide
+from pplvi.programs.density import outside_of_handlers
 from pplvi.programs.errors import explained
 from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
@@ -109,10 +109,10 @@ class AutoConjugate(OwnedGuide):
         self.bounds: list[float] = []
         self.steps = 0
         self._structure: Structure | None = None
-        self._kinds: dict[str, tuple[type[Family], dict[str, Any]]] = {}
+        self._kinds: dict[str, tuple[type[BlockFamily], dict[str, Any]]] = {}
         self._drawn: tuple[str, ...] = ()
         self._locals: tuple[str, ...] = ()
-        self._last: tuple[Any, MeanField] | None = None
+        self._last: tuple[Any, BlockMeanField] | None = None
 
     # ------------------------------------------------------------------ running
 
@@ -132,7 +132,7 @@ class AutoConjugate(OwnedGuide):
             if self.rate is not None:
                 return self.step(*args, **kwargs)
             field = started(reading, _named(self._init_loc_fn))
-            self.bounds = ascend(field, most=self.max_sweeps, tolerance=self.tolerance)
+            self.bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance)
             self._keep(field)
         return self
 
@@ -158,16 +158,16 @@ class AutoConjugate(OwnedGuide):
         return self
 
     def _read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reading:
-        return read(self.model, args, kwargs, init=self._init_loc_fn, joint=self.blocks, fallback=self.fallback)
+        return read_program(self.model, args, kwargs, init=self._init_loc_fn, joint=self.blocks, fallback=self.fallback)
 
-    def _field(self, reading: Reading) -> MeanField:
+    def _field(self, reading: Reading) -> BlockMeanField:
         """The mean field of a program, with the blocks that are known."""
         field = started(reading, _named(self._init_loc_fn))
         known = self._families() if self._structure is not None or self._buffers else {}
         blocks = {b: f for b, f in known.items() if b not in reading.locals()}
-        return MeanField(reading, {**field.families, **blocks}) if blocks else field
+        return BlockMeanField(reading, {**field.families, **blocks}) if blocks else field
 
-    def _keep(self, field: MeanField) -> None:
+    def _keep(self, field: BlockMeanField) -> None:
         self._describe(field)
         for block, family in field.families.items():
             if block not in self._locals:
@@ -175,12 +175,12 @@ class AutoConjugate(OwnedGuide):
                     self.register_buffer(_key(block, name), value.detach())
         self._last = None
 
-    def _describe(self, field: MeanField) -> None:
+    def _describe(self, field: BlockMeanField) -> None:
         reading = field.reading
         self._structure, self._drawn, self._locals = Structure.of(reading), reading.drawn, reading.locals()
         self._kinds = {b: (type(f), _facts(f)) for b, f in field.families.items()}
 
-    def _families(self) -> dict[str, Family]:
+    def _families(self) -> dict[str, BlockFamily]:
         """The distributions that are kept."""
         found = {}
         for block, (kind, facts) in self._kinds.items():
@@ -209,8 +209,8 @@ class AutoConjugate(OwnedGuide):
         if self._structure is None:
             self._setup_prototype(*args, **kwargs)
         structure = self._known()
-        families: Mapping[str, Family] = self._families()
-        found: Mapping[str, Conditional] = {}
+        families: Mapping[str, BlockFamily] = self._families()
+        found: Mapping[str, EnumeratedConditional] = {}
         if self._drawn or self._locals:
             field = self._local(args, kwargs)
             structure, families = Structure.of(field.reading), field.families
@@ -222,13 +222,13 @@ class AutoConjugate(OwnedGuide):
             drawn |= draw_block(block, family, structure, plates)
         return drawn | draw_enumerated(found, plates)
 
-    def _conditionals(self, field: MeanField) -> dict[str, Conditional]:
+    def _conditionals(self, field: BlockMeanField) -> dict[str, EnumeratedConditional]:
         if not self._drawn:
             return {}
         with outside_of_handlers():
             return conditionals(field)
 
-    def _local(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MeanField:
+    def _local(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockMeanField:
         """The mean field for these arguments: blocks that are kept, local blocks and enumerated sites given them."""
         key = (*args, *kwargs.values())
         if (
@@ -323,7 +323,7 @@ def _key(block: str, name: str) -> str:
     return f"{_PREFIX}{block.replace('.', '/')}:{name}"
 
 
-def _facts(family: Family) -> dict[str, Any]:
+def _facts(family: BlockFamily) -> dict[str, Any]:
     """What of a distribution is no tensor."""
     return {name: value for name, value in vars(family).items() if name not in ("canonical", "leaves")}
 
@@ -348,7 +348,7 @@ def _subsampled(reading: Reading) -> tuple[str, ...]:
     return tuple(n for n, f in frames.items() if f.full_size is not None and f.full_size > f.size)
 
 
-def _settled(field: MeanField) -> float:
+def _settled(field: BlockMeanField) -> float:
     """Bring local blocks to their maximisers given the others; the bound there, nats."""
     bound = field.bound()
     for _ in range(_LOCAL_SWEEPS if field.reading.locals() else 0):

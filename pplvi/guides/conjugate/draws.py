@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pplvi.guides.conjugate.families import Family
+from pplvi.guides.conjugate.families import BlockFamily
 from pplvi.guides.conjugate.lognormal import LogNormalFamily, PointFamily, is_point
-from pplvi.guides.conjugate.normal import Layout, NormalFamily
+from pplvi.guides.conjugate.normal import BlockLayout, NormalFamily
 from pplvi.guides.conjugate.shapes import SiteShape, Structure
 
 
@@ -67,7 +67,7 @@ class Arrange(Transform):
 
 
 def draw_block(
-    block: str, family: Family, structure: Structure, plates: Mapping[str, AbstractContextManager[Any]]
+    block: str, family: BlockFamily, structure: Structure, plates: Mapping[str, AbstractContextManager[Any]]
 ) -> dict[str, Tensor]:
     """Draw the sites of a block, each under its own name; a normal block across plates has one auxiliary site."""
     names = structure.blocks[block]
@@ -128,7 +128,7 @@ def _cast(fn: Any, dtype: torch.dtype) -> Any:
     return type(fn)(**{name: getattr(fn, name).to(dtype) for name in fn.arg_constraints})
 
 
-def normal_site(loc: Tensor, tril: Tensor, layout: Layout, name: str, site: SiteShape) -> Any:
+def normal_site(loc: Tensor, tril: Tensor, layout: BlockLayout, name: str, site: SiteShape) -> Any:
     """A normal site of which ``loc`` has the independent axes and then the joint elements.
 
     :param loc: mean, ``(..., *batch, P)``.

@@ -14,12 +14,12 @@ from pyro.ops import packed
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pplvi.guides.conjugate.ascent import MeanField
+from pplvi.guides.conjugate.ascent import BlockMeanField
 from pplvi.programs.sites import Plate, kind_of, site_plates
 
 
 @dataclass(frozen=True)
-class Conditional:
+class EnumeratedConditional:
     """Probabilities of an enumerated site given its parent.
 
     :ivar probs: ``(*plates, values)``, or ``(*plates, values of the parent, values)``.
@@ -43,7 +43,7 @@ class Conditional:
         return dist.Bernoulli(probs[..., 1]) if self.kind == "Bernoulli" else dist.Categorical(probs)
 
 
-def conditionals(field: MeanField) -> dict[str, Conditional]:
+def conditionals(field: BlockMeanField) -> dict[str, EnumeratedConditional]:
     """The exact joint distribution of the enumerated sites as one distribution a site, in the order of the program.
 
     :raises ValueError: where it is none: sites with several enumerated parents, or that an observation joins.
@@ -83,7 +83,9 @@ def _check_observation(factor: Any, symbols: Mapping[str, str], families: list[s
         )
 
 
-def _conditional(site: Any, marginal: Any, own: str, symbols: Mapping[str, str], parents: list[str]) -> Conditional:
+def _conditional(
+    site: Any, marginal: Any, own: str, symbols: Mapping[str, str], parents: list[str]
+) -> EnumeratedConditional:
     dims, plates = marginal._pyro_dims, site_plates(site)
     names = site["infer"]["_dim_to_symbol"]
     nesting = max((-p.dim for p in plates), default=0)
@@ -95,10 +97,10 @@ def _conditional(site: Any, marginal: Any, own: str, symbols: Mapping[str, str],
     probs = value.clamp(min=0) + 1e-300
     probs = probs / probs.sum(-1, keepdim=True)
     parent = symbols[parents[0]] if parents else None
-    return Conditional(probs, parent, plates, kind_of(site["fn"]), site["value"].dtype)
+    return EnumeratedConditional(probs, parent, plates, kind_of(site["fn"]), site["value"].dtype)
 
 
-def draw_enumerated(found: Mapping[str, Conditional], plates: Mapping[str, Any]) -> dict[str, Tensor]:
+def draw_enumerated(found: Mapping[str, EnumeratedConditional], plates: Mapping[str, Any]) -> dict[str, Tensor]:
     """Draw the sites in the order of the program."""
     drawn: dict[str, Tensor] = {}
     for name, conditional in found.items():

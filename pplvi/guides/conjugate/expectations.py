@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pplvi.guides.conjugate.expressions import Expression, Function
 from pplvi.guides.conjugate.operations import aligned
-from pplvi.guides.conjugate.terms import Atom, Constant, Gather, Index, Label, Labels, Term, contract, spread, view
+from pplvi.guides.conjugate.terms import Atom, Constant, Gather, Index, Label, Labelling, Term, contract, view
 
 
 class Moments(Protocol):
@@ -32,11 +32,11 @@ class Moments(Protocol):
     def log_complement(self, site: str) -> Tensor:
         """``E[log(1 - z)]``."""
 
-    def covariance(self, a: Atom, b: Atom) -> tuple[Tensor, Labels]:
+    def covariance(self, a: Atom, b: Atom) -> tuple[Tensor, Labelling]:
         """The covariance of two atoms, with a label for each dimension."""
 
 
-State = Mapping[str, Moments]
+Distributions = Mapping[str, Moments]
 
 
 class NotConjugate(ValueError):
@@ -58,10 +58,10 @@ class Expected:
     :ivar sites: whose moments it is a function of.
     """
 
-    function: Callable[[State], Tensor]
+    function: Callable[[Distributions], Tensor]
     sites: frozenset[str]
 
-    def __call__(self, state: State) -> Tensor:
+    def __call__(self, state: Distributions) -> Tensor:
         """Its value, broadcastable to the shape of what was asked for."""
         return self.function(state)
 
@@ -256,7 +256,7 @@ class _Power(tuple):
     def __new__(cls, atom: Atom) -> _Power:
         return super().__new__(cls, (atom,))
 
-    def at(self, state: State) -> tuple[Tensor, Labels]:
+    def at(self, state: Distributions) -> tuple[Tensor, Labelling]:
         (atom,) = self
         return view(state[atom.site].moment(atom.site, atom.power), atom.entries)
 
@@ -264,7 +264,7 @@ class _Power(tuple):
 class _Log(_Power):
     """The expected logarithm of an atom's site."""
 
-    def at(self, state: State) -> tuple[Tensor, Labels]:
+    def at(self, state: Distributions) -> tuple[Tensor, Labelling]:
         (atom,) = self
         return view(state[atom.site].log(atom.site), atom.entries)
 
@@ -272,7 +272,7 @@ class _Log(_Power):
 class _LogVariance(_Power):
     """The variance of the logarithm of an atom's site."""
 
-    def at(self, state: State) -> tuple[Tensor, Labels]:
+    def at(self, state: Distributions) -> tuple[Tensor, Labelling]:
         (atom,) = self
         family: Any = state[atom.site]
         return view(family.log_variance(atom.site), atom.entries)
@@ -281,7 +281,7 @@ class _LogVariance(_Power):
 class _LogComplement(_Power):
     """The expected logarithm of one minus an atom's site."""
 
-    def at(self, state: State) -> tuple[Tensor, Labels]:
+    def at(self, state: Distributions) -> tuple[Tensor, Labelling]:
         (atom,) = self
         return view(state[atom.site].log_complement(atom.site), atom.entries)
 
@@ -292,7 +292,7 @@ class _Pair(tuple):
     def __new__(cls, a: Atom, b: Atom) -> _Pair:
         return super().__new__(cls, (a, b))
 
-    def at(self, state: State) -> tuple[Tensor, Labels]:
+    def at(self, state: Distributions) -> tuple[Tensor, Labelling]:
         a, b = self
         return state[a.site].covariance(a, b)
 
@@ -308,7 +308,7 @@ class _Piece:
         factor = math.prod((other.factor for other in others), start=self.factor)
         return _Piece(factor, self.parts + tuple(part for other in others for part in other.parts))
 
-    def at(self, state: State, labels: Sequence[Label | None], like: Tensor) -> Tensor:
+    def at(self, state: Distributions, labels: Sequence[Label | None], like: Tensor) -> Tensor:
         """The einsum, aligned right on dimensions with these labels."""
         parts = [part if isinstance(part, Constant) else Constant(*part.at(state)) for part in self.parts]
         if not parts:
@@ -330,7 +330,7 @@ def _sum_of(pieces: Sequence[_Piece], shape: Any) -> Expected:
     labels, like = tuple(shape.labels), shape.shown.new_zeros(())
     moments = [part for piece in pieces for part in piece.parts if not isinstance(part, Constant)]
 
-    def value(state: State) -> Tensor:
+    def value(state: Distributions) -> Tensor:
         return sum((piece.at(state, labels, like) for piece in pieces), like)
 
     return Expected(value, frozenset(atom.site for part in moments for atom in part))
@@ -343,12 +343,11 @@ def first_operation(value: Any) -> str:
 
 __all__ = [
     "Blocks",
+    "Distributions",
     "Expected",
     "Moments",
     "NotConjugate",
-    "State",
     "combined",
     "first_operation",
     "same_entry",
-    "spread",
 ]

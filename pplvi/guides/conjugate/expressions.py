@@ -46,6 +46,10 @@ class Symbolic(Tensor):
 
     shown: Tensor
 
+    def __init__(self, shown: Tensor) -> None:
+        super().__init__()
+        self.shown = shown
+
     @property
     def sites(self) -> set[str]:
         """Names of the latent sites in it."""

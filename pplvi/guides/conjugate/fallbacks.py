@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.guides.conjugate.ascent import UPDATES, MeanField
+from pplvi.guides.conjugate.ascent import UPDATES, BlockMeanField
 from pplvi.guides.conjugate.lognormal import is_point
 from pplvi.guides.conjugate.normal import NormalFamily
 
@@ -15,7 +15,7 @@ _HALVINGS = 12
 _NEWTON_STEPS = 50
 
 
-def natural_gradient(field: MeanField, block: str, rate: float) -> None:
+def natural_gradient(field: BlockMeanField, block: str, rate: float) -> None:
     r"""A step of conjugate-computation variational inference (Khan & Lin 2017), halved until the bound rises.
 
     .. math:: \eta \leftarrow (1 - \rho) \eta + \rho \nabla_\mu E_q[\log p(x, z)]
@@ -57,7 +57,7 @@ def _is_proper(family: NormalFamily) -> bool:
     return all(bool(value.isfinite().all()) for value in family.canonical.values())
 
 
-def to_mode(field: MeanField, block: str, rate: float = 1.0) -> None:
+def to_mode(field: BlockMeanField, block: str, rate: float = 1.0) -> None:
     """Newton's method to the mode of the expected log joint, with the block at a point."""
     family: Any = field.families[block]
     for _ in range(_NEWTON_STEPS):
@@ -77,7 +77,7 @@ def to_mode(field: MeanField, block: str, rate: float = 1.0) -> None:
     family.refresh()
 
 
-def laplace(field: MeanField, block: str, rate: float = 1.0) -> None:
+def laplace(field: BlockMeanField, block: str, rate: float = 1.0) -> None:
     """Go to the mode, with the curvature there as the precision."""
     to_mode(field, block)
     family: Any = field.families[block]
@@ -90,14 +90,14 @@ def _as_point(family: Any) -> None:
     family.leaves = (loc.detach().clone().requires_grad_(), spread.requires_grad_())
 
 
-def _target_at(field: MeanField, block: str) -> tuple[Tensor, ...]:
+def _target_at(field: BlockMeanField, block: str) -> tuple[Tensor, ...]:
     family: Any = field.families[block]
     _as_point(family)
     found: tuple[Tensor, ...] = family.target(field.gradients(block), field.weight(block))
     return found
 
 
-def _value_at(field: MeanField, block: str) -> float:
+def _value_at(field: BlockMeanField, block: str) -> float:
     """The log joint at the point, with the Jacobian of a logarithm unless the block stays a point."""
     family: Any = field.families[block]
     _as_point(family)

@@ -1,8 +1,8 @@
 """Distributions of blocks of sites by their expected sufficient statistics, and what gradients make of them.
 
 The update of coordinate ascent, ``q_i ~ exp E[log p]``, has natural parameters that are the gradient of the expected
-log joint in the block's mean parameters. A :class:`Family` holds these mean parameters as leaves, answers for moments,
-and turns a gradient into its next self.
+log joint in the block's mean parameters. A :class:`BlockFamily` holds these mean parameters as leaves, answers for
+moments, and turns a gradient into its next self.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.distributions.utils import clamp_probs
 
-from pplvi.guides.conjugate.terms import Atom, Labels
+from pplvi.guides.conjugate.terms import Atom, Labelling
 
-Values = tuple[Tensor, ...]
+Parameters = tuple[Tensor, ...]
 
 
-class Family(ABC):
+class BlockFamily(ABC):
     """The distribution of one block.
 
     :ivar canonical: parameters that a natural-gradient step moves along a line, by name; buffers of the guide.
@@ -49,11 +49,11 @@ class Family(ABC):
         return made
 
     @abstractmethod
-    def mean_parameters(self) -> Values:
+    def mean_parameters(self) -> Parameters:
         """Expected sufficient statistics."""
 
     @abstractmethod
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """Canonical parameters of the maximiser, from the gradient of the expected log joint in the leaves.
 
         :param weight: what the entropy is multiplied with, of the shape of the block's independent elements.
@@ -63,7 +63,7 @@ class Family(ABC):
     def entropy(self) -> Tensor:
         """One number for each independent element."""
 
-    def step(self, target: Values, rate: float) -> None:
+    def step(self, target: Parameters, rate: float) -> None:
         """Move towards a target: all the way for ``rate=1``, along a line of canonical parameters otherwise."""
         for (name, old), new in zip(self.canonical.items(), target, strict=True):
             self.canonical[name] = new if rate == 1.0 else torch.lerp(old, new, rate)
@@ -83,7 +83,7 @@ class Family(ABC):
         """``E[log(1 - z)]``."""
         raise AssertionError(self.kind)
 
-    def covariance(self, a: Atom, b: Atom) -> tuple[Tensor, Labels]:
+    def covariance(self, a: Atom, b: Atom) -> tuple[Tensor, Labelling]:
         """The covariance of two atoms."""
         raise AssertionError(self.kind)
 
@@ -95,7 +95,7 @@ def _per_weight(gradient: Tensor, weight: Tensor | None, event_dim: int = 0) -> 
     return torch.where(weight > 0, gradient / weight.clamp(min=1e-300), gradient.new_zeros(()))
 
 
-class GammaFamily(Family):
+class GammaFamily(BlockFamily):
     """Independent gamma distributions."""
 
     kind = "gamma"
@@ -104,12 +104,12 @@ class GammaFamily(Family):
         self.canonical = {"concentration": concentration, "rate": rate}
         self.refresh()
 
-    def mean_parameters(self) -> Values:
+    def mean_parameters(self) -> Parameters:
         """``E[z], E[log z]``."""
         a, b = self.canonical.values()
         return a / b, torch.digamma(a) - b.log()
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """``1 + dF/dE[log z], -dF/dE[z]``."""
         mean, log = (_per_weight(g, weight) for g in gradients)
         return 1 + log, -mean if weight is None else torch.where(weight > 0, -mean, 1.0)
@@ -128,12 +128,12 @@ class InverseGammaFamily(GammaFamily):
 
     kind = "inverse gamma"
 
-    def mean_parameters(self) -> Values:
+    def mean_parameters(self) -> Parameters:
         """``E[1 / z], E[log z]``."""
         a, b = self.canonical.values()
         return a / b, b.log() - torch.digamma(a)
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """``-1 - dF/dE[log z], -dF/dE[1 / z]``."""
         inverse, log = (_per_weight(g, weight) for g in gradients)
         return -1 - log, -inverse
@@ -148,7 +148,7 @@ class InverseGammaFamily(GammaFamily):
         return dist.InverseGamma(**self.canonical)
 
 
-class BetaFamily(Family):
+class BetaFamily(BlockFamily):
     """Independent beta distributions."""
 
     kind = "beta"
@@ -157,13 +157,13 @@ class BetaFamily(Family):
         self.canonical = {"concentration1": first, "concentration0": second}
         self.refresh()
 
-    def mean_parameters(self) -> Values:
+    def mean_parameters(self) -> Parameters:
         """``E[log(1 - z)], E[log z]``."""
         a, b = self.canonical.values()
         total = torch.digamma(a + b)
         return torch.digamma(b) - total, torch.digamma(a) - total
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """One plus the gradients."""
         second, first = (1 + _per_weight(g, weight) for g in gradients)
         return first, second
@@ -181,7 +181,7 @@ class BetaFamily(Family):
         return dist.Beta(**self.canonical, validate_args=False)
 
 
-class DirichletFamily(Family):
+class DirichletFamily(BlockFamily):
     """Independent Dirichlet distributions."""
 
     kind = "Dirichlet"
@@ -190,12 +190,12 @@ class DirichletFamily(Family):
         self.canonical = {"concentration": concentration}
         self.refresh()
 
-    def mean_parameters(self) -> Values:
+    def mean_parameters(self) -> Parameters:
         """``E[log z]``."""
         (c,) = self.canonical.values()
         return (torch.digamma(c) - torch.digamma(c.sum(-1, keepdim=True)),)
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """One plus the gradient."""
         return (1 + _per_weight(gradients[0], weight, 1),)
 
@@ -208,7 +208,7 @@ class DirichletFamily(Family):
         return dist.Dirichlet(**self.canonical, validate_args=False)
 
 
-class WishartFamily(Family):
+class WishartFamily(BlockFamily):
     """Independent Wishart distributions."""
 
     kind = "Wishart"
@@ -217,7 +217,7 @@ class WishartFamily(Family):
         self.canonical = {"df": df, "inverse_scale": inverse_scale}
         self.refresh()
 
-    def mean_parameters(self) -> Values:
+    def mean_parameters(self) -> Parameters:
         """``E[z], E[log |z|]``."""
         df, inverse = self.canonical.values()
         tril, size = torch.linalg.cholesky(inverse), inverse.shape[-1]
@@ -227,7 +227,7 @@ class WishartFamily(Family):
             2
         ) + log_det
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """``2 dF/dE[log |z|] + D + 1, -2 dF/dE[z]``."""
         mean = _per_weight(gradients[0], weight, 2)
         return 2 * _per_weight(gradients[1], weight) + mean.shape[-1] + 1, -(mean + mean.mT)
@@ -249,7 +249,7 @@ class WishartFamily(Family):
         return dist.Wishart(df, precision_matrix=inverse, validate_args=False)
 
 
-def start_of(fn: Any, value: Tensor, known: Mapping[str, Any], given: bool) -> Family:
+def start_of(fn: Any, value: Tensor, known: Mapping[str, Any], given: bool) -> BlockFamily:
     """The first distribution of a site: its prior where that is known, spread around ``value`` otherwise.
 
     :param fn: a distribution of the model.

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pplvi.guides.conjugate.families import Values
+from pplvi.guides.conjugate.families import Parameters
 from pplvi.guides.conjugate.normal import NormalFamily
 
 
@@ -30,7 +30,7 @@ class LogNormalFamily(NormalFamily):
         """``Var(log z)``."""
         return self.layout.unpacked(self._variances(), site)
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """As of the normal logarithm, whose density has the Jacobian besides."""
         jacobian = torch.ones_like(gradients[0]) if weight is None else weight.unsqueeze(-1).expand(gradients[0].shape)
         return super().target((gradients[0] + jacobian, gradients[1]), weight)
@@ -63,7 +63,7 @@ class PositivePointFamily(LogNormalFamily):
         """Zero."""
         return torch.zeros_like(self.canonical["precision"])
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """As of a normal: a point has no Jacobian."""
         return NormalFamily.target(self, gradients, weight)
 

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pplvi.guides.conjugate.families import Family, Values
-from pplvi.guides.conjugate.terms import Atom, Gather, Index, Labels, view
+from pplvi.guides.conjugate.families import BlockFamily, Parameters
+from pplvi.guides.conjugate.terms import Atom, Gather, Index, Labelling, view
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """Where the elements of a block's sites are.
 
     :ivar shapes: of the sites.
@@ -50,7 +50,7 @@ class Layout:
         return slice(start, start + sizes[site])
 
     def packed(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Values of the sites as ``(*batch, P)``."""
+        """Parameters of the sites as ``(*batch, P)``."""
         return torch.cat([self.row(values[site], site) for site in self.shapes], -1)
 
     def row(self, value: Tensor, site: str) -> Tensor:
@@ -72,7 +72,7 @@ class Layout:
         return part.permute((*range(first), *back))
 
 
-class NormalFamily(Family):
+class NormalFamily(BlockFamily):
     """Normal distributions of ``(*batch, P)`` elements, independent along the batch, joint over ``P``.
 
     The leaves are the mean and the covariance (the variance where ``P`` is one), so that second moments are never taken
@@ -81,7 +81,7 @@ class NormalFamily(Family):
 
     kind: ClassVar[str] = "normal"
 
-    def __init__(self, layout: Layout, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, layout: BlockLayout, values: Mapping[str, Tensor]) -> None:
         self.layout = layout
         loc = layout.packed(values)
         precision = (
@@ -95,7 +95,7 @@ class NormalFamily(Family):
         """How many elements are joint."""
         return self.canonical["loc"].shape[-1]
 
-    def mean_parameters(self) -> Values:
+    def mean_parameters(self) -> Parameters:
         """``E[z], Cov(z)``."""
         return self.canonical["loc"], self.covariance_matrix()
 
@@ -104,7 +104,7 @@ class NormalFamily(Family):
         precision = self.canonical["precision"]
         return 1 / precision if self.size == 1 else torch.cholesky_inverse(torch.linalg.cholesky(precision))
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Values:
+    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """``-2 dF/dCov``, and a step of ``precision^-1 dF/dmean`` from the mean."""
         first, second = gradients
         if weight is not None:
@@ -118,7 +118,7 @@ class NormalFamily(Family):
             precision = _kept(precision, self.canonical["precision"], weight)
         return self.canonical["loc"] + _solved(precision, first, self.size), precision
 
-    def step(self, target: Values, rate: float) -> None:
+    def step(self, target: Parameters, rate: float) -> None:
         """Along a line of natural parameters."""
         if rate != 1.0:
             loc, precision = self.canonical.values()
@@ -150,7 +150,7 @@ class NormalFamily(Family):
     def _variances(self) -> Tensor:
         return self.leaves[1] if self.size == 1 else self.leaves[1].diagonal(dim1=-2, dim2=-1)
 
-    def covariance(self, a: Atom, b: Atom) -> tuple[Tensor, Labels]:
+    def covariance(self, a: Atom, b: Atom) -> tuple[Tensor, Labelling]:
         """The covariance of two atoms, whose batch axes are the same."""
         layout, batch = self.layout, len(self.layout.batch)
         index: list[Index] = [a.entries[d] for d in layout.axes[a.site]]
@@ -189,4 +189,4 @@ def differing_axes(a: Atom, b: Atom, axes: Mapping[str, Sequence[int]], same: ob
     return {i for i, (x, y) in enumerate(pairs) if not same(a.entries[x], b.entries[y])}  # type: ignore[operator]
 
 
-__all__ = ["Gather", "Layout", "NormalFamily", "differing_axes"]
+__all__ = ["BlockLayout", "Gather", "NormalFamily", "differing_axes"]

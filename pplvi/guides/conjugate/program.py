@@ -16,11 +16,11 @@ from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 
-import pplvi.guides.conjugate.operations  # noqa: F401  registers the rules
+import pplvi.guides.conjugate.arrangements  # noqa: F401  registers the rules
 from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, same_entry
 from pplvi.guides.conjugate.expressions import latent
 from pplvi.guides.conjugate.families import family_of
-from pplvi.guides.conjugate.normal import Layout, differing_axes
+from pplvi.guides.conjugate.normal import BlockLayout, differing_axes
 from pplvi.guides.conjugate.tables import expected_log_prob
 from pplvi.programs.handlers import Supply
 from pplvi.programs.masks import without_missing
@@ -118,7 +118,7 @@ class Reading:
     latents: dict[str, Latent]
     summed: dict[str, Any]
     factors: list[Factor]
-    layouts: dict[str, Layout]
+    layouts: dict[str, BlockLayout]
     blocks: dict[str, tuple[str, ...]]
     trace: Any
     drawn: tuple[str, ...]
@@ -134,7 +134,7 @@ def _is_part(found: Latent) -> bool:
     return any(plate.size < plate.full_size for plate in found.plates)
 
 
-def read(
+def read_program(
     model: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -295,14 +295,16 @@ def refusal(name: str, error: NotConjugate) -> ValueError:
 # ---------------------------------------------------------------------- which elements are joint
 
 
-def _layout(block: str, members: Sequence[str], latents: Mapping[str, Latent], blocks: Blocks, named: bool) -> Layout:
+def _layout(
+    block: str, members: Sequence[str], latents: Mapping[str, Latent], blocks: Blocks, named: bool
+) -> BlockLayout:
     shapes = {site: tuple(latents[site].start.shape) for site in members}
     axes = _candidates(members, latents)
     own = [(a, b) for a, b in blocks.pairs if a.site in shapes and b.site in shapes]
     found = set().union(*(differing_axes(a, b, axes, same_entry) for a, b in own)) if own else set()
     if not named or blocks.families[members[0]] == "lognormal":
         _refuse_plates(members[0], latents[members[0]], {axes[members[0]][i] for i in found})
-    return Layout(shapes, {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members})
+    return BlockLayout(shapes, {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members})
 
 
 def _candidates(members: Sequence[str], latents: Mapping[str, Latent]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, State, combined
+from pplvi.guides.conjugate.expectations import Blocks, Distributions, Expected, NotConjugate, combined
 from pplvi.guides.conjugate.expressions import Expression, Function, Symbolic, substituted
 from pplvi.guides.conjugate.parameters import parameters
 
@@ -161,4 +161,4 @@ def _grid(inputs: int, like: Tensor) -> tuple[list[Tensor], Tensor]:
     return list(grid.unbind(-1)), joint
 
 
-__all__ = ["State", "integrated"]
+__all__ = ["Distributions", "integrated"]

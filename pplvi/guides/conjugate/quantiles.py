@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pplvi.guides.conjugate.families import (
     BetaFamily,
+    BlockFamily,
     DirichletFamily,
-    Family,
     GammaFamily,
     InverseGammaFamily,
     WishartFamily,
@@ -22,7 +22,7 @@ from pplvi.programs.state import random_state
 _DRAWS = 10_000
 
 
-def site_quantiles(family: Family, site: str, probs: Tensor) -> Tensor:
+def site_quantiles(family: BlockFamily, site: str, probs: Tensor) -> Tensor:
     """Quantiles of every element of a site's marginal, ``(Q, *shape)``."""
     if isinstance(family, WishartFamily):
         with random_state(0):
@@ -37,7 +37,7 @@ def site_quantiles(family: Family, site: str, probs: Tensor) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float64)
 
 
-def _scipy_quantiles(family: Family, probs: Tensor) -> Any:
+def _scipy_quantiles(family: BlockFamily, probs: Tensor) -> Any:
     from scipy import stats  # not at import: it is slow to load
 
     parameters = [value.numpy(force=True) for value in family.canonical.values()]
@@ -54,7 +54,7 @@ def _scipy_quantiles(family: Family, probs: Tensor) -> Any:
     raise AssertionError(family.kind)
 
 
-def medians(family: Family, site: str) -> Tensor:
+def medians(family: BlockFamily, site: str) -> Tensor:
     """Marginal medians that are a value of the site: a simplex sums to one, a Wishart site is at its mean."""
     if isinstance(family, WishartFamily):
         return family.leaves[0].detach()

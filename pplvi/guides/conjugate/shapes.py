@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pplvi.guides.conjugate.normal import Layout
+from pplvi.guides.conjugate.normal import BlockLayout
 from pplvi.guides.conjugate.program import Latent, Reading
 from pplvi.programs.sites import Plate
 
@@ -48,7 +48,7 @@ class Structure:
 
     sites: dict[str, SiteShape]
     blocks: dict[str, tuple[str, ...]]
-    layouts: dict[str, Layout]
+    layouts: dict[str, BlockLayout]
 
     @classmethod
     def of(cls, reading: Reading) -> Structure:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pplvi.guides.conjugate.arrangements import getitem
 from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, combined
 from pplvi.guides.conjugate.expressions import Expression, Function, Symbolic, constant
-from pplvi.guides.conjugate.operations import getitem
 from pplvi.guides.conjugate.parameters import parameters
 from pplvi.guides.conjugate.quadrature import integrated
 from pplvi.programs.sites import kind_of
@@ -26,7 +26,7 @@ ROWS: dict[str, Row] = {}
 _WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")
 
 
-def row(*kinds: str) -> Callable[[Row], Row]:
+def table_row(*kinds: str) -> Callable[[Row], Row]:
     """Register the row of distributions of these names."""
 
     def register(function: Row) -> Row:
@@ -114,12 +114,12 @@ def _transformed(blocks: Blocks, fn: Any, value: Any) -> Expected:
 # ---------------------------------------------------------------------- asked of expressions and numbers alike
 
 
-def mean(blocks: Blocks, value: Any) -> Any:
+def mean_of(blocks: Blocks, value: Any) -> Any:
     """``E[value]``."""
     return blocks.mean(value) if isinstance(value, Expression) else value
 
 
-def log(blocks: Blocks, value: Any) -> Any:
+def log_of(blocks: Blocks, value: Any) -> Any:
     """``E[log value]``."""
     return blocks.log(value) if isinstance(value, Expression) else torch.as_tensor(value).log()
 
@@ -131,15 +131,15 @@ def _only(fn: Any, *names: str) -> None:
             raise NotConjugate(f"the {name} of {kind_of(fn)} depends on latent sites", parameter.sites)
 
 
-@row("Normal")
+@table_row("Normal")
 def _normal(blocks: Blocks, fn: Any, value: Any) -> Expected:
     residual, scale = value - fn.loc, fn.scale
     squared = blocks.second_moment(residual) if isinstance(residual, Expression) else residual**2
-    precision = mean(blocks, scale**-2) if not isinstance(scale, Expression) else _precision(blocks, scale)
+    precision = mean_of(blocks, scale**-2) if not isinstance(scale, Expression) else _precision(blocks, scale)
     if isinstance(squared, Expected) and isinstance(precision, Expected):
         blocks.independent(squared.sites, precision.sites)
     half = 0.5 * math.log(2 * math.pi)
-    return combined(lambda r, p, s: -0.5 * p * r - s - half, squared, precision, log(blocks, scale))
+    return combined(lambda r, p, s: -0.5 * p * r - s - half, squared, precision, log_of(blocks, scale))
 
 
 def _precision(blocks: Blocks, scale: Expression) -> Expected:
@@ -152,7 +152,7 @@ def _precision(blocks: Blocks, scale: Expression) -> Expected:
         raise NotConjugate(f"a standard deviation of Normal that needs {error}", scale.sites) from None
 
 
-@row("MultivariateNormal")
+@table_row("MultivariateNormal")
 def _multivariate_normal(blocks: Blocks, fn: Any, value: Any) -> Expected:
     residual = value - fn.loc
     matrix, log_det = _precision_matrix(blocks, fn)
@@ -206,28 +206,28 @@ def log_determinant(blocks: Blocks, e: Expression) -> Expected:
     return combined(lambda x: x + e.shape[-1] * math.log(e.terms[0].factor), blocks.log(corner / e.terms[0].factor))
 
 
-@row("Gamma")
+@table_row("Gamma")
 def _gamma(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _only(fn, "concentration")
     shape = fn.concentration
-    product = mean(blocks, value * fn.rate)
+    product = mean_of(blocks, value * fn.rate)
     return combined(
         lambda r, v, p: shape * r - torch.lgamma(shape) + (shape - 1) * v - p,
-        log(blocks, fn.rate), log(blocks, value), product,
+        log_of(blocks, fn.rate), log_of(blocks, value), product,
     )  # fmt: skip
 
 
-@row("Chi2")
+@table_row("Chi2")
 def _chi2(blocks: Blocks, fn: Any, value: Any) -> Expected:
     return _gamma(blocks, fn, value)
 
 
-@row("Exponential")
+@table_row("Exponential")
 def _exponential(blocks: Blocks, fn: Any, value: Any) -> Expected:
-    return combined(lambda r, p: r - p, log(blocks, fn.rate), mean(blocks, value * fn.rate))
+    return combined(lambda r, p: r - p, log_of(blocks, fn.rate), mean_of(blocks, value * fn.rate))
 
 
-@row("InverseGamma")
+@table_row("InverseGamma")
 def _inverse_gamma(blocks: Blocks, fn: Any, value: Any) -> Expected:
     shape, rate = fn.concentration, fn.rate
     for part in (shape,):
@@ -235,15 +235,15 @@ def _inverse_gamma(blocks: Blocks, fn: Any, value: Any) -> Expected:
             raise NotConjugate("the concentration of InverseGamma depends on latent sites", part.sites)
     return combined(
         lambda r, v, p: shape * r - torch.lgamma(shape) - (shape + 1) * v - p,
-        log(blocks, rate), log(blocks, value), mean(blocks, rate / value),
+        log_of(blocks, rate), log_of(blocks, value), mean_of(blocks, rate / value),
     )  # fmt: skip
 
 
-@row("Poisson")
+@table_row("Poisson")
 def _poisson(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _observed(fn, value)
     constant_part = torch.lgamma(value + 1)
-    return combined(lambda r, m: value * r - m - constant_part, log(blocks, fn.rate), mean(blocks, fn.rate))
+    return combined(lambda r, m: value * r - m - constant_part, log_of(blocks, fn.rate), mean_of(blocks, fn.rate))
 
 
 def _observed(fn: Any, value: Any) -> None:
@@ -251,25 +251,27 @@ def _observed(fn: Any, value: Any) -> None:
         raise NotConjugate(f"a latent {kind_of(fn)} that is not enumerated", value.sites)
 
 
-@row("Beta")
+@table_row("Beta")
 def _beta(blocks: Blocks, fn: Any, value: Any) -> Expected:
     both = fn.__dict__["_dirichlet"].concentration
     if isinstance(both, Symbolic):
         raise NotConjugate("the concentrations of Beta depend on latent sites", both.sites)
     a, b = both.unbind(-1)
     normaliser = torch.lgamma(a + b) - torch.lgamma(a) - torch.lgamma(b)
-    return combined(lambda x, y: (a - 1) * x + (b - 1) * y + normaliser, log(blocks, value), log(blocks, 1.0 - value))
+    return combined(
+        lambda x, y: (a - 1) * x + (b - 1) * y + normaliser, log_of(blocks, value), log_of(blocks, 1.0 - value)
+    )
 
 
-@row("Dirichlet")
+@table_row("Dirichlet")
 def _dirichlet(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _only(fn, "concentration")
     c = fn.concentration
     normaliser = torch.lgamma(c.sum(-1)) - torch.lgamma(c).sum(-1)
-    return combined(lambda x: ((c - 1) * x).sum(-1) + normaliser, log(blocks, value))
+    return combined(lambda x: ((c - 1) * x).sum(-1) + normaliser, log_of(blocks, value))
 
 
-@row("Wishart")
+@table_row("Wishart")
 def _wishart(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _only(fn, "df")
     size, df = fn.event_shape[-1], fn.df
@@ -278,11 +280,11 @@ def _wishart(blocks: Blocks, fn: Any, value: Any) -> Expected:
     normaliser = -0.5 * df * (size * math.log(2) + log_scale) - torch.mvlgamma(df / 2, size)
     return combined(
         lambda d, m: 0.5 * (df - size - 1) * d - 0.5 * (inverse * m).sum((-2, -1)) + normaliser,
-        log_determinant(blocks, value), mean(blocks, value),
+        log_determinant(blocks, value), mean_of(blocks, value),
     )  # fmt: skip
 
 
-@row("Uniform")
+@table_row("Uniform")
 def _uniform(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _only(fn, "low", "high")
     known = -(fn.high - fn.low).log()
@@ -299,32 +301,32 @@ def _probabilities(fn: Any) -> Any:
     return given.get("probs", fn.probs)
 
 
-@row("Bernoulli")
+@table_row("Bernoulli")
 def _bernoulli(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _observed(fn, value)
     p = _probabilities(fn)
-    return combined(lambda x, y: value * x + (1 - value) * y, log(blocks, p), log(blocks, 1.0 - p))
+    return combined(lambda x, y: value * x + (1 - value) * y, log_of(blocks, p), log_of(blocks, 1.0 - p))
 
 
-@row("Binomial")
+@table_row("Binomial")
 def _binomial(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _observed(fn, value)
     p, n = _probabilities(fn), fn.total_count
     count = torch.lgamma(n + 1) - torch.lgamma(value + 1) - torch.lgamma(n - value + 1)
-    return combined(lambda x, y: value * x + (n - value) * y + count, log(blocks, p), log(blocks, 1.0 - p))
+    return combined(lambda x, y: value * x + (n - value) * y + count, log_of(blocks, p), log_of(blocks, 1.0 - p))
 
 
-@row("Geometric")
+@table_row("Geometric")
 def _geometric(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _observed(fn, value)
     p = _probabilities(fn)
-    return combined(lambda x, y: x + value * y, log(blocks, p), log(blocks, 1.0 - p))
+    return combined(lambda x, y: x + value * y, log_of(blocks, p), log_of(blocks, 1.0 - p))
 
 
-@row("Categorical")
+@table_row("Categorical")
 def _categorical(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _observed(fn, value)
-    return log(blocks, chosen(_probabilities(fn), value))
+    return log_of(blocks, chosen(_probabilities(fn), value))
 
 
 def chosen(probs: Expression, value: Tensor) -> Expression:
@@ -341,22 +343,22 @@ def _count(size: int, dim: int, shape: Any) -> Tensor:
     return torch.arange(size).reshape([-1 if d == dim else 1 for d in range(len(shape))])
 
 
-@row("OneHotCategorical")
+@table_row("OneHotCategorical")
 def _one_hot(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _observed(fn, value)
-    logs = log(blocks, _probabilities(fn._categorical))
+    logs = log_of(blocks, _probabilities(fn._categorical))
     return combined(lambda x: (value * x).sum(-1), logs)
 
 
-@row("Multinomial")
+@table_row("Multinomial")
 def _multinomial(blocks: Blocks, fn: Any, value: Any) -> Expected:
     _observed(fn, value)
-    logs = log(blocks, _probabilities(fn._categorical))
+    logs = log_of(blocks, _probabilities(fn._categorical))
     count = torch.lgamma(value.sum(-1) + 1) - torch.lgamma(value + 1).sum(-1)
     return combined(lambda x: torch.where(value > 0, value * x, value.new_zeros(())).sum(-1) + count, logs)
 
 
-@row("Unit")
+@table_row("Unit")
 def _unit(blocks: Blocks, fn: Any, value: Any) -> Expected:
     factor = fn.log_factor
     return blocks.mean(factor if isinstance(factor, Expression) else constant(factor, factor))

@@ -35,7 +35,7 @@ class Gather(NamedTuple):
 
 
 Index = Label | Gather | None
-Labels = tuple[Label, ...]
+Labelling = tuple[Label, ...]
 
 
 class Atom(NamedTuple):
@@ -46,7 +46,7 @@ class Atom(NamedTuple):
     power: float = 1.0
 
     @property
-    def labels(self) -> Labels:
+    def labels(self) -> Labelling:
         """All labels of the atom, without repetition."""
         known = [entry for entry in self.entries if entry is not None]
         flat = [label for e in known for label in (e.labels if isinstance(e, Gather) else (e,))]
@@ -57,7 +57,7 @@ class Constant(NamedTuple):
     """A tensor whose dimensions are labelled, all of them."""
 
     value: Tensor
-    labels: Labels
+    labels: Labelling
 
 
 class Term(NamedTuple):
@@ -82,9 +82,9 @@ class Term(NamedTuple):
         constants = tuple(Constant(c.value, renamed(c.labels, names)) for c in self.constants)
         return Term(self.factor, constants, tuple(a._replace(entries=_renamed(a.entries, names)) for a in self.atoms))
 
-    def gathered(self, label: Label, index: Tensor, labels: Labels) -> Term:
+    def gathered(self, label: Label, index: Tensor, labels: Labelling) -> Term:
         """The term with one of its dimensions replaced by ``index``, whose dimensions have the labels given."""
-        constants = tuple(Constant(*take(c.value, c.labels, label, index, labels)) for c in self.constants)
+        constants = tuple(Constant(*gathered_along(c.value, c.labels, label, index, labels)) for c in self.constants)
         return Term(self.factor, constants, tuple(_gather_atom(a, label, index, labels) for a in self.atoms))
 
     def renewed(self, keep: Iterable[Label] = ()) -> Term:
@@ -93,8 +93,8 @@ class Term(NamedTuple):
         return self.relabelled({label: Label(label.size) for label in self.labels - kept})
 
 
-def renamed(labels: Sequence[Label], names: Mapping[Label, Label]) -> Labels:
-    """Labels under other names."""
+def renamed(labels: Sequence[Label], names: Mapping[Label, Label]) -> Labelling:
+    """Labelling under other names."""
     return tuple(names.get(label, label) for label in labels)
 
 
@@ -107,18 +107,20 @@ def _renamed(index: tuple[Index, ...], names: Mapping[Label, Label]) -> tuple[In
     )
 
 
-def _gather_atom(atom: Atom, label: Label, index: Tensor, labels: Labels) -> Atom:
+def _gather_atom(atom: Atom, label: Label, index: Tensor, labels: Labelling) -> Atom:
     def entry(old: Index) -> Index:
         if old is label:
             return Gather(index, labels)
         if isinstance(old, Gather) and label in old.labels:
-            return Gather(*take(old.places, old.labels, label, index, labels))
+            return Gather(*gathered_along(old.places, old.labels, label, index, labels))
         return old
 
     return atom._replace(entries=tuple(entry(old) for old in atom.entries))
 
 
-def take(value: Tensor, names: Labels, label: Label, index: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
+def gathered_along(
+    value: Tensor, names: Labelling, label: Label, index: Tensor, labels: Labelling
+) -> tuple[Tensor, Labelling]:
     """Index the dimension ``label`` of a labelled tensor; labels that index and tensor share are one dimension."""
     if label not in names:
         return value, names
@@ -129,40 +131,40 @@ def take(value: Tensor, names: Labels, label: Label, index: Tensor, labels: Labe
         return flat.reshape((*value.shape[:position], *index.shape, *value.shape[position + 1 :])), rest
     rest = tuple(dict.fromkeys((*(n for n in names if n is not label), *labels)))
     places = [
-        spread(index, labels, rest) if n is label else spread(torch.arange(n.size, device=index.device), (n,), rest)
+        laid_on(index, labels, rest) if n is label else laid_on(torch.arange(n.size, device=index.device), (n,), rest)
         for n in names
     ]
     return value[tuple(places)], rest
 
 
-def spread(value: Tensor, names: Labels, onto: Labels) -> Tensor:
+def laid_on(value: Tensor, names: Labelling, onto: Labelling) -> Tensor:
     """A labelled tensor with its dimensions in the order of ``onto``, of size one where it has none."""
     order = [names.index(label) for label in onto if label in names]
     return value.permute(order).reshape([label.size if label in names else 1 for label in onto])
 
 
-def view(value: Tensor, index: Sequence[Index]) -> tuple[Tensor, Labels]:
+def view(value: Tensor, index: Sequence[Index]) -> tuple[Tensor, Labelling]:
     """A tensor with one entry of ``index`` for each dimension: what it is once labelled and gathered."""
     plain = [entry if isinstance(entry, Label) else Label(size) for entry, size in zip(index, value.shape, strict=True)]
     if len(set(plain)) < len(plain):  # the same label twice: a diagonal
         return _einsum_view(value, tuple(plain), index)
-    names: Labels = tuple(plain)
+    names: Labelling = tuple(plain)
     for entry, label in zip(index, plain, strict=True):
         if entry is None:
             position = names.index(label)
             value, names = value.select(position, 0), names[:position] + names[position + 1 :]
         elif isinstance(entry, Gather):
-            value, names = take(value, names, label, entry.places, entry.labels)
+            value, names = gathered_along(value, names, label, entry.places, entry.labels)
     return value, names
 
 
-def _einsum_view(value: Tensor, plain: Labels, index: Sequence[Index]) -> tuple[Tensor, Labels]:
+def _einsum_view(value: Tensor, plain: Labelling, index: Sequence[Index]) -> tuple[Tensor, Labelling]:
     names = tuple(dict.fromkeys(plain))
     value = contract([Constant(value, plain)], names)
     return view(value, [next(e for e, p in zip(index, plain, strict=True) if p is name) for name in names])
 
 
-def contract(parts: Sequence[Constant], out: Labels) -> Tensor:
+def contract(parts: Sequence[Constant], out: Labelling) -> Tensor:
     """The einsum of labelled tensors."""
     if not parts:
         return torch.ones(())
@@ -171,7 +173,7 @@ def contract(parts: Sequence[Constant], out: Labels) -> Tensor:
     return torch.einsum(*operands, [numbers[label] for label in out])
 
 
-def simplified(index: Tensor, labels: Labels, size: int) -> Gather | Label:
+def simplified(index: Tensor, labels: Labelling, size: int) -> Gather | Label:
     """An index without dimensions along which it is constant; a label where it counts from 0 to ``size``."""
     for position in range(index.dim() - 1, -1, -1):
         first = index.narrow(position, 0, 1)

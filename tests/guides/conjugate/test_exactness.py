@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pplvi
 from pplvi.guides.conjugate.ascent import started
-from pplvi.guides.conjugate.program import read
+from pplvi.guides.conjugate.program import read_program
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -281,7 +281,7 @@ def test_normal_with_latent_mean_and_precision_against_quadrature() -> None:
         c = pyro.sample("c", dist.Normal(1.0, 1.0))
         pyro.sample("y", dist.Normal(2 * a * c - c, (3 * tau).rsqrt()), obs=y)
 
-    reading = read(model, (torch.tensor(0.7),), {}, init=init_to_sample)
+    reading = read_program(model, (torch.tensor(0.7),), {}, init=init_to_sample)
     field = started(reading)
     for block in field.families:
         field.update(block)

@@ -11,20 +11,20 @@ from sklearn.datasets import load_digits, load_iris
 from torch import Tensor
 
 import pplvi
-from pplvi.guides.conjugate.ascent import MeanField, ascend, started
-from pplvi.guides.conjugate.program import read
+from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, started
+from pplvi.guides.conjugate.program import read_program
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 MONOTONE = 1e-12
 
 
-def field_of(model: Any, *args: Any, init: Any = init_to_sample, seed: int = 0) -> MeanField:
+def field_of(model: Any, *args: Any, init: Any = init_to_sample, seed: int = 0) -> BlockMeanField:
     pyro.set_rng_seed(seed)
-    return started(read(model, args, {}, init=init))
+    return started(read_program(model, args, {}, init=init))
 
 
-def concentrations(field: MeanField) -> dict[str, Tensor]:
+def concentrations(field: BlockMeanField) -> dict[str, Tensor]:
     return {block: family.canonical["concentration"].clone() for block, family in field.families.items()}
 
 
@@ -86,7 +86,7 @@ def test_topics_equal_updates_by_hand() -> None:
 
     field = field_of(model, words)
     phi, theta = concentrations(field).values()
-    bounds = ascend(field, most=20, tolerance=0.0)
+    bounds = ascend_bound(field, most=20, tolerance=0.0)
     for _ in range(20):
         r = torch.softmax(expected_log(theta) + expected_log(phi)[:, words].permute(1, 2, 0), -1)
         phi = 0.1 + torch.zeros(topics, size).index_add_(1, words.reshape(-1), r.reshape(-1, topics).T)
@@ -139,7 +139,7 @@ def test_a_markov_chain_equals_forward_backward_by_hand() -> None:
     x = torch.randint(4, (8,))
     field = field_of(hidden_markov, x)
     by_hand = baum_welch(x, *concentrations(field).values(), sweeps=6)
-    bounds = ascend(field, most=6, tolerance=0.0)
+    bounds = ascend_bound(field, most=6, tolerance=0.0)
     assert bounds == pytest.approx(by_hand, abs=1e-8)
 
 
@@ -170,8 +170,8 @@ def test_probabilistic_pca_with_relevance_equals_updates_by_hand() -> None:
 
     pyro.set_rng_seed(0)
     values = {"w": torch.randn(d, k), "z": torch.randn(n, k), "alpha": torch.ones(k), "tau": torch.tensor(1.0)}
-    field = started(read(model, (x,), {}, init=init_to_value(values=values)), values)
-    bounds = ascend(field, most=15, tolerance=0.0)
+    field = started(read_program(model, (x,), {}, init=init_to_value(values=values)), values)
+    bounds = ascend_bound(field, most=15, tolerance=0.0)
     w, spread = values["w"], torch.eye(k).expand(d, k, k)
     alpha, tau = torch.ones(k), torch.tensor(1.0)
     for _ in range(15):

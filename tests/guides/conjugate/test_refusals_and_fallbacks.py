@@ -1,4 +1,4 @@
-"""What has no closed form is refused by site and operation; with ``fallback=`` it is fitted, and the rest stays exact."""
+"""What has no closed form is refused by site and operation, or fitted with ``fallback=``, the rest in closed form."""
 
 from typing import Any
 
