@@ -37,9 +37,12 @@ class BlockMeanField:
     def __post_init__(self) -> None:
         self.state = {site: self.families[b] for b, sites in self.reading.blocks.items() for site in sites}
         self._weights = {b: self._weight(b) for b in self.families}
+        for block, layout in self.reading.layouts.items():
+            if layout.series is not None:
+                self.state[layout.series] = self.families[block]
         self._own: dict[str, list[Factor]] = {
-            b: [f for f in self.reading.factors if f.expected.sites & set(sites)]
-            for b, sites in self.reading.blocks.items()
+            b: [f for f in self.reading.factors if any(self.state[s] is family for s in f.expected.sites)]
+            for b, family in self.families.items()
         }
         self.marginals = {f.name: f.weight for f in self.reading.factors if not f.summed}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
 from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, started
-from pplvi.guides.conjugate.draws import auxiliary_name, draw_block
+from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
 from pplvi.guides.conjugate.families import BlockFamily
 from pplvi.guides.conjugate.program import Reading, read_program
@@ -298,7 +298,7 @@ class AutoConjugate(OwnedGuide):
         structure, found = self._known(), {}
         for block, layout in structure.layouts.items():
             sites = structure.blocks[block]
-            if any(d < structure.sites[s].batch_dim for s in sites for d in layout.joint(s)):
+            if is_across(layout, structure):
                 found[auxiliary_name(block)] = torch.cat([layout.row(latents[s], s) for s in sites], -1)
         return found
 

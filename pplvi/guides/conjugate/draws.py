@@ -17,6 +17,8 @@ from pplvi.guides.conjugate.lognormal import LogNormalFamily, PointFamily, is_po
 from pplvi.guides.conjugate.normal import BlockLayout, NormalFamily
 from pplvi.guides.conjugate.shapes import SiteShape, Structure
 
+_IN_TURN = 4  # sites of a block that are drawn one after another
+
 
 class Arrange(Transform):
     """Elements in another shape and order: volume is kept.
@@ -73,7 +75,7 @@ def draw_block(
     names = structure.blocks[block]
     if isinstance(family, (LogNormalFamily, PointFamily)) or not isinstance(family, NormalFamily):
         return _draw_alone(names, family, structure, plates)
-    if any(d < structure.sites[n].batch_dim for n in names for d in family.layout.joint(n)):
+    if is_across(family.layout, structure):
         return _draw_across(block, family, structure, plates)
     return _draw_in_turn(names, family, structure, plates)
 
@@ -196,6 +198,12 @@ def _draw_across(
         value = value.reshape(shape)
         drawn[name] = _sampled(name, dist.Delta(value, event_dim=site.event_dim), site, plates)
     return drawn
+
+
+def is_across(layout: BlockLayout, structure: Structure) -> bool:
+    """Whether a normal block is drawn at once, by an auxiliary site: joint across plates, or of many sites."""
+    across = any(d < structure.sites[n].batch_dim for n in layout.shapes for d in layout.joint(n))
+    return across or len(layout.shapes) > _IN_TURN
 
 
 def auxiliary_name(block: str) -> str:

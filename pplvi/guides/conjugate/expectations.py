@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pplvi.guides.conjugate.expressions import Expression, Function
+from pplvi.guides.conjugate.merging import Series
 from pplvi.guides.conjugate.operations import aligned
 from pplvi.guides.conjugate.terms import Atom, Constant, Gather, Index, Label, Labelling, Term, contract, view
 
@@ -81,13 +82,21 @@ class Blocks:
     :ivar names: the block of each site.
     :ivar families: what each site's distribution can do: ``"normal"`` has covariances, and ``"lognormal"`` all powers.
     :ivar loose: sites that are integrated numerically where there is no closed form.
+    :ivar series: sites of a block that are rows of one array.
     :ivar pairs: atoms whose covariance is used.
     """
 
     names: Mapping[str, str]
     families: Mapping[str, str]
     loose: frozenset[str] = frozenset()
+    series: tuple[Series, ...] = ()
     pairs: list[tuple[Atom, Atom]] = field(default_factory=list)
+
+    def with_series(self, series: Sequence[Series]) -> Blocks:
+        """The same, where arrays of sites are known by their names too."""
+        names = {s.name: self.names[s.members[0]] for s in series}
+        families = {s.name: self.families[s.members[0]] for s in series}
+        return Blocks({**self.names, **names}, {**self.families, **families}, self.loose, tuple(series))
 
     def mean(self, e: Expression) -> Expected:
         """``E[e]``."""

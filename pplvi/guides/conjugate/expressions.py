@@ -153,6 +153,11 @@ def substituted(value: Any, values: dict[int, Tensor]) -> Any:
     return value
 
 
+def sites_in(value: Any) -> set[str]:
+    """Names of the latent sites that a value depends on."""
+    return value.sites if isinstance(value, Symbolic) else set()
+
+
 def function_of(shown: Tensor, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
     """A value that no rule knows."""
     parts = list(_symbolic((args, tuple(kwargs.values()))))

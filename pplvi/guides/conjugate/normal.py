@@ -20,10 +20,20 @@ class BlockLayout:
 
     :ivar shapes: of the sites.
     :ivar axes: for each site its dimensions along which elements are independent, in one order for all sites.
+    :ivar series: a name for all sites as rows of one array, where they have one shape.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     axes: Mapping[str, tuple[int, ...]]
+    series: str | None = None
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        """Of a site, or of the array of all."""
+        return (len(self.shapes), *next(iter(self.shapes.values()))) if site == self.series else self.shapes[site]
+
+    def own_axes(self, site: str) -> tuple[int, ...]:
+        """The independent dimensions of a site, or of the array of all."""
+        return tuple(d + 1 for d in next(iter(self.axes.values()))) if site == self.series else self.axes[site]
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -33,11 +43,13 @@ class BlockLayout:
 
     def joint(self, site: str) -> tuple[int, ...]:
         """The other dimensions of a site."""
-        return tuple(d for d in range(len(self.shapes[site])) if d not in self.axes[site])
+        axes = self.own_axes(site)
+        return tuple(d for d in range(len(self.shape(site))) if d not in axes)
 
     def joint_shape(self, site: str) -> tuple[int, ...]:
         """Their sizes."""
-        return tuple(self.shapes[site][d] for d in self.joint(site))
+        shape = self.shape(site)
+        return tuple(shape[d] for d in self.joint(site))
 
     def sizes(self) -> dict[str, int]:
         """How many joint elements each site has."""
@@ -46,6 +58,8 @@ class BlockLayout:
     def places(self, site: str) -> slice:
         """Where a site's elements are in the joint vector."""
         sizes = self.sizes()
+        if site == self.series:
+            return slice(0, sum(sizes.values()))
         start = sum(sizes[s] for s in list(sizes)[: list(sizes).index(site)])
         return slice(start, start + sizes[site])
 
@@ -65,9 +79,9 @@ class BlockLayout:
 
     def unpacked(self, vector: Tensor, site: str) -> Tensor:
         """A site's values of ``(..., *batch, P)``, in its own shape."""
-        order = (*self.axes[site], *self.joint(site))
+        order, shape = (*self.own_axes(site), *self.joint(site)), self.shape(site)
         first = vector.dim() - len(self.batch) - 1
-        part = vector[..., self.places(site)].reshape((*vector.shape[:first], *(self.shapes[site][d] for d in order)))
+        part = vector[..., self.places(site)].reshape((*vector.shape[:first], *(shape[d] for d in order)))
         back = [first + order.index(d) for d in range(len(order))]
         return part.permute((*range(first), *back))
 
@@ -153,7 +167,7 @@ class NormalFamily(BlockFamily):
     def covariance(self, a: Atom, b: Atom) -> tuple[Tensor, Labelling]:
         """The covariance of two atoms, whose batch axes are the same."""
         layout, batch = self.layout, len(self.layout.batch)
-        index: list[Index] = [a.entries[d] for d in layout.axes[a.site]]
+        index: list[Index] = [a.entries[d] for d in layout.own_axes(a.site)]
         rows, columns = layout.joint_shape(a.site), layout.joint_shape(b.site)
         if self.size == 1:
             value = self.leaves[1].reshape((*layout.batch, *rows, *columns))

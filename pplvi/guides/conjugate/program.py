@@ -18,12 +18,14 @@ from torch import Tensor
 
 import pplvi.guides.conjugate.arrangements  # noqa: F401  registers the rules
 from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, same_entry
-from pplvi.guides.conjugate.expressions import latent
+from pplvi.guides.conjugate.expressions import latent, sites_in
 from pplvi.guides.conjugate.families import family_of
+from pplvi.guides.conjugate.loops import LEAST, Turns, alone, stem_of, turns
+from pplvi.guides.conjugate.merging import Series, places_of
 from pplvi.guides.conjugate.normal import BlockLayout, differing_axes
+from pplvi.guides.conjugate.parameters import parameters
 from pplvi.guides.conjugate.tables import expected_log_prob
 from pplvi.programs.handlers import Supply
-from pplvi.programs.masks import without_missing
 from pplvi.programs.sites import (
     Plate,
     base_distribution,
@@ -37,6 +39,7 @@ from pplvi.programs.sites import (
 )
 from pplvi.programs.summing import is_summed
 
+_MANY = 5  # sites of a block that its name does not list
 FALLBACKS = ("cvi", "laplace", "delta")
 
 
@@ -71,23 +74,31 @@ class Latent:
 
 @dataclass(frozen=True)
 class Factor:
-    """The expected log density of one site.
+    """The expected log density of one site, or of several turns of a loop.
 
     :ivar expected: of a state of the mean field.
-    :ivar site: in the enumerated trace.
-    :ivar shape: of the log density in full.
+    :ivar turns: the sites, in the enumerated trace.
     :ivar summed: whether it depends on enumerated sites.
     """
 
     expected: Expected
-    site: Any
-    shape: torch.Size
+    turns: Turns
     summed: bool
 
     @property
     def name(self) -> str:
-        """Of the site."""
-        return str(self.site["name"])
+        """Of the sites."""
+        return self.turns.name
+
+    @property
+    def site(self) -> Any:
+        """The first site."""
+        return self.turns.sites[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the log density in full."""
+        return self.turns.shape
 
     @property
     def weight(self) -> Tensor:
@@ -159,19 +170,22 @@ def read_program(
     summed = {n: s for n, s in sites.items() if s["fn"].has_enumerate_support}
     latents = {n: _latent(s) for n, s in sites.items() if n not in summed}
     _check_names([*chain.from_iterable(joint), *fallback], latents)
-    names = {site: "+".join(group) for group in joint for site in group}
     families = {name: _family(name, found, fallback) for name, found in latents.items()}
-    blocks = Blocks({name: names.get(name, name) for name in latents}, families, frozenset(fallback))
     _check_blocks(joint, families)
     trace = _symbolic_run(model, args, kwargs, prior, latents, bool(summed))
-    nesting = _nesting(prior)
-    factors = [_factor(blocks, site, nesting) for _, site in sample_sites(trace) if not is_deterministic(site)]
+    joint = [*joint, *_walks(trace, latents, families, {*chain.from_iterable(joint), *fallback})]
+    names = {site: _block_name(group) for group in joint for site in group}
+    series = [Series(f"rows of {_block_name(g)}", tuple(g)) for g in joint if _are_rows(g, latents)]
+    blocks = Blocks({name: names.get(name, name) for name in latents}, families, frozenset(fallback))
+    blocks = blocks.with_series(series)
+    factors = [_factor(blocks, turn, summed) for summed, turn in _scored(trace, _nesting(prior), places_of(series))]
     inner = poutine.Trace()
     for factor in factors:
         if factor.summed:
             inner.nodes[factor.name] = factor.site
     members: dict[str, tuple[str, ...]] = {}
-    for site, block in blocks.names.items():
+    for site in latents:
+        block = blocks.names[site]
         members[block] = (*members.get(block, ()), site)
     normal = {b: m for b, m in members.items() if families[m[0]] in ("normal", "lognormal")}
     layouts = {b: _layout(b, m, latents, blocks, b in names.values()) for b, m in normal.items()}
@@ -267,19 +281,59 @@ def _batch_dims(trace: Any) -> int:
     return max((len(site["fn"].batch_shape) for _, site in sample_sites(trace)), default=0)
 
 
-def _factor(blocks: Blocks, site: Any, nesting: int) -> Factor:
-    if site["name"].endswith("_unobserved"):
-        site["mask"] = None
-    try:
-        expected = expected_log_prob(blocks, site["fn"], without_missing(site))
-    except NotConjugate as error:
-        raise refusal(site["name"], error) from error
-    shape = site["fn"].batch_shape
-    return Factor(expected, site, shape, is_enumerated(site) or (len(shape) > nesting and _beyond(shape, nesting)))
+def _scored(trace: Any, nesting: int, rows: Any) -> list[tuple[bool, Turns]]:
+    """What is scored, and whether it depends on enumerated sites: sites, those of a loop at once."""
+    sites = [site for _, site in sample_sites(trace) if not is_deterministic(site)]
+    for site in sites:
+        if site["name"].endswith("_unobserved"):
+            site["mask"] = None
+    summed = [site for site in sites if is_enumerated(site) or _beyond(site["fn"].batch_shape, nesting)]
+    plain = [site for site in sites if not any(site is other for other in summed)]
+    found = [(False, turn) for turn in turns(plain, rows)] + [(True, alone(site)) for site in summed]
+    order = {site["name"]: i for i, site in enumerate(sites)}
+    return sorted(found, key=lambda item: order[item[1].sites[0]["name"]])
 
 
 def _beyond(shape: Sequence[int], nesting: int) -> bool:
-    return any(size > 1 for size in shape[: len(shape) - nesting])
+    return any(size > 1 for size in shape[: max(0, len(shape) - nesting)])
+
+
+def _factor(blocks: Blocks, turn: Turns, summed: bool) -> Factor:
+    try:
+        return Factor(expected_log_prob(blocks, turn.fn, turn.value), turn, summed)
+    except NotConjugate as error:
+        raise refusal(turn.name, error) from error
+
+
+def _block_name(group: Sequence[str]) -> str:
+    """Of a block: its sites', or the first and the last of many."""
+    return "+".join(group) if len(group) < _MANY else f"{group[0]} to {group[-1]}"
+
+
+def _are_rows(group: Sequence[str], latents: Mapping[str, Latent]) -> bool:
+    """Whether sites are the rows of one array: of one shape, in the same plates."""
+    kinds = {(tuple(latents[s].start.shape), latents[s].fn.event_dim, latents[s].plates) for s in group}
+    return len(group) > 1 and len(kinds) == 1
+
+
+def _walks(
+    trace: Any, latents: Mapping[str, Latent], families: Mapping[str, str], taken: set[str]
+) -> list[tuple[str, ...]]:
+    """Numbered normal sites each of which depends on one before it: a chain, which is one block."""
+    stems: dict[str, list[str]] = {}
+    for name in latents:
+        if families[name] == "normal" and name not in taken and stem_of(name) != name:
+            stems.setdefault(stem_of(name), []).append(name)
+    return [tuple(g) for g in stems.values() if len(g) >= LEAST and _are_rows(g, latents) and _is_walk(trace, g)]
+
+
+def _is_walk(trace: Any, group: Sequence[str]) -> bool:
+    inside = set(group)
+    for name in group[1:]:
+        above = {s for v in parameters(base_distribution(trace.nodes[name]["fn"])).values() for s in sites_in(v)}
+        if not above & (inside - {name}):
+            return False
+    return True
 
 
 def refusal(name: str, error: NotConjugate) -> ValueError:
@@ -300,11 +354,13 @@ def _layout(
 ) -> BlockLayout:
     shapes = {site: tuple(latents[site].start.shape) for site in members}
     axes = _candidates(members, latents)
-    own = [(a, b) for a, b in blocks.pairs if a.site in shapes and b.site in shapes]
-    found = set().union(*(differing_axes(a, b, axes, same_entry) for a, b in own)) if own else set()
+    every = axes | {s.name: tuple(d + 1 for d in axes[members[0]]) for s in blocks.series if s.members[0] in axes}
+    own = [(a, b) for a, b in blocks.pairs if a.site in every and b.site in every]
+    found = set().union(*(differing_axes(a, b, every, same_entry) for a, b in own)) if own else set()
     if not named or blocks.families[members[0]] == "lognormal":
         _refuse_plates(members[0], latents[members[0]], {axes[members[0]][i] for i in found})
-    return BlockLayout(shapes, {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members})
+    kept = {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members}
+    return BlockLayout(shapes, kept, next((s.name for s in blocks.series if s.members == tuple(members)), None))
 
 
 def _candidates(members: Sequence[str], latents: Mapping[str, Latent]) -> dict[str, tuple[int, ...]]:
