@@ -27,12 +27,14 @@ class BlockMeanField:
     :ivar families: by block.
     :ivar marginals: what each factor's expectation is multiplied with; for enumerated sites their probabilities.
     :ivar log_normaliser: of the enumerated sites, nats.
+    :ivar pairs: probabilities of neighbours, where the enumerated sites are a chain.
     """
 
     reading: Reading
     families: dict[str, BlockFamily]
     marginals: dict[str, Tensor] = field(default_factory=dict)
     log_normaliser: float = 0.0
+    pairs: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.state = {site: self.families[b] for b, sites in self.reading.blocks.items() for site in sites}
@@ -65,7 +67,10 @@ class BlockMeanField:
             return
         with torch.no_grad():
             log_factors = {f.name: f.at(self.state) for f in summed}
-        value, found = factor_marginals(self.reading.trace, log_factors)
+        if self.reading.chain is not None:
+            value, found, self.pairs = self.reading.chain.marginals(log_factors)
+        else:
+            value, found = factor_marginals(self.reading.trace, log_factors)
         self.log_normaliser = float(value)
         self._log_factors = log_factors
         self.marginals |= found

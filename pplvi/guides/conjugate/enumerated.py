@@ -49,6 +49,8 @@ def conditionals(field: BlockMeanField) -> dict[str, EnumeratedConditional]:
     :raises ValueError: where it is none: sites with several enumerated parents, or that an observation joins.
     """
     field.expect()
+    if field.reading.chain is not None and field.pairs is not None:
+        return _of_chain(field, field.pairs)
     symbols = {site["infer"]["_enumerate_symbol"]: name for name, site in field.reading.summed.items()}
     families: dict[str, set[str]] = {}
     found = {}
@@ -62,6 +64,19 @@ def conditionals(field: BlockMeanField) -> dict[str, EnumeratedConditional]:
     for factor in field.reading.factors:
         if factor.summed and factor.name not in families:
             _check_observation(factor, symbols, list(families.values()))
+    return found
+
+
+def _of_chain(field: BlockMeanField, pairs: Tensor) -> dict[str, EnumeratedConditional]:
+    """Each variable of a chain given the one before; ``pairs`` has a row of equal values before the first."""
+    found, before = {}, None
+    for (name, site), joint in zip(field.reading.summed.items(), pairs, strict=True):
+        _check(name, site, [])
+        probs = joint.permute((*range(2, joint.dim()), 0, 1)).clamp(min=0) + 1e-300
+        probs = probs.sum(-2) if before is None else probs
+        probs = probs / probs.sum(-1, keepdim=True)
+        found[name] = EnumeratedConditional(probs, before, site_plates(site), kind_of(site["fn"]), site["value"].dtype)
+        before = name
     return found
 
 

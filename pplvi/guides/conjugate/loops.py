@@ -53,7 +53,7 @@ def turns(sites: Sequence[Any], rows: Places) -> list[Turns]:
     """Sites with those of one form merged, in the order of the first of each."""
     groups: dict[Any, list[Any]] = {}
     for site in sites:
-        groups.setdefault(_key(site), []).append(site)
+        groups.setdefault(merged_turns(site), []).append(site)
     return [found for group in groups.values() for found in _merged(group, rows)]
 
 
@@ -62,7 +62,8 @@ def alone(site: Any) -> Turns:
     return Turns((site,), site["fn"], without_missing(site))
 
 
-def _key(site: Any) -> Any:
+def merged_turns(site: Any) -> Any:
+    """What sites that may be turns of one loop have in common."""
     stem = stem_of(site["name"])
     plain = isinstance(site["scale"], float | int) and site["mask"] is None and stem != site["name"]
     frames = tuple((f.name if f.vectorized else None, f.dim, f.size) for f in site["cond_indep_stack"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pplvi.guides.conjugate.expressions import Expression, Symbolic, expression
-from pplvi.guides.conjugate.parameters import parameters
+from pplvi.guides.conjugate.parameters import given_parameters
 from pplvi.guides.conjugate.terms import Atom, Constant, Gather, Index, Label, Term
 
 
@@ -59,15 +59,9 @@ def merge(items: Sequence[tuple[Any, Any]], rows: Places) -> tuple[Any, Any] | N
 
 
 def _merged_parameters(fns: Sequence[Any], rows: Places) -> dict[str, Any] | None:
-    given = [_given(fn) for fn in fns]
+    given = [given_parameters(fn) for fn in fns]
     found = {name: _merged([g.get(name) for g in given], rows) for name in given[0]}
     return None if any(v is None for v in found.values()) else found
-
-
-def _given(fn: Any) -> dict[str, Any]:
-    found = parameters(fn)
-    matrices = [name for name in ("precision_matrix", "covariance_matrix", "scale_tril") if name in found]
-    return {name: v for name, v in found.items() if name not in matrices[1:]}
 
 
 def _merged(values: Sequence[Any], rows: Places) -> Any:

@@ -78,8 +78,16 @@ def div(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
     """``a / b``, for one term in the denominator."""
     if rounding_mode is not None or isinstance(a, Function) or isinstance(b, Function):
         return NotImplemented
+    if isinstance(a, Expression) and _is_one(b, a.shape):
+        return a
     inverse = power(b, -1.0) if isinstance(b, Expression) else 1.0 / b
     return NotImplemented if inverse is NotImplemented else mul(a, inverse)
+
+
+def _is_one(b: Any, shape: torch.Size) -> bool:
+    """Whether a divisor changes nothing, as the sum of a simplex does."""
+    plain = isinstance(b, torch.Tensor) and not isinstance(b, Expression)
+    return plain and torch.broadcast_shapes(b.shape, shape) == shape and bool((b == 1).all())
 
 
 @rule("rdiv", "rtruediv")

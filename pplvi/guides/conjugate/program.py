@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain as flat
 from typing import Any
 
 import pyro
@@ -17,6 +17,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 
 import pplvi.guides.conjugate.arrangements  # noqa: F401  registers the rules
+from pplvi.guides.conjugate.chains import Chain, find_chain
 from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, same_entry
 from pplvi.guides.conjugate.expressions import latent, sites_in
 from pplvi.guides.conjugate.families import family_of
@@ -124,6 +125,7 @@ class Reading:
     :ivar drawn: discrete sites that do not ask to be summed out.
     :ivar fallback: blocks without a closed form, and how they are updated.
     :ivar positive: those of them whose logarithm is normal.
+    :ivar chain: the Markov chain that the enumerated sites are, if they are one.
     """
 
     latents: dict[str, Latent]
@@ -135,6 +137,7 @@ class Reading:
     drawn: tuple[str, ...]
     fallback: dict[str, str]
     positive: frozenset[str]
+    chain: Chain | None
 
     def locals(self) -> tuple[str, ...]:
         """Blocks that belong to a minibatch: those in subsampled plates."""
@@ -169,20 +172,17 @@ def read_program(
     sites: dict[str, Any] = latent_sites(prior)
     summed = {n: s for n, s in sites.items() if s["fn"].has_enumerate_support}
     latents = {n: _latent(s) for n, s in sites.items() if n not in summed}
-    _check_names([*chain.from_iterable(joint), *fallback], latents)
+    _check_names([*flat.from_iterable(joint), *fallback], latents)
     families = {name: _family(name, found, fallback) for name, found in latents.items()}
     _check_blocks(joint, families)
     trace = _symbolic_run(model, args, kwargs, prior, latents, bool(summed))
-    joint = [*joint, *_walks(trace, latents, families, {*chain.from_iterable(joint), *fallback})]
+    joint = [*joint, *_walks(trace, latents, families, {*flat.from_iterable(joint), *fallback})]
     names = {site: _block_name(group) for group in joint for site in group}
     series = [Series(f"rows of {_block_name(g)}", tuple(g)) for g in joint if _are_rows(g, latents)]
     blocks = Blocks({name: names.get(name, name) for name in latents}, families, frozenset(fallback))
     blocks = blocks.with_series(series)
-    factors = [_factor(blocks, turn, summed) for summed, turn in _scored(trace, _nesting(prior), places_of(series))]
-    inner = poutine.Trace()
-    for factor in factors:
-        if factor.summed:
-            inner.nodes[factor.name] = factor.site
+    scored, inner, chain = _scored(trace, _nesting(prior), places_of(series))
+    factors = [_factor(blocks, turn, summed) for summed, turn in scored]
     members: dict[str, tuple[str, ...]] = {}
     for site in latents:
         block = blocks.names[site]
@@ -193,7 +193,7 @@ def read_program(
     drawn = tuple(name for name, site in summed.items() if not is_summed(site))
     positive = frozenset(b for b, m in members.items() if families[m[0]] == "lognormal")
     nodes = {name: trace.nodes[name] for name in summed}
-    return Reading(latents, nodes, factors, layouts, members, inner, drawn, hows, positive)
+    return Reading(latents, nodes, factors, layouts, members, inner, drawn, hows, positive, chain)
 
 
 def _first_value(init: Callable[[Any], Any], site: Any) -> Any:
@@ -281,17 +281,25 @@ def _batch_dims(trace: Any) -> int:
     return max((len(site["fn"].batch_shape) for _, site in sample_sites(trace)), default=0)
 
 
-def _scored(trace: Any, nesting: int, rows: Any) -> list[tuple[bool, Turns]]:
-    """What is scored, and whether it depends on enumerated sites: sites, those of a loop at once."""
+def _scored(trace: Any, nesting: int, rows: Any) -> tuple[list[tuple[bool, Turns]], Any, Chain | None]:
+    """What is scored, and whether it depends on enumerated sites: sites, those of a loop at once.
+
+    Also a trace of the sites that depend on enumerated ones, and the chain that they are.
+    """
     sites = [site for _, site in sample_sites(trace) if not is_deterministic(site)]
     for site in sites:
         if site["name"].endswith("_unobserved"):
             site["mask"] = None
     summed = [site for site in sites if is_enumerated(site) or _beyond(site["fn"].batch_shape, nesting)]
     plain = [site for site in sites if not any(site is other for other in summed)]
-    found = [(False, turn) for turn in turns(plain, rows)] + [(True, alone(site)) for site in summed]
+    inner = poutine.Trace()
+    for site in summed:
+        inner.nodes[site["name"]] = site
+    found_chain = find_chain(summed, inner, nesting)
+    inside = [alone(site) for site in summed] if found_chain is None else [part.turns for part in found_chain.parts]
+    found = [(False, turn) for turn in turns(plain, rows)] + [(True, turn) for turn in inside]
     order = {site["name"]: i for i, site in enumerate(sites)}
-    return sorted(found, key=lambda item: order[item[1].sites[0]["name"]])
+    return sorted(found, key=lambda item: order[item[1].sites[0]["name"]]), inner, found_chain
 
 
 def _beyond(shape: Sequence[int], nesting: int) -> bool:
