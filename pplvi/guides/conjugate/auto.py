@@ -361,4 +361,5 @@ def _settled(field: BlockMeanField) -> float:
 
 
 def _plates(found: Sequence[Any]) -> dict[str, Any]:
-    return {p.name: pyro.plate(p.name, p.full_size, dim=p.dim, subsample_size=p.size) for p in found}
+    once = {plate.name: plate for plate in found}
+    return {p.name: pyro.plate(p.name, p.full_size, dim=p.dim, subsample_size=p.size) for p in once.values()}

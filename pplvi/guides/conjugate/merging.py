@@ -91,7 +91,8 @@ def merged_expression(values: Sequence[Expression], rows: Places) -> Expression 
 def _numbering(value: Expression) -> dict[Label, int]:
     found = [label for label in value.labels if label is not None]
     for term in value.terms:
-        found += [label for part in (*term.constants, *term.atoms) for label in part.labels]
+        parts: tuple[Constant | Atom, ...] = (*term.constants, *term.atoms)
+        found += [label for part in parts for label in part.labels]
     return {label: number for number, label in enumerate(dict.fromkeys(found))}
 
 

@@ -292,7 +292,7 @@ def _scored(trace: Any, nesting: int, rows: Any) -> tuple[list[tuple[bool, Turns
             site["mask"] = None
     summed = [site for site in sites if is_enumerated(site) or _beyond(site["fn"].batch_shape, nesting)]
     plain = [site for site in sites if not any(site is other for other in summed)]
-    inner = poutine.Trace()
+    inner: Any = poutine.Trace()
     for site in summed:
         inner.nodes[site["name"]] = site
     found_chain = find_chain(summed, inner, nesting)
