@@ -235,7 +235,7 @@ def row(outcome: Outcome, reference: Outcome) -> str:
 
 def demo(examples: Sequence[str], num_steps: int, num_draws: int, processes: int, out: Path) -> str:
     """Do all runs behind a progress bar, and return the table."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     out.mkdir(parents=True, exist_ok=True)
     jobs = plan(examples, num_steps, num_draws, out)

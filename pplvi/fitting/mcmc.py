@@ -65,10 +65,10 @@ def run_chains(
                     raise
                 break
             chains.append(chain)
-    return joined(chains)
+    return joined_chains(chains)
 
 
-def joined(chains: list[MCMC]) -> MCMC:
+def joined_chains(chains: list[MCMC]) -> MCMC:
     """The first of several one-chain runs, with the draws and diagnostics of all of them."""
     first = chains[0]
     samples = [chain.get_samples(group_by_chain=True) for chain in chains]

@@ -22,6 +22,7 @@ from pplvi.posterior.draws import Draws
 from pplvi.posterior.gathering import disagreements
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import report, report_likelihood
+from pplvi.posterior.tables import Summary, to_html
 from pplvi.posterior.verdict import Verdict, judge
 from pplvi.programs.inputs import to_inputs
 from pplvi.programs.ways import Vectorize, is_looped
@@ -99,6 +100,15 @@ class Fit:
             return f"Fit({self.guide_name}, chains={self.mcmc.num_chains})"
         ended = ", ".join(self.reasons)
         return f"Fit({self.guide_name}, {self.objective}, restarts={len(self.runs)}, best={self.best}, {ended})"
+
+    def _repr_html_(self) -> str:
+        took = f"{self.seconds:.1f} seconds"
+        if self.args is None:
+            return to_html(repr(self), [took, "no full data: give it as args= to posterior() and report()"])
+        if self.mcmc is None and not has_latents(self.runs[self.best], self._call(None, None)):
+            return to_html(repr(self), [took, "maximum likelihood: the model has no latent sites"])
+        frame = self._best_posterior(None, None).to_frame()
+        return to_html(repr(self), [took, str(self.verdict)], frame)
 
     @property
     def losses(self) -> NDArray[np.float64]:
@@ -300,8 +310,8 @@ class Fit:
         )
         return to_arviz(chains, draws=draws, restarts=restarts, best=self.best, coords=coords, **options)
 
-    def summary(self, *, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None) -> str:
-        """The text of :meth:`report`.
+    def summary(self, *, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None) -> Summary:
+        """The text of :meth:`report`, with means and quantiles as a pandas frame, ``fit.summary().frame``.
 
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
@@ -314,7 +324,8 @@ class Fit:
             facts["restarts"] = describe_restarts(self.runs, self.best)
         if trained and not has_latents(run, self._call(args, kwargs)):
             facts["seconds"] = f"{self.seconds:.1f}"
-            return report_likelihood(-run.score, facts=facts, convergence=describe_end(run), converged=self.converged)
+            how, settled = describe_end(run), self.converged
+            return Summary(report_likelihood(-run.score, facts=facts, convergence=how, converged=settled))
         posterior = self._best_posterior(args, kwargs)
         if trained:
             facts |= describe_guide(run, posterior, self._call(args, kwargs), self.seed)
@@ -325,7 +336,9 @@ class Fit:
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = describe_end(run) if trained else None
         verdict = posterior.verdict if args is not None or kwargs is not None else self._verdict(posterior)
-        return report(posterior, facts=facts, convergence=ended, verdict=verdict)
+        summary = Summary(report(posterior, facts=facts, convergence=ended, verdict=verdict))
+        summary.frame = posterior.to_frame()
+        return summary
 
     def report(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import pyro
 import torch
@@ -13,6 +13,7 @@ import torch
 from pplvi.programs.reparam import Reparametrized
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import clone
+from pplvi.programs.ways import Vectorize
 from pplvi.training import checkpoint
 from pplvi.training.checkpoint import PathLike, encode
 from pplvi.training.describe import describe
@@ -20,13 +21,33 @@ from pplvi.training.restart import Restart
 from pplvi.training.resume import describe_sites, signature
 from pplvi.types import Call, Program
 
-if TYPE_CHECKING:
-    from pplvi.fitting.result import Fit
-
 _LIBRARIES = {"pyro": "pyro.infer.autoguide", "pplvi": "pplvi.guides"}
 
 
-def save(fit: Fit, path: PathLike, data: bool) -> None:
+class Saveable(Protocol):
+    """What is read of a fit to save it: see :class:`pplvi.fitting.Fit`."""
+
+    runs: list[Restart]
+    best: int
+    args: tuple[Any, ...] | None
+    kwargs: dict[str, Any]
+    guide_name: str
+    origin: Any
+    reformed: bool
+    objective: Any
+    seed: int | None
+    is_bound: bool
+    vectorize: Vectorize
+    notes: dict[str, str]
+    mcmc: Any
+
+    @property
+    def seconds(self) -> float:
+        """Time that it took."""
+        ...
+
+
+def save(fit: Saveable, path: PathLike, data: bool) -> None:
     """Write a fit into a file that :func:`pplvi.load` reads, and ``fit(resume=...)`` goes on from.
 
     :raises ValueError: for data that a file cannot hold, and where the file cannot be written.
@@ -43,7 +64,7 @@ def save(fit: Fit, path: PathLike, data: bool) -> None:
     checkpoint.write(path, content)
 
 
-def _facts(fit: Fit) -> dict[str, Any]:
+def _facts(fit: Saveable) -> dict[str, Any]:
     with fit.runs[fit.best].environment.active():
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
     return {
@@ -62,7 +83,7 @@ def _facts(fit: Fit) -> dict[str, Any]:
     }
 
 
-def _form(fit: Fit) -> dict[str, Any] | None:
+def _form(fit: Saveable) -> dict[str, Any] | None:
     """The form of the model that ``"auto"`` took, if it is not as written."""
     model = fit.runs[fit.best].model
     if not (fit.reformed and isinstance(model, Reparametrized)):
@@ -70,7 +91,7 @@ def _form(fit: Fit) -> dict[str, Any] | None:
     return {"centered": model.centered, "sites": sorted(model.sites or ())}
 
 
-def _data_of(fit: Fit) -> Any:
+def _data_of(fit: Saveable) -> Any:
     """Arguments and keyword arguments: the full data or, without them, the last minibatch."""
     call: Call = fit.runs[fit.best].ended.call if fit.args is None else (fit.args, fit.kwargs)
     try:
@@ -99,7 +120,7 @@ def _state_of(run: Restart) -> dict[str, Any]:
     }
 
 
-def _signature(fit: Fit, run: Restart) -> dict[str, str]:
+def _signature(fit: Saveable, run: Restart) -> dict[str, str]:
     call = run.ended.call if fit.args is None else (fit.args, fit.kwargs)
     return signature_of(run, call, chains=fit.mcmc is not None)
 
@@ -110,7 +131,7 @@ def signature_of(run: Restart, call: Call, chains: bool) -> dict[str, str]:
         return describe_sites("model", plain_run(run.model, *call).model) if chains else signature(run, call)
 
 
-def _chains(fit: Fit) -> dict[str, Any] | None:
+def _chains(fit: Saveable) -> dict[str, Any] | None:
     if fit.mcmc is None:
         return None
     return {"samples": dict(fit.mcmc.get_samples(group_by_chain=True)), "diagnostics": fit.mcmc.diagnostics()}

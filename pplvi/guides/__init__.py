@@ -2,6 +2,7 @@
 
 from pplvi.guides.amortized.amortized import AutoAmortized
 from pplvi.guides.amortized.hierarchical import AutoHierarchical
+from pplvi.guides.amortized.prediction import PredictionPenalty
 from pplvi.guides.amortized.refinement import amortization_gap, refine
 from pplvi.guides.amortized.semi_dais import AutoSemiDAIS
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
@@ -13,6 +14,7 @@ from pplvi.guides.mixture import AutoMixture
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.deterministic import AutoDeterministicNormal
 from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
+from pplvi.guides.search.proximal import AutoProximal
 from pplvi.guides.search.start import start_at_pathfinder
 
 __all__ = [
@@ -25,9 +27,11 @@ __all__ = [
     "AutoHierarchical",
     "AutoMixture",
     "AutoPathfinder",
+    "AutoProximal",
     "AutoSemiDAIS",
     "FilteredGuide",
     "NestedGuide",
+    "PredictionPenalty",
     "RobbinsMonro",
     "amortization_gap",
     "init_to_pathfinder",

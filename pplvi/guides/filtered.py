@@ -128,7 +128,7 @@ def _as_one_of_several(passed: Filter) -> Filter:
     assert last is not None
     dims, batch = (-particles.nesting - 1, *particles.dims), particles.batch | {_FILTERS}
     wider = replace(particles, nesting=particles.nesting + 1, dims=dims, batch=batch)
-    weights = {"log_weight": last.log_weight.unsqueeze(1), "log_joint": last.log_joint.unsqueeze(1)}
+    last = replace(last, log_weight=last.log_weight.unsqueeze(1), log_joint=last.log_joint.unsqueeze(1))
     visits = [
         replace(
             visit,
@@ -137,7 +137,7 @@ def _as_one_of_several(passed: Filter) -> Filter:
         )
         for visit in passed.visits or []
     ]
-    return replace(passed, particles=wider, last=replace(last, **weights), visits=visits)
+    return replace(passed, particles=wider, last=last, visits=visits)
 
 
 def _around(plates: Plates, filters: int) -> Plates:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pplvi.posterior.arviz.groups import quality
+from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
 from pplvi.posterior.arviz.schema import equal
 from pplvi.posterior.posterior import Posterior, name_of
+from pplvi.posterior.verdict import UNRELIABLE, Verdict
 
 if TYPE_CHECKING:
     import pandas
@@ -20,13 +22,16 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
 
     The expected log predictive density of each fit is :math:`\sum_i \log p(x_i \mid x_{-i})`, estimated by
     :meth:`pplvi.Posterior.loo`; ``az.compare`` makes differences and stacking weights of these. A guide near enough to
-    the posterior (k-hat) agrees with NUTS on the same model: differences that remain are between models.
+    the posterior agrees with NUTS on the same model: differences that remain are between models. Leave-one-out of draws
+    that are not reliable says nothing of a model, however large it is: such fits come after all others, with a warning
+    and without a difference or a weight.
 
     The columns of the table:
 
     ==================================  ======================================================================
     column                              meaning
     ==================================  ======================================================================
+    ``verdict``                         the word of :attr:`pplvi.Posterior.verdict`, by which the table is ordered first
     ``rank``, ``elpd_loo``, ``p_loo``,  as ``az.compare`` has them, densities in nats; missing, and last in the
     ``elpd_diff``, ``weight``, ``se``,  table, for a guide that holds sites at a point
     ``dse``, ``warning``
@@ -69,10 +74,15 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
     posteriors = {name: _posterior(name, fit) for name, fit in fits.items()}
     _check_data(posteriors)
     scores = {name: _loo(name, each, var_name) for name, each in posteriors.items() if _has_loo(each)}
-    rows = {name: {**_quality(posteriors[name]), **_facts(fit, posteriors[name])} for name, fit in fits.items()}
-    ranked = _ranked(scores)
+    verdicts = {n: fit.verdict if hasattr(fit, "verdict") else posteriors[n].verdict for n, fit in fits.items()}
+    rows = {
+        name: {"verdict": verdicts[name].word, **_quality(posteriors[name]), **_facts(fit, posteriors[name])}
+        for name, fit in fits.items()
+    }
+    ranked = _ordered(scores, verdicts)
     order = [*ranked.index, *(name for name in fits if name not in scores)]
     table = ranked.reindex(order).join(pandas.DataFrame.from_dict(rows, orient="index"))
+    table.insert(0, "verdict", table.pop("verdict"))
     return table.astype({"rank": "Int64", "warning": "boolean"})
 
 
@@ -120,15 +130,37 @@ def _loo(name: str, posterior: Posterior, var_name: str | None) -> ELPDData:
         raise ValueError(f"leave-one-out of {name!r}: {error}") from error
 
 
+def _ordered(scores: Mapping[str, ELPDData], verdicts: Mapping[str, Verdict]) -> pandas.DataFrame:
+    """The comparison of what can be believed; behind it, marked, the scores of what cannot."""
+    import pandas
+
+    believed = {name: score for name, score in scores.items() if verdicts[name].word != UNRELIABLE}
+    ranked = _ranked(believed)
+    ranked = ranked.loc[sorted(ranked.index, key=lambda name: (verdicts[name].rank, ranked["rank"][name]))]
+    others = {name: _score(score) for name, score in scores.items() if name not in believed}
+    if others:
+        rest = pandas.DataFrame.from_dict(others, orient="index").sort_values("elpd_loo", ascending=False)
+        ranked = pandas.concat([ranked, rest]) if len(ranked) else rest.reindex(columns=ranked.columns)
+    ranked["rank"] = range(len(ranked))
+    return ranked
+
+
+def _score(score: ELPDData) -> dict[str, Any]:
+    """What is said of draws that are not reliable."""
+    total, effective = (score[key] for key in (("elpd_loo", "p_loo") if "elpd_loo" in score else ("elpd", "p")))
+    return {"elpd_loo": float(total), "p_loo": float(effective), "se": float(score["se"]), "warning": True}
+
+
 def _ranked(scores: Mapping[str, ELPDData]) -> pandas.DataFrame:
     """ArviZ's own comparison, with the column names that ArviZ 0.x gives."""
-    import arviz
     import pandas
 
     columns = ["rank", "elpd_loo", "p_loo", "elpd_diff", "weight", "se", "dse", "warning"]
     if not scores:
         return pandas.DataFrame(columns=columns, dtype=float)
-    found = arviz.compare(dict(scores)).rename(columns={"elpd": "elpd_loo", "p": "p_loo"})
+    with its_own_affairs():
+        table = arviz_itself().compare(dict(scores))
+    found = table.rename(columns={"elpd": "elpd_loo", "p": "p_loo"})
     return found[columns]
 
 
@@ -141,8 +173,7 @@ def _quality(posterior: Posterior) -> dict[str, float]:
 
 
 def _bulk_ess(posterior: Posterior) -> float:
-    import arviz
-
+    arviz = arviz_itself()
     chains = {
         name: value.reshape(posterior.num_chains, -1, *value.shape[1:]).cpu().numpy()
         for name, value in posterior.draws.latents.items()

@@ -7,7 +7,6 @@ Nothing here carries a gradient.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs import enumeration
+from pplvi.programs.errors import warn
 from pplvi.programs.joint import execute
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import (
@@ -215,7 +215,7 @@ class _Shapes:
             event = event_dims(plain)
             width = run.nesting + 1 + (plain["value"].dim() if event is None else event)
             if run.enumerated and site["value"].dim() > width:
-                warnings.warn(f"deterministic site {name!r} depends on an enumerated site: left out.", stacklevel=2)
+                warn(f"deterministic site {name!r} depends on an enumerated site: left out.")
             elif event is None:
                 found[name] = _as_plain(site["value"].detach().clone(), tuple(plain["value"].shape), run.num_particles)
             else:
@@ -310,10 +310,9 @@ def _log_likelihood(run: Run, name: str, site: Site) -> Tensor | None:
         return _unscaled(run, name, site)
     density = enumeration.log_likelihood(run.model, run.guide, name)
     if density is None:
-        warnings.warn(
+        warn(
             f"observed site {name!r} has no log likelihood per element: its elements share an enumerated variable. "
             "It is left out of log_likelihood.",
-            stacklevel=2,
         )
     return density
 

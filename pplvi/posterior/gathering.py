@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.draws import stack
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
@@ -101,17 +103,18 @@ def _facts_of_data(draws: WeightedDraws, converged: bool | None) -> DatumFacts:
 
 
 def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
-    import arviz
-
+    arviz = arviz_itself()
     chains = {
         name: value.reshape(draws.num_chains, -1, *value.shape[1:]).cpu().numpy()
         for name, value in draws.draws.latents.items()
         if value.is_floating_point()
     }
     data = arviz.convert_to_dataset(chains)
+    with np.errstate(invalid="ignore", divide="ignore"):  # sites that never vary
+        tables = arviz.rhat(data), arviz.ess(data)
     rhat, ess = (
         [float(each) for name in chains for each in found[name].values.flatten() if math.isfinite(float(each))]
-        for found in (arviz.rhat(data), arviz.ess(data))
+        for found in tables
     )
     return judge_chains(max(rhat, default=math.inf), min(ess, default=0.0), draws.num_chains)
 
@@ -141,7 +144,7 @@ def _furthest(one: Posterior, other: Posterior) -> float:
 
 def _mean(pool: WeightedDraws, name: str) -> tuple[Tensor, Tensor, float]:
     weight = normalize(pool.psis_log_weight.double())
-    value = pool.draws.latents[name].flatten(1).double()
+    value = pool.draws.latents[name].reshape(pool.num_draws, -1).double()
     mean = weight @ value
     return mean, (weight @ (value - mean).square()).sqrt(), 1 / math.sqrt(float(pool.ess))
 
@@ -162,7 +165,12 @@ def grown(posterior: Posterior, more: Any, bytes_of_draw: int, seconds_of_draw: 
     start, number = time.process_time(), 0
     while (wanted := _wanted(pool, posterior.num_draws, most)) and time.process_time() - start < _MOST_SECONDS:
         number += 1
-        found = more(wanted, number)
+        try:
+            found = more(wanted, number)
+        except ValueError:  # far out, where values leave the range of a distribution
+            break
+        if bool((found.log_p - found.log_q).isnan().any()):
+            break
         draws = stack([pool.draws, found], pool.num_draws + wanted)
         pool = WeightedDraws(draws, posterior.point_sites)
     return pool

@@ -11,16 +11,17 @@ out. Plain ``az.loo`` on the draws knows only the second. The result is ArviZ's 
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import align
 from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.errors import warn
 from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
 
 if TYPE_CHECKING:
@@ -136,10 +137,9 @@ def _elpd_data(elpd: Tensor, p_loo: float, pareto_k: Tensor, coords: DataArray, 
     threshold = pareto_k_threshold(num_draws)
     high = int((pareto_k > threshold).sum())
     if high:
-        warnings.warn(
+        warn(
             f"Pareto k is above {threshold:.2f} for {high} of {len(elpd)} observations, whose leave-one-out densities "
             "are not to be trusted: they are influential, or the guide is far from the posterior (see its own k-hat).",
-            stacklevel=4,
         )
     fields = {
         "elpd_loo": elpd.sum().item(),
@@ -171,7 +171,7 @@ def _wrap(fields: dict[str, Any]) -> ELPDData:
 
 
 def _loo_of_mcmc(posterior: WeightedDraws, likelihood: Tensor, coords: DataArray) -> ELPDData:
-    import arviz
+    arviz = arviz_itself()
 
     def chains(value: Tensor) -> np.ndarray:
         return value.reshape(posterior.num_chains, -1, *value.shape[1:]).cpu().numpy()

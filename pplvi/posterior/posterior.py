@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
@@ -92,6 +92,7 @@ class Posterior(WeightedDraws):
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Where the guide has its parameters, if not in the global store."""
     _source: _Source | None = None
+    _pair: tuple[Program, Program]
 
     @explained()
     def __init__(
@@ -112,6 +113,7 @@ class Posterior(WeightedDraws):
         self.model, self.guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
         if names := enumerated_by(guide, self.args, self.kwargs):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
+        self._pair = model, guide
         run = self._look()
         chunks = _chunks(num_draws, chunk_size, _fitting(run))
         if at_a_point := _is_at_a_point(run):
@@ -129,12 +131,11 @@ class Posterior(WeightedDraws):
     def _look(self) -> Run:
         """A run for inspection, the same as long as the programs and their parameters are."""
         with random_state(0), isolated():
-            return execute(self.model, cast(Program, self.guide), self.args, self.kwargs)
+            return execute(*self._pair, self.args, self.kwargs)
 
     def _drawn(self, chunks: list[tuple[int, int]], seed: int | None) -> Draws:
         def part(start: int, stop: int) -> Draws:
-            guide = cast(Program, self.guide)
-            return draw(self.model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
+            return draw(*self._pair, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
 
         with random_state(seed):
             return stack((part(*bounds) for bounds in chunks), chunks[-1][1])

@@ -79,7 +79,7 @@ def prior_starts(
     :param density: of the model.
     """
     try:
-        drawn = predict(model, None, args, kwargs, num_draws=number, vectorize=density.way.word).latents
+        drawn = predict(model, None, args, kwargs, num_draws=number, vectorize=density.way.word).latents  # type: ignore[arg-type]
         return density.pack_rows(drawn).double()
     except NotImplementedError:
         return 4 * torch.rand(number, density.dim, dtype=torch.float64) - 2
@@ -144,8 +144,7 @@ def climbed(density: UnconstrainedDensity, starts: Tensor, known: Sequence[Mode]
     :param density: the target, in up to 100 dimensions.
     :param starts: rows ``(S, dim)``.
     """
-    with torch.no_grad():
-        ends = ascend(density.value_and_gradient, starts, _ITERATIONS)
+    ends = ascend(density.value_and_gradient, starts, _ITERATIONS)
     found = list(known)
     for row in ends.value.argsort(descending=True).tolist():
         place = ends.position[row]
@@ -183,6 +182,7 @@ def _is_near(place: Tensor, loc: Tensor, tril: Tensor) -> bool:
 def _mode(density: UnconstrainedDensity, place: Tensor, gradient: Tensor) -> Mode | None:
     """The mode near a place, if there is one."""
     hessian = density.hessian(place.to(density.dtype))
+    hessian = None if hessian is None else hessian.detach()
     if hessian is None or not bool(hessian.isfinite().all()):
         return None
     root, failed = torch.linalg.cholesky_ex(-hessian)
@@ -194,7 +194,8 @@ def _mode(density: UnconstrainedDensity, place: Tensor, gradient: Tensor) -> Mod
     tril, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root))
     if bool(failed):
         return None
-    value = float(density(place[None].to(density.dtype)).double())
+    with torch.no_grad():
+        value = float(density(place[None].to(density.dtype)))
     mass = value + float(tril.diagonal().log().sum()) + len(place) / 2 * math.log(2 * math.pi)
     return Mode(mass, place + step, tril)
 

@@ -12,6 +12,7 @@ from torch.distributions import Chi2
 
 _STEPS = 10  # of EM
 _LEAST = 1e-12
+_DEGREES = (2.0, 3.0, 5.0, 8.0, 15.0, 40.0)
 
 
 class Students(NamedTuple):
@@ -37,12 +38,22 @@ class Students(NamedTuple):
         """Shares, ``(K,)``."""
         return self.log_share.exp()
 
+    def affine(self, zero: Tensor, one: Tensor) -> Self:
+        """The distribution of ``zero + one * draw``, both ``(dim,)``."""
+        return self._replace(loc=zero + one * self.loc, tril=one[:, None] * self.tril)
+
+    def heaviest(self, number: int) -> Self:
+        """The components of the largest shares, at most so many, the largest first."""
+        order = self.log_share.argsort(descending=True)[:number]
+        log_share = self.log_share[order]
+        return type(self)(log_share - log_share.logsumexp(0), self.loc[order], self.tril[order], self.df[order])
+
     def sample(self, size: int) -> Tensor:
         """Draws ``(size, dim)``, stratified over the components."""
         positions = (torch.rand((), dtype=torch.float64) + torch.arange(size)) / size
         chosen = torch.searchsorted(self.covered.cumsum(0).clamp(max=1 - 1e-12), positions).clamp(max=len(self.loc) - 1)
         noise = torch.randn(size, self.loc.shape[1], dtype=self.loc.dtype)
-        return self.push(noise, chosen)
+        return self.push(noise, chosen[torch.randperm(size)])
 
     def push(self, noise: Tensor, chosen: Tensor) -> Tensor:
         """Normal noise ``(S, dim)`` to draws, each of its own component."""
@@ -74,6 +85,19 @@ class Students(NamedTuple):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log densities ``(S,)`` of rows ``(S, dim)``, nats."""
         return self.each(value).logsumexp(1)
+
+    def with_tails(self, draws: Tensor, weight: Tensor) -> Self:
+        """The mixture with the degrees of freedom, of a grid, under which weighted draws are most likely."""
+        distances, best = self.distances(draws), self
+        likelihood = float(weight @ self.each(draws, distances).logsumexp(1))
+        for k in range(len(self.loc)):
+            for df in _DEGREES:
+                new = best.df.clone()
+                new[k] = df
+                trial = best._replace(df=new)
+                if (found := float(weight @ trial.each(draws, distances).logsumexp(1))) > likelihood:
+                    best, likelihood = trial, found
+        return best
 
     def fitted(self, draws: Tensor, weight: Tensor, *, steps: int = _STEPS) -> Self:
         """The mixture after EM on weighted draws, from where it is; degrees of freedom stay.
@@ -113,7 +137,8 @@ class Students(NamedTuple):
         return type(self)(log_share, loc[kept], tril[kept], self.df[alive][kept])
 
 
-def joined(parts: Sequence[Students]) -> Students:
-    """Mixtures as one, each with an equal share."""
-    share = torch.cat([part.log_share for part in parts]) - math.log(len(parts))
-    return Students(share, *(torch.cat(column) for column in list(zip(*parts, strict=True))[1:]))
+def joined(parts: Sequence[Students], shares: Tensor | None = None) -> Students:
+    """Mixtures as one, each with its share, or with an equal one."""
+    given = torch.full((len(parts),), 1 / len(parts)) if shares is None else shares
+    log_share = torch.cat([part.log_share + float(share.log()) for part, share in zip(parts, given, strict=True)])
+    return Students(log_share, *(torch.cat(column) for column in list(zip(*parts, strict=True))[1:]))

@@ -255,9 +255,7 @@ def judge_chains(rhat: float, ess: float, num_chains: int) -> Verdict:
 
 POINT = Verdict(
     UNRELIABLE,
-    (
-        "the guide holds latent sites at a point, so it says nothing of their uncertainty: no entropy, evidence or k-hat",
-    ),
+    ("the guide holds latent sites at a point, so it says nothing of their uncertainty and has no evidence or k-hat",),
     ("AutoLaplaceApproximation for a spread around the point", "AutoNormal or pplvi.AutoFlow for a fitted spread"),
 )
 SUBSAMPLED = Verdict(

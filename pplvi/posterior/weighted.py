@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import take
+from pplvi.posterior.tables import table, to_html
 from pplvi.programs.state import random_state
 from pplvi.weights.algebra import effective_sample_size, log_evidence
-from pplvi.weights.pareto import pareto_smooth, tail_shortfall
+from pplvi.weights.pareto import pareto_k_error, pareto_smooth, tail_shortfall
 from pplvi.weights.resampling import resample
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class Estimate(NamedTuple):
@@ -58,6 +62,18 @@ class WeightedDraws:
     def pool(self) -> WeightedDraws:
         """All draws there are behind these: what :meth:`resample` chooses from."""
         return self
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Mean, sd, 5 %, 50 % and 95 % quantiles of every element of the latent and deterministic sites.
+
+        Draws of a guide count by their Pareto-smoothed weights; those of MCMC, and of a guide that holds sites at a
+        point, count alike. See :func:`pplvi.posterior.tables.table`.
+        """
+        return table(self.draws, self.psis_log_weight if self.has_weights else None)
+
+    def _repr_html_(self) -> str:
+        verdict = getattr(self, "verdict", None)
+        return to_html(repr(self), [] if verdict is None else [str(verdict)], self.to_frame())
 
     @property
     def num_draws(self) -> int:
@@ -164,9 +180,9 @@ class WeightedDraws:
     def log_evidence(self) -> tuple[Tensor, Tensor]:
         r"""Log evidence and its standard error, each of shape ``batch``, in nats.
 
-        The error is that of :func:`pplvi.weights.log_evidence` and, added in quadrature, what a Pareto tail would add
-        beyond the largest draw (:func:`pplvi.weights.pareto.tail_shortfall`): from a k-hat of 0.5 on weights have no
-        finite variance, from 1 on no mean, and the error is infinite.
+        The error is that of :func:`pplvi.weights.log_evidence` and, added in quadrature, twice what a Pareto tail would
+        add beyond the largest draw (:func:`pplvi.weights.pareto.tail_shortfall`, at half an error above k-hat): from a
+        k-hat of 0.5 on weights have no finite variance, from 1 on no mean, and the error is infinite.
 
         :raises ValueError: where :attr:`log_weight` does.
         """
@@ -174,15 +190,13 @@ class WeightedDraws:
 
     def _evidence(self, log_weight: Tensor) -> tuple[Tensor, Tensor]:
         value, error = log_evidence(log_weight)
-        return value, torch.hypot(error, self.tail_shortfall.to(error))
+        return value, torch.hypot(error, self._tail_error.to(error))
 
     @cached_property
-    def tail_shortfall(self) -> Tensor:
-        """Part of the evidence that lies beyond the largest weights by their Pareto tail, shape ``batch``.
-
-        :raises ValueError: where :attr:`log_weight` does.
-        """
-        return tail_shortfall(self.log_weight.double(), self.pareto_k.double())
+    def _tail_error(self) -> Tensor:
+        pareto_k = self.pareto_k.double()
+        above = pareto_k + 0.5 * pareto_k_error(pareto_k, self.num_draws)
+        return 2 * tail_shortfall(self.log_weight.double(), above)
 
     @property
     def total_log_evidence(self) -> Estimate:

@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -20,7 +21,7 @@ from pplvi.programs import stacked
 from pplvi.programs.handlers import without_padding
 from pplvi.programs.masks import balance_missing
 from pplvi.programs.randomness import OutOfPlace, carried, for_all_particles
-from pplvi.programs.running import How, run_guide, run_pair, trace_within
+from pplvi.programs.running import How, is_recording, run_guide, run_pair, trace_within
 from pplvi.programs.sites import is_enumerated, is_subsample
 from pplvi.programs.traces import Run
 from pplvi.types import Program
@@ -202,6 +203,7 @@ def _carried(
 ) -> tuple[stacked.Outputs, stacked.Records, Run]:
     left: list[Any] = []
     mode = OutOfPlace(spoil=given.spoil)
+    validated = is_validation_enabled() and given.densities and not is_recording()
 
     def particle(token: Tensor, values: Lanes) -> Any:
         mode.token = token if way.written else None
@@ -209,6 +211,8 @@ def _carried(
             run = one(values, single)
         if shared := [name for name in stacked.shared_draws(run) if name not in given.supplied]:
             raise CannotCarry(f"sites {shared} would have one draw for all particles.")
+        if validated:
+            stacked.check_observed(run)
         outputs, records = stacked.take_apart(run, densities=given.densities, exact=given.exact)
         left[:] = records, run
         failed, mode.token, mode.failed = mode.failed, None, None

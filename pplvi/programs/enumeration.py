@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
@@ -155,29 +154,6 @@ def _common_scale(scales: list[Any]) -> Any:
     return scales[0]
 
 
-def factor_marginals(model: Trace, log_factors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The log normaliser of given factors over a trace's enumerated sites, and the posterior probabilities of each.
-
-    ``log Z = log sum_z exp sum_s f_s(z)`` and ``d log Z / d f_s``, which is the probability of the values that factor
-    ``s`` has in its dimensions, times its scale and mask.
-
-    :param model: an enumerated trace; its values and densities are not looked at.
-    :param log_factors: one tensor for each site, of the full shape of its density.
-    :returns: ``log Z``, nats, and for each site a tensor of its factor's shape.
-    :raises ValueError: if sites that share an enumerated variable have different scales.
-    """
-    with torch.enable_grad():
-        leaves = {name: factor.detach().requires_grad_() for name, factor in log_factors.items()}
-        for site in _sites(model):
-            site["unscaled_log_prob"] = leaf = leaves[site["name"]]
-            site["log_prob"] = scale_and_mask(leaf, site["scale"], site["mask"])
-        empty: Any = poutine.Trace()
-        _pack(model, empty)
-        total = torch.stack([term.sum() for _, term in _model_terms(model, empty, 1.0)]).sum()
-        gradients = torch.autograd.grad(total, list(leaves.values()))
-    return total.detach(), dict(zip(leaves, gradients, strict=True))
-
-
 class _GuideAverage:
     """Expectation of a packed term over the guide's enumerated sites, as an unpacked tensor."""
 
@@ -253,3 +229,62 @@ def _zeros(site: Site, plates: frozenset[str]) -> Tensor:
 
 def _copy(tree: Tree) -> Tree:
     return OrderedDict((ordinal, list(terms)) for ordinal, terms in tree.items())
+
+
+def expected_counts(
+    model: Trace, guide: Trace, instead: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The log evidence of a model without drawn latents, and how often each entry of its log densities counts.
+
+    The count of an entry, such as a value of an enumerated site for one datum, is its posterior probability times the
+    scale of its site, and zero where it is masked. It is the derivative of the log evidence in the entry.
+
+    :param instead: log densities to put in the place of those of enumerated sites, by name, of shapes that broadcast to
+        them; all other sites then count nothing in the sum, which makes the counts those of given probabilities.
+    :returns: a scalar, in nats, and for every site a tensor of the shape of its log density.
+    """
+    log_factors = {}
+    for site in _sites(model):
+        name, own = site["name"], site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
+        if instead is not None:
+            own = instead.get(name, own.new_zeros(())).to(own).expand_as(own)
+        log_factors[name] = own
+    return factor_marginals(model, guide, log_factors)
+
+
+def factor_marginals(
+    model: Trace, guide: Trace, log_factors: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The log normaliser of given factors over a trace's enumerated sites, and the posterior probabilities of each.
+
+    ``log Z = log sum_z exp sum_s f_s(z)`` and ``d log Z / d f_s``, which is the probability of the values that factor
+    ``s`` has in its dimensions, times its scale and mask.
+
+    :param model: an enumerated trace; its values and densities are not looked at.
+    :param guide: the trace of a guide, which may be empty.
+    :param log_factors: one tensor for each site, of the full shape of its density.
+    :returns: ``log Z``, nats, and for each site a tensor of its factor's shape.
+    :raises ValueError: if sites that share an enumerated variable have different scales.
+    """
+    with torch.enable_grad():
+        leaves = {name: factor.detach().clone().requires_grad_() for name, factor in log_factors.items()}
+        for site in _sites(model):
+            site["unscaled_log_prob"] = leaf = leaves[site["name"]]
+            site["log_prob"] = scale_and_mask(leaf, site["scale"], site["mask"])
+        _pack(model, guide)
+        total = torch.stack([term.sum() for _, term in _model_terms(model, guide, 1.0)]).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return total.detach(), dict(zip(leaves, found, strict=True))
+
+
+def depending(model: Trace, name: str) -> list[str]:
+    """Names of the other sites whose log densities depend on an enumerated site, in a trace that has been packed."""
+    symbol = model.nodes[name]["infer"]["_enumerate_symbol"]
+    return [site["name"] for site in _sites(model) if _among(site, {symbol}) and site["name"] != name]
+
+
+def varies(model: Trace, name: str, of: str) -> bool:
+    """Whether a site's log density takes several values along an enumerated site, in a trace that has been packed."""
+    term = model.nodes[name]["packed"]["unscaled_log_prob"]
+    along = term.movedim(term._pyro_dims.index(model.nodes[of]["infer"]["_enumerate_symbol"]), 0)
+    return not bool(torch.isclose(along, along[:1], rtol=1e-6, atol=1e-9).all())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +15,7 @@ from torch import Tensor
 
 _RAW = (IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError, NotImplementedError)
 _OURS, _TORCH = ("pyro", "pplvi"), "torch"
+_BETWEEN = {*_OURS, _TORCH, "contextlib", "functools"}  # the user and this package
 _TABLE = "Trace Shapes:"
 
 
@@ -36,6 +39,20 @@ def explained() -> Iterator[None]:
         if found is error:
             raise
         raise found from found.__cause__
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's own code that has led here, where Python shows a warning once.
+
+    >>> with warnings.catch_warnings(record=True, action="always") as found:
+    ...     warn("the data are few")
+    >>> found[0].filename.endswith("errors.py")
+    False
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def told(error: Exception) -> Exception:

@@ -57,6 +57,7 @@ def execute(
     layout, word = layout_of(model, guide, args, kwargs), named(vectorize)
 
     def attempt(layout: Layout) -> Run:
+        checks.check_divergences(enumerated=layout.enumerated and exact == "divergence")
         way, layout = (BROADCAST, layout) if num_particles == 1 else way_for(model, guide, args, kwargs, layout, word)
         supplied = supplied_values(model, args, kwargs, layout, values)
         how = How(num_particles, layout.nesting, layout.enumerated, detach, supplied)

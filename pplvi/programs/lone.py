@@ -35,6 +35,7 @@ class Own:
 def each_own(container: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Nested containers with every particle's own tensors changed.
 
+    >>> import torch
     >>> each_own({"z": Own(torch.zeros(2)), "n": 3}, lambda x: x + 1)
     {'z': Own(value=tensor([1., 1.])), 'n': 3}
     """
@@ -85,7 +86,7 @@ def run_each(build: Callable[[Any], Program], given: Any, alone: Alone, way: Way
     :param given: nested containers, into which the program may write; each particle's tensors are :class:`Own`.
     :returns: the run, and the containers as the program has left them.
 
-    >>> import pyro, pyro.distributions as dist
+    >>> import pyro, pyro.distributions as dist, torch
     >>> from pplvi.programs.carrying import CARRIED
     >>> def step(state):
     ...     def program():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 
 from pplvi.programs.checks import check_pair
@@ -14,6 +15,15 @@ from pplvi.programs.running import plain_run_of_pair
 from pplvi.programs.sites import Site, is_deterministic, is_factor, sample_sites, site_plates
 from pplvi.programs.traces import Run
 from pplvi.types import Program
+
+
+def data_plate(count: int, size: int | None) -> Any:
+    """The plate ``"data"`` of ``count`` data, which stand for ``size`` of them.
+
+    >>> data_plate(3, None).size, data_plate(3, 12).size
+    (3, 12)
+    """
+    return pyro.plate("data", size or count, subsample_size=None if size is None else count, dim=-1)
 
 
 @contextmanager

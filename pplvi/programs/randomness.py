@@ -2,6 +2,12 @@
 
 Pyro's distributions draw in place (``x.normal_()``), read ``.data``, reject and try again. Inside :func:`carried` these
 happen out of place, for every particle by itself, and a factorisation that fails does so for its particle alone.
+
+Draws of these branch on their values, or have gradients of their own, and are left to the loop: AVFMultivariateNormal,
+CoalescentTimes, DirichletMultinomial, GaussianScaleMixture, MixtureOfDiagNormals, MixtureOfDiagNormalsSharedCovariance,
+OMTMultivariateNormal, ProjectedNormal, SineBivariateVonMises, SineSkewed, SpanningTree, Stable, StableWithLogProb,
+Wishart. Their densities at given values are carried, except those of SineBivariateVonMises, SineSkewed, Stable and
+Wishart.
 """
 
 from __future__ import annotations

@@ -181,6 +181,11 @@ class Run:
             return sum((self.to_batch(term) for _, term in self._enumerated_densities[0]), self.zeros())
         return self._total(self.log_probs(self.model))
 
+    def expected_counts(self, instead: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The log evidence where every latent is enumerated, and how often each entry of the densities counts: see
+        :func:`pplvi.programs.enumeration.expected_counts`."""
+        return enumeration.expected_counts(self.model, self.guide, instead)
+
     def log_forward(self) -> Tensor:
         """Log density of the guide at its draws, auxiliary sites included."""
         if self.enumerated:

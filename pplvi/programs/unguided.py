@@ -20,7 +20,7 @@ from pplvi.programs.running import How, isolated, no_guide, plain_run, trace_wit
 from pplvi.programs.sites import is_enumerated, latent_sites
 from pplvi.programs.state import preserved_buffers
 from pplvi.programs.traces import Run, spread
-from pplvi.programs.ways import OutsideState, Vectorize, Word, held_by, named
+from pplvi.programs.ways import OutsideState, Vectorize, WayName, held_by, named
 from pplvi.types import Program
 
 
@@ -99,7 +99,7 @@ def _drawn(run: Run) -> dict[str, Tensor]:
     return {name: site["value"].clone() for name, site in latent_sites(run.model).items() if not is_enumerated(site)}
 
 
-def _first_right(single: _Model, how: How, plain: Run, word: Word | None) -> Run:
+def _first_right(single: _Model, how: How, plain: Run, word: WayName | None) -> Run:
     known = recall(single.model, no_guide, single.args, single.kwargs)
     layout = known or Layout(how.nesting, how.enumerated, frozenset())
     key = f"{word}, {single.sample_observed}"

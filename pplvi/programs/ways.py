@@ -30,14 +30,14 @@ from pplvi.programs.state import modules_of, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
-Word = Literal["broadcast", "vmap", "loop"]
+WayName = Literal["broadcast", "vmap", "loop"]
 """What a user may call a way."""
 
-Vectorize = Word | bool | None
+Vectorize = WayName | bool | None
 """A way by its word; ``None`` and ``True`` leave the choice to what is found right, ``False`` is a loop."""
 
 
-def named(vectorize: Vectorize, argument: str = "vectorize") -> Word | None:
+def named(vectorize: Vectorize, argument: str = "vectorize") -> WayName | None:
     """The word of a way that an argument names; ``None`` for any.
 
     :raises ValueError: for any other value.
@@ -49,13 +49,13 @@ def named(vectorize: Vectorize, argument: str = "vectorize") -> Word | None:
         return None
     if vectorize is False:
         return "loop"
-    if vectorize not in get_args(Word):
-        raise ValueError(f"{argument}={vectorize!r}: expected None, True, False, or one of {get_args(Word)}.")
+    if vectorize not in get_args(WayName):
+        raise ValueError(f"{argument}={vectorize!r}: expected None, True, False, or one of {get_args(WayName)}.")
     return vectorize
 
 
 def way_for(
-    model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: Word | None
+    model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: WayName | None
 ) -> tuple[Way, Layout]:
     """The way in which this pair runs several particles, and the layout that remembers it.
 
@@ -71,7 +71,7 @@ def way_for(
     return way, layout
 
 
-def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: Word | None) -> Way:
+def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: WayName | None) -> Way:
     trial = Trial(model, guide, args, kwargs, layout)
     trial.check_alone()
     coupled = isinstance(poutine.unwrap(guide), GuideMessenger)
@@ -101,7 +101,7 @@ def is_looped(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
     return layout is not None and None in layout.ways and layout.ways[None].word == "loop"
 
 
-def candidates(word: Word | None) -> list[Way]:
+def candidates(word: WayName | None) -> list[Way]:
     """The ways that a word allows, the fastest first; a loop that is asked for takes the pair particle by particle."""
     if word == "loop":
         return [LOOP]

@@ -132,8 +132,8 @@ def way_of(
     if errors:
         raise errors[0]
     raise ValueError(
-        f"vectorize_particles={vectorize!r}: a filter whose plates are not all around every site needs one call for all "
-        "particles: expected programs that broadcast. Drop the option."
+        f"vectorize_particles={vectorize!r}: a filter whose plates are not all around every site needs one call for "
+        "all particles: expected programs that broadcast. Drop the option."
     )
 
 
@@ -348,7 +348,7 @@ class Filter:
         if self._together:
             memory = {key: self._kept(key, value, chosen) for key, value in state.memory.items()}
         else:
-            memory = each_own(state.memory, lambda value: self._taken("...", value, chosen))
+            memory = each_own(state.memory, lambda value: self._taken("of a particle", value, chosen))
         return FilterState(memory, log_weight, joint, target)
 
     def _kept(self, key: str, value: Any, chosen: Tensor) -> Any:

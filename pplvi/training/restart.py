@@ -41,6 +41,7 @@ class Restart:
     :ivar monitored: a monitor named by the user, evaluated now and then, in nats; empty without one.
     :ivar reason: why training ended: ``"num_steps"``, ``"converged"``, ``"callback"``, ``"data"`` (an iterator was
         used up), ``"found"`` (the guide found itself) or ``"interrupted"``; empty while it goes on.
+    :ivar exact: whether losses have no Monte Carlo error, so that the last one is the score.
     :ivar rollbacks: how many times training went back because of a loss that was not finite.
     :ivar ended: what a continuation needs, once training has ended.
     """
@@ -54,6 +55,7 @@ class Restart:
         self.losses: list[Any] = []
         self.monitored: list[float] = []
         self.reason, self.seconds, self.rollbacks = "", 0.0, 0
+        self.exact = False
         self.ended = Ended()
 
     @contextmanager
@@ -76,7 +78,7 @@ class Restart:
     def score(self) -> float:
         """Mean of the last tenth of the monitor's trace, in nats: what the best restart has the least of."""
         trace = self.monitored or self.losses
-        tail = trace[-max(1, int(TAIL * len(trace))) :]
+        tail = trace[-1 if self.exact else -max(1, int(TAIL * len(trace))) :]
         return sum(map(float, tail)) / len(tail) if tail else math.inf
 
     @property

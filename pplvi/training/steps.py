@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.infer
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pplvi.compile.svi import CompiledSVI, Mode
+from pplvi.compile.svi import CompiledSVI, CompileMode
 from pplvi.compile.vectorized import Apart
 from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
@@ -31,9 +31,11 @@ class Stepper(ABC):
     """Takes the steps of one restart: the replaceable core of the training loop.
 
     :ivar update: counts them and says how large the next one is.
+    :cvar exact: whether the losses have no Monte Carlo error.
     """
 
     update: Update
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
@@ -256,7 +258,7 @@ class CompiledSteps(Steps):
     :ivar chunk: the most steps in one call.
     """
 
-    mode: Mode = field(default=True, kw_only=True)
+    mode: CompileMode = field(default=True, kw_only=True)
     chunk: int = field(default=50, kw_only=True)
     last: CompiledStepper | None = field(default=None, init=False)
 

@@ -379,3 +379,17 @@ def schools(mode: Any, lr: float = 1e-3, seed: int = 3, **options: Any) -> Compi
 
 
 MODES = ["trace", pytest.param(True, marks=pytest.mark.slow), pytest.param("max", marks=pytest.mark.slow)]
+
+# What stands for all of them where a case takes seconds.
+SHAPES = {
+    "nested plates",
+    "subsampling",
+    "enumeration",
+    "masks",
+    "factors",
+    "constrained supports",
+    "batched events",
+    "PyroModule",
+    "small flow",
+    "only parameters",
+}

@@ -45,14 +45,15 @@ def train(guide: Any, **options: Any) -> pplvi.Fit:
 
 
 def assert_same(first: pplvi.Fit, second: pplvi.Fit, **options: Any) -> None:
-    """Draws, weights, losses and every word of the report."""
+    """Draws, losses, and every number of the report but for the verdict, which draws as many more as there is time."""
     assert (first.losses == second.losses).all()
     assert first.reasons == second.reasons
     for r in range(len(first.runs)):
         one, other = (fit.posterior(100, restart=r, **options) for fit in (first, second))
         for name, value in one.draws.latents.items():
             assert torch.equal(value, other.draws.latents[name])
-    assert second.summary(**options) == first.summary(**options)
+    one_text, other_text = (fit.summary(**options).split("Verdict:")[0] for fit in (first, second))
+    assert one_text == other_text
 
 
 GUIDES = {

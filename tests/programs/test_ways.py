@@ -501,3 +501,22 @@ def test_minibatches_that_only_the_guide_draws_in_any_order():
             losses = torch.tensor([pplvi.ELBO(num_particles).loss(model, guide, y, size) for _ in range(40)])
             error = 0.0 if size is None else 50 * exact.std() / math.sqrt(10 * 40)
             assert abs(losses.mean() - exact.sum()) < 4 * error + 1e-8
+
+
+def counts(x, y, mask=None):
+    rate = (x @ coefficients()).exp()
+    with pyro.plate("data", len(x)), poutine.mask(mask=True if mask is None else mask):
+        pyro.sample("y", dist.Poisson(rate), obs=y)
+
+
+@pytest.mark.parametrize("way", [None, "vmap", "loop"])
+def test_later_data_are_checked_in_every_way(way):
+    guide, loss, good = AutoNormal(counts), pplvi.ELBO(3, vectorize_particles=way), torch.ones(12)
+    for value in (-1.0, 0.5):
+        before = loss.loss(counts, guide, X, good)
+        assert math.isfinite(before)
+        bad = good.clone()
+        bad[4] = value
+        with pytest.raises(ValueError, match=r"log density at site 'y' cannot be computed.*support"):
+            loss.loss(counts, guide, X, bad)
+        assert math.isfinite(loss.loss(counts, guide, X, bad, mask=bad == good))

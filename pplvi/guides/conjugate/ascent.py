@@ -70,7 +70,7 @@ class BlockMeanField:
         if self.reading.chain is not None:
             value, found, self.pairs = self.reading.chain.marginals(log_factors)
         else:
-            value, found = factor_marginals(self.reading.trace, log_factors)
+            value, found = factor_marginals(self.reading.trace, self.reading.empty, log_factors)
         self.log_normaliser = float(value)
         self._log_factors = log_factors
         self.marginals |= found

@@ -23,6 +23,7 @@ from pplvi.guides.conjugate.quantiles import medians, site_quantiles
 from pplvi.guides.conjugate.rates import RobbinsMonro
 from pplvi.guides.conjugate.shapes import Structure
 from pplvi.guides.owned import OwnedGuide
+from pplvi.guides.search.base import Search
 from pplvi.programs.density import outside_of_handlers
 from pplvi.programs.errors import explained
 from pplvi.programs.state import preserved_rng, random_state
@@ -34,7 +35,7 @@ _PREFIX = "q:"
 _LOCAL_SWEEPS, _LOCAL_TOLERANCE = 100, 1e-8
 
 
-class AutoConjugate(OwnedGuide):
+class AutoConjugate(OwnedGuide, Search):
     r"""Coordinate ascent for conditionally conjugate models, on the program as it is written.
 
     The mean field :math:`q(z) = \prod_i q_i(z_i)` is updated block by block to its maximiser

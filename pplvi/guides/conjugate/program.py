@@ -139,6 +139,11 @@ class Reading:
     positive: frozenset[str]
     chain: Chain | None
 
+    @property
+    def empty(self) -> Any:
+        """The trace of no guide."""
+        return poutine.Trace()
+
     def locals(self) -> tuple[str, ...]:
         """Blocks that belong to a minibatch: those in subsampled plates."""
         return tuple(b for b, sites in self.blocks.items() if any(_is_part(self.latents[s]) for s in sites))

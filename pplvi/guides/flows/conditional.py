@@ -47,6 +47,23 @@ class Conditional(PyroModule):
         return outputs[..., : self.size], softplus(outputs[..., self.size : 2 * self.size] + self.offset)
 
 
+class Point(Conditional):
+    """A point: the outputs are the coordinates themselves."""
+
+    @property
+    def num_outputs(self) -> int:
+        """As many as there are coordinates."""
+        return self.size
+
+    def forward(self, outputs: Tensor, features: Tensor) -> dist.TorchDistribution:
+        """All mass at the outputs."""
+        return dist.Delta(outputs, event_dim=1)
+
+    def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The outputs, without spread."""
+        return outputs, torch.zeros_like(outputs)
+
+
 class _FullCovariance(Conditional):
     """A multivariate normal; its scale's Cholesky factor is ``diag(scale) (I + strictly lower outputs)``."""
 
@@ -118,6 +135,7 @@ CONDITIONALS: dict[str, type[Conditional]] = {
     "normal": Conditional,
     "multivariate_normal": _FullCovariance,
     "flow": _ConditionalFlow,
+    "delta": Point,
 }
 
 

@@ -106,7 +106,8 @@ def to_arviz(
         ``Posterior.from_mcmc(mcmc, model, args, kwargs)``.
     :returns: ``arviz.InferenceData``; with ArviZ 1.x an :class:`xarray.DataTree` of the same groups. Its attributes,
         and those of ``posterior``, are ``attrs``, ``pareto_k`` (the largest of the batch), ``ess`` (the smallest),
-        ``elbo``, ``log_evidence``, ``log_evidence_error`` (nats), for each chain, and the versions of the libraries.
+        ``elbo``, ``log_evidence``, ``log_evidence_error`` (nats), for each chain, the ``verdict`` on the best of them
+        with its reasons, and the versions of the libraries.
     :raises ValueError: if the draws have no weights and ``draws="psis"``, if a plate outside the batch is subsampled,
         if ``coords`` or ``dims`` do not fit, if restarts do not fit together, or if the prior cannot be drawn from.
 
@@ -143,7 +144,7 @@ def to_arviz(
     kind = "mcmc" if posteriors[0].is_mcmc else draws
     groups, renamed = storable(groups)
     notes = {"renamed": ", ".join(f"{old} is {new}" for old, new in renamed.items())} if renamed else {}
-    described = attributes({"draws": kind, **summary(posteriors), **notes, **(attrs or {})})
+    described = attributes({"draws": kind, **summary(posteriors, chosen), **notes, **(attrs or {})})
     labels = {renamed.get(dim, dim): values for dim, values in (coords or {}).items()}
     return wrap(datasets(groups, labels, described), described)
 

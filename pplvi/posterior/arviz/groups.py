@@ -196,10 +196,11 @@ def _diverging(mcmc: MCMC | None) -> Iterator[np.ndarray]:
         yield np.isin(np.arange(mcmc.num_samples), draws)
 
 
-def summary(posteriors: Sequence[Posterior]) -> dict[str, Any]:
-    """Attributes that say how good the weights are: one number for each chain."""
+def summary(posteriors: Sequence[Posterior], best: int) -> dict[str, Any]:
+    """Attributes that say how good the weights are, one number for each chain, and the verdict on the best of them."""
     guide = posteriors[0].guide
     names: dict[str, Any] = {} if guide is None else {"guide": name_of(guide)}
+    names |= {"verdict": posteriors[best].verdict.word, "verdict_reasons": "; ".join(posteriors[best].verdict.reasons)}
     if not all(posterior.has_weights for posterior in posteriors):
         return names
     numbers = [quality(posterior) for posterior in posteriors]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.programs.sites import Plate
 
 if TYPE_CHECKING:
@@ -235,8 +236,7 @@ def _attribute(value: Any) -> Any:
 
 def wrap(found: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> Any:
     """Make what the installed ArviZ works on: ``InferenceData`` before 1.0, :class:`xarray.DataTree` from then on."""
-    import arviz
-
+    arviz = arviz_itself()
     groups: dict[str, Any] = dict(found)
     if int(arviz.__version__.split(".")[0]) < 1:
         return arviz.InferenceData(attrs=dict(attrs), **groups)
