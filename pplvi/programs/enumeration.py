@@ -252,9 +252,7 @@ def expected_counts(
     return factor_marginals(model, guide, log_factors)
 
 
-def factor_marginals(
-    model: Trace, guide: Trace, log_factors: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def factor_marginals(model: Trace, guide: Trace, log_factors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The log normaliser of given factors over a trace's enumerated sites, and the posterior probabilities of each.
 
     ``log Z = log sum_z exp sum_s f_s(z)`` and ``d log Z / d f_s``, which is the probability of the values that factor

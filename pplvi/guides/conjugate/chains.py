@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.guides.conjugate.loops import LEAST, Turns, merged_turns
+from pplvi.guides.conjugate.loops import LEAST, LoopTurns, merged_turns
 from pplvi.guides.conjugate.merging import merge
 from pplvi.guides.conjugate.parameters import given_parameters
 from pplvi.programs.masks import without_missing
@@ -27,13 +27,13 @@ class Part:
     :ivar is_pair: whether they touch the one before.
     """
 
-    turns: Turns
+    turns: LoopTurns
     places: tuple[int, ...]
     is_pair: bool
 
 
 @dataclass(frozen=True)
-class Chain:
+class MarkovChain:
     """A Markov chain.
 
     :ivar names: its variables, in order.
@@ -86,7 +86,7 @@ def log_product(matrices: Tensor) -> Tensor:
     return torch.logsumexp(matrices[0].flatten(0, 1), 0) - torch.log(torch.tensor(float(size), dtype=matrices.dtype))
 
 
-def find_chain(sites: Sequence[Any], trace: Any, nesting: int) -> Chain | None:
+def find_chain(sites: Sequence[Any], trace: Any, nesting: int) -> MarkovChain | None:
     """The chain that sites which depend on enumerated ones make; ``None`` where they make another graph.
 
     :param sites: of the trace, in order.
@@ -110,7 +110,7 @@ def find_chain(sites: Sequence[Any], trace: Any, nesting: int) -> Chain | None:
         key = (merged_turns(site), len(scope))
         groups.setdefault(key, []).append((site, scope))
     parts = [part for group in groups.values() for part in _parts(group, nesting)]
-    return Chain(tuple(names), sizes.pop(), batches.pop(), tuple(parts))
+    return MarkovChain(tuple(names), sizes.pop(), batches.pop(), tuple(parts))
 
 
 def _is_plain(site: Any) -> bool:
@@ -144,12 +144,12 @@ def _parts(group: Sequence[tuple[Any, dict[int, tuple[int, int]]]], nesting: int
     places, is_pair = tuple(max(scope) for _, scope in group), len(group[0][1]) == 2
     whole = merge(items, {})
     if whole is not None:
-        return [Part(Turns(tuple(site for site, _ in group), *whole), places, is_pair)]
+        return [Part(LoopTurns(tuple(site for site, _ in group), *whole), places, is_pair)]
     alone = [merge([item], {}) for item in items]
     if any(found is None for found in alone):
         raise AssertionError("a single site merges with itself")
     return [
-        Part(Turns((site,), *found), (place,), is_pair)  # type: ignore[misc]
+        Part(LoopTurns((site,), *found), (place,), is_pair)  # type: ignore[misc]
         for (site, _), found, place in zip(group, alone, places, strict=True)
     ]
 

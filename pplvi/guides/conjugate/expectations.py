@@ -21,7 +21,7 @@ from pplvi.guides.conjugate.operations import aligned
 from pplvi.guides.conjugate.terms import Atom, Constant, Gather, Index, Label, Labelling, Term, contract, view
 
 
-class Moments(Protocol):
+class BlockMoments(Protocol):
     """What the distribution of a block of sites is asked for."""
 
     def moment(self, site: str, power: float) -> Tensor:
@@ -37,7 +37,7 @@ class Moments(Protocol):
         """The covariance of two atoms, with a label for each dimension."""
 
 
-Distributions = Mapping[str, Moments]
+Distributions = Mapping[str, BlockMoments]
 
 
 class NotConjugate(ValueError):
@@ -351,10 +351,10 @@ def first_operation(value: Any) -> str:
 
 
 __all__ = [
+    "BlockMoments",
     "Blocks",
     "Distributions",
     "Expected",
-    "Moments",
     "NotConjugate",
     "combined",
     "first_operation",

@@ -16,7 +16,7 @@ LEAST = 3  # fewer are no loop
 
 
 @dataclass(frozen=True)
-class Turns:
+class LoopTurns:
     """Sites of a loop that are scored at once.
 
     :ivar sites: in the trace, in order.
@@ -49,7 +49,7 @@ def stem_of(name: str) -> str:
     return re.sub(r"\d+(?!.*\d)", "*", name)
 
 
-def turns(sites: Sequence[Any], rows: Places) -> list[Turns]:
+def turns(sites: Sequence[Any], rows: Places) -> list[LoopTurns]:
     """Sites with those of one form merged, in the order of the first of each."""
     groups: dict[Any, list[Any]] = {}
     for site in sites:
@@ -57,9 +57,9 @@ def turns(sites: Sequence[Any], rows: Places) -> list[Turns]:
     return [found for group in groups.values() for found in _merged(group, rows)]
 
 
-def alone(site: Any) -> Turns:
+def alone(site: Any) -> LoopTurns:
     """A site by itself."""
-    return Turns((site,), site["fn"], without_missing(site))
+    return LoopTurns((site,), site["fn"], without_missing(site))
 
 
 def merged_turns(site: Any) -> Any:
@@ -70,10 +70,10 @@ def merged_turns(site: Any) -> Any:
     return (stem, site["is_observed"], float(site["scale"]), frames) if plain else site["name"]
 
 
-def _merged(group: list[Any], rows: Places) -> list[Turns]:
+def _merged(group: list[Any], rows: Places) -> list[LoopTurns]:
     """A group whole, or without its first turn, which often differs; one by one where that fails."""
     for skipped in (0, 1):
         rest = group[skipped:]
         if len(rest) >= LEAST and (found := merge([(s["fn"], without_missing(s)) for s in rest], rows)) is not None:
-            return [*map(alone, group[:skipped]), Turns(tuple(rest), *found)]
+            return [*map(alone, group[:skipped]), LoopTurns(tuple(rest), *found)]
     return list(map(alone, group))

@@ -17,11 +17,11 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 
 import pplvi.guides.conjugate.arrangements  # noqa: F401  registers the rules
-from pplvi.guides.conjugate.chains import Chain, find_chain
+from pplvi.guides.conjugate.chains import MarkovChain, find_chain
 from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, same_entry
 from pplvi.guides.conjugate.expressions import latent, sites_in
 from pplvi.guides.conjugate.families import family_of
-from pplvi.guides.conjugate.loops import LEAST, Turns, alone, stem_of, turns
+from pplvi.guides.conjugate.loops import LEAST, LoopTurns, alone, stem_of, turns
 from pplvi.guides.conjugate.merging import Series, places_of
 from pplvi.guides.conjugate.normal import BlockLayout, differing_axes
 from pplvi.guides.conjugate.parameters import parameters
@@ -83,7 +83,7 @@ class Factor:
     """
 
     expected: Expected
-    turns: Turns
+    turns: LoopTurns
     summed: bool
 
     @property
@@ -137,7 +137,7 @@ class Reading:
     drawn: tuple[str, ...]
     fallback: dict[str, str]
     positive: frozenset[str]
-    chain: Chain | None
+    chain: MarkovChain | None
 
     @property
     def empty(self) -> Any:
@@ -286,7 +286,7 @@ def _batch_dims(trace: Any) -> int:
     return max((len(site["fn"].batch_shape) for _, site in sample_sites(trace)), default=0)
 
 
-def _scored(trace: Any, nesting: int, rows: Any) -> tuple[list[tuple[bool, Turns]], Any, Chain | None]:
+def _scored(trace: Any, nesting: int, rows: Any) -> tuple[list[tuple[bool, LoopTurns]], Any, MarkovChain | None]:
     """What is scored, and whether it depends on enumerated sites: sites, those of a loop at once.
 
     Also a trace of the sites that depend on enumerated ones, and the chain that they are.
@@ -311,7 +311,7 @@ def _beyond(shape: Sequence[int], nesting: int) -> bool:
     return any(size > 1 for size in shape[: max(0, len(shape) - nesting)])
 
 
-def _factor(blocks: Blocks, turn: Turns, summed: bool) -> Factor:
+def _factor(blocks: Blocks, turn: LoopTurns, summed: bool) -> Factor:
     try:
         return Factor(expected_log_prob(blocks, turn.fn, turn.value), turn, summed)
     except NotConjugate as error:
