@@ -1,9 +1,9 @@
 """Coordinate ascent on programs as they are written: bound, largest fall and CPU milliseconds of a sweep.
 
-Each problem is fitted by :class:`pplvi.AutoConjugate` for a fixed number of sweeps: a mixture of normals on iris, topics
-of 1,200 words, a hidden Markov model of 60 steps, probabilistic PCA with relevance on 500 digits of 50 pixels, a local
-level of 200 steps with latent precisions, logistic regression with a latent precision on breast cancer (natural
-gradients and Laplace). Reading is what running the program once with symbols costs, in CPU seconds. The stochastic fit is
+Each problem is fitted by :class:`pplvi.AutoConjugate` for a fixed number of sweeps: a mixture of normals on iris,
+topics of 1,200 words, a hidden Markov model of 60 steps, probabilistic PCA with relevance on 500 digits of 50 pixels, a
+local level of 200 steps with latent precisions, logistic regression with a latent precision on breast cancer (natural
+gradients, Laplace). Reading is what running the program once with symbols costs, in CPU seconds. The stochastic fit is
 a mixture of 20,000 data in batches of 200: what is left to the bound of the full fit after five passes, in nats.
 
     python -m benchmarks.conjugate --out benchmarks/results/conjugate.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -51,13 +52,14 @@ class BlockLayout:
         shape = self.shape(site)
         return tuple(shape[d] for d in self.joint(site))
 
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """How many joint elements each site has."""
         return {site: math.prod(self.joint_shape(site)) for site in self.shapes}
 
     def places(self, site: str) -> slice:
         """Where a site's elements are in the joint vector."""
-        sizes = self.sizes()
+        sizes = self.sizes
         if site == self.series:
             return slice(0, sum(sizes.values()))
         start = sum(sizes[s] for s in list(sizes)[: list(sizes).index(site)])
