@@ -80,8 +80,8 @@ class SearchedStart(Start):
     def _ascend(self, trainer: Trainer) -> bool:
         """Sweep to the end, or take one natural-gradient step for each minibatch."""
         run, guide = trainer.run, cast(AutoConjugate, trainer.run.guide)
-        if isinstance(trainer.batches, FullData):
-            call = trainer.call = next(trainer.batches)
+        if guide.rate is None:
+            call = trainer.call = _full_call(trainer, None)
             guide.run(*call[0], **call[1])
             if _parameters(run, call):
                 return False

@@ -17,6 +17,7 @@ from pplvi.programs.summing import enumerated_by, is_summed
 from pplvi.training.restart import Restart
 from pplvi.types import Call
 
+_TERMS = 20  # of a bound that a report lists
 _SAMPLE = 1_000  # data on which a report measures what amortisation costs
 _REASONS = {
     "converged": "stopped at step {steps}: the objective no longer improved by more than its Monte Carlo error",
@@ -58,7 +59,9 @@ def describe_guide(run: Restart, posterior: Posterior, call: Call, seed: int | N
     """
     guide, (args, kwargs) = run.guide, call
     if isinstance(guide, AutoConjugate):
-        return {"bound": guide.summary()}
+        terms = {} if guide.rate is not None else guide.terms(*args, **kwargs)
+        listed = {"bound by terms": ", ".join(f"{name} {value:.4g}" for name, value in terms.items())}
+        return {"bound": guide.summary(), **(listed if 0 < len(terms) <= _TERMS else {})}
     amortized = isinstance(guide, AutoAmortized) and guide.amortized
     with run.scope():
         count = sum(leaf.numel() for leaf in parameters_of(lambda: guide(*args, **kwargs)).values())

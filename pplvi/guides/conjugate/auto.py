@@ -26,6 +26,7 @@ from pplvi.guides.owned import OwnedGuide
 from pplvi.guides.search.base import Search
 from pplvi.programs.density import outside_of_handlers
 from pplvi.programs.errors import explained
+from pplvi.programs.sites import Plate, site_plates
 from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
 
@@ -113,6 +114,7 @@ class AutoConjugate(OwnedGuide, Search):
         self._kinds: dict[str, tuple[type[BlockFamily], dict[str, Any]]] = {}
         self._drawn: tuple[str, ...] = ()
         self._locals: tuple[str, ...] = ()
+        self._around: list[Plate] = []
         self._last: tuple[Any, BlockMeanField] | None = None
 
     # ------------------------------------------------------------------ running
@@ -125,10 +127,10 @@ class AutoConjugate(OwnedGuide, Search):
         """
         with random_state(self._seed), outside_of_handlers(), explained():
             reading = self._read(args, kwargs)
-            if (parts := reading.locals() or _subsampled(reading)) and self.rate is None:
+            if (parts := _subsampled(reading)) and self.rate is None:
                 raise ValueError(
-                    f"AutoConjugate met the subsampled plates of {list(parts)}: expected all data at once, or "
-                    "rate=pplvi.RobbinsMonro(10, 0.7) and minibatches, fit(..., data=loader)."
+                    f"AutoConjugate got plate {parts[0]!r}, which is subsampled: expected all data at once, or "
+                    "rate=pplvi.RobbinsMonro(10, 0.8) and minibatches, fit(..., data=loader)."
                 )
             if self.rate is not None:
                 return self.step(*args, **kwargs)
@@ -158,8 +160,18 @@ class AutoConjugate(OwnedGuide, Search):
             self._keep(field)
         return self
 
-    def _read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reading:
-        return read_program(self.model, args, kwargs, init=self._init_loc_fn, joint=self.blocks, fallback=self.fallback)
+    def _read(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], indices: Mapping[str, Tensor] | None = None
+    ) -> Reading:
+        return read_program(
+            self.model,
+            args,
+            kwargs,
+            init=self._init_loc_fn,
+            joint=self.blocks,
+            fallback=self.fallback,
+            indices=indices or {},
+        )
 
     def _field(self, reading: Reading) -> BlockMeanField:
         """The mean field of a program, with the blocks that are known."""
@@ -178,6 +190,8 @@ class AutoConjugate(OwnedGuide, Search):
 
     def _describe(self, field: BlockMeanField) -> None:
         reading = field.reading
+        drawn = [p for name in reading.drawn for p in site_plates(reading.summed[name])]
+        self._around = [*(p for found in reading.latents.values() for p in found.plates), *drawn]
         self._structure, self._drawn, self._locals = Structure.of(reading), reading.drawn, reading.locals()
         self._kinds = {b: (type(f), _facts(f)) for b, f in field.families.items()}
 
@@ -212,12 +226,11 @@ class AutoConjugate(OwnedGuide, Search):
         structure = self._known()
         families: Mapping[str, BlockFamily] = self._families()
         found: Mapping[str, EnumeratedConditional] = {}
+        plates = _plates(self._around)
         if self._drawn or self._locals:
-            field = self._local(args, kwargs)
+            field = self._local(args, kwargs, plates)
             structure, families = Structure.of(field.reading), field.families
             found = {n: c for n, c in self._conditionals(field).items() if n in self._drawn}
-        around = [s.plates for s in structure.sites.values()] + [c.plates for c in found.values()]
-        plates = _plates([plate for plates in around for plate in plates])
         drawn: dict[str, Tensor] = {}
         for block, family in families.items():
             drawn |= draw_block(block, family, structure, plates)
@@ -229,16 +242,22 @@ class AutoConjugate(OwnedGuide, Search):
         with outside_of_handlers():
             return conditionals(field)
 
-    def _local(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockMeanField:
-        """The mean field for these arguments: blocks that are kept, local blocks and enumerated sites given them."""
-        key = (*args, *kwargs.values())
+    def _local(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], plates: Mapping[str, Any] | None = None
+    ) -> BlockMeanField:
+        """The mean field for these arguments: blocks that are kept, local blocks and enumerated sites given them.
+
+        :param plates: those of the guide, whose minibatch is that of the model.
+        """
+        indices = {n: p.indices for n, p in (plates or {}).items() if p.subsample_size < p.size}
+        key = (*args, *kwargs.values(), *indices.values())
         if (
             self._last is None
             or len(self._last[0]) != len(key)
             or any(a is not b for a, b in zip(self._last[0], key, strict=True))
         ):
             with random_state(0), outside_of_handlers():
-                field = self._field(self._read(args, kwargs))
+                field = self._field(self._read(args, kwargs, indices))
                 _settled(field)
             self._last = (key, field)
         return self._last[1]

@@ -161,6 +161,7 @@ def read_program(
     init: Callable[[Any], Any],
     joint: Sequence[Sequence[str]] = (),
     fallback: Mapping[str, str] | None = None,
+    indices: Mapping[str, Tensor] | None = None,
 ) -> Reading:
     """Read a program.
 
@@ -170,9 +171,11 @@ def read_program(
     :param init: the first value of a site, as Pyro's ``init_to_*``.
     :param joint: sites that share a block.
     :param fallback: how sites without a closed form are updated.
+    :param indices: of the minibatch, by subsampled plate; drawn unless given.
     :raises ValueError: for sites that do not exist, have no family, or whose updates have no closed form.
     """
-    prior = poutine.trace(InitMessenger(partial(_first_value, init))(model)).get_trace(*args, **kwargs)
+    first = InitMessenger(partial(_first_value, init))(Supply(indices or {})(model))
+    prior = poutine.trace(first).get_trace(*args, **kwargs)
     fallback = dict(fallback or {})
     sites: dict[str, Any] = latent_sites(prior)
     summed = {n: s for n, s in sites.items() if s["fn"].has_enumerate_support}

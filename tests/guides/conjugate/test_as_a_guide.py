@@ -248,7 +248,7 @@ def test_minibatches_end_where_sweeps_do() -> None:
     fit = pplvi.fit(model, lambda model: make(model), data=batches, num_steps=80, seed=0, progress=False)
     assert fit.losses.shape == (1, 80)
     assert full.bounds[-1] - 2.0 < sum(fit.guide.terms(y).values()) <= full.bounds[-1]
-    with pytest.raises(ValueError, match=r"subsampled plates of \['data'\].*rate="):
+    with pytest.raises(ValueError, match=r"plate 'data', which is subsampled.*rate="):
         pplvi.AutoConjugate(model).run(y[:100])
 
 
@@ -273,3 +273,27 @@ def test_local_continuous_sites_of_a_minibatch_are_at_their_maximisers() -> None
     mu = guide.median(part)["mu"]
     assert mu.item() == pytest.approx(full.median(y)["mu"].item(), abs=0.1)
     assert torch.allclose(draws.mean(0), (mu + part) / 2, atol=4 * 0.5**0.5 / 500**0.5)
+
+
+def test_a_model_that_draws_its_minibatch_gives_the_guide_the_same_one() -> None:
+    n = 60
+    y = torch.where(torch.arange(n) < 30, -4.0, 4.0).double() + torch.randn(n, generator=GENERATOR, dtype=torch.float64)
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(torch.tensor([-1.0, 1.0]), 10.0).to_event(1))
+        with pyro.plate("data", n, subsample_size=20) as rows:
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(mu[z.long()], 1.0), obs=y[rows])
+
+    make = partial(
+        pplvi.AutoConjugate,
+        rate=pplvi.RobbinsMonro(1, 0.8),
+        init_loc_fn=init_to_value(values={"mu": torch.tensor([-1.0, 1.0])}),
+    )
+    fit = pplvi.fit(model, lambda model: make(model), args=(y,), num_steps=60, seed=0, progress=False)
+    means = torch.stack([y[:30].mean(), y[30:].mean()])
+    assert torch.allclose(fit.guide.median(y)["mu"], means, atol=0.4)
+    pyro.set_rng_seed(0)
+    trace = poutine.trace(fit.guide).get_trace(y)
+    rows, z = trace.nodes["data"]["value"], trace.nodes["z"]["value"]
+    assert torch.equal(z, (rows >= 30).double())  # clusters are far apart: each draw is that of its own datum
