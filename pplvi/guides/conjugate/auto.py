@@ -33,6 +33,7 @@ from pplvi.programs.summing import is_summed
 __all__ = ["AutoConjugate"]
 
 _PREFIX = "q:"
+_TRACE = "trace_of_bound"
 _LOCAL_SWEEPS, _LOCAL_TOLERANCE = 100, 1e-8
 
 
@@ -70,7 +71,6 @@ class AutoConjugate(OwnedGuide, Search):
     :param max_sweeps: the most sweeps.
     :param tolerance: relative gain of the bound below which sweeps end.
     :param seed: makes runs reproducible and leaves the global random state as it was.
-    :ivar bounds: the bound, nats, at the start and after each sweep; of the minibatch before each step.
     :raises ValueError: for arguments out of range; on the first run, for sites whose updates have no closed form, by
         site and operation, for plates whose elements interact, and for subsampled plates without a ``rate``.
 
@@ -108,8 +108,6 @@ class AutoConjugate(OwnedGuide, Search):
         self.blocks, self.fallback, self.rate = _checked_blocks(blocks), dict(fallback or {}), rate
         self._init_loc_fn, self._seed = init_loc_fn, seed
         self.max_sweeps, self.tolerance = max_sweeps, float(tolerance)
-        self.bounds: list[float] = []
-        self.steps = 0
         self._structure: Structure | None = None
         self._kinds: dict[str, tuple[type[BlockFamily], dict[str, Any]]] = {}
         self._drawn: tuple[str, ...] = ()
@@ -135,8 +133,8 @@ class AutoConjugate(OwnedGuide, Search):
             if self.rate is not None:
                 return self.step(*args, **kwargs)
             field = started(reading, _named(self._init_loc_fn))
-            self.bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance)
-            self._keep(field)
+            bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance)
+            self._keep(field, bounds)
         return self
 
     def step(self, *args: Any, **kwargs: Any) -> Self:
@@ -151,14 +149,19 @@ class AutoConjugate(OwnedGuide, Search):
             )
         with random_state(None), outside_of_handlers(), explained():
             field = self._field(self._read(args, kwargs))
-            self.bounds.append(_settled(field))
-            rate = self.rate(self.steps)
+            bounds = [*self.bounds, _settled(field)]
+            rate = self.rate(len(self.bounds))
             for block in field.families:
                 if block not in field.reading.locals():
                     field.update(block, rate)
-            self.steps += 1
-            self._keep(field)
+            self._keep(field, bounds)
         return self
+
+    @property
+    def bounds(self) -> list[float]:
+        """The bound, nats, at the start and after each sweep; of the minibatch before each step."""
+        found = self._buffers.get(_TRACE)
+        return [] if found is None else found.tolist()
 
     def _read(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], indices: Mapping[str, Tensor] | None = None
@@ -180,8 +183,9 @@ class AutoConjugate(OwnedGuide, Search):
         blocks = {b: f for b, f in known.items() if b not in reading.locals()}
         return BlockMeanField(reading, {**field.families, **blocks}) if blocks else field
 
-    def _keep(self, field: BlockMeanField) -> None:
+    def _keep(self, field: BlockMeanField, bounds: list[float]) -> None:
         self._describe(field)
+        self.register_buffer(_TRACE, torch.tensor(bounds, dtype=torch.float64))
         for block, family in field.families.items():
             if block not in self._locals:
                 for name, value in family.canonical.items():
@@ -265,7 +269,7 @@ class AutoConjugate(OwnedGuide, Search):
     def summary(self) -> str:
         """Where the bound stands, and after how many sweeps or steps."""
         if self.rate is not None:
-            return f"{self.steps} natural-gradient steps on minibatches"
+            return f"{len(self.bounds)} natural-gradient steps on minibatches"
         return f"{self.bounds[-1]:.4f} nats after {len(self.bounds) - 1} sweeps" if self.bounds else "not run"
 
     def terms(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -332,7 +336,9 @@ class AutoConjugate(OwnedGuide, Search):
         return super().__deepcopy__(memo)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix + _PREFIX)]:
+        for name in [
+            key.removeprefix(prefix) for key in state_dict if key.startswith((prefix + _PREFIX, prefix + _TRACE))
+        ]:
             self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
         self._last = None
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -204,7 +204,7 @@ def test_copies_pickles_and_state_dicts_draw_the_same() -> None:
     fresh.load_state_dict(guide.state_dict())
     for twin in (copy.deepcopy(guide), pickle.loads(pickle.dumps(guide)), fresh):
         assert torch.equal(drawn(twin), drawn(guide))
-    assert fresh.bounds == []  # nothing was run
+    assert fresh.bounds == guide.bounds
 
 
 def test_a_checkpoint_holds_what_was_found(tmp_path: Path) -> None:
@@ -212,6 +212,10 @@ def test_a_checkpoint_holds_what_was_found(tmp_path: Path) -> None:
     first = fitted(checkpoint=path)
     again = fitted(resume=path)
     assert torch.equal(first.guide.median(X, Y)["b"], again.guide.median(X, Y)["b"])
+    first.save(tmp_path / "fit.pt")
+    loaded: Any = pplvi.load(tmp_path / "fit.pt", regression)
+    assert loaded.guide.bounds == first.guide.bounds
+    assert loaded.summary().split("Verdict")[0] == first.summary().split("Verdict")[0]
 
 
 def test_quantiles_are_those_of_the_draws() -> None:
