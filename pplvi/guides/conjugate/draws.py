@@ -68,6 +68,15 @@ class Arrange(Transform):
         return torch.Size(lead + tuple(self.before[d] for d in self.order))
 
 
+class BartlettWishart(dist.Wishart):
+    """A Wishart distribution by its Bartlett decomposition alone: torch warns of, and draws anew, every regular draw."""
+
+    def rsample(self, sample_shape: Any = (), max_try_correction: int | None = None) -> Tensor:
+        """Draw matrices."""
+        drawn: Tensor = self._bartlett_sampling(torch.Size(sample_shape))
+        return drawn
+
+
 def draw_block(
     block: str, family: BlockFamily, structure: Structure, plates: Mapping[str, AbstractContextManager[Any]]
 ) -> dict[str, Tensor]:
@@ -124,7 +133,7 @@ def _cast(fn: Any, dtype: torch.dtype) -> Any:
     if isinstance(fn, dist.MultivariateNormal):
         return dist.MultivariateNormal(fn.loc.to(dtype), scale_tril=fn.scale_tril.to(dtype))
     if isinstance(fn, dist.Wishart):
-        return dist.Wishart(fn.df.to(dtype), scale_tril=fn.scale_tril.to(dtype))
+        return BartlettWishart(fn.df.to(dtype), scale_tril=fn.scale_tril.to(dtype), validate_args=False)
     if isinstance(fn, dist.Delta):
         return fn
     return type(fn)(**{name: getattr(fn, name).to(dtype) for name in fn.arg_constraints})

@@ -105,7 +105,7 @@ def _conditional(
     names = site["infer"]["_dim_to_symbol"]
     nesting = max((-p.dim for p in plates), default=0)
     order = [names.get(d) for d in range(-nesting, 0)] + parents + [own]
-    kept = [s for s in order if s in dims]
+    kept = [s for s in order if s is not None and s in dims]
     value = marginal.permute([dims.index(s) for s in kept])
     sizes = dict(zip(dims, marginal.shape, strict=True))
     value = value.reshape([sizes.get(s, 1) if s is not None else 1 for s in order])
