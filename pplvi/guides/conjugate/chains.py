@@ -67,7 +67,7 @@ class MarkovChain:
         for part in self.parts:
             factor = factors[part.turns.name].nan_to_num(neginf=_LOWEST)
             whole = factor.expand(len(part.places), self.size, self.size, *self.batch)
-            found = found.index_add(0, torch.tensor(part.places), whole)
+            found = found.index_add(0, torch.tensor(part.places, device=found.device), whole)
         return found
 
 
@@ -83,7 +83,7 @@ def log_product(matrices: Tensor) -> Tensor:
         product = torch.logsumexp(left.unsqueeze(3) + right.unsqueeze(1), 2)
         matrices = torch.cat([product, matrices[even:]])
     size = matrices.shape[1]
-    return torch.logsumexp(matrices[0].flatten(0, 1), 0) - torch.log(torch.tensor(float(size), dtype=matrices.dtype))
+    return torch.logsumexp(matrices[0].flatten(0, 1), 0) - torch.log(matrices.new_tensor(float(size)))
 
 
 def find_chain(sites: Sequence[Any], trace: Any, nesting: int) -> MarkovChain | None:

@@ -69,7 +69,7 @@ class Arrange(Transform):
 
 
 class BartlettWishart(dist.Wishart):
-    """A Wishart distribution by its Bartlett decomposition alone: torch warns of, and draws anew, every regular draw."""
+    """A Wishart distribution by its Bartlett decomposition alone: torch warns of every regular draw, and draws anew."""
 
     def rsample(self, sample_shape: Any = (), max_try_correction: int | None = None) -> Tensor:
         """Draw matrices."""

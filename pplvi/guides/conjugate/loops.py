@@ -35,6 +35,11 @@ class LoopTurns:
         return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
     @property
+    def device(self) -> torch.device | None:
+        """Where their values are."""
+        return self.value.device if isinstance(self.value, torch.Tensor) else None
+
+    @property
     def shape(self) -> torch.Size:
         """Of their log density."""
         return torch.Size(self.fn.batch_shape)

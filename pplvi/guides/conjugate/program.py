@@ -64,7 +64,7 @@ class Latent:
     @property
     def weight(self) -> Tensor | None:
         """What stands before the entropy, of the batch shape; ``None`` for one."""
-        scale = torch.ones(()).double()
+        scale = torch.ones((), dtype=torch.float64, device=self.start.device)
         for plate in self.plates:
             scale = scale * plate.scale
         if self.mask is None and bool(scale == 1):
@@ -104,7 +104,8 @@ class Factor:
     @property
     def weight(self) -> Tensor:
         """Scale and mask, for each element."""
-        return scale_and_mask(torch.ones(()).double().expand(self.shape), self.site["scale"], self.site["mask"])
+        one = torch.ones((), dtype=torch.float64, device=self.turns.device)
+        return scale_and_mask(one.expand(self.shape), self.site["scale"], self.site["mask"])
 
     def at(self, state: Any) -> Tensor:
         """Its value for each element."""

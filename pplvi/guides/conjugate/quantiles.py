@@ -27,14 +27,15 @@ def site_quantiles(family: BlockFamily, site: str, probs: Tensor) -> Tensor:
     if isinstance(family, WishartFamily):
         with random_state(0):
             draws = family.distribution().sample((_DRAWS,))
-        return torch.quantile(draws, probs, dim=0)
+        return torch.quantile(draws, probs.to(draws.device), dim=0)
     if isinstance(family, NormalFamily):
         mean = family.layout.unpacked(family.canonical["loc"], site)
-        probs = probs.reshape(-1, *(1,) * mean.dim())
+        probs = probs.to(mean.device).reshape(-1, *(1,) * mean.dim())
         found = mean + family.standard_deviation(site) * torch.special.ndtri(probs)
         return found.exp() if isinstance(family, LogNormalFamily) else found
     values = _scipy_quantiles(family, probs)
-    return torch.as_tensor(values, dtype=torch.float64)
+    like = next(iter(family.canonical.values()))
+    return torch.as_tensor(values, dtype=torch.float64, device=like.device)
 
 
 def _scipy_quantiles(family: BlockFamily, probs: Tensor) -> Any:

@@ -124,6 +124,7 @@ def gathered_along(
     """Index the dimension ``label`` of a labelled tensor; labels that index and tensor share are one dimension."""
     if label not in names:
         return value, names
+    index = index.to(value.device)
     position = names.index(label)
     if not set(labels) & set(names):
         rest = names[:position] + labels + names[position + 1 :]

@@ -81,7 +81,7 @@ def test_a_vector_walk_with_latent_precisions_never_falls() -> None:
     guide = pplvi.AutoConjugate(model, seed=0).run(y)
     bounds = torch.tensor(guide.bounds)
     assert (bounds.diff() >= -1e-12 * bounds[1:].abs()).all()
-    assert len(guide.state_dict()) == 6  # q, r and one block
+    assert len(guide.state_dict()) == 7  # q, r, one block, and the trace of the bound
     known = pyro.poutine.condition(model, {"q": torch.tensor(4.0), "r": torch.tensor(1.0)})
     evidence = pplvi.Posterior(known, pplvi.AutoConjugate(known, seed=0).run(y), (y,), num_draws=20, seed=0)
     assert evidence.total_log_evidence.value == pytest.approx(evidence.elbo.value, abs=1e-8)
