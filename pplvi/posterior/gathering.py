@@ -50,7 +50,7 @@ from pplvi.weights.algebra import normalize
 from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
 
-class Programs(NamedTuple):
+class ModelCall(NamedTuple):
     """A model, its call, and the way of running it."""
 
     model: Program
@@ -69,7 +69,7 @@ _MORE, _APART = 0.2, 0.1  # nats of evidence; standard deviations of a mean
 _BAD_K, _NEARLY_EQUAL = 0.7, 0.9
 
 
-def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: Programs) -> Facts:
+def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: ModelCall) -> Facts:
     """What the pool behind some draws says, and what scouts say of it.
 
     :param own: the draws that are handed over.
@@ -203,7 +203,7 @@ def _wanted(pool: WeightedDraws, target: int, most: int) -> int:
 # --- scouts ---------------------------------------------------------------------------------------------------------
 
 
-def scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+def scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
     """Where scouts find more than a guide, and in words how many were sent or why none were.
 
     :param programs: the model and its call.
@@ -216,7 +216,7 @@ def scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...]
         return (), f"no scouts were sent: {str(error).split(':')[0]}"
 
 
-def _scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+def _scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
     call = programs[:3]
     density = UnconstrainedDensity(*call, vectorize=programs.vectorize)
     if density.dim > MOST_DIMENSIONS:
