@@ -77,7 +77,7 @@ class Attempt:
     @property
     def title(self) -> str:
         """The family and, if it is not as written, the form of the model."""
-        return self.name if self.form == _WRITTEN else f"{self.name}, {self.form}"
+        return self.name if self.form == WRITTEN else f"{self.name}, {self.form}"
 
     @property
     def quality(self) -> str:
@@ -98,7 +98,7 @@ def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
     return {"objective": ELBO(16, estimator="stl"), "init": "pathfinder", "num_steps": num_steps}
 
 
-_WRITTEN = "as written"
+WRITTEN = "as written"
 _FOUND = (
     Rung("AutoPathfinder", AutoPathfinder),
     Rung("AutoBatchAndMatch", AutoBatchAndMatch),
@@ -133,7 +133,7 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     """
     ladder = _Ladder(fit, originals, time.perf_counter() + budget)
     forms = originals.look(forms_of, model)
-    reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
+    reason = ladder.climb({WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
     best = ladder.best
     if best.fit is None:
         raise ladder.errors[0]

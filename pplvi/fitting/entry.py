@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,19 +25,22 @@ from pplvi.fitting.arguments import (
     refuse,
     stopping_rule,
 )
-from pplvi.fitting.auto import select
+from pplvi.fitting.auto import WRITTEN, select
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
+from pplvi.fitting.smc import Clock, found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import Inputs
-from pplvi.programs.state import Environment, fingerprint
+from pplvi.programs.reparam import forms_of
+from pplvi.programs.state import Environment, fingerprint, random_state
 from pplvi.programs.ways import Vectorize
+from pplvi.samplers.tempered import TemperedSMC
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.describe import describe
@@ -70,7 +74,7 @@ def fit(
     learning_rate: float | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
-    init: Literal["pathfinder", "match"] | None = None,
+    init: Any = None,
     num_steps: int | None = None,
     num_warmup: int | None = None,
     budget: float | None = None,
@@ -191,10 +195,16 @@ def fit(
         originals = Originals(model, *call, environment)
         again = partial(fit, args=call[0], kwargs=call[1], progress=progress, **same)
         return select(again, model, originals, BUDGET if budget is None else budget)
-    if budget is not None:
-        raise ValueError(f"budget={budget!r} is for guide='auto': expected that, or num_steps=.")
+    settings = smc_settings(guide)
+    if budget is not None and settings is None:
+        raise ValueError(f"budget={budget!r} is for guide='auto' and 'smc': expected one of them, or num_steps=.")
     if data is None:
         warn_of_no_data(model, *call, environment)
+    if settings is not None:
+        refuse({**unused, "init": None, "num_warmup": num_warmup}, "SMC", "init, num_steps, budget, ")
+        settings = replace(settings, num_draws=num_steps or settings.num_draws)
+        settings = replace(settings, num_islands=restarts) if restarts > 1 else settings
+        return _fit_islands(settings, model, call, environment, init, seed, budget, vectorize)
     if (make_kernel := kernel_factory(guide)) is not None:
         refuse(unused, "MCMC", "num_steps, num_warmup, ")
         recipe = Recipe(model, make_kernel, True, False, environment)
@@ -278,3 +288,34 @@ def _fit_chains(
     run.seconds = time.perf_counter() - start
     name = type(mcmc.kernel).__name__
     return Fit([run], 0, guide_name=name, args=call[0], kwargs=call[1], seed=seed, mcmc=mcmc)
+
+
+def _fit_islands(
+    settings: TemperedSMC,
+    model: Program,
+    call: Call,
+    environment: Environment,
+    init: Any,
+    seed: int | None,
+    budget: float | None,
+    vectorize: Vectorize,
+) -> Fit:
+    clock, start = Clock(budget), time.perf_counter()
+    environment.move_module(model)
+    check_chains(model, *call, environment)
+    run = Restart(0, model, model, environment, seed)
+    with run.scope(), random_state(seed):
+        args, kwargs = environment.move(call)
+        if callable(init):
+            form, guide, named = WRITTEN, init, describe(init)
+        else:
+            check_init(init)
+            forms = {WRITTEN: model, **forms_of(model, args, kwargs)}
+            form, guide, named = found_start(forms, (args, kwargs), init=init, seed=seed, vectorize=vectorize)
+            run.model = forms[form]
+        named = named if form == WRITTEN else f"{named} ({form})"
+        islands = run_islands(
+            settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over
+        )
+    run.seconds, run.reason = time.perf_counter() - start, islands.found.ended
+    return Fit([run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize)

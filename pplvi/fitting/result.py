@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pyro.infer import MCMC
 from torch import Tensor
 
+from pplvi.fitting.smc import Islands
 from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts, has_latents
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
@@ -43,6 +44,7 @@ class Fit:
     :ivar best: index of the best restart.
     :ivar objective: the objective; ``None`` for MCMC.
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
+    :ivar islands: the draws of a sequential Monte Carlo run, if the fit is one.
     :ivar seed: the seed of restart 0.
     :ivar notes: what the report says besides, such as what ``"auto"`` tried.
     :ivar vectorize: the way in which draws of a posterior are run, ``"broadcast"``, ``"vmap"`` or ``"loop"``
@@ -75,10 +77,12 @@ class Fit:
         objective: Any = None,
         is_bound: bool = False,
         mcmc: MCMC | None = None,
+        islands: Islands | None = None,
         vectorize: Vectorize = None,
     ) -> None:
         self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
+        self.islands = islands
         self.notes: dict[str, str] = {}
         own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
         self.vectorize: Vectorize = objective.vectorize_particles if own and vectorize is None else vectorize
@@ -86,6 +90,8 @@ class Fit:
     def __repr__(self) -> str:
         if self.mcmc is not None:
             return f"Fit({self.guide_name}, chains={self.mcmc.num_chains})"
+        if self.islands is not None:
+            return f"Fit({self.guide_name}, islands={len(self.islands.found.log_evidence)})"
         ended = ", ".join(self.reasons)
         return f"Fit({self.guide_name}, {self.objective}, restarts={len(self.runs)}, best={self.best}, {ended})"
 
@@ -149,7 +155,7 @@ class Fit:
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> Posterior:
-        """Weighted draws from the guide of a restart; of MCMC, all its draws, whatever ``num_draws``.
+        """Weighted draws from the guide of a restart; of MCMC and SMC, all its draws, whatever ``num_draws``.
 
         :param num_draws: how many.
         :param restart: its index; the best unless given.
@@ -167,9 +173,17 @@ class Fit:
         options: dict[str, Any] = {"vectorize": at_once, "chunk_size": chunk_size}
         if self.mcmc is not None:
             return Posterior.from_mcmc(self.mcmc, model, *call, **options)
+        if self.islands is not None:
+            found = self.islands
+            return Posterior.from_islands(found.latents, found.found.log_evidence, model, *call, **options)
         options["seed"] = run.seed if seed is None else seed
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
             return Posterior(model, run.guide, *call, num_draws=num_draws, **options)
+
+    @property
+    def _has_guide(self) -> bool:
+        """Whether a guide was fitted, and not draws made."""
+        return self.mcmc is None and self.islands is None
 
     def _run(self, restart: int) -> Restart:
         if not 0 <= restart < len(self.runs):
@@ -197,7 +211,7 @@ class Fit:
 
     def _best_posterior(self, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> Posterior:
         if args is None and kwargs is None:
-            return self.posteriors[0 if self.mcmc is not None else self.best]
+            return self.posteriors[self.best if self._has_guide else 0]
         return self.posterior(args=args, kwargs=kwargs)
 
     @property
@@ -248,7 +262,7 @@ class Fit:
         attrs = {"guide": self.guide_name, "objective": self.objective, "seed": self.seed, "runtime": self.seconds}
         options["attrs"] = {**attrs, "steps": self.runs[self.best].step or None, **options.get("attrs", {})}
         options.setdefault("seed", self.seed)
-        if self.mcmc is None:
+        if self._has_guide:
             options.setdefault("losses", self.losses)
         given = args is not None or kwargs is not None
         chains = (
@@ -262,8 +276,10 @@ class Fit:
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
         """
-        run, trained = self.runs[self.best], self.mcmc is None
+        run, trained = self.runs[self.best], self._has_guide
         facts: dict[str, Any] = {"guide": self.guide_name, **self.notes}
+        if self.islands is not None:
+            facts["SMC"] = self.islands.description
         if trained and run.reason != "found":
             facts["objective"] = self.objective
         if len(self.runs) > 1:

@@ -174,6 +174,11 @@ class UnconstrainedDensity:
         parts = [b.transform.inv(values[b.name]).reshape(-1) for b in self.blocks]
         return torch.cat(parts).to(self.device, self.dtype)
 
+    def pack_rows(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Packed vectors ``(S, dim)`` of constrained values, each ``(S, *shape of the site)``."""
+        parts = [b.transform.inv(values[b.name]).reshape(len(values[b.name]), -1) for b in self.blocks]
+        return torch.cat(parts, 1).to(self.device, self.dtype)
+
     def largest(self, u: Tensor) -> str:
         """Name of the site with the largest entry of ``u``, of shape ``(dim,)``."""
         return max(self._parts(u), key=lambda pair: float(pair[1].abs().max()))[0].name

@@ -153,16 +153,77 @@ class Posterior(WeightedDraws):
         chains = mcmc.get_samples(group_by_chain=True)
         if not chains:
             raise ValueError("the MCMC run has no draws: expected a finished run. Call mcmc.run(...) first.")
+        return cls._of_chains(chains, model, args, kwargs, vectorize, chunk_size, mcmc=mcmc)
+
+    @classmethod
+    @explained()
+    def from_islands(
+        cls,
+        islands: Mapping[str, Tensor],
+        evidence: Tensor,
+        model: Program,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        vectorize: Vectorize = None,
+        chunk_size: int | None = None,
+    ) -> Posterior:
+        """The draws of a sequential Monte Carlo run, equally weighted, scored by the model; each island is a chain.
+
+        It has no guide density and no k-hat (NaN). Its evidence is that of the islands, with an error by their spread.
+
+        Source: Del Moral, Doucet and Jasra 2006, Sequential Monte Carlo samplers.
+
+        :param islands: draws of the latent sites, constrained, ``(islands, draws, *plates, *event)`` each.
+        :param evidence: log evidence by each island, ``(islands,)``, in nats.
+        :param model: the model it was run on.
+        :param args: positional arguments of the model.
+        :param kwargs: its keyword arguments.
+        :param vectorize: the way of running draws, as for a guide.
+        :param chunk_size: score at most so many draws in one call; all at once unless given.
+        :raises ValueError: if there are no draws, or another number of islands than of evidences.
+
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> def model(y):
+        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+        >>> y, z = torch.tensor(0.5), 0.25 + 0.5**0.5 * torch.randn(4, 100)
+        >>> Posterior.from_islands({"z": z}, torch.full((4,), -1.328), model, (y,)).total_log_evidence.value
+        -1.3279999494552612
+        """
+        checked_call(args, kwargs, "Posterior.from_islands(islands, evidence, model, (x, y))")
+        sizes = {name: tuple(value.shape[:2]) for name, value in islands.items()}
+        if not sizes or len(set(sizes.values())) > 1 or {size[0] for size in sizes.values()} != set(evidence.shape):
+            raise ValueError(
+                f"islands has draws of {sizes} and evidence the shape {tuple(evidence.shape)}: expected draws (islands, "
+                "draws, ...) of every latent site, and an evidence of each island."
+            )
+        return cls._of_chains(islands, model, args, kwargs, vectorize, chunk_size, evidence=evidence)
+
+    @classmethod
+    def _of_chains(
+        cls,
+        chains: Mapping[str, Tensor],
+        model: Program,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        vectorize: Vectorize,
+        chunk_size: int | None,
+        *,
+        mcmc: MCMC | None = None,
+        evidence: Tensor | None = None,
+    ) -> Posterior:
         self = cls.__new__(cls)
         self._remember(model, None, args, kwargs, vectorize, mcmc)
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
         bounds = _chunks(num_chains * length, chunk_size)
-        super(Posterior, self).__init__(stack(self._score(latents, *b) for b in bounds), num_chains=num_chains)
+        scored = stack(self._score(latents, *b) for b in bounds)
+        super(Posterior, self).__init__(scored, num_chains=num_chains, evidence=evidence)
         return self
 
     def __repr__(self) -> str:
-        source = f"MCMC, chains={self.num_chains}" if self.guide is None else name_of(self.guide)
+        kind = f"MCMC, chains={self.num_chains}" if self.evidence is None else f"SMC, islands={self.num_chains}"
+        source = kind if self.guide is None else name_of(self.guide)
         return f"Posterior({name_of(self.model)}, {source}, {self.draws!r})"
 
     def _remember(

@@ -79,6 +79,8 @@ class FoundGuide(ContinuousGuide):
         return self
 
     _leaves_out_summed = True  # its density sums them out
+    make_density: type[UnconstrainedDensity] = UnconstrainedDensity
+    """What makes the density that is searched."""
 
     @staticmethod
     def _prototype_hide_fn(msg: Any) -> bool:
@@ -110,7 +112,7 @@ class FoundGuide(ContinuousGuide):
 
     def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wrapped, model = self.model, self._target
-        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize)
+        density = self.make_density(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize)
         for name, value in zip(_PARTS, self._find(density), strict=True):
             self.register_buffer(name, value.to(density.device, density.dtype))
         self.num_gradients, self.num_evaluations = density.gradients, density.rows
