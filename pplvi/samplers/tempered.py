@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
 from pplvi.samplers.metric import GaussianBase, Metric
@@ -23,6 +22,8 @@ _EAGER = 1.5  # how fast the step size follows
 _LONG, _SHORT = 0.5, 0.2  # correlations over one move beyond which trajectories get longer or shorter
 _DECAYED, _FORGOTTEN = 0.5, 0.25  # correlation with the start of a level at which it ends, and the last one keeps draws
 _FIRST_LEAPFROG = 8
+_LARGEST_STEP = 0.25  # of temperature: a heavy tail of the ratio is as much lighter, whatever the particles have seen
+_WORST = 0.25  # of the effective draws that are wanted, of the worst coordinate
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class TemperedDraws:
         one, lie next to each other.
     :ivar log_evidence: log evidence by each island, ``(islands,)``, in nats.
     :ivar levels: what was done, which another run can repeat.
+    :ivar ess: effective draws of each coordinate's mean, ``(dim,)``.
     :ivar acceptance: mean acceptance probability of the last moves.
     :ivar ended: ``"done"``, or why the run was cut.
     :ivar reached: the temperature up to which particles were moved; below 1 only for a run that was cut.
@@ -99,14 +101,11 @@ class TemperedDraws:
     draws: Tensor
     log_evidence: Tensor
     levels: tuple[Level, ...]
+    ess: Tensor
     acceptance: float
     ended: str = "done"
     reached: float = 1.0
 
-    @property
-    def ess(self) -> float:
-        """Effective sample size of the mean of the worst coordinate, in draws."""
-        return float(effective_sample_size(self.draws.double()).min())
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class TemperedSMC:
 
     :param num_particles: of all islands together.
     :param num_islands: how many islands.
-    :param num_draws: effective draws at which a run ends.
+    :param num_draws: a run ends when so many draws are effective of the median coordinate, and a quarter of the worst.
     :param threshold: the fraction of particles that stay effective from one temperature to the next.
     :param max_moves: most moves at a temperature, and before the first draws are kept.
     :param max_kept: most moves after each of which the particles are draws.
@@ -143,7 +142,7 @@ class TemperedSMC:
     >>> _ = torch.manual_seed(0)
     >>> def target(z):  # ten times the density of a normal with mean 3 and scale 1/2
     ...     return -2 * (z[:, 0] - 3) ** 2 - math.log(0.5 * (2 * math.pi) ** 0.5) + math.log(10), -4 * (z - 3)
-    >>> found = TemperedSMC(num_particles=400, num_draws=1000).run(target, GaussianBase.of(torch.zeros(1), torch.eye(1)))
+    >>> found = TemperedSMC(num_particles=400, num_draws=1000).run(target, GaussianBase.of(torch.full((1,), 2.0), torch.eye(1)))
     >>> found.draws.shape[0], round(found.draws.mean().item(), 1), round(found.log_evidence.mean().item(), 1)
     (4, 3.0, 2.3)
     """
@@ -216,9 +215,15 @@ class _Run:
             kept = self._move()
             self.levels.append(self.level)
             reached = reached if self.ended and not kept else self.level.beta
-        draws = torch.stack(kept or [self.cloud.position], 1).reshape(s.num_islands, -1, len(self.base.loc))
+        places = torch.stack(kept or [self.cloud.position], 1)
         return TemperedDraws(
-            draws, self.log_evidence, tuple(self.levels), self.acceptance, self.ended or "done", 1.0 if levels else reached
+            places.reshape(s.num_islands, -1, places.shape[-1]),
+            self.log_evidence,
+            tuple(self.levels),
+            effective_draws(places),
+            self.acceptance,
+            self.ended or "done",
+            1.0 if levels else reached,
         )
 
     # ------------------------------------------------------------------ weights
@@ -236,9 +241,11 @@ class _Run:
         def enough(to: float) -> bool:
             return bool((effective_weights((to - beta) * ratio) >= least * len(ratio)).all())
 
-        if self._asked_to_stop() or enough(1.0):
+        if self._asked_to_stop():
             return 1.0
-        low, high = beta, 1.0
+        low, high = beta, min(beta + _LARGEST_STEP, 1.0)
+        if enough(high):
+            return high
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if enough(middle) else (low, middle)
@@ -274,7 +281,7 @@ class _Run:
                 self.level = replace(self.level, num_moves=self.level.num_moves + 1)
                 if _slow(start, self.cloud) < (_FORGOTTEN if last else _DECAYED):
                     break
-            return self._kept() if last else []
+            return self._kept() if last and not self.ended else []
         except KeyboardInterrupt:
             self.ended = "interrupted"
             return []
@@ -296,7 +303,8 @@ class _Run:
             self.acceptance = self._once(self.level)
             kept.append(self.cloud.position)
             if len(kept) >= look and len(kept) * s.num_particles >= s.num_draws:
-                if _enough(torch.stack(kept, 1).reshape(s.num_islands, -1, kept[0].shape[-1]), s.num_draws):
+                ess = effective_draws(torch.stack(kept, 1))
+                if float(ess.median()) >= s.num_draws and float(ess.min()) >= _WORST * s.num_draws:
                     break
                 look = math.ceil(1.2 * len(kept))
         self.level = replace(self.level, num_kept=len(kept))
@@ -356,5 +364,18 @@ def _slow(before: Cloud, after: Cloud, *, energies: bool = True) -> float:
     return float(correlation.nan_to_num(1.0).max())
 
 
-def _enough(draws: Tensor, wanted: int) -> bool:
-    return bool(effective_sample_size(draws.double()).min() >= wanted)
+def effective_draws(places: Tensor) -> Tensor:
+    r"""Effective draws of the mean of each coordinate, by the means of the particles, which are independent.
+
+    .. math:: N \frac{\operatorname{var}(z)}{\operatorname{var}_i(\bar z_i)}
+
+    :param places: where ``N`` particles were after several moves, ``(N, moves, dim)``.
+
+    >>> _ = torch.manual_seed(0)
+    >>> still = torch.randn(1000, 1, 1).expand(1000, 5, 1)
+    >>> effective_draws(still).round(), bool(effective_draws(torch.randn(1000, 5, 1)) > 4500)
+    (tensor([1000.]), True)
+    """
+    means, tiny = places.mean(1), torch.finfo(places.dtype).tiny
+    apart = (places - means.mean(0)).square().mean((0, 1))
+    return len(places) * apart / means.var(0, correction=0).clamp(min=tiny)
