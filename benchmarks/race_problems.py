@@ -41,7 +41,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
 
 
-def horseshoe(X: Tensor, y: Tensor) -> None:  # noqa: N803
+def horseshoe(X: Tensor, y: Tensor) -> None:
     """A linear regression with a horseshoe prior."""
     tau = pyro.sample("tau", dist.HalfCauchy(1.0))
     s = pyro.sample("s", dist.HalfNormal(2.0))

@@ -18,11 +18,45 @@ aten = torch.ops.aten
 
 _POINTWISE = {
     getattr(aten, name)
-    for name in (
-        "abs add addcdiv addcmul clamp clamp_min digamma div exp expm1 ge gt le lgamma log log1p logical_and "
-        "logical_not lt maximum minimum mul ne eq neg pow reciprocal rsqrt rsub sigmoid sign softplus sqrt square sub "
-        "tanh where"
-    ).split()
+    for name in [
+        "abs",
+        "add",
+        "addcdiv",
+        "addcmul",
+        "clamp",
+        "clamp_min",
+        "digamma",
+        "div",
+        "exp",
+        "expm1",
+        "ge",
+        "gt",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logical_and",
+        "logical_not",
+        "lt",
+        "maximum",
+        "minimum",
+        "mul",
+        "ne",
+        "eq",
+        "neg",
+        "pow",
+        "reciprocal",
+        "rsqrt",
+        "rsub",
+        "sigmoid",
+        "sign",
+        "softplus",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+        "where",
+    ]
 }
 
 _VIEWS = {

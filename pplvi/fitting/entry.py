@@ -314,8 +314,8 @@ def _fit_islands(
             form, guide, named = found_start(forms, (args, kwargs), init=init, seed=seed, vectorize=vectorize)
             run.model = forms[form]
         named = named if form == WRITTEN else f"{named} ({form})"
-        islands = run_islands(
-            settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over
-        )
+        islands = run_islands(settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over)
     run.seconds, run.reason = time.perf_counter() - start, islands.found.ended
-    return Fit([run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize)
+    return Fit(
+        [run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize
+    )

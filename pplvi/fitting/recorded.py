@@ -106,7 +106,9 @@ class RecordedDensity(UnconstrainedDensity):
         except (ValueError, LinAlgError):
             return None
         same = all(
-            torch.allclose(a.to(b), b, rtol=1e-2, atol=1e-3 * float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()), equal_nan=True)
+            torch.allclose(
+                a.to(b), b, rtol=1e-2, atol=1e-3 * float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()), equal_nan=True
+            )
             for a, b in zip(found, expected, strict=True)
         )
         return (lambda rows: graph(rows, *given)) if same and not traced.state else None

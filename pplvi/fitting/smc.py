@@ -169,6 +169,7 @@ def _matched(model: Program, call: Call, options: Mapping[str, Any]) -> FoundGui
 
 def _elbo(guide: FoundGuide, model: Program, call: Call, vectorize: Vectorize) -> float:
     draws = draw(model, guide, *call, num_draws=_JUDGE_DRAWS, vectorize=vectorize)
-    assert draws.log_p is not None and draws.log_q is not None
+    assert draws.log_p is not None
+    assert draws.log_q is not None
     gap = (draws.log_p - draws.log_q).reshape(_JUDGE_DRAWS, -1).sum(1)
     return float(gap.nan_to_num(-1e30, 1e30, -1e30).mean())

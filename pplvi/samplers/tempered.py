@@ -107,7 +107,6 @@ class TemperedDraws:
     reached: float = 1.0
 
 
-
 @dataclass(frozen=True)
 class TemperedSMC:
     r"""Sequential Monte Carlo along the geometric path from a Gaussian :math:`q` to a target :math:`\gamma`.
@@ -272,7 +271,9 @@ class _Run:
 
     def _move(self) -> list[Tensor]:
         """Adapt, and move until the start is forgotten; at the last temperature, go on until there are enough draws."""
-        self.level = replace(self.level, metric=self.level.metric.updated(self.cloud.position, self.settings.num_islands))
+        self.level = replace(
+            self.level, metric=self.level.metric.updated(self.cloud.position, self.settings.num_islands)
+        )
         last = self.level.beta == 1.0
         start = self.cloud
         try:
@@ -331,7 +332,9 @@ class _Run:
         new = old
         for _ in range(level.num_leapfrog):
             momentum = momentum + 0.5 * size * slope
-            new = self._at(new.position + size * metric.velocity(momentum), new if level.beta == 1.0 else None)  # the base is of no use there
+            new = self._at(
+                new.position + size * metric.velocity(momentum), new if level.beta == 1.0 else None
+            )  # the base is of no use there
             value, slope = new.tempered(level.beta)
             momentum = momentum + 0.5 * size * slope
         gain = value - metric.kinetic(momentum) - energy

@@ -33,7 +33,9 @@ def normal(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 def gaussian(z: Tensor) -> Tensor:
     """Correlated; the evidence is one."""
-    return normal(torch.stack([z[:, 0], z[:, 1] - 0.9 * z[:, 0]], 1), torch.tensor([1.0, -0.5]), torch.tensor([0.5, 0.2]))
+    return normal(
+        torch.stack([z[:, 0], z[:, 1] - 0.9 * z[:, 0]], 1), torch.tensor([1.0, -0.5]), torch.tensor([0.5, 0.2])
+    )
 
 
 def two_modes(z: Tensor) -> Tensor:
@@ -171,8 +173,11 @@ def test_a_run_that_is_cut_says_so_and_has_draws() -> None:
     calls = iter([""] * 3 + ["budget"] * 100)
     narrow = target_of(lambda z: normal(z, torch.full((2,), 3.0), torch.full((2,), 0.01)))
     found = TemperedSMC(num_particles=64).run(narrow, base_of(2), stop=lambda: next(calls))
-    assert found.ended == "budget" and found.reached < 1 and found.draws.shape[0] == 4
-    assert found.draws.isfinite().all() and found.log_evidence.std() > 0.5
+    assert found.ended == "budget"
+    assert found.reached < 1
+    assert found.draws.shape[0] == 4
+    assert found.draws.isfinite().all()
+    assert found.log_evidence.std() > 0.5
 
 
 def test_interrupting_gives_what_there_is() -> None:
@@ -184,7 +189,8 @@ def test_interrupting_gives_what_there_is() -> None:
         return target_of(gaussian)(z)
 
     found = TemperedSMC(num_particles=64, num_draws=10**6).run(target, base_of(2))
-    assert found.ended == "interrupted" and found.draws.isfinite().all()
+    assert found.ended == "interrupted"
+    assert found.draws.isfinite().all()
 
 
 def test_one_seed_gives_one_result() -> None:
