@@ -29,6 +29,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         import arviz  # noqa: F401
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: workers that are done then share what is left of the short ones."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish() -> None:
     """Modules and collected tests stay: the garbage collector need not look at them again and again."""
     gc.collect()

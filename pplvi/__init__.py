@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pplvi.fitting import Fit as Fit
     from pplvi.fitting import fit as fit
     from pplvi.fitting import flow_recipe as flow_recipe
+    from pplvi.fitting import load as load
     from pplvi.fitting import search_learning_rate as search_learning_rate
     from pplvi.guides import AnnealedGuide as AnnealedGuide
     from pplvi.guides import AutoAmortized as AutoAmortized
@@ -38,9 +39,12 @@ if TYPE_CHECKING:
     from pplvi.guides import AutoHierarchical as AutoHierarchical
     from pplvi.guides import AutoMixture as AutoMixture
     from pplvi.guides import AutoPathfinder as AutoPathfinder
+    from pplvi.guides import AutoProximal as AutoProximal
     from pplvi.guides import AutoSemiDAIS as AutoSemiDAIS
+    from pplvi.guides import AutoStudentMixture as AutoStudentMixture
     from pplvi.guides import FilteredGuide as FilteredGuide
     from pplvi.guides import NestedGuide as NestedGuide
+    from pplvi.guides import PredictionPenalty as PredictionPenalty
     from pplvi.guides import amortization_gap as amortization_gap
     from pplvi.guides import init_to_pathfinder as init_to_pathfinder
     from pplvi.guides import refine as refine
@@ -55,12 +59,20 @@ if TYPE_CHECKING:
     from pplvi.losses import ForwardKL as ForwardKL
     from pplvi.losses import ImportanceWeightedELBO as ImportanceWeightedELBO
     from pplvi.losses import NestedELBO as NestedELBO
+    from pplvi.losses import RecognitionLoss as RecognitionLoss
     from pplvi.losses import RenyiELBO as RenyiELBO
     from pplvi.losses import ReweightedWakeSleep as ReweightedWakeSleep
     from pplvi.losses import ThermodynamicELBO as ThermodynamicELBO
     from pplvi.losses import WakeSleep as WakeSleep
     from pplvi.losses import WeightedELBO as WeightedELBO
+    from pplvi.models import LISTA as LISTA
+    from pplvi.models import BinaryMeanField as BinaryMeanField
+    from pplvi.models import BinarySparseCoding as BinarySparseCoding
+    from pplvi.models import SparseCoding as SparseCoding
+    from pplvi.models import learn_binary_coding as learn_binary_coding
+    from pplvi.models import learn_dictionary as learn_dictionary
     from pplvi.posterior import Posterior as Posterior
+    from pplvi.posterior import Verdict as Verdict
     from pplvi.posterior import compare as compare
     from pplvi.posterior import plot_against_reference as plot_against_reference
     from pplvi.posterior import plot_objective as plot_objective
@@ -71,6 +83,7 @@ if TYPE_CHECKING:
     from pplvi.samplers import GeometricPath as GeometricPath
     from pplvi.samplers import ProgramPath as ProgramPath
     from pplvi.samplers import StateSpace as StateSpace
+    from pplvi.training import ExpectationMaximization as ExpectationMaximization
     from pplvi.training import PerProgram as PerProgram
     from pplvi.weights import Resampling as Resampling
 
@@ -97,6 +110,7 @@ _HOMES = {
     "Fit": "fitting",
     "fit": "fitting",
     "flow_recipe": "fitting",
+    "load": "fitting",
     "search_learning_rate": "fitting",
     "AnnealedGuide": "guides",
     "AutoAmortized": "guides",
@@ -106,9 +120,12 @@ _HOMES = {
     "AutoHierarchical": "guides",
     "AutoMixture": "guides",
     "AutoPathfinder": "guides",
+    "AutoProximal": "guides",
     "AutoSemiDAIS": "guides",
+    "AutoStudentMixture": "guides",
     "FilteredGuide": "guides",
     "NestedGuide": "guides",
+    "PredictionPenalty": "guides",
     "amortization_gap": "guides",
     "init_to_pathfinder": "guides",
     "refine": "guides",
@@ -123,12 +140,20 @@ _HOMES = {
     "ForwardKL": "losses",
     "ImportanceWeightedELBO": "losses",
     "NestedELBO": "losses",
+    "RecognitionLoss": "losses",
     "RenyiELBO": "losses",
     "ReweightedWakeSleep": "losses",
     "ThermodynamicELBO": "losses",
     "WakeSleep": "losses",
     "WeightedELBO": "losses",
+    "LISTA": "models",
+    "BinaryMeanField": "models",
+    "BinarySparseCoding": "models",
+    "SparseCoding": "models",
+    "learn_binary_coding": "models",
+    "learn_dictionary": "models",
     "Posterior": "posterior",
+    "Verdict": "posterior",
     "compare": "posterior",
     "plot_against_reference": "posterior",
     "plot_objective": "posterior",
@@ -139,6 +164,7 @@ _HOMES = {
     "GeometricPath": "samplers",
     "ProgramPath": "samplers",
     "StateSpace": "samplers",
+    "ExpectationMaximization": "training",
     "PerProgram": "training",
     "Resampling": "weights",
 }

@@ -8,19 +8,6 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pplvi.examples.eight_schools import EFFECTS, STANDARD_ERRORS
-
-SCHOOLS = (torch.tensor(EFFECTS), torch.tensor(STANDARD_ERRORS))
-
-
-def eight_schools(y: Tensor, sigma: Tensor) -> None:
-    """Rubin 1981, its effects standardised."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", 8):
-        effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * effect, sigma), obs=y)
-
 
 def correlated(dim: int, seed: int) -> tuple[Tensor, Tensor]:
     """Mean and covariance of a Gaussian that is no product."""

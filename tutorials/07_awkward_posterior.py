@@ -145,5 +145,5 @@ plt.savefig(OUT / "awkward_reference.png")
 # needs only the first rung. `chosen.model` is that form, for a flow, if the report asks for one.
 
 # %%
-chosen = pplvi.fit(schools, "auto", budget=5.0 if SMOKE else 60.0, args=(sigma, y), seed=0, progress=False)
+chosen = pplvi.fit(schools, "auto", budget=1.0 if SMOKE else 60.0, args=(sigma, y), seed=0, progress=False)
 chosen.report()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pplvi.compile.tracing import Traced
+from pplvi.compile.tracing import Traced, one_fake_mode
 from pplvi.types import Program
 
 # Assertions about strides in the generated code cost as much as a small kernel.
@@ -186,7 +186,8 @@ def _same_layout(x: Tensor) -> Tensor:
 
 
 def _recorded(function: Program, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    graph = make_fx(function)(*inputs)
+    with one_fake_mode():
+        graph = make_fx(function)(*inputs)
     for module in graph.modules():
         if isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:  # notes about tensors of another fake mode

@@ -16,49 +16,11 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 
-_POINTWISE = {
-    getattr(aten, name)
-    for name in [
-        "abs",
-        "add",
-        "addcdiv",
-        "addcmul",
-        "clamp",
-        "clamp_min",
-        "digamma",
-        "div",
-        "exp",
-        "expm1",
-        "ge",
-        "gt",
-        "le",
-        "lgamma",
-        "log",
-        "log1p",
-        "logical_and",
-        "logical_not",
-        "lt",
-        "maximum",
-        "minimum",
-        "mul",
-        "ne",
-        "eq",
-        "neg",
-        "pow",
-        "reciprocal",
-        "rsqrt",
-        "rsub",
-        "sigmoid",
-        "sign",
-        "softplus",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-        "where",
-    ]
-}
-
+_NAMES = (
+    "abs add addcdiv addcmul clamp clamp_min digamma div exp expm1 ge gt le lgamma log log1p logical_and logical_not "
+    "lt maximum minimum mul ne eq neg pow reciprocal rsqrt rsub sigmoid sign softplus sqrt square sub tanh where"
+)
+_POINTWISE = {getattr(aten, name) for name in _NAMES.split()}
 _VIEWS = {
     aten.alias.default,
     aten.detach.default,

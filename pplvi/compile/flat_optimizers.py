@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 Hyper = Mapping[str, Any]
 State = tuple[Tensor, ...]
-OptimLike = PyroOptim | Callable[[list[Tensor]], Optimizer]
+TorchFactory = Callable[[list[Tensor]], Optimizer]
+OptimFactory = PyroOptim | TorchFactory
 Clip = float | Literal["adaptive"] | None
 
 CLIP_FACTOR, CLIP_WINDOW = 10.0, 100  # of "adaptive": times the median norm of so many steps
@@ -279,7 +280,7 @@ def without_new_parameters(step: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def flat_update(optim: OptimLike, named: Mapping[str, Tensor], clip: Clip = None) -> FlatUpdate:
+def flat_update(optim: OptimFactory, named: Mapping[str, Tensor], clip: Clip = None) -> FlatUpdate:
     """The pure update of a Pyro optimiser, or of a callable from the list of parameters to a torch optimiser.
 
     :param named: the parameters by name, in the order of the flat vector.
@@ -301,7 +302,7 @@ def flat_update(optim: OptimLike, named: Mapping[str, Tensor], clip: Clip = None
     return FlatUpdate(rule, slots + bool(hyper.get("amsgrad", False)), hyper, clip)
 
 
-def _groups(optim: OptimLike, parameters: list[Tensor]) -> Iterable[tuple[type, Hyper]]:
+def _groups(optim: OptimFactory, parameters: list[Tensor]) -> Iterable[tuple[type, Hyper]]:
     """Kind of optimiser and hyperparameters of each parameter."""
     if isinstance(optim, pyro.optim.PyroLRScheduler):
         raise ValueError("a PyroLRScheduler has no compiled update: pass its optimiser, and schedule= beside it.")

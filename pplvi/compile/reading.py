@@ -7,7 +7,6 @@ arguments to what was read are kept, and repeated on new ones.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pplvi.programs.calls import Arguments
+from pplvi.programs.errors import warn
 from pplvi.types import Program
 
 MANY = 8  # programs for arguments of other shapes or values before a warning, and for other values before a refusal
@@ -182,9 +182,8 @@ class Programs:
         variants.append(made := make(len(variants)))
         self._fixed.append(arguments)
         if sum(map(len, self._made.values())) == MANY:
-            warnings.warn(
+            warn(
                 f"{MANY} programs were made for different arguments. Pass what changes from step to step as a "
                 "tensor of fixed shape, not as a Python number.",
-                stacklevel=2,
             )
         return made

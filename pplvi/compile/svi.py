@@ -8,7 +8,6 @@ slices of one flat vector; :mod:`pplvi.compile.backends` runs the graph as it is
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -23,7 +22,7 @@ from pplvi.compile.flat_optimizers import (
     Clip,
     FlatParameters,
     FlatUpdate,
-    OptimLike,
+    OptimFactory,
     State,
     flat_update,
     without_new_parameters,
@@ -32,13 +31,14 @@ from pplvi.compile.reading import Guard, Programs, Variant
 from pplvi.compile.tracing import Traced, Untraceable, check_variants, record, unchanged
 from pplvi.losses.elbo import own_loss
 from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, in_runs, stacked, to_call
+from pplvi.programs.errors import warn
 from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.state import buffers_of
 from pplvi.types import Call, Program
 
 _Loop = tuple[int, Sequence[Tensor]]
-Mode = Literal["trace", "max", "auto"] | bool
+CompileMode = Literal["trace", "max", "auto"] | bool
 
 MODES = (False, "trace", True, "max", "auto")
 
@@ -93,10 +93,10 @@ class CompiledSVI:
         self,
         model: Program,
         guide: Program,
-        optim: OptimLike,
+        optim: OptimFactory,
         loss: Any,
         *,
-        mode: Mode = True,
+        mode: CompileMode = True,
         schedule: Callable[[int], float] | None = None,
         clip: Clip = None,
         last_batch: LastBatch = "compile",
@@ -325,7 +325,7 @@ class CompiledSVI:
                 raise
             self.mode = False if isinstance(error, Untraceable) else "trace"
             how = "Pyro's handlers" if self.mode is False else "the graph without a compiler"
-            warnings.warn(f"compile='auto' falls back to {how}: {error}", stacklevel=2)
+            warn(f"compile='auto' falls back to {how}: {error}")
             return self.settled(make)
 
     def _make(self, arguments: Arguments, loop: _Loop | None, others: int) -> Variant:

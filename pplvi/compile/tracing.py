@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 import pyro
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
@@ -88,7 +90,7 @@ def record(
         with VaryingCalls(watch), watch:
             return step(*tensors)
 
-    with last_site() as site, _named_failure(site), _same_generators(), unchecked():
+    with last_site() as site, _named_failure(site), _same_generators(), unchecked(), one_fake_mode():
         graph = make_fx(watched)(*inputs)
     _plain_output(graph)
     _lift_parameters(graph, parameters)
@@ -124,6 +126,14 @@ def unchanged() -> Iterator[None]:
             yield
     finally:
         watch.put_back()
+
+
+@contextmanager
+def one_fake_mode() -> Iterator[None]:
+    """``make_fx`` notes the shape of every value in a mode that it makes anew each time, which takes half the time of a
+    recording, unless there is one already."""
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from pplvi.compile.svi import CompiledSVI
-from pplvi.compile.tracing import Traced
+from pplvi.compile.tracing import Traced, one_fake_mode
 from pplvi.programs.calls import Arguments
 from pplvi.programs.state import preserved_rng, set_torch_rng_state, torch_rng_state
 from pplvi.types import Program
@@ -149,7 +149,8 @@ def vectorized(steps: Sequence[Traced], carried: Sequence[Tensor], rates: Tensor
     in_dims = (*[0] * (len(carried) + 1), *[None] * len(data), *[0] * len(noise), *dims)
     try:
         step = torch.func.vmap(torch.func.functionalize(quiet.graph), in_dims)
-        graph = make_fx(step)(*inputs)
+        with one_fake_mode():
+            graph = make_fx(step)(*inputs)
     except Exception as error:  # an operation that cannot be vectorised may fail in any way
         raise Apart(f"{type(error).__name__}: {error}") from error
     return Vectorized(Traced(graph, constants), quiet)

@@ -2,6 +2,7 @@
 
 from pplvi.fitting.entry import fit
 from pplvi.fitting.flow_recipe import flow_recipe, search_learning_rate
+from pplvi.fitting.loading import load
 from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 
@@ -12,5 +13,6 @@ __all__ = [
     "Minibatches",
     "fit",
     "flow_recipe",
+    "load",
     "search_learning_rate",
 ]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from pplvi.compile.svi import Mode
+from pplvi.compile.svi import CompileMode
 from pplvi.fitting.arguments import (
     check_budget,
     check_loss,
@@ -26,11 +26,13 @@ from pplvi.fitting.arguments import (
     stopping_rule,
 )
 from pplvi.fitting.auto import WRITTEN, select
+from pplvi.fitting.clock import Clock
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
+from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
-from pplvi.fitting.smc import Clock, found_start, run_islands, smc_settings
+from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
@@ -44,6 +46,7 @@ from pplvi.samplers.tempered import TemperedSMC
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.describe import describe
+from pplvi.training.em.algorithm import ExpectationMaximization
 from pplvi.training.optimizers import OptimLike
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Originals, Recipe
@@ -80,7 +83,7 @@ def fit(
     budget: float | None = None,
     restarts: int = 1,
     seed: int | None = None,
-    compile: Mode | Compile = False,
+    compile: CompileMode | Compile = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
     callbacks: Sequence[Callable[[Restart], Any]] = (),
@@ -110,7 +113,8 @@ def fit(
 
     :param model: a Pyro program: a function, a module, or a method of a module.
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
-        returns for the model can be called); a guide, which, if it is a module, takes one restart; ``"auto"``: one
+        returns for the model can be called); a guide, which, if it is a module, takes one restart;
+        :class:`pplvi.ExpectationMaximization` for maximum likelihood with discrete latents; ``"auto"``: one
         family after another until k-hat is below 0.7, within ``budget=`` seconds (60), on whichever is easier of the
         model as written and its non-centered forms (:func:`pplvi.noncentered`); parameters of the model are trained
         anew with each family; ``"nuts"``, or another MCMC kernel class or ``functools.partial`` of one, for MCMC
@@ -198,6 +202,17 @@ def fit(
     settings = smc_settings(guide)
     if budget is not None and settings is None:
         raise ValueError(f"budget={budget!r} is for guide='auto' and 'smc': expected one of them, or num_steps=.")
+    if guide is ExpectationMaximization:
+        raise ValueError("guide=ExpectationMaximization: pass an instance, ExpectationMaximization().")
+    if isinstance(guide, ExpectationMaximization):
+        kept: dict[str, Any] = {"checkpoint": checkpoint, "resume": resume}
+        refuse(
+            {**{k: v for k, v in unused.items() if k not in (*kept, "callbacks")}, "num_warmup": num_warmup},
+            "ExpectationMaximization",
+            "num_steps, callbacks, checkpoint, resume, ",
+        )
+        same = {"num_steps": num_steps, "restarts": restarts, "seed": seed, "callbacks": callbacks}
+        return maximise_likelihood(model, guide, call, environment, progress=progress, **same, **kept)
     if data is None:
         warn_of_no_data(model, *call, environment)
     if settings is not None:
@@ -264,6 +279,7 @@ def fit(
         objective=objective,
         is_bound=bound,
         vectorize=vectorize,
+        origin=guide,
     )
 
 

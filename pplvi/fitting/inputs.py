@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from pplvi.programs.checks import check_model_run, has_data
+from pplvi.programs.errors import warn
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import Environment
@@ -43,10 +43,9 @@ def warn_of_no_data(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, 
         except Exception:  # told where the model is really run
             return
     if not found:
-        warnings.warn(
+        warn(
             "the model observes nothing with these arguments: no site has obs= and there is no pyro.factor, so that "
             "the posterior is the prior. Pass the data in args= or kwargs=, or condition the model on them.",
-            stacklevel=3,
         )
 
 

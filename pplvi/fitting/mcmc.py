@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyro
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
 
 from pplvi.programs.errors import explained
 from pplvi.programs.state import preserved_rng
@@ -63,10 +65,10 @@ def run_chains(
                     raise
                 break
             chains.append(chain)
-    return joined(chains)
+    return joined_chains(chains)
 
 
-def joined(chains: list[MCMC]) -> MCMC:
+def joined_chains(chains: list[MCMC]) -> MCMC:
     """The first of several one-chain runs, with the draws and diagnostics of all of them."""
     first = chains[0]
     samples = [chain.get_samples(group_by_chain=True) for chain in chains]
@@ -74,3 +76,37 @@ def joined(chains: list[MCMC]) -> MCMC:
     first._diagnostics = [chain._diagnostics[0] for chain in chains]
     first.num_chains = len(chains)
     return first
+
+
+@dataclass(frozen=True)
+class SavedChains:
+    """What a file holds of an MCMC run, in the words of ``pyro.infer.MCMC``.
+
+    :ivar samples: draws by site name, ``(num_chains, num_samples, ...)``.
+    :ivar found: its diagnostics.
+
+    >>> chains = SavedChains({"z": torch.zeros(2, 5)}, {})
+    >>> chains.num_chains, chains.num_samples, chains.get_samples()["z"].shape
+    (2, 5, torch.Size([10]))
+    """
+
+    samples: Mapping[str, Tensor]
+    found: Mapping[str, Any]
+
+    @property
+    def num_chains(self) -> int:
+        """Number of chains."""
+        return len(next(iter(self.samples.values())))
+
+    @property
+    def num_samples(self) -> int:
+        """Draws of each chain."""
+        return next(iter(self.samples.values())).shape[1]
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """The draws by site name, one chain after another unless they are grouped."""
+        return {name: x if group_by_chain else x.flatten(0, 1) for name, x in self.samples.items()}
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Effective sample sizes, Gelman-Rubin statistics, acceptance rates and divergences, where there are any."""
+        return dict(self.found)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pplvi.compile.svi import MODES, Mode
+from pplvi.compile.svi import MODES, CompileMode
 from pplvi.fitting.arguments import check_numbers
 from pplvi.programs.calls import LastBatch, check_last_batch
 from pplvi.training.checkpoint import PathLike
@@ -53,7 +53,7 @@ class Compile:
     Compile(mode='max', chunk=20)
     """
 
-    mode: Mode = True
+    mode: CompileMode = True
     chunk: int = 50
 
     def __post_init__(self) -> None:

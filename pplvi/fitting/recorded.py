@@ -13,8 +13,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pplvi.compile import backends
 from pplvi.compile.broadcasting import without_repetition
 from pplvi.compile.tracing import record
-from pplvi.guides.density import CHUNK, UnconstrainedDensity
 from pplvi.programs.carrying import LOOP
+from pplvi.programs.density import CHUNK, UnconstrainedDensity
 
 _PAYS = 25  # evaluations of as many rows after which recording pays
 _FEW = 16  # rows
@@ -24,7 +24,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class RecordedDensity(UnconstrainedDensity):
-    """As :class:`pplvi.guides.density.UnconstrainedDensity`, quicker where many batches of one size are asked for.
+    """As :class:`pplvi.programs.density.UnconstrainedDensity`, quicker where many batches of one size are asked for.
 
     Value and gradient are recorded as a graph of tensor operations when as many rows were asked for several times, and
     only that runs from then on. What cannot be recorded is run as before. Rows go through in parts, so that what a

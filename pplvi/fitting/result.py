@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pyro.infer import MCMC
 from torch import Tensor
 
+from pplvi.fitting.mcmc import SavedChains
+from pplvi.fitting.saving import save
 from pplvi.fitting.smc import Islands
 from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts, has_latents
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
+from pplvi.posterior.gathering import disagreements
+from pplvi.posterior.particles import posterior_of_islands
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import report, report_likelihood
+from pplvi.posterior.tables import Summary, to_html
+from pplvi.posterior.verdict import Verdict, judge
 from pplvi.programs.inputs import to_inputs
 from pplvi.programs.ways import Vectorize, is_looped
+from pplvi.training.checkpoint import PathLike
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
 from pplvi.types import Call, Program
@@ -43,8 +51,10 @@ class Fit:
     :ivar runs: the restarts (:class:`pplvi.training.Restart`); one for all MCMC chains.
     :ivar best: index of the best restart.
     :ivar objective: the objective; ``None`` for MCMC.
-    :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one.
+    :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one; its draws and diagnostics alone after :func:`pplvi.load`.
     :ivar islands: the draws of a sequential Monte Carlo run, if the fit is one.
+    :ivar origin: what ``fit`` was given as the guide.
+    :ivar reformed: whether the model is a form of the user's that ``"auto"`` has found to be easier.
     :ivar seed: the seed of restart 0.
     :ivar notes: what the report says besides, such as what ``"auto"`` tried.
     :ivar vectorize: the way in which draws of a posterior are run, ``"broadcast"``, ``"vmap"`` or ``"loop"``
@@ -76,14 +86,17 @@ class Fit:
         seed: int | None,
         objective: Any = None,
         is_bound: bool = False,
-        mcmc: MCMC | None = None,
+        mcmc: MCMC | SavedChains | None = None,
         islands: Islands | None = None,
         vectorize: Vectorize = None,
+        origin: Any = None,
     ) -> None:
         self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
         self.islands = islands
         self.notes: dict[str, str] = {}
+        self.origin, self.reformed = origin, False
+        self.total_seconds: float | None = None
         own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
         self.vectorize: Vectorize = objective.vectorize_particles if own and vectorize is None else vectorize
 
@@ -94,6 +107,15 @@ class Fit:
             return f"Fit({self.guide_name}, islands={len(self.islands.found.log_evidence)})"
         ended = ", ".join(self.reasons)
         return f"Fit({self.guide_name}, {self.objective}, restarts={len(self.runs)}, best={self.best}, {ended})"
+
+    def _repr_html_(self) -> str:
+        took = f"{self.seconds:.1f} seconds"
+        if self.args is None:
+            return to_html(repr(self), [took, "no full data: give it as args= to posterior() and report()"])
+        if self.mcmc is None and not has_latents(self.runs[self.best], self._call(None, None)):
+            return to_html(repr(self), [took, "maximum likelihood: the model has no latent sites"])
+        frame = self._best_posterior(None, None).to_frame()
+        return to_html(repr(self), [took, str(self.verdict)], frame)
 
     @property
     def losses(self) -> NDArray[np.float64]:
@@ -129,8 +151,8 @@ class Fit:
 
     @property
     def seconds(self) -> float:
-        """Time that training took, all restarts together."""
-        return sum(run.seconds for run in self.runs)
+        """Time that it took, all restarts together; of ``"auto"`` all that was tried."""
+        return sum(run.seconds for run in self.runs) if self.total_seconds is None else self.total_seconds
 
     @property
     def converged(self) -> bool | None:
@@ -138,7 +160,9 @@ class Fit:
 
         See :func:`pplvi.training.has_settled`.
         """
-        run = self.runs[self.best]
+        return self._has_converged(self.runs[self.best])
+
+    def _has_converged(self, run: Restart) -> bool | None:
         if run.reason == "converged":
             return True
         trace = run.monitored or run.losses
@@ -172,13 +196,15 @@ class Fit:
         at_once = self.vectorize if vectorize is None else vectorize
         options: dict[str, Any] = {"vectorize": at_once, "chunk_size": chunk_size}
         if self.mcmc is not None:
-            return Posterior.from_mcmc(self.mcmc, model, *call, **options)
+            return Posterior.from_mcmc(cast(MCMC, self.mcmc), model, *call, **options)
         if self.islands is not None:
             found = self.islands
-            return Posterior.from_islands(found.latents, found.found.log_evidence, model, *call, **options)
+            return posterior_of_islands(found.latents, found.found.log_evidence, model, *call, **options)
         options["seed"] = run.seed if seed is None else seed
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
-            return Posterior(model, run.guide, *call, num_draws=num_draws, **options)
+            posterior = Posterior(model, run.guide, *call, num_draws=num_draws, **options)
+        posterior.scope, posterior.converged = run.scope, self._has_converged(run)
+        return posterior
 
     @property
     def _has_guide(self) -> bool:
@@ -214,9 +240,38 @@ class Fit:
             return self.posteriors[self.best if self._has_guide else 0]
         return self.posterior(args=args, kwargs=kwargs)
 
+    @cached_property
+    def verdict(self) -> Verdict:
+        """How far the posterior of the best restart can be believed: :attr:`pplvi.Posterior.verdict`, and whether
+        other restarts contradict it.
+
+        :raises ValueError: for a fit on minibatches alone, and for a model without latent sites.
+        """
+        return self._verdict(self._best_posterior(None, None))
+
+    def _verdict(self, posterior: Posterior) -> Verdict:
+        if len(self.runs) == 1 or posterior.draws.batch or not posterior.has_weights:
+            return posterior.verdict
+        others = [each for index, each in enumerate(self.posteriors) if index != self.best]
+        return judge(replace(posterior.facts, disagreement=disagreements(posterior, others)))
+
     @property
     def _restarts(self) -> range:
         return range(len(self.runs))
+
+    def save(self, path: PathLike, *, data: bool = True) -> None:
+        """Write the fit into a file, which :func:`pplvi.load` reads and ``fit(resume=path)`` goes on from.
+
+        The file holds parameters, traces, the state of the optimiser and of the random numbers, the data, and the name
+        and options of a guide of Pyro or of this package; neither code nor the model. It is written beside ``path`` and
+        then takes its place at once.
+
+        :param path: of the file; one that is there is replaced.
+        :param data: write the data too: the arguments of the fit, or the last minibatch of one that has only seen
+            those.
+        :raises ValueError: for data that are no tensors, arrays, numbers or strings, and where nothing can be written.
+        """
+        save(self, path, data)
 
     def predict(self, *args: Any, num_samples: int | None = None, seed: int | None = None, **kwargs: Any) -> Draws:
         """Posterior predictive draws of the best restart: see :meth:`pplvi.Posterior.predict`."""
@@ -227,14 +282,14 @@ class Fit:
 
     def loo(
         self,
-        var_name: str | None = None,
+        var_name: str | Sequence[str] | None = None,
         *,
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> arviz.ELPDData:
         """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.loo`.
 
-        :param var_name: the observed site; may be left out if there is only one.
+        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
         """
@@ -256,7 +311,7 @@ class Fit:
         :param coords: labels of the dimensions that plates are named after.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
-        :param options: other arguments of :func:`pplvi.to_arviz`.
+        :param options: other arguments of :func:`pplvi.to_arviz`, such as ``predictions=(x_new,)``.
         :raises ValueError: where that does, and for a fit on minibatches without ``args``.
         """
         attrs = {"guide": self.guide_name, "objective": self.objective, "seed": self.seed, "runtime": self.seconds}
@@ -268,10 +323,11 @@ class Fit:
         chains = (
             [self.posterior(restart=r, args=args, kwargs=kwargs) for r in self._restarts] if given else self.posteriors
         )
-        return to_arviz(chains, draws=draws, restarts=restarts, best=self.best, coords=coords, **options)
+        one = 0 if self.mcmc is not None else self.best
+        return to_arviz(chains, draws=draws, restarts=one if restarts == "best" else restarts, coords=coords, **options)
 
-    def summary(self, *, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None) -> str:
-        """The text of :meth:`report`.
+    def summary(self, *, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None) -> Summary:
+        """The text of :meth:`report`, with means and quantiles as a pandas frame, ``fit.summary().frame``.
 
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
@@ -286,7 +342,8 @@ class Fit:
             facts["restarts"] = describe_restarts(self.runs, self.best)
         if trained and not has_latents(run, self._call(args, kwargs)):
             facts["seconds"] = f"{self.seconds:.1f}"
-            return report_likelihood(-run.score, facts=facts, convergence=describe_end(run), converged=self.converged)
+            how, settled = describe_end(run), self.converged
+            return Summary(report_likelihood(-run.score, facts=facts, convergence=how, converged=settled))
         posterior = self._best_posterior(args, kwargs)
         if trained:
             facts |= describe_guide(run, posterior, self._call(args, kwargs), self.seed)
@@ -296,7 +353,8 @@ class Fit:
                 )
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = describe_end(run) if trained else None
-        return report(posterior, facts=facts, convergence=ended, converged=self.converged)
+        verdict = posterior.verdict if args is not None or kwargs is not None else self._verdict(posterior)
+        return Summary(report(posterior, facts=facts, convergence=ended, verdict=verdict), posterior.to_frame())
 
     def report(
         self,

@@ -1,8 +1,7 @@
-"""``fit(model, "smc")``: tempered sequential Monte Carlo from a Gaussian to the posterior, on the unconstrained space."""
+"""``fit(model, "smc")``: tempered sequential Monte Carlo from a Gaussian to the posterior."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,27 +63,9 @@ def smc_settings(guide: Any) -> TemperedSMC | None:
     return TemperedSMC() if isinstance(guide, str) and guide == "smc" else None
 
 
-class Clock:
-    """CPU seconds of this process and its children since it was made.
-
-    :param budget: how many there are; ``None`` for no limit.
-    """
-
-    def __init__(self, budget: float | None = None) -> None:
-        self.budget, self._start = budget, self._now()
-
-    @staticmethod
-    def _now() -> float:
-        return sum(os.times()[:4])
-
-    @property
-    def spent(self) -> float:
-        """Seconds since the start."""
-        return self._now() - self._start
-
-    def over(self) -> str:
-        """Why to stop, if it is time."""
-        return "budget" if self.budget is not None and self.spent > self.budget else ""
+def is_gaussian(fit: Any) -> bool:
+    """Whether a fit is of one Gaussian, or an equal mixture of several, that was found by a search."""
+    return isinstance(fit.guide, (AutoPathfinder, AutoBatchAndMatch))
 
 
 def run_islands(
@@ -116,7 +97,7 @@ def run_islands(
 
 def _base(density: RecordedDensity, guide: Any, call: Call, vectorize: Vectorize) -> GaussianBase:
     """The Gaussian with the moments of a guide, a bit wider."""
-    if isinstance(guide, FoundGuide):
+    if isinstance(guide, (AutoPathfinder, AutoBatchAndMatch)):
         mixture = guide.get_posterior()
         if len(mixture.parts.loc) == 1:
             return _wider(density, mixture.parts.loc[0], mixture.parts.covariance[0])
@@ -144,7 +125,7 @@ def found_start(
     found: dict[str, FoundGuide] = {}
     errors: list[ValueError] = []
     options: dict[str, Any] = {"seed": seed, "vectorize": vectorize}
-    plain = {"num_components": 1, "moment_matching": 0, "exact_hessian": False}
+    plain: dict[str, Any] = {"num_components": 1, "moment_matching": 0, "exact_hessian": False}
     if len(forms) == 1 and init != "pathfinder":
         (form,) = forms
         return form, _matched(forms[form], call, options), "batch and match"

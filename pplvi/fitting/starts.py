@@ -9,7 +9,7 @@ from typing import Any, cast
 import pyro
 from torch import Tensor
 
-from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.base import FoundGuide, Search
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.guides.search.start import start_at_pathfinder
@@ -22,7 +22,6 @@ from pplvi.training.restart import Restart, evaluate, unobtrusive
 from pplvi.types import Call, Program
 
 SEARCHES: dict[str, Any] = {"pathfinder": AutoPathfinder, "match": AutoBatchAndMatch}
-_SCORE_DRAWS = 1000
 
 
 def check_init(init: Any) -> None:
@@ -64,7 +63,7 @@ class SearchedStart(Start):
 
     def searches(self, guide: Program) -> bool:
         """Whether a guide finds itself, so that its first run is a search."""
-        return isinstance(guide, FoundGuide)
+        return isinstance(guide, Search)
 
     def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
         """Give a guide that finds itself what a checkpoint holds of it, so that it does not search again."""
@@ -110,10 +109,10 @@ def _parameters(run: Restart, call: Call) -> list[Tensor]:
     return [p for _, p in pyro.get_param_store().named_parameters() if p.requires_grad]
 
 
-def _score(trainer: Trainer, guide: FoundGuide, call: Call) -> float:
+def _score(trainer: Trainer, guide: Any, call: Call) -> float:
     """What the best restart has the least of: the user's monitor, or minus the ELBO."""
     run, monitor = trainer.run, trainer.watch.monitor
     if monitor is not None:
         return monitor(run, call)
     with unobtrusive(run):
-        return evaluate(ELBO(_SCORE_DRAWS, vectorize_particles=guide.vectorize), run.model, guide, call)
+        return evaluate(ELBO(guide.score_draws, vectorize_particles=guide.vectorize), run.model, guide, call)

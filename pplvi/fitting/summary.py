@@ -30,6 +30,8 @@ _REASONS = {
 def describe_end(run: Restart) -> str:
     """Why the training of a restart ended, and what it went through."""
     backs = f", after {run.rollbacks} returns from a loss that was not finite" if run.rollbacks else ""
+    if run.exact and run.reason == "converged":
+        return f"stopped at iteration {run.step}: log p(x) no longer rose"
     return _REASONS[run.reason].format(steps=run.step) + backs
 
 

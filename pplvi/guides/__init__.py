@@ -2,6 +2,7 @@
 
 from pplvi.guides.amortized.amortized import AutoAmortized
 from pplvi.guides.amortized.hierarchical import AutoHierarchical
+from pplvi.guides.amortized.prediction import PredictionPenalty
 from pplvi.guides.amortized.refinement import amortization_gap, refine
 from pplvi.guides.amortized.semi_dais import AutoSemiDAIS
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
@@ -11,7 +12,9 @@ from pplvi.guides.mixture import AutoMixture
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.deterministic import AutoDeterministicNormal
 from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
+from pplvi.guides.search.proximal import AutoProximal
 from pplvi.guides.search.start import start_at_pathfinder
+from pplvi.guides.search.students import AutoStudentMixture
 
 __all__ = [
     "AnnealedGuide",
@@ -22,9 +25,12 @@ __all__ = [
     "AutoHierarchical",
     "AutoMixture",
     "AutoPathfinder",
+    "AutoProximal",
     "AutoSemiDAIS",
+    "AutoStudentMixture",
     "FilteredGuide",
     "NestedGuide",
+    "PredictionPenalty",
     "amortization_gap",
     "init_to_pathfinder",
     "refine",

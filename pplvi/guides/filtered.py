@@ -23,7 +23,7 @@ from pplvi.objectives.step import Routing
 from pplvi.programs.handlers import aside
 from pplvi.programs.markov import numbered
 from pplvi.programs.sites import PARTICLES, Plate, site_plates
-from pplvi.samplers.filtering import Filter, plates_found
+from pplvi.samplers.filtering import Filter, plates_found, way_of
 from pplvi.samplers.particles import Particles
 from pplvi.samplers.state_space import Course, Plates, course_of, has_steps
 from pplvi.types import Program
@@ -98,13 +98,20 @@ class FilteredGuide(PyroModule):
             probe = pyro.sample("_filter", dist.Uniform(0.0, 1.0), infer={"is_auxiliary": True})
         filters = probe.shape[0] if probe.dim() > plates.nesting else 0
         with aside():
-            passed = self._run(course, _around(plates, max(filters, 1)), max(filters, 1))
+            passed = self._run(course, plates, filters) if filters else _as_one_of_several(self._run(course, plates, 0))
         return _Chosen(passed, plates.nesting, bool(filters), has_steps(model), around).sample(plates.common)
 
     def _run(self, course: Course, plates: Plates, filters: int) -> Filter:
-        beside = _Beside(course, filters, -plates.nesting)
+        way = way_of(*self.filtered, course, plates, self.num_particles)
+        if filters:
+            if not way.model:
+                raise ValueError(
+                    "the programs of this filter do not broadcast over one more dimension on the left: several filters "
+                    "cannot be run in one call."
+                )
+            course, plates = _Beside(course, filters, -plates.nesting - 1), _around(plates, filters)
         particles = Particles(self.num_particles, plates.nesting, plates.batch, Routing(local=False))
-        passed = Filter(beside, particles, visits=[])
+        passed = Filter(course, particles, way, visits=[])
         for _ in passed.steps(self.resampling):
             pass
         if particles.subsampled or particles.scale != 1.0:
@@ -113,6 +120,24 @@ class FilteredGuide(PyroModule):
                 "Drop subsample_size; the filter's objectives take minibatches (FilteringELBO)."
             )
         return passed
+
+
+def _as_one_of_several(passed: Filter) -> Filter:
+    """One filter with the dimension that several have."""
+    particles, last = passed.particles, passed.last
+    assert last is not None
+    dims, batch = (-particles.nesting - 1, *particles.dims), particles.batch | {_FILTERS}
+    wider = replace(particles, nesting=particles.nesting + 1, dims=dims, batch=batch)
+    last = replace(last, log_weight=last.log_weight.unsqueeze(1), log_joint=last.log_joint.unsqueeze(1))
+    visits = [
+        replace(
+            visit,
+            sites={n: {**s, "value": s["value"].unsqueeze(1)} for n, s in visit.sites.items()},
+            chosen=None if visit.chosen is None else visit.chosen.unsqueeze(1),
+        )
+        for visit in passed.visits or []
+    ]
+    return replace(passed, particles=wider, last=last, visits=visits)
 
 
 def _around(plates: Plates, filters: int) -> Plates:

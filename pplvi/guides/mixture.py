@@ -16,8 +16,8 @@ from torch import Size, Tensor
 from torch.distributions import Transform
 
 from pplvi.guides.base import ContinuousGuide
-from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.flows.build import AffineFlowTransform
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.state import random_state
 from pplvi.weights.resampling import resample
 

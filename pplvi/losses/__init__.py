@@ -4,6 +4,7 @@ from pplvi.losses.base import Loss, WeightedELBO
 from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
 from pplvi.losses.filtering import FilteringELBO
 from pplvi.losses.nested import NestedELBO
+from pplvi.losses.recognition import RecognitionLoss
 from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ImportanceWeightedELBO",
     "Loss",
     "NestedELBO",
+    "RecognitionLoss",
     "RenyiELBO",
     "ReweightedWakeSleep",
     "ThermodynamicELBO",

@@ -57,7 +57,8 @@ class ELBO(_Named):
         ``"kl"``: ``KL(q || p)`` of every site that has it in closed form
         (:func:`pplvi.samplers.divergences.divergences`), the others sampled: what Pyro's ``TraceMeanField_ELBO``
         computes, and right for automatic guides too.
-    :param estimator: ``None`` (pathwise where reparameterised, VIMCO elsewhere), ``"reparam"`` (refuse other sites),
+    :param estimator: ``None`` (pathwise where reparameterised, elsewhere VIMCO, which is the plain score function where
+        there is one particle alone: take several), ``"reparam"`` (refuse other sites),
         ``"score"``, ``"vimco"`` (score function without and with leave-one-out baseline), or ``"stl"`` (sticking the
         landing, Roeder et al. 2017: no variance at the exact posterior).
     :raises ValueError: for an unknown estimator or entropy, or ``"stl"`` without a sampled entropy; with ``"kl"``, for

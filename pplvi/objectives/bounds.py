@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,10 +36,11 @@ class RenyiBound(Objective):
     Lower bounds are maximised (the value is ``-L``), upper ones minimised (``+L``).
 
     Estimators of the gradient: pathwise where draws are reparameterised, VIMCO where not (``None``; Mnih & Rezende
-    2016); ``"score"`` and ``"vimco"`` use the score function at every site, the second with leave-one-out baselines;
-    ``"stl"`` freezes the guide's density (Roeder et al. 2017; biased on a nonlinear bound with more than one particle);
-    ``"dreg"`` mends that (Tucker et al. 2019): with ``u = softmax((1-alpha) log w)`` and
-    ``c = alpha u + (1-alpha) u^2`` its gradient is ``sum c grad_z log w + sum (u - c) grad_theta log gamma``.
+    2016; the plain score function where there is one particle, which has no others as a baseline); ``"score"`` and
+    ``"vimco"`` use the score function at every site, the second with leave-one-out baselines; ``"stl"`` freezes the
+    guide's density (Roeder et al. 2017; biased on a nonlinear bound with more than one particle); ``"dreg"`` mends that
+    (Tucker et al. 2019): with ``u = softmax((1-alpha) log w)`` and ``c = alpha u + (1-alpha) u^2`` its gradient is
+    ``sum c grad_z log w + sum (u - c) grad_theta log gamma``.
 
     >>> step = Step.from_proposal(log_target=torch.tensor([0.0, -1.0]), log_forward=torch.zeros(2))
     >>> RenyiBound(alpha=1.0)(step).value
@@ -69,13 +70,8 @@ class RenyiBound(Objective):
             freeze=self.estimator in ("stl", "dreg"),
             exact_entropy=self.exact_entropy,
             analytic_kl=self.analytic_kl,
-            per_draw=self._per_draw,
+            per_draw=self.linear,
         )
-
-    @property
-    def _per_draw(self) -> Literal["plates", "order"] | None:
-        """The plain score function is that of Pyro's ``Trace_ELBO``, draw by draw."""
-        return None if not self.linear else "plates" if self.estimator == "score" else "order"
 
     @property
     def min_particles(self) -> int:
@@ -94,7 +90,7 @@ class RenyiBound(Objective):
         log_weight = step.log_weight_in + step.log_increment
         gain = self._doubly_reparameterised(log_weight, step) if self.estimator == "dreg" else self.bound(log_weight)
         if step.log_score is not None:
-            self._check_score(len(log_weight))
+            self._check_score()
             gain = gain + self._score_term(log_weight.detach(), step)
         sign = -1.0 if self.monitor == "lower" else 1.0
         return Terms(sign * self.bound(log_weight.detach()), sign * gain)
@@ -104,16 +100,11 @@ class RenyiBound(Objective):
         c = self.alpha * u + (1.0 - self.alpha) * u**2
         return weighted_sum(c, log_weight) + weighted_sum(u - c, step.log_target_fixed)
 
-    def _check_score(self, num_particles: int) -> None:
+    def _check_score(self) -> None:
         if self.estimator == "reparam":
             raise ValueError(
                 "estimator='reparam' was asked for, but the guide has sites that cannot be reparameterised: expected "
                 "only sites with has_rsample. Use estimator=None, 'vimco' or 'score', or enumerate discrete sites."
-            )
-        if self.estimator != "score" and num_particles < 2:
-            raise ValueError(
-                "num_particles=1 with sites that cannot be reparameterised: the leave-one-out baseline (VIMCO) needs "
-                "at least 2 particles. Raise num_particles, or use estimator='score' (no baseline, higher variance)."
             )
 
     def _score_term(self, log_weight: Tensor, step: Step) -> Tensor:
@@ -131,7 +122,7 @@ class RenyiBound(Objective):
 
     def _signal(self, log_weight: Tensor) -> Tensor:
         """Learning signal of each particle's score function, detached."""
-        if self.estimator == "score":
+        if self.estimator == "score" or len(log_weight) == 1:  # nothing is left out of one that could be a baseline
             return log_weight / len(log_weight) if self.linear else self.bound(log_weight).expand_as(log_weight)
         others = _leave_one_out(log_weight, torch.cumsum, torch.add, 0.0) / (len(log_weight) - 1)
         if self.linear:

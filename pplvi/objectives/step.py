@@ -176,8 +176,7 @@ class Routing:
     :ivar exact_entropy: ``-log_forward`` is the sum of the guide sites' exact entropies.
     :ivar analytic_kl: divergences between guide and prior take the place of ``log q - log p`` where they are known.
     :ivar per_draw: of draws without a path gradient, each score function comes with the part of the log weight that
-        depends on the draw, enough for objectives linear in the log weight: by the ``"plates"``, or by the ``"order"``
-        of the sites too.
+        depends on the draw, enough for objectives linear in the log weight.
     :ivar local: of an objective of one level among many: whether draws and weights are detached between levels, or
         stay attached back to the last resampling. ``None`` for an objective of a single step.
     """
@@ -186,7 +185,7 @@ class Routing:
     freeze: bool = False
     exact_entropy: bool = False
     analytic_kl: bool = False
-    per_draw: Literal["plates", "order"] | None = None
+    per_draw: bool = False
     local: bool | None = None
 
 

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pplvi.posterior.arviz.groups import quality
+from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
 from pplvi.posterior.arviz.schema import equal
 from pplvi.posterior.posterior import Posterior, name_of
+from pplvi.posterior.verdict import UNRELIABLE, Verdict
 
 if TYPE_CHECKING:
     import pandas
     from arviz import ELPDData
 
 
-def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.DataFrame:
+def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = None) -> pandas.DataFrame:
     r"""Compare fits of the same data by leave-one-out cross-validation, corrected for the guide.
 
     The expected log predictive density of each fit is :math:`\sum_i \log p(x_i \mid x_{-i})`, estimated by
     :meth:`pplvi.Posterior.loo`; ``az.compare`` makes differences and stacking weights of these. A guide near enough to
-    the posterior (k-hat) agrees with NUTS on the same model: differences that remain are between models.
+    the posterior agrees with NUTS on the same model: differences that remain are between models. Leave-one-out of draws
+    that are not reliable says nothing of a model, however large it is: such fits come after all others, with a warning
+    and without a difference or a weight.
 
     The columns of the table:
 
     ==================================  ======================================================================
     column                              meaning
     ==================================  ======================================================================
+    ``verdict``                         the word of :attr:`pplvi.Posterior.verdict`, by which the table is ordered first
     ``rank``, ``elpd_loo``, ``p_loo``,  as ``az.compare`` has them, densities in nats; missing, and last in the
     ``elpd_diff``, ``weight``, ``se``,  table, for a guide that holds sites at a point
     ``dse``, ``warning``
@@ -43,7 +48,7 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
     WAIC; Yao, Vehtari, Simpson and Gelman 2018, Using stacking to average Bayesian predictive distributions.
 
     :param fits: fits or posteriors by name. Of a fit with several restarts the best is taken.
-    :param var_name: the observed site; may be left out if each model has only one.
+    :param var_name: the observed site, or several that share a plate; may be left out if each model has only one.
     :returns: a table with the best fit first and a row for each.
     :raises ValueError: if there is nothing to compare, something is not a fit, the data differ, or leave-one-out of a
         fit does not exist.
@@ -69,10 +74,15 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
     posteriors = {name: _posterior(name, fit) for name, fit in fits.items()}
     _check_data(posteriors)
     scores = {name: _loo(name, each, var_name) for name, each in posteriors.items() if _has_loo(each)}
-    rows = {name: {**_quality(posteriors[name]), **_facts(fit, posteriors[name])} for name, fit in fits.items()}
-    ranked = _ranked(scores)
+    verdicts = {n: fit.verdict if hasattr(fit, "verdict") else posteriors[n].verdict for n, fit in fits.items()}
+    rows = {
+        name: {"verdict": verdicts[name].word, **_quality(posteriors[name]), **_facts(fit, posteriors[name])}
+        for name, fit in fits.items()
+    }
+    ranked = _ordered(scores, verdicts)
     order = [*ranked.index, *(name for name in fits if name not in scores)]
     table = ranked.reindex(order).join(pandas.DataFrame.from_dict(rows, orient="index"))
+    table.insert(0, "verdict", table.pop("verdict"))
     return table.astype({"rank": "Int64", "warning": "boolean"})
 
 
@@ -113,22 +123,44 @@ def _has_loo(posterior: Posterior) -> bool:
     return posterior.has_weights or posterior.is_mcmc
 
 
-def _loo(name: str, posterior: Posterior, var_name: str | None) -> ELPDData:
+def _loo(name: str, posterior: Posterior, var_name: str | Sequence[str] | None) -> ELPDData:
     try:
         return posterior.loo(var_name)
     except ValueError as error:
         raise ValueError(f"leave-one-out of {name!r}: {error}") from error
 
 
+def _ordered(scores: Mapping[str, ELPDData], verdicts: Mapping[str, Verdict]) -> pandas.DataFrame:
+    """The comparison of what can be believed; behind it, marked, the scores of what cannot."""
+    import pandas
+
+    believed = {name: score for name, score in scores.items() if verdicts[name].word != UNRELIABLE}
+    ranked = _ranked(believed)
+    ranked = ranked.loc[sorted(ranked.index, key=lambda name: (verdicts[name].rank, ranked["rank"][name]))]
+    others = {name: _score(score) for name, score in scores.items() if name not in believed}
+    if others:
+        rest = pandas.DataFrame.from_dict(others, orient="index").sort_values("elpd_loo", ascending=False)
+        ranked = pandas.concat([ranked, rest]) if len(ranked) else rest.reindex(columns=ranked.columns)
+    ranked["rank"] = range(len(ranked))
+    return ranked
+
+
+def _score(score: ELPDData) -> dict[str, Any]:
+    """What is said of draws that are not reliable."""
+    total, effective = (score[key] for key in (("elpd_loo", "p_loo") if "elpd_loo" in score else ("elpd", "p")))
+    return {"elpd_loo": float(total), "p_loo": float(effective), "se": float(score["se"]), "warning": True}
+
+
 def _ranked(scores: Mapping[str, ELPDData]) -> pandas.DataFrame:
     """ArviZ's own comparison, with the column names that ArviZ 0.x gives."""
-    import arviz
     import pandas
 
     columns = ["rank", "elpd_loo", "p_loo", "elpd_diff", "weight", "se", "dse", "warning"]
     if not scores:
         return pandas.DataFrame(columns=columns, dtype=float)
-    found = arviz.compare(dict(scores)).rename(columns={"elpd": "elpd_loo", "p": "p_loo"})
+    with its_own_affairs():
+        table = arviz_itself().compare(dict(scores))
+    found = table.rename(columns={"elpd": "elpd_loo", "p": "p_loo"})
     return found[columns]
 
 
@@ -141,8 +173,7 @@ def _quality(posterior: Posterior) -> dict[str, float]:
 
 
 def _bulk_ess(posterior: Posterior) -> float:
-    import arviz
-
+    arviz = arviz_itself()
     chains = {
         name: value.reshape(posterior.num_chains, -1, *value.shape[1:]).cpu().numpy()
         for name, value in posterior.draws.latents.items()

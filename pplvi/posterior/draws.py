@@ -6,7 +6,7 @@ Nothing here carries a gradient.
 
 from __future__ import annotations
 
-import warnings
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs import enumeration
+from pplvi.programs.errors import warn
 from pplvi.programs.joint import execute
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import (
@@ -170,6 +171,29 @@ def score(
     return _model_draws(model, latents, args, kwargs or {}, num_draws, vectorize, sample_observed=False)
 
 
+@torch.no_grad()
+def log_prior(
+    model: Program,
+    latents: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_draws: int,
+    vectorize: Vectorize = None,
+) -> dict[str, Tensor]:
+    """Log density of every latent site given those that it depends on, ``(num_draws, *plates)`` each, in nats.
+
+    Nothing where sites are enumerated: what depends on them has no density for one draw.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> log_prior(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), {"z": torch.tensor([0.0, 1.0])}, num_draws=2)
+    {'z': tensor([-0.9189, -1.4189])}
+    """
+    run = run_model(model, args, kwargs or {}, num_particles=num_draws, latents=latents, vectorize=vectorize)
+    sites = {n: s for n, s in sample_sites(run.model) if _kind(s) == "latent" and not is_delta(s)}
+    return {} if run.enumerated else _log_likelihoods(run, sites)
+
+
 def _model_draws(
     model: Program,
     latents: Mapping[str, Tensor] | None,
@@ -214,7 +238,7 @@ class _Shapes:
             event = event_dims(plain)
             width = run.nesting + 1 + (plain["value"].dim() if event is None else event)
             if run.enumerated and site["value"].dim() > width:
-                warnings.warn(f"deterministic site {name!r} depends on an enumerated site: left out.", stacklevel=2)
+                warn(f"deterministic site {name!r} depends on an enumerated site: left out.")
             elif event is None:
                 found[name] = _as_plain(site["value"].detach().clone(), tuple(plain["value"].shape), run.num_particles)
             else:
@@ -309,10 +333,9 @@ def _log_likelihood(run: Run, name: str, site: Site) -> Tensor | None:
         return _unscaled(run, name, site)
     density = enumeration.log_likelihood(run.model, run.guide, name)
     if density is None:
-        warnings.warn(
+        warn(
             f"observed site {name!r} has no log likelihood per element: its elements share an enumerated variable. "
             "It is left out of log_likelihood.",
-            stacklevel=2,
         )
     return density
 
@@ -322,24 +345,40 @@ def _unscaled(run: Run, name: str, site: Site) -> Tensor:
     return run.site_log_prob(name, {**site, "scale": run.scale})
 
 
-def _concatenate(parts: list[Draws]) -> Draws:
-    if len(parts) == 1:
-        return parts[0]
+def stack(parts: Iterable[Draws], num_draws: int) -> Draws:
+    """Put several sets of draws of one program behind each other, each freed once it is copied.
+
+    :param num_draws: how many there are in all of them.
+    """
+    iterator = iter(parts)
+    first = next(iterator)
+    if first.num_draws == num_draws:
+        return first
     drawn = ["latents", "deterministics", "log_likelihood", "log_p", "log_q"]
-    if parts[0].log_p is None:
+    if first.log_p is None:
         drawn.append("observed")  # predictions
-    return replace(parts[0], **{name: _join([getattr(part, name) for part in parts]) for name in drawn})
+    whole = replace(first, **{name: _room_for(getattr(first, name), num_draws) for name in drawn})
+    start = 0
+    for part in itertools.chain([first], iterator):
+        stop = start + part.num_draws
+        for name in drawn:
+            _copy(getattr(whole, name), getattr(part, name), start, stop)
+        start = stop
+    return whole
 
 
-def _join(values: list[Any]) -> Any:
-    if isinstance(values[0], dict):
-        return {name: torch.cat([v[name] for v in values]) for name in values[0]}
-    return None if values[0] is None else torch.cat(values)
+def _room_for(value: Any, size: int) -> Any:
+    if isinstance(value, dict):
+        return {name: _room_for(each, size) for name, each in value.items()}
+    return None if value is None else value.new_empty(size, *value.shape[1:])
 
 
-def stack(parts: Iterable[Draws]) -> Draws:
-    """Put several sets of draws of one program behind each other."""
-    return _concatenate(list(parts))
+def _copy(whole: Any, part: Any, start: int, stop: int) -> None:
+    if isinstance(whole, dict):
+        for name, each in whole.items():
+            _copy(each, part[name], start, stop)
+    elif whole is not None:
+        whole[start:stop] = part
 
 
 def repeated(draws: Draws, num_draws: int) -> Draws:

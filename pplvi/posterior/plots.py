@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pplvi.posterior.arviz.export import to_arviz
+from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
 from pplvi.posterior.arviz.schema import to_numpy
 from pplvi.posterior.posterior import Posterior
 from pplvi.weights.pareto import pareto_k_threshold
@@ -104,6 +105,7 @@ def _fit_axis(ax: Axes, averages: np.ndarray) -> None:
         ax.set_ylim(late.min() - margin, late.max() + margin)
 
 
+@its_own_affairs()
 def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarray:
     r"""Importance weights of a guide: their density on the left, Pareto k-hat on the right.
 
@@ -183,6 +185,7 @@ def _plot_pareto_k(posteriors: Sequence[Posterior], ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+@its_own_affairs()
 def plot_against_reference(
     source: Any,
     reference: Any,
@@ -256,8 +259,7 @@ def _same_dims(data: xarray.Dataset, like: xarray.Dataset) -> xarray.Dataset:
 
 
 def _arviz() -> Any:
-    import arviz
-
+    arviz = arviz_itself()
     if not hasattr(arviz, "plot_density"):
         raise ValueError(
             f"these plots are drawn by ArviZ 0.x, but {arviz.__version__} is installed; expected arviz<1. Give what "

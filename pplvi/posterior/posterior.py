@@ -10,18 +10,21 @@ weights of its own.
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
+from pplvi.posterior.gathering import Programs, facts_with_scouts, grown, verdict_of
 from pplvi.posterior.leave_one_out import loo
+from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
+from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
@@ -30,14 +33,17 @@ from pplvi.programs.joint import execute
 from pplvi.programs.plates import with_all_data
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.scales import without_scale
-from pplvi.programs.sites import batch_sizes, is_delta, latent_sites
+from pplvi.programs.sites import batch_sizes, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
+from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
     from arviz.stats.stats_utils import ELPDData
+
+_FAR_SEED = 1_000_003
 
 
 class Posterior(WeightedDraws):
@@ -59,7 +65,8 @@ class Posterior(WeightedDraws):
     :param num_draws: how many draws are taken.
     :param vectorize: the way of running draws, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
         is right for the programs unless named.
-    :param chunk_size: run at most so many draws in one call, to bound the memory; all at once unless given.
+    :param chunk_size: run at most so many draws in one call, to bound the memory; as many as values of the sites of a
+        hundred MiB unless given, and all at once where plates are subsampled.
     :param seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
         unless given.
     :raises ValueError: if ``args`` is no tuple, if the model has no latent sites, if model and guide do not fit
@@ -78,6 +85,12 @@ class Posterior(WeightedDraws):
 
     model: Program
     guide: Program | None
+    converged: bool | None = None
+    """Whether the training of the guide had converged, where a fit knows."""
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Where the guide has its parameters, if not in the global store."""
+    _source: MoreDraws | None = None
+    _pair: tuple[Program, Program]
 
     @explained()
     def __init__(
@@ -98,19 +111,71 @@ class Posterior(WeightedDraws):
         self.model, self.guide = model, guide = with_all_data(model, guide, self.args, self.kwargs)
         if names := enumerated_by(guide, self.args, self.kwargs):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
-        chunks = _chunks(num_draws, chunk_size)
-        if at_a_point := _is_at_a_point(model, guide, self.args, self.kwargs):
+        self._pair = model, guide
+        run = self._look()
+        chunks = chunks_of(num_draws, chunk_size, fitting(run))
+        if at_a_point := is_at_a_point(run):
             chunks = [(0, 1)]
-        with random_state(seed):
-            draws = stack(
-                draw(model, guide, self.args, self.kwargs, num_draws=stop - start, vectorize=vectorize)
-                for start, stop in chunks
-            )
+        start = time.process_time()
+        draws = self._drawn(chunks, seed)
         draws = repeated(draws, num_draws) if at_a_point else draws
         _check_latents(draws)
-        if len(chunks) > 1:
+        if chunk_size is not None and len(chunks) > 1:
             _check_same_data(draws)
-        super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
+        super().__init__(draws, point_sites(draws, run))
+        spent = (time.process_time() - start) / num_draws
+        self._source = MoreDraws(mark_of(run), seed or 0, chunk_size or fitting(run), bytes_of(run), spent)
+
+    def _look(self) -> Run:
+        """A run for inspection, the same as long as the programs and their parameters are."""
+        with random_state(0), isolated():
+            return execute(*self._pair, self.args, self.kwargs)
+
+    def _drawn(self, chunks: list[tuple[int, int]], seed: int | None) -> Draws:
+        def part(start: int, stop: int) -> Draws:
+            return draw(*self._pair, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
+
+        with random_state(seed):
+            return stack((part(*bounds) for bounds in chunks), chunks[-1][1])
+
+    @cached_property
+    def pool(self) -> WeightedDraws:
+        """These draws and more of the same guide, until as many are effective as these are, at little cost.
+
+        Up to 100,000 draws, 256 MiB and two seconds; none where every datum has weights of its own, for MCMC, and where
+        the guide's parameters have changed since.
+        """
+        source = self._source
+        if source is None or not self.has_weights or self.draws.batch:
+            return self
+        with self.scope():
+            if mark_of(self._look()) != source.mark:
+                return self
+
+            def more(size: int, number: int) -> Draws:
+                return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
+
+            return grown(self, more, source.bytes, source.seconds)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the verdict is computed from, for draws with weights that are not those of single data."""
+        with self.scope():
+            return facts_with_scouts(self, self.converged, Programs(self.model, *self._call, self.vectorize))
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """How far these draws can be believed, with reasons and what to do next.
+
+        It looks at the :attr:`pool`, and sends scouts from the prior, from far away and from the guide's tails up the
+        posterior, to see whether the guide misses what they find: :func:`pplvi.posterior.verdict.judge`. Where every
+        datum has weights of its own it counts the data that are badly approximated; MCMC is judged by R-hat and ESS.
+
+        Source: Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
+        """
+        if not self.has_weights or self.draws.batch:
+            return verdict_of(self, self.converged)
+        return judge(self.facts)
 
     @classmethod
     @explained()
@@ -135,7 +200,7 @@ class Posterior(WeightedDraws):
         :param args: positional arguments of the model.
         :param kwargs: its keyword arguments.
         :param vectorize: the way of running draws, as for a guide.
-        :param chunk_size: score at most so many draws in one call; all at once unless given.
+        :param chunk_size: score at most so many draws in one call; chosen as for a guide unless given.
         :returns: a posterior of ``num_chains * num_samples`` draws, one chain after another.
         :raises ValueError: if the run has no draws, or ``args`` is no tuple.
 
@@ -153,54 +218,10 @@ class Posterior(WeightedDraws):
         chains = mcmc.get_samples(group_by_chain=True)
         if not chains:
             raise ValueError("the MCMC run has no draws: expected a finished run. Call mcmc.run(...) first.")
-        return cls._of_chains(chains, model, args, kwargs, vectorize, chunk_size, mcmc=mcmc)
+        return cls.of_chains(chains, model, args, kwargs, vectorize, chunk_size, mcmc=mcmc)
 
     @classmethod
-    @explained()
-    def from_islands(
-        cls,
-        islands: Mapping[str, Tensor],
-        evidence: Tensor,
-        model: Program,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        vectorize: Vectorize = None,
-        chunk_size: int | None = None,
-    ) -> Posterior:
-        """The draws of a sequential Monte Carlo run, equally weighted, scored by the model; each island is a chain.
-
-        It has no guide density and no k-hat (NaN). Its evidence is that of the islands, with an error by their spread.
-
-        Source: Del Moral, Doucet and Jasra 2006, Sequential Monte Carlo samplers.
-
-        :param islands: draws of the latent sites, constrained, ``(islands, draws, *plates, *event)`` each.
-        :param evidence: log evidence by each island, ``(islands,)``, in nats.
-        :param model: the model it was run on.
-        :param args: positional arguments of the model.
-        :param kwargs: its keyword arguments.
-        :param vectorize: the way of running draws, as for a guide.
-        :param chunk_size: score at most so many draws in one call; all at once unless given.
-        :raises ValueError: if there are no draws, or another number of islands than of evidences.
-
-        >>> import pyro, pyro.distributions as dist, torch
-        >>> def model(y):
-        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
-        >>> y, z = torch.tensor(0.5), 0.25 + 0.5**0.5 * torch.randn(4, 100)
-        >>> Posterior.from_islands({"z": z}, torch.full((4,), -1.328), model, (y,)).total_log_evidence.value
-        -1.3279999494552612
-        """
-        checked_call(args, kwargs, "Posterior.from_islands(islands, evidence, model, (x, y))")
-        sizes = {name: tuple(value.shape[:2]) for name, value in islands.items()}
-        if not sizes or len(set(sizes.values())) > 1 or {size[0] for size in sizes.values()} != set(evidence.shape):
-            raise ValueError(
-                f"islands has draws of {sizes} and evidence the shape {tuple(evidence.shape)}: expected draws (islands, "
-                "draws, ...) of every latent site, and an evidence of each island."
-            )
-        return cls._of_chains(islands, model, args, kwargs, vectorize, chunk_size, evidence=evidence)
-
-    @classmethod
-    def _of_chains(
+    def of_chains(
         cls,
         chains: Mapping[str, Tensor],
         model: Program,
@@ -212,12 +233,14 @@ class Posterior(WeightedDraws):
         mcmc: MCMC | None = None,
         evidence: Tensor | None = None,
     ) -> Posterior:
+        """Draws of equal weight, ``(chains, draws, *plates, *event)`` of each latent site, scored by the model."""
         self = cls.__new__(cls)
         self._remember(model, None, args, kwargs, vectorize, mcmc)
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
-        bounds = _chunks(num_chains * length, chunk_size)
-        scored = stack(self._score(latents, *b) for b in bounds)
+        run = plain_run(self.model, self.args, self.kwargs)
+        bounds = chunks_of(num_chains * length, chunk_size, fitting(run))
+        scored = stack((self._score(latents, *b) for b in bounds), num_chains * length)
         super(Posterior, self).__init__(scored, num_chains=num_chains, evidence=evidence)
         return self
 
@@ -296,17 +319,17 @@ class Posterior(WeightedDraws):
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples
-            with _told_how_to_predict():
+            with told_how_to_predict():
                 found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
-        return _observed_as_before(found, self.draws)
+        return observed_as_before(found, self.draws)
 
     @explained()
-    def loo(self, var_name: str | None = None) -> ELPDData:
+    def loo(self, var_name: str | Sequence[str] | None = None) -> ELPDData:
         """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
 
         Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
 
-        :param var_name: the observed site; may be left out if there is only one.
+        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
         :returns: ArviZ's ``ELPDData`` with pointwise values, ready for ``az.compare``.
         :raises ValueError: where :attr:`log_weight` does (but not for MCMC draws), and if the site is ambiguous or
             unknown.
@@ -315,7 +338,7 @@ class Posterior(WeightedDraws):
 
 
 @contextmanager
-def _told_how_to_predict() -> Iterator[None]:
+def told_how_to_predict() -> Iterator[None]:
     """Add to the error about latents of another shape what the user of a posterior can do."""
     try:
         yield
@@ -334,7 +357,7 @@ def name_of(program: Any) -> str:
     return str(getattr(program, "__name__", type(program).__name__))
 
 
-def _observed_as_before(found: Draws, fitted: Draws) -> Draws:
+def observed_as_before(found: Draws, fitted: Draws) -> Draws:
     """Data left out of the new arguments make latent sites of the observed ones: put those back."""
     names = set(found.latents) & set(fitted.observed)
     moved = {name: value for name, value in found.latents.items() if name in names}
@@ -360,40 +383,3 @@ def _check_same_data(draws: Draws) -> None:
 
 def _subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
     return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})
-
-
-def _is_at_a_point(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
-    """Whether all draws of a guide are one and the same, so that one run says it all."""
-    with isolated():
-        run = execute(model, guide, args, kwargs)
-    random = (site for site in latent_sites(run.guide).values() if not is_delta(site))
-    return next(random, None) is None and not run.subsampled and run.scale == 1.0
-
-
-def _point_sites(draws: Draws, model: Program, guide: Program, args: Any, kwargs: Any) -> frozenset[str]:
-    """Latent sites that the guide holds at a point: ``Delta`` there, and the same in every draw."""
-    if not draws.random:
-        return frozenset(draws.latents)
-    same = {name for name, value in draws.latents.items() if bool((value == value[:1]).all())}
-    if not same or draws.num_draws == 1:
-        return frozenset()
-    with isolated():
-        run = execute(model, guide, args, kwargs)
-    held = {name for name, site in latent_sites(run.guide).items() if name in same and is_delta(site)}
-    return frozenset(name for name in held if name not in run.model.nodes or not _is_constant(run.model.nodes[name]))
-
-
-def _is_constant(site: Any) -> bool:
-    """Whether a latent has one value only, such as the probability of a single class: any guide is exact there."""
-    try:
-        free = biject_to(site["fn"].support).inverse_shape(site["value"].shape)
-    except NotImplementedError:
-        return False
-    return math.prod(free) == 0 < site["value"].numel()
-
-
-def _chunks(total: int, chunk_size: int | None) -> list[tuple[int, int]]:
-    size = total if chunk_size is None else chunk_size
-    if total < 1 or size < 1:
-        raise ValueError(f"got num_draws={total} and chunk_size={chunk_size}; expected at least 1 of each.")
-    return [(start, min(start + size, total)) for start in range(0, total, size)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from pplvi.posterior.draws import Draws
+from pplvi.posterior.gathering import verdict_of
+from pplvi.posterior.verdict import TRAIN, Verdict
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.sites import Plate
 from pplvi.weights.pareto import pareto_k_threshold
@@ -19,104 +20,12 @@ _WIDTH = 100
 _LABEL = 18
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A judgement of weights by their Pareto k-hat: one word, what it means, and what to try next."""
-
-    word: str
-    meaning: str
-    advice: tuple[str, ...]
-
-
-_RICHER = (
-    "a richer guide: AutoNormal, then AutoMultivariateNormal, then pplvi.AutoFlow",
-    "an easier posterior: reparameterise hierarchies (pplvi.noncentered), scale the predictors",
-    "an objective that covers the tails: pplvi.ImportanceWeightedELBO(num_particles=16), pplvi.RenyiELBO(alpha=0.5)",
-)
-_NUTS = 'a reference run with pplvi.fit(model, "nuts", ...), if the model is small enough'
-_CHECK = "posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model"
-_MODES = "several restarts: k-hat cannot see a mode that the guide never visits"
-
-
-def judge(pareto_k: float, num_draws: int, efficiency: float = 0.0) -> Verdict:
-    r"""Say what a Pareto k-hat means.
-
-    Below 0.5 the weights have a finite variance. Up to 0.7, given :math:`S \ge 10^{1 / (1 - k)}` draws, Pareto
-    smoothing makes averages usable. Up to 1 they are biased at any affordable number of draws; from 1 on the weights
-    have no finite mean. Where the weights are nearly equal all the same, a few draws in a tail are what k-hat is large
-    by: averages hold as far as the draws have been, and only what the tail adds is uncertain.
-
-    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72).
-
-    :param pareto_k: k-hat, the largest where there are several.
-    :param num_draws: number of draws that it was fitted to.
-    :param efficiency: effective sample size of the weights as a part of the draws, the least where there are several.
-    :returns: the verdict, of which the word is one of "good", "usable", "heavy tail", "too few draws", "bad",
-        "very bad", "unknown".
-    :raises ValueError: if k-hat is finite and there are fewer than two draws.
-
-    >>> [judge(k, 1000).word for k in (0.2, 0.6, 0.68, 0.9, 1.3)]
-    ['good', 'usable', 'too few draws', 'bad', 'very bad']
-    """
-    if math.isinf(pareto_k):
-        return Verdict("unknown", *_UNKNOWN)
-    if pareto_k > pareto_k_threshold(num_draws) and efficiency > _NEARLY_EQUAL:
-        return Verdict("heavy tail", *_HEAVY_TAIL)
-    if pareto_k >= 1:
-        return Verdict("very bad", *_VERY_BAD)
-    if pareto_k > 0.7:
-        return Verdict("bad", *_BAD)
-    if pareto_k > pareto_k_threshold(num_draws):
-        needed = math.ceil(10 ** (1 / (1 - pareto_k)))
-        return Verdict(
-            "too few draws", f"Averages under these weights need {needed:,} draws or more.", _too_few(needed)
-        )
-    return Verdict("good", *_GOOD) if pareto_k < 0.5 else Verdict("usable", *_USABLE)
-
-
-_GOOD = (
-    "The guide is close to the posterior where it has been: the weights have a finite variance, and weighted averages, "
-    "the log evidence and its error can be trusted.",
-    (_CHECK, _MODES),
-)
-_USABLE = (
-    "The guide is near the posterior, but its tails are too light: the variance of the weights may be infinite. Pareto "
-    "smoothing makes weighted averages usable; the log evidence is less certain than its error says.",
-    ("more draws (num_draws=), which is cheap", _RICHER[0], _CHECK),
-)
-_BAD = (
-    "The guide misses part of the posterior. Weighted averages are biased, and the log evidence is probably too low by "
-    "more than its error; more draws help too slowly to matter. The ELBO stays a valid lower bound.",
-    (*_RICHER, _NUTS),
-)
-_VERY_BAD = (
-    "The guide misses much of the posterior: the weights behave as if they had no finite mean, so that weighted "
-    "averages and the log evidence do not settle with any number of draws. The ELBO stays a valid lower bound.",
-    (*_RICHER, _NUTS),
-)
-_NEARLY_EQUAL = 0.9
-_HEAVY_TAIL = (
-    "The weights are nearly equal, so that the guide is close to the posterior where its draws have been, and weighted "
-    "averages and the log evidence hold there. The few largest weights grow fast, though: the guide's tails are too "
-    "light, and what lies beyond the draws is uncertain.",
-    ("more draws (num_draws=), which is cheap: k-hat varies from one set of draws to the next", _RICHER[0], _CHECK),
-)
-_UNKNOWN = (
-    "The tail of the weights cannot be fitted: there are fewer than five draws in it, or no draw has any weight.",
-    ("more draws (num_draws=1000)", "a guide whose draws lie within the support of the model"),
-)
-
-
-def _too_few(needed: int) -> tuple[str, ...]:
-    return (f"more draws: num_draws={needed} or more", _RICHER[0])
-
-
 def report(
     posterior: WeightedDraws,
     *,
     facts: Mapping[str, Any] | None = None,
     convergence: str | None = None,
-    converged: bool | None = None,
+    verdict: Verdict | None = None,
 ) -> str:
     r"""A report on a posterior: numbers, what they mean, and what to try next.
 
@@ -130,7 +39,8 @@ def report(
     :param posterior: draws of a guide, or of MCMC.
     :param facts: what else to print at the top, such as ``{"objective": "ELBO(num_particles=1)", "steps": 3000}``.
     :param convergence: a sentence on how the training ended.
-    :param converged: whether the training had converged; changes the advice if it had not.
+    :param verdict: on the posterior, if it is known; that of a :class:`pplvi.Posterior` itself, or else one on the
+        weights alone.
     :returns: several lines of text, to be printed.
     :raises ValueError: if importance weights are NaN or infinite.
 
@@ -145,22 +55,25 @@ def report(
     log evidence      2.000 +- 0.000 nats
     log Z - ELBO      0.000 +- 0.000 nats, estimates KL(guide || posterior)
     ESS               100 of 100 draws (100 %)
-    Pareto k-hat      0.00, good (threshold 0.50)
+    Pareto k-hat      0.00 (threshold 0.50)
     <BLANKLINE>
-    The guide is close to the posterior where it has been: the weights have a finite variance, and
-    weighted averages, the log evidence and its error can be trusted.
+    Verdict: usable for means, not for tails.
+    - 100 effective draws, too few for tails
+    - k-hat 0.00 +- 0.22 of 100 draws
+    - 100 of them effective (100%)
     <BLANKLINE>
     What to try next:
+    - more draws (num_draws=), which is cheap
+    - a richer guide: AutoNormal, then AutoMultivariateNormal, then pplvi.AutoFlow
     - posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model
-    - several restarts: k-hat cannot see a mode that the guide never visits
     """
-    verdict = _verdict(posterior)
+    if verdict is None:
+        verdict = getattr(posterior, "verdict", None) or verdict_of(posterior)
     lines = [_row(name, value) for name, value in (facts or {}).items()]
     lines += [_row("training", convergence)] if convergence else []
-    lines += [_row(name, value) for name, value in _numbers(posterior, verdict)]
-    advice = verdict.advice if converged is not False else (_UNCONVERGED, *verdict.advice)
-    lines += ["", *textwrap.wrap(verdict.meaning, _WIDTH), "", "What to try next:"]
-    return "\n".join(lines + [line for item in advice for line in _bullet(item)])
+    lines += [_row(name, value) for name, value in _numbers(posterior)]
+    lines += ["", f"Verdict: {verdict.word}.", *(line for reason in verdict.reasons for line in _bullet(reason))]
+    return "\n".join([*lines, "", "What to try next:", *(line for item in verdict.next for line in _bullet(item))])
 
 
 def report_likelihood(
@@ -187,7 +100,7 @@ def report_likelihood(
     """
     rows = [*(facts or {}).items(), ("training", convergence), ("log likelihood", f"{log_likelihood:.3f} nats")]
     lines = ["", *textwrap.wrap(_LIKELIHOOD, _WIDTH), "", "What to try next:"]
-    advice = (_PRIORS,) if converged is not False else (_UNCONVERGED, _PRIORS)
+    advice = (_PRIORS,) if converged is not False else (TRAIN, _PRIORS)
     return "\n".join([*(_row(*row) for row in rows), *lines, *(line for item in advice for line in _bullet(item))])
 
 
@@ -196,38 +109,9 @@ _LIKELIHOOD = (
     "says nothing."
 )
 _PRIORS = "priors on the parameters (pyro.sample instead of pyro.param), for a posterior"
-_UNCONVERGED = "train on: the training had not converged; more steps (num_steps=) or another learning rate"
 
 
-def _verdict(posterior: WeightedDraws) -> Verdict:
-    if posterior.is_mcmc:
-        return Verdict("MCMC", *_MCMC)
-    if posterior.is_dirac:
-        return Verdict("point", *_POINT)
-    if not posterior.has_weights:
-        return Verdict("subsampled", *_SUBSAMPLED)
-    efficiency = posterior.ess.min().item() / posterior.num_draws
-    return judge(posterior.pareto_k.max().item(), posterior.num_draws, efficiency)
-
-
-_MCMC = (
-    "These are MCMC draws: they have no weights and no k-hat. Judge them by R-hat (at most 1.01) and the effective "
-    "sample size (at least 400).",
-    ("az.summary(pplvi.to_arviz(...)) for R-hat and ESS", _CHECK),
-)
-_POINT = (
-    "The guide holds latent sites at a point, so it says nothing of their uncertainty: it has no entropy there, no "
-    "evidence and no k-hat.",
-    ("AutoLaplaceApproximation for a spread around the point", "AutoNormal or pplvi.AutoFlow for a fitted spread"),
-)
-_SUBSAMPLED = (
-    "A plate is subsampled, so the ELBO is an estimate from one minibatch, and importance weights, which would need "
-    "the density of all data, do not exist.",
-    ("a posterior on the full data: Posterior(model, guide, full_args)",),
-)
-
-
-def _numbers(posterior: WeightedDraws, verdict: Verdict) -> Iterator[tuple[str, str]]:
+def _numbers(posterior: WeightedDraws) -> Iterator[tuple[str, str]]:
     yield "draws", _describe_draws(posterior)
     if posterior.is_mcmc or posterior.is_dirac:
         yield "E[log p]", f"{posterior.expected_log_prob} nats"
@@ -238,7 +122,7 @@ def _numbers(posterior: WeightedDraws, verdict: Verdict) -> Iterator[tuple[str, 
         yield "log evidence", f"{posterior.total_log_evidence} nats"
         yield "log Z - ELBO", f"{posterior.gap} nats, estimates KL(guide || posterior)"
         yield "ESS", _describe_ess(posterior)
-        yield "Pareto k-hat", _describe_pareto_k(posterior, verdict)
+        yield "Pareto k-hat", _describe_pareto_k(posterior)
 
 
 def _describe_draws(posterior: WeightedDraws) -> str:
@@ -261,12 +145,12 @@ def _describe_ess(posterior: WeightedDraws) -> str:
     return median if ess.numel() == 1 else f"median {median}, smallest {ess.min().item():.0f}"
 
 
-def _describe_pareto_k(posterior: WeightedDraws, verdict: Verdict) -> str:
+def _describe_pareto_k(posterior: WeightedDraws) -> str:
     pareto_k: Tensor = posterior.pareto_k
     if posterior.num_draws < 2 or pareto_k.isinf().all():
         return "unknown: too few draws in the tail of the weights"
     threshold = pareto_k_threshold(posterior.num_draws)
-    words = f"{pareto_k.max().item():.2f}, {verdict.word} (threshold {threshold:.2f})"
+    words = f"{pareto_k.max().item():.2f} (threshold {threshold:.2f})"
     if pareto_k.numel() == 1:
         return words
     above = int((pareto_k > threshold).sum())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from torch import Tensor
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import take
 from pplvi.posterior.islands import evidence_of_islands, smallest_ess
+from pplvi.posterior.tables import frame_of, to_html
 from pplvi.programs.state import random_state
 from pplvi.weights.algebra import effective_sample_size, log_evidence
-from pplvi.weights.pareto import pareto_smooth
+from pplvi.weights.pareto import pareto_k_error, pareto_smooth, tail_shortfall
 from pplvi.weights.resampling import resample
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class Estimate(NamedTuple):
@@ -62,6 +66,23 @@ class WeightedDraws:
             raise ValueError("these draws are predictions, without densities: expected draws of a guide or of MCMC.")
         self.draws, self.point_sites, self.num_chains, self._log_p = draws, point_sites, num_chains, draws.log_p
         self.evidence = evidence
+
+    @property
+    def pool(self) -> WeightedDraws:
+        """All draws there are behind these: what :meth:`resample` chooses from."""
+        return self
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Mean, sd, 5 %, 50 % and 95 % quantiles of every element of the latent and deterministic sites.
+
+        Draws of a guide count by their Pareto-smoothed weights; those of MCMC, and of a guide that holds sites at a
+        point, count alike. See :func:`pplvi.posterior.tables.frame_of`.
+        """
+        return frame_of(self.draws, self.psis_log_weight if self.has_weights else None)
+
+    def _repr_html_(self) -> str:
+        verdict = getattr(self, "verdict", None)
+        return to_html(repr(self), [] if verdict is None else [str(verdict)], self.to_frame())
 
     @property
     def num_draws(self) -> int:
@@ -168,13 +189,27 @@ class WeightedDraws:
 
     @property
     def log_evidence(self) -> tuple[Tensor, Tensor]:
-        """Log evidence and its standard error, each of shape ``batch``; see :func:`pplvi.weights.log_evidence`.
+        r"""Log evidence and its standard error, each of shape ``batch``, in nats.
+
+        The error is that of :func:`pplvi.weights.log_evidence` and, added in quadrature, twice what a Pareto tail would
+        add beyond the largest draw (:func:`pplvi.weights.pareto.tail_shortfall`, at half an error above k-hat): from a
+        k-hat of 0.5 on weights have no finite variance, from 1 on no mean, and the error is infinite.
 
         :raises ValueError: where :attr:`log_weight` does.
         """
         if self.evidence is not None:
             return evidence_of_islands(self.evidence)
-        return log_evidence(self.log_weight)
+        return self._evidence(self.log_weight)
+
+    def _evidence(self, log_weight: Tensor) -> tuple[Tensor, Tensor]:
+        value, error = log_evidence(log_weight)
+        return value, torch.hypot(error, self._tail_error.to(error))
+
+    @cached_property
+    def _tail_error(self) -> Tensor:
+        pareto_k = self.pareto_k.double()
+        above = pareto_k + 0.5 * pareto_k_error(pareto_k, self.num_draws)
+        return 2 * tail_shortfall(self.log_weight.double(), above)
 
     @property
     def total_log_evidence(self) -> Estimate:
@@ -185,7 +220,7 @@ class WeightedDraws:
         if self.evidence is not None:
             value, error = evidence_of_islands(self.evidence)
             return Estimate(value.item(), error.item())
-        value, error = log_evidence(self.log_weight.double())
+        value, error = self._evidence(self.log_weight.double())
         return Estimate(self._scale * value.sum().item(), self._scale * error.square().sum().sqrt().item())
 
     @property
@@ -234,6 +269,7 @@ class WeightedDraws:
     ) -> dict[str, Tensor]:
         """Latent draws of equal weight: the guide's, resampled in proportion to their Pareto-smoothed weights.
 
+        They are chosen from the :attr:`pool`, which has more draws of the guide where that is needed and cheap.
         Every batch element is resampled on its own. MCMC draws and those of a guide without weights are equally
         weighted already. Draws come back in the order of the originals, copies of one next to each other.
 
@@ -246,11 +282,13 @@ class WeightedDraws:
         :returns: ``{site: values}``, each of shape ``(num_samples, *plates, *event)``.
         :raises ValueError: if ``num_samples`` is below 1.
         """
+        pool = self.pool
+        size = self.num_draws if num_samples is None else num_samples
         with random_state(seed):
-            indices = resample(self._resampling_weight, num_samples)
-        batch = self.draws.batch if self.has_weights else ()
-        names = [*self.draws.latents, *(self.draws.deterministics if deterministics else ())]
-        return {name: take(self.draws, name, indices, batch) for name in names}
+            indices = resample(pool._resampling_weight, size)
+        batch = pool.draws.batch if pool.has_weights else ()
+        names = [*pool.draws.latents, *(pool.draws.deterministics if deterministics else ())]
+        return {name: take(pool.draws, name, indices, batch) for name in names}
 
     @property
     def _resampling_weight(self) -> Tensor:

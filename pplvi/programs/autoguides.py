@@ -9,7 +9,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import (
     AutoContinuous,
-    AutoDelta,
     AutoDiscreteParallel,
     AutoGaussian,
     AutoGuide,
@@ -20,7 +19,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pplvi.programs.sites import is_delta, latent_sites, site_plates
+from pplvi.programs.sites import is_delta
 
 _SIZED_BY_FIRST_RUN = (AutoContinuous, AutoDiscreteParallel, AutoGaussian, AutoStructured)
 
@@ -87,32 +86,6 @@ def check_scored(guide: Any, sites: Mapping[str, Any], latents: Collection[str])
             f"the guide cannot be scored at draws of the model: its sites {own} are deterministic or auxiliary, so the "
             "draws cannot be put in. Expected one stochastic site for each latent site of the model; write "
             "z = transform(noise) as a TransformedDistribution."
-        )
-
-
-def check_full_size(guide: Any, run: Any) -> None:
-    """Check that an automatic guide with latents in a subsampled plate has parameters for every element of the plate.
-
-    Pyro's guides that pack their latents, or look at the first minibatch alone, train one set of parameters for the
-    first elements, the second, and so on of every minibatch, and say nothing.
-
-    :param run: a plain run of the pair, whose guide is under a minibatch.
-    :raises ValueError: for guides whose local parameters have the size of a minibatch.
-    """
-    if not isinstance(guide, AutoGuide) or not type(guide).__module__.startswith("pyro."):
-        return
-    if isinstance(guide, AutoGuideList):
-        for part in guide:
-            check_full_size(part, run)
-        return
-    own = getattr(guide.prototype_trace, "nodes", {})
-    plates = {p for name, s in latent_sites(run.guide).items() if name in own for p in site_plates(s)}
-    if (parts := [p for p in plates if p.size < p.full_size]) and not isinstance(guide, AutoNormal | AutoDelta):
-        raise ValueError(
-            f"{type(guide).__name__} has local parameters for {parts[0].size} of the {parts[0].full_size} elements of "
-            f"plate {parts[0].name!r} only, those of its first minibatch, shared among all data: expected "
-            "parameters for every element. Use AutoNormal or AutoDelta, which have them, an amortised guide "
-            "(pplvi.AutoAmortized), or the full data without subsample_size."
         )
 
 

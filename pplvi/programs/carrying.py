@@ -12,6 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -20,13 +21,13 @@ from pplvi.programs import stacked
 from pplvi.programs.handlers import without_padding
 from pplvi.programs.masks import balance_missing
 from pplvi.programs.randomness import OutOfPlace, carried, for_all_particles
-from pplvi.programs.running import _execute, _How, _run_guide, _trace
+from pplvi.programs.running import How, is_recording, run_guide, run_pair, trace_within
 from pplvi.programs.sites import is_enumerated, is_subsample
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
 Lanes = dict[str, Tensor]
-One = Callable[[Lanes, _How], Run]
+One = Callable[[Lanes, How], Run]
 
 
 class CannotCarry(RuntimeError):
@@ -82,56 +83,56 @@ class Given:
     densities: bool = True
 
 
-def run_particles(model: Program, guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given) -> Run:
+def run_particles(model: Program, guide: Program, args: Any, kwargs: Any, how: How, way: Way, given: Given) -> Run:
     """Run guide and model with all particles in this way.
 
     :raises CannotCarry: if particles carried by ``vmap`` would not be independent.
     """
     if way.model or how.num_particles == 1:
-        return _execute(model, guide, args, kwargs, how)
+        return run_pair(model, guide, args, kwargs, how)
     if not way.guide:
         return _both(model, guide, args, kwargs, how, way, given)
-    guide_trace = _run_guide(guide, args, kwargs, how)
+    guide_trace = run_guide(guide, args, kwargs, how)
     return model_at(model, args, kwargs, how, way, given, guide_trace)
 
 
-def _both(model: Program, guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given) -> Run:
-    lanes, rest = _lanes(how, given)
+def _both(model: Program, guide: Program, args: Any, kwargs: Any, how: How, way: Way, given: Given) -> Run:
+    lanes, rest = lanes_of(how, given)
 
-    def one(values: Lanes, single: _How) -> Run:
-        return _execute(model, guide, args, kwargs, replace(single, values={**rest, **values}))
+    def one(values: Lanes, single: How) -> Run:
+        return run_pair(model, guide, args, kwargs, replace(single, values={**rest, **values}))
 
-    return _gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
+    return gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
 
 
-def guide_all(guide: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given) -> Run:
+def guide_all(guide: Program, args: Any, kwargs: Any, how: How, way: Way, given: Given) -> Run:
     """Run the guide alone with all particles in this way; the model's trace is empty."""
     if way.guide or how.num_particles == 1:
-        trace = _run_guide(guide, args, kwargs, how)
+        trace = run_guide(guide, args, kwargs, how)
         return Run(trace, Trace(), how.num_particles, how.nesting, how.enumerated)
-    lanes, rest = _lanes(how, given)
+    lanes, rest = lanes_of(how, given)
 
-    def one(values: Lanes, single: _How) -> Run:
-        trace = _run_guide(guide, args, kwargs, replace(single, values={**rest, **values}))
+    def one(values: Lanes, single: How) -> Run:
+        trace = run_guide(guide, args, kwargs, replace(single, values={**rest, **values}))
         return Run(trace, Trace(), 1, how.nesting, how.enumerated)
 
-    return _gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
+    return gathered(one, lanes, how, way, replace(given, supplied=frozenset(rest)))
 
 
-def model_at(model: Program, args: Any, kwargs: Any, how: _How, way: Way, given: Given, guide_trace: Any) -> Run:
+def model_at(model: Program, args: Any, kwargs: Any, how: How, way: Way, given: Given, guide_trace: Any) -> Run:
     """Run the model for each particle at the draws that one run of the guide has made for all."""
     found = {name: _particle_of(name, site, how) for name, site in guide_trace.nodes.items() if _is_value(site)}
     lanes = {name: value for name, (value, of_each) in found.items() if of_each}
     rest = {name: value for name, (value, of_each) in found.items() if not of_each}
 
-    def one(values: Lanes, single: _How) -> Run:
+    def one(values: Lanes, single: How) -> Run:
         trace = guide_trace.copy()
         for name, value in {**rest, **values}.items():
             trace.nodes[name] = {**trace.nodes[name], "value": value}
         around = _Replay(trace), single.enumerating(first=False)
-        return Run(Trace(), _trace(model, args, kwargs, *around), 1, how.nesting, how.enumerated)
+        return Run(Trace(), trace_within(model, args, kwargs, *around), 1, how.nesting, how.enumerated)
 
-    run = _gathered(one, lanes, how, way, replace(given, supplied=frozenset(found)))
+    run = gathered(one, lanes, how, way, replace(given, supplied=frozenset(found)))
     balance_missing(run.model, guide_trace)
     return replace(run, guide=guide_trace)
 
@@ -140,7 +141,7 @@ def _is_value(site: Any) -> bool:
     return site["type"] == "sample" and not is_subsample(site) and isinstance(site["value"], Tensor)
 
 
-def _particle_of(name: str, site: Any, how: _How) -> tuple[Tensor, bool]:
+def _particle_of(name: str, site: Any, how: How) -> tuple[Tensor, bool]:
     """A guide's value with the particles at the front, and whether it has any; enumerated dimensions stay in place."""
     value, events = site["value"], site["fn"].event_dim
     place = value.dim() - events - how.nesting - 1
@@ -160,7 +161,7 @@ class _Replay(poutine.replay_messenger.ReplayMessenger):
             msg["value"] = without_padding(msg["value"], msg["fn"])
 
 
-def _lanes(how: _How, given: Given) -> tuple[Lanes, Lanes]:
+def lanes_of(how: How, given: Given) -> tuple[Lanes, Lanes]:
     """Values of each particle, and those that all share."""
     values = dict(how.values or {})
     shared = {n: v for n, v in values.items() if n in given.indices or not _has_particles(v, how.num_particles)}
@@ -171,16 +172,16 @@ def _has_particles(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
 
 
-def run_model_all(program: Callable[[Lanes, _How], Trace], lanes: Lanes, how: _How, way: Way, given: Given) -> Run:
+def run_model_all(program: Callable[[Lanes, How], Trace], lanes: Lanes, how: How, way: Way, given: Given) -> Run:
     """Run one program for each particle, with values of its own; it is the model of a run without a guide."""
 
-    def one(values: Lanes, single: _How) -> Run:
+    def one(values: Lanes, single: How) -> Run:
         return Run(Trace(), program(values, single), 1, how.nesting, how.enumerated)
 
-    return _gathered(one, lanes, how, way, given)
+    return gathered(one, lanes, how, way, given)
 
 
-def _gathered(one: One, lanes: Lanes, how: _How, way: Way, given: Given) -> Run:
+def gathered(one: One, lanes: Lanes, how: How, way: Way, given: Given) -> Run:
     """Run every particle and put what they leave into one run."""
     single = replace(how, num_particles=1, values=None)
     gather = _looped if way.word == "loop" else _carried
@@ -193,14 +194,16 @@ def _gathered(one: One, lanes: Lanes, how: _How, way: Way, given: Given) -> Run:
     guide, model = (
         stacked.rebuild(records[role], outputs[role], how.num_particles, how.nesting) for role in ("guide", "model")
     )
-    return Run(guide, model, how.num_particles, how.nesting, how.enumerated, run.given_subsamples)
+    kept = outputs["kept"][""]
+    return Run(guide, model, how.num_particles, how.nesting, how.enumerated, run.given_subsamples, kept)
 
 
 def _carried(
-    one: One, lanes: Lanes, count: int, single: _How, way: Way, given: Given
+    one: One, lanes: Lanes, count: int, single: How, way: Way, given: Given
 ) -> tuple[stacked.Outputs, stacked.Records, Run]:
     left: list[Any] = []
     mode = OutOfPlace(spoil=given.spoil)
+    validated = is_validation_enabled() and given.densities and not is_recording()
 
     def particle(token: Tensor, values: Lanes) -> Any:
         mode.token = token if way.written else None
@@ -208,6 +211,8 @@ def _carried(
             run = one(values, single)
         if shared := [name for name in stacked.shared_draws(run) if name not in given.supplied]:
             raise CannotCarry(f"sites {shared} would have one draw for all particles.")
+        if validated:
+            stacked.check_observed(run)
         outputs, records = stacked.take_apart(run, densities=given.densities, exact=given.exact)
         left[:] = records, run
         failed, mode.token, mode.failed = mode.failed, None, None
@@ -231,7 +236,7 @@ def _fail(outputs: dict[str, dict[str, Tensor]], records: Mapping[str, Any], fai
 
 
 def _looped(
-    one: One, lanes: Lanes, count: int, single: _How, way: Way, given: Given
+    one: One, lanes: Lanes, count: int, single: How, way: Way, given: Given
 ) -> tuple[stacked.Outputs, stacked.Records, Run]:
     parts = []
     for particle in range(count):

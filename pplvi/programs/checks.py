@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from itertools import dropwhile
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pplvi.programs.errors import warn
 from pplvi.programs.masks import seen
 from pplvi.programs.sites import (
     Site,
@@ -207,6 +207,27 @@ def check_alone(both: Run, alone: Run, again: Run, particle: int) -> None:
         raise DiffersError(f"site {name!r} has another log density with two particles in one call than alone.")
 
 
+def check_divergences(*, enumerated: bool) -> None:
+    """Check that divergences of single sites can be had.
+
+    :raises ValueError: for models with enumerated sites, whose densities do not separate.
+    """
+    if enumerated:
+        raise ValueError(
+            "entropy='kl' with enumerated sites: they are summed out jointly, and no divergence is one site's. Use "
+            "entropy='sampled' (or 'exact')."
+        )
+
+
+def check_close(ours: Tensor, theirs: Tensor) -> None:
+    """Check that two densities are equal but for rounding.
+
+    :raises DiffersError: if they are not.
+    """
+    if not _close(ours, theirs):
+        raise DiffersError("the log density of a particle in one call with another is not the one that it has alone.")
+
+
 def _same(ours: Tensor, theirs: Tensor) -> bool:
     return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
 
@@ -293,10 +314,9 @@ def _warn_of_joint_factors(run: Run) -> None:
     rest = [s for s in sites.values() if not is_factor(s)]
     outside = [n for n, s in sites.items() if is_factor(s) and not site_plates(s)]
     if outside and not run.batch and (lost := common_plates(rest)):
-        warnings.warn(
+        warn(
             f"the factors {outside} stand outside the plates {[p.name for p in lost]}, so importance weights are joint "
             "over all data instead of one per datum. Move them into the plate if they belong to single data.",
-            stacklevel=2,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -12,13 +13,15 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pplvi.programs import autoguides, dreams
-from pplvi.programs.first_run import _layout
+from pplvi.programs.carrying import BROADCAST, Given, Way, lanes_of, run_model_all
+from pplvi.programs.first_run import layout_of
 from pplvi.programs.handlers import Supply, Uncondition, last_site
 from pplvi.programs.memo import remember
-from pplvi.programs.running import _How, _run_guide, _trace
+from pplvi.programs.running import How, run_guide, trace_within
 from pplvi.programs.sites import is_deterministic, is_factor, is_subsample, latent_sites, sample_sites, site_plates
 from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.programs.traces import Run
+from pplvi.programs.ways import Vectorize, named, way_for
 from pplvi.types import Program
 
 
@@ -101,30 +104,33 @@ def dream(
 ) -> tuple[list[Run], Tensor]:
     """Draw latents and data from the model, without gradient, and score the guide on these draws.
 
-    The model dreams in one call, the guide is mapped over the dreams (``torch.vmap``) and sees each in the size of the
-    data. Programs with which that fails, once, dream one after another.
+    The model dreams in the way in which it runs several particles, the guide is mapped over the dreams (``torch.vmap``)
+    and sees each in the size of the data. Programs with which that fails, once, dream one after another.
 
     :returns: runs with all dreams as their particles, and the guide's log density at each, ``(num_dreams, *batch)``.
     :raises ValueError: if the model cannot be drawn from, if the dreamed data have no way to reach the guide, or if the
         guide cannot be scored at them.
     """
-    layout = _layout(model, guide, args, kwargs)
+    layout = layout_of(model, guide, args, kwargs)
     if num_dreams > 1 and layout.dreams_together:
+        way, layout = way_for(model, guide, args, kwargs, layout, None)
         state = rng_state()
         try:
-            run, log_forward = _dream(model, guide, args, kwargs, _How(num_dreams, layout.nesting))
+            run, log_forward = _dream(model, guide, args, kwargs, How(num_dreams, layout.nesting), way)
             return [run], log_forward
         except Exception:  # a mistake in the programs is met again below
             set_rng_state(state)
     made = len(pyro.get_param_store())
-    alone = [_dream(model, guide, args, kwargs, _How(1, layout.nesting)) for _ in range(num_dreams)]
+    alone = [_dream(model, guide, args, kwargs, How(1, layout.nesting)) for _ in range(num_dreams)]
     if num_dreams > 1 and len(pyro.get_param_store()) == made:  # no parameter can be made under vmap
         remember(model, guide, args, kwargs, replace(layout, dreams_together=False))
     return [run for run, _ in alone], torch.cat([log_forward for _, log_forward in alone])
 
 
-def _dream(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> tuple[Run, Tensor]:
-    trace = _dreamt(model, args, kwargs, how)
+def _dream(
+    model: Program, guide: Program, args: Any, kwargs: Any, how: How, way: Way = BROADCAST
+) -> tuple[Run, Tensor]:
+    trace = _dreamt(model, args, kwargs, how, way)
     observed, latents = dreams.observed(trace), latent_sites(trace)
     indices: dict[str, Any] = {n: s["value"] for n, s in trace.nodes.items() if is_subsample(s)}
     guide_traces: list[Trace] = []
@@ -134,7 +140,7 @@ def _dream(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) ->
         supplied = {**indices, **drawn, **autoguides.auxiliary_values(guide, drawn)}
         arguments = dreams.arguments(trace, observed, values, args, kwargs)
         with Supply(supplied, but_delta=True):
-            guide_traces.append(_run_guide(guide, *arguments, _How()))
+            guide_traces.append(run_guide(guide, *arguments, How()))
         autoguides.check_scored(guide, latent_sites(guide_traces[-1]), latents)
         return Run(guide_traces[-1], trace, 1, how.nesting).log_forward()[0]
 
@@ -148,12 +154,13 @@ def _dream(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) ->
     return Run(guide_traces[-1], trace, how.num_particles, how.nesting), log_forward
 
 
-def _dreamt(model: Program, args: Any, kwargs: Any, how: _How) -> Trace:
+def _dreamt(model: Program, args: Any, kwargs: Any, how: How, way: Way) -> Trace:
     """A trace of draws of the model, with its observed sites drawn too; what was observed is their ``infer["obs"]``."""
     with last_site() as met:
         try:
             with torch.no_grad(), Uncondition():
-                trace = _trace(model, args, kwargs, how.particles())
+                run = partial(_forward, model, args, kwargs)
+                trace = _of_all(run, how, way, Given())
         except NotImplementedError as error:
             raise ValueError(
                 f"the model cannot dream: its site {met[-1:]} cannot be drawn from. Expected distributions with a "
@@ -164,11 +171,37 @@ def _dreamt(model: Program, args: Any, kwargs: Any, how: _How) -> Trace:
     return trace
 
 
+def _forward(model: Program, args: Any, kwargs: Any, values: Mapping[str, Tensor], how: How) -> Trace:
+    return trace_within(model, args, kwargs, how.particles())
+
+
 def prior_run(
-    model: Program, guide: Program, args: Any, kwargs: Any, num_particles: int, values: Mapping[str, Tensor]
+    model: Program,
+    guide: Program,
+    args: Any,
+    kwargs: Any,
+    num_particles: int,
+    values: Mapping[str, Tensor],
+    vectorize: Vectorize = None,
 ) -> Run:
     """Run the model in the place of the guide: latents are drawn from it, or the given values; data stay."""
-    layout = _layout(model, guide, args, kwargs)
-    with Supply(values):
-        trace = _trace(model, args, kwargs, _How(num_particles, layout.nesting).particles())
+    layout = layout_of(model, guide, args, kwargs)
+    how, way = How(num_particles, layout.nesting, values=values), BROADCAST
+    if num_particles > 1:
+        way, layout = way_for(model, guide, args, kwargs, layout, named(vectorize))
+
+    def run(values: Mapping[str, Tensor], how: How) -> Trace:
+        with Supply(values):
+            return trace_within(model, args, kwargs, how.particles())
+
+    trace = _of_all(run, how, way, Given(layout.indices, frozenset(values)))
     return Run(trace, trace, num_particles, layout.nesting)
+
+
+def _of_all(run: Callable[[Mapping[str, Tensor], How], Trace], how: How, way: Way, given: Given) -> Trace:
+    """The trace of a model with all particles, run in this way."""
+    if way.model or how.num_particles == 1:
+        return run(how.values or {}, how)
+    lanes, rest = lanes_of(how, given)
+    trace: Trace = run_model_all(lambda values, how: run({**rest, **values}, how), lanes, how, way, given).model
+    return trace

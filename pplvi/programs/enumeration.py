@@ -8,9 +8,10 @@ tensors aligned right on plate dimensions. The contraction is Pyro's plated vari
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
@@ -20,7 +21,7 @@ from pplvi.programs.masks import without_missing
 from pplvi.programs.sites import Site
 
 Tree = OrderedDict[frozenset[str], list[Tensor]]
-Terms = list[tuple[frozenset[str], Tensor]]
+PlateTerms = list[tuple[frozenset[str], Tensor]]
 
 
 class Trace(Protocol):
@@ -34,7 +35,7 @@ class Trace(Protocol):
         """Give every dimension of every log density a symbol."""
 
 
-def log_densities(model: Trace, guide: Trace, scale: float) -> tuple[Terms, Terms]:
+def log_densities(model: Trace, guide: Trace, scale: float) -> tuple[PlateTerms, PlateTerms]:
     """Terms of the log joint density of an enumerated model and of the log density of its guide.
 
     Sites enumerated in the model only are summed out: ``log sum_z p(x, z)``. Over sites enumerated in the guide every
@@ -228,3 +229,42 @@ def _zeros(site: Site, plates: frozenset[str]) -> Tensor:
 
 def _copy(tree: Tree) -> Tree:
     return OrderedDict((ordinal, list(terms)) for ordinal, terms in tree.items())
+
+
+def expected_counts(
+    model: Trace, guide: Trace, instead: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The log evidence of a model without drawn latents, and how often each entry of its log densities counts.
+
+    The count of an entry, such as a value of an enumerated site for one datum, is its posterior probability times the
+    scale of its site, and zero where it is masked. It is the derivative of the log evidence in the entry.
+
+    :param instead: log densities to put in the place of those of enumerated sites, by name, of shapes that broadcast to
+        them; all other sites then count nothing in the sum, which makes the counts those of given probabilities.
+    :returns: a scalar, in nats, and for every site a tensor of the shape of its log density.
+    """
+    leaves: dict[str, Tensor] = {}
+    with torch.enable_grad():
+        for site in _sites(model):
+            name, own = site["name"], site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
+            if instead is not None:
+                own = instead.get(name, own.new_zeros(())).to(own).expand_as(own)
+            leaf = leaves[name] = own.detach().clone().requires_grad_()
+            site["unscaled_log_prob"], site["log_prob"] = leaf, scale_and_mask(leaf, site["scale"], site["mask"])
+        _pack(model, guide)
+        total = torch.stack([term.sum() for _, term in _model_terms(model, guide, 1.0)]).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return total.detach(), dict(zip(leaves, found, strict=True))
+
+
+def depending(model: Trace, name: str) -> list[str]:
+    """Names of the other sites whose log densities depend on an enumerated site, in a trace that has been packed."""
+    symbol = model.nodes[name]["infer"]["_enumerate_symbol"]
+    return [site["name"] for site in _sites(model) if _among(site, {symbol}) and site["name"] != name]
+
+
+def varies(model: Trace, name: str, of: str) -> bool:
+    """Whether a site's log density takes several values along an enumerated site, in a trace that has been packed."""
+    term = model.nodes[name]["packed"]["unscaled_log_prob"]
+    along = term.movedim(term._pyro_dims.index(model.nodes[of]["infer"]["_enumerate_symbol"]), 0)
+    return not bool(torch.isclose(along, along[:1], rtol=1e-6, atol=1e-9).all())

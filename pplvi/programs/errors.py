@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _RAW = (IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError, NotImplementedError)
 _OURS, _TORCH = ("pyro", "pplvi"), "torch"
+_BETWEEN = {*_OURS, _TORCH, "contextlib", "functools"}  # the user and this package
 _TABLE = "Trace Shapes:"
 
 
@@ -37,9 +41,25 @@ def explained() -> Iterator[None]:
         raise found from found.__cause__
 
 
+def warn(message: str) -> None:
+    """Warn at the line of the user's own code that has led here, where Python shows a warning once.
+
+    >>> with warnings.catch_warnings(record=True, action="always") as found:
+    ...     warn("the data are few")
+    >>> found[0].filename.endswith("errors.py")
+    False
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def told(error: Exception) -> Exception:
     """What to raise in the place of an error; the error itself where it says what is wrong."""
     original = _original(error)
+    if lacks_memory(original):
+        return _because(MemoryError(_MEMORY.format(str(original).strip().split("\n")[0])), error)
     frames = _frames(original)
     if not _is_ours(frames):
         return original
@@ -52,6 +72,23 @@ def told(error: Exception) -> Exception:
         return _because(ValueError(f"the programs cannot be run{where}: {name}: {original}."), error)
     text = without_empty_tables(str(error))
     return error if text == str(error) else _because(type(original)(text), error)
+
+
+_MEMORY = (
+    "out of memory: {}. Expected programs whose draws fit into it together: run fewer at once (chunk_size= of a "
+    "posterior, num_particles= of a loss), on less data, or in float32."
+)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error says that memory could not be had, on whatever device.
+
+    >>> lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"))
+    True
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def is_own(error: Exception) -> bool:

@@ -13,15 +13,15 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.autoguides import check_full_size, check_local_sizes
+from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.handlers import SubsampleRecorder
 from pplvi.programs.memo import Layout, recall, remember
-from pplvi.programs.running import _plain_run, _recording, isolated, plain_run
+from pplvi.programs.running import is_recording, isolated, plain_run, plain_run_of_pair
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
 
-def _needed(run: Run, layout: Layout) -> Layout:
+def widened(run: Run, layout: Layout) -> Layout:
     """The layout with room for what a run has shown, such as plates that nest deeper than at the first run."""
     own = layout.own_subsamples | (run.given_subsamples & frozenset(run.subsample_indices()))
     nesting, enumerated = max(layout.nesting, run.deepest), layout.enumerated or checks.enumerates(run)
@@ -29,12 +29,12 @@ def _needed(run: Run, layout: Layout) -> Layout:
     return layout if found == layout else replace(found, ways={})
 
 
-def _renewed(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, error: Exception) -> Layout:
+def renewed(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, error: Exception) -> Layout:
     """After an error in a run: the layout for these arguments, if they are what has changed.
 
     :raises ValueError: what is wrong with them.
     """
-    if _recording():
+    if is_recording():
         raise error
     fresh = inspect(model, guide, args, kwargs)
     if fresh == layout and not layout.ways:
@@ -51,7 +51,7 @@ def given_subsamples(model: Program, args: Any, kwargs: Any) -> dict[str, Tensor
     return recorder.given
 
 
-def _supplied(
+def supplied_values(
     model: Program, args: Any, kwargs: Any, layout: Layout, values: Mapping[str, Tensor] | None
 ) -> Mapping[str, Tensor]:
     """Values for the guide. Indices that the model gives to a plate itself are the guide's too: its local latents
@@ -62,7 +62,7 @@ def _supplied(
     return {name: given[name] for name in layout.own_subsamples if name in given}
 
 
-def _layout(model: Program, guide: Program, args: Any, kwargs: Any) -> Layout:
+def layout_of(model: Program, guide: Program, args: Any, kwargs: Any) -> Layout:
     """The layout of a pair, inspected and checked on its first run with arguments like these."""
     if (known := recall(model, guide, args, kwargs)) is not None:
         return known
@@ -77,16 +77,13 @@ def inspect(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mappi
     :raises ValueError: for sites that are in only one of the two, disagreeing shapes or supports, undeclared batch
         dimensions, NaN in the data, empty plates.
     """
-    run, trained = _plain_run(model, guide, args, kwargs), torch.is_grad_enabled()
+    run = plain_run_of_pair(model, guide, args, kwargs)
     own = run.given_subsamples & frozenset(run.subsample_indices())
     with isolated():
         checks.check_pair(run)
         check_local_sizes(guide)
-        if checks.is_minibatch(run):
-            if trained:  # draws of such a guide can be looked at
-                check_full_size(guide, run)
-            if isinstance(poutine.unwrap(guide), AutoGuide):  # other guides draw what they are asked for
-                checks.check_minibatch(run, plain_run(model, args, kwargs))
+        if checks.is_minibatch(run) and isinstance(poutine.unwrap(guide), AutoGuide):
+            checks.check_minibatch(run, plain_run(model, args, kwargs))  # other guides draw what they are asked for
         if own:
             given = given_subsamples(model, args, kwargs)
             torch.rand(())  # from here on other random numbers
@@ -101,4 +98,4 @@ def first_bad_site(model: Program, guide: Program, args: tuple[Any, ...], kwargs
     Validation is off meanwhile, so that a NaN parameter is found at the site that uses it instead of raising there.
     """
     with pyro.validation_enabled(False):
-        return checks.bad_site_of(_plain_run(model, guide, args, kwargs))
+        return checks.bad_site_of(plain_run_of_pair(model, guide, args, kwargs))

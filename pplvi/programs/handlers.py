@@ -178,12 +178,21 @@ def last_site() -> Iterator[list[str]]:
 def parameters_of(run: Callable[[], Any]) -> dict[str, Tensor]:
     """Unconstrained leaf tensors, by name, of every parameter that a computation asks for; random state untouched."""
     state = pyro.util.get_rng_state()
-    with poutine.trace(param_only=True) as recorder:
+    with _Leaves() as recorder:
         run()
     pyro.util.set_rng_state(state)
-    sites: dict[str, Any] = {name: site["value"] for name, site in recorder.trace.nodes.items()}
-    leaves = {name: value.unconstrained() for name, value in sites.items()}
-    return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    return {name: leaf for name, leaf in recorder.found.items() if leaf.requires_grad}
+
+
+class _Leaves(Messenger):
+    """Note the leaves of parameters as they are met: some do not outlive the run of the program that made them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.found[msg["name"]] = msg["value"].unconstrained()
 
 
 @contextmanager

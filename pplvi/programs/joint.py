@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, Given, Way, guide_all, run_particles
-from pplvi.programs.first_run import _layout, _needed, _renewed, _supplied
+from pplvi.programs.first_run import layout_of, renewed, supplied_values, widened
 from pplvi.programs.memo import Layout, remember
-from pplvi.programs.running import _How
+from pplvi.programs.running import How
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named, way_for
 from pplvi.types import Program
@@ -54,12 +54,13 @@ def execute(
     >>> run.shape, bool((run.log_target() == run.log_forward()).all())
     ((2, 3), True)
     """
-    layout, word = _layout(model, guide, args, kwargs), named(vectorize)
+    layout, word = layout_of(model, guide, args, kwargs), named(vectorize)
 
     def attempt(layout: Layout) -> Run:
+        checks.check_divergences(enumerated=layout.enumerated and exact == "divergence")
         way, layout = (BROADCAST, layout) if num_particles == 1 else way_for(model, guide, args, kwargs, layout, word)
-        supplied = _supplied(model, args, kwargs, layout, values)
-        how = _How(num_particles, layout.nesting, layout.enumerated, detach, supplied)
+        supplied = supplied_values(model, args, kwargs, layout, values)
+        how = How(num_particles, layout.nesting, layout.enumerated, detach, supplied)
         return run_particles(
             model, guide, args, kwargs, how, _for(exact, way), Given(layout.indices, exact=exact is not None)
         )
@@ -67,8 +68,8 @@ def execute(
     try:
         run = attempt(layout)
     except Exception as error:
-        run = attempt(layout := _renewed(model, guide, args, kwargs, layout, error))
-    while (needed := _needed(run, layout)) != layout:
+        run = attempt(layout := renewed(model, guide, args, kwargs, layout, error))
+    while (needed := widened(run, layout)) != layout:
         remember(model, guide, args, kwargs, layout := needed)
         run = attempt(layout)
     checks.check_run(run)
@@ -90,8 +91,10 @@ def guide_run(
     vectorize: Vectorize = None,
 ) -> Run:
     """Run the guide alone; the model's trace is empty."""
-    layout, way = _layout(model, guide, args, kwargs), BROADCAST
+    layout, way = layout_of(model, guide, args, kwargs), BROADCAST
     if num_particles > 1:
         way, layout = way_for(model, guide, args, kwargs, layout, named(vectorize))
-    how = _How(num_particles, layout.nesting, layout.enumerated, values=_supplied(model, args, kwargs, layout, values))
+    how = How(
+        num_particles, layout.nesting, layout.enumerated, values=supplied_values(model, args, kwargs, layout, values)
+    )
     return guide_all(guide, args, kwargs, how, way, Given(layout.indices))

@@ -6,14 +6,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 
 from pplvi.programs.checks import check_pair
 from pplvi.programs.handlers import within
-from pplvi.programs.running import _plain_run
+from pplvi.programs.running import plain_run_of_pair
 from pplvi.programs.sites import Site, is_deterministic, is_factor, sample_sites, site_plates
 from pplvi.programs.traces import Run
 from pplvi.types import Program
+
+
+def data_plate(count: int, size: int | None) -> Any:
+    """The plate ``"data"`` of ``count`` data, which stand for ``size`` of them.
+
+    >>> data_plate(3, None).size, data_plate(3, 12).size
+    (3, 12)
+    """
+    return pyro.plate("data", size or count, subsample_size=None if size is None else count, dim=-1)
 
 
 @contextmanager
@@ -56,11 +66,11 @@ def with_all_data(
     >>> [with_all_data(model, guide, (y,), {})[0] is model for y in (torch.zeros(4), torch.zeros(2))]
     [False, True]
     """
-    if not _cut(_plain_run(model, guide, args, kwargs)):
+    if not _cut(plain_run_of_pair(model, guide, args, kwargs)):
         return model, guide
     pair = within(whole_plates, model), within(whole_plates, guide)
     try:
-        run = _plain_run(*pair, args, kwargs)
+        run = plain_run_of_pair(*pair, args, kwargs)
         check_pair(run)
         run.log_probs(run.model), run.log_probs(run.guide)
     except Exception:  # whatever a program says when it has data for some of the elements only

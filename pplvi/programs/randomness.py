@@ -2,6 +2,12 @@
 
 Pyro's distributions draw in place (``x.normal_()``), read ``.data``, reject and try again. Inside :func:`carried` these
 happen out of place, for every particle by itself, and a factorisation that fails does so for its particle alone.
+
+Draws of these branch on their values, or have gradients of their own, and are left to the loop: AVFMultivariateNormal,
+CoalescentTimes, DirichletMultinomial, GaussianScaleMixture, MixtureOfDiagNormals, MixtureOfDiagNormalsSharedCovariance,
+OMTMultivariateNormal, ProjectedNormal, SineBivariateVonMises, SineSkewed, SpanningTree, Stable, StableWithLogProb,
+Wishart. Their densities at given values are carried, except those of SineBivariateVonMises, SineSkewed, Stable and
+Wishart.
 """
 
 from __future__ import annotations
@@ -173,12 +179,8 @@ def _at_front(count: int, in_dims: tuple[int | None, ...], args: tuple[Tensor, .
     return [x.reshape(len(x), *(1,) * (width - x.dim()), *x.shape[1:]) for x in moved]
 
 
-class _DirichletSlope(torch.autograd.Function):
-    """The derivative of a Dirichlet draw, element by element: all particles at once."""
-
-    @staticmethod
-    def forward(*args: Tensor) -> Tensor:
-        return torch._dirichlet_grad(*args)
+class _WithoutGradient(torch.autograd.Function):
+    """A function that is a constant to autograd, and that ``vmap`` can carry."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -186,7 +188,15 @@ class _DirichletSlope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 3
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _DirichletSlope(_WithoutGradient):
+    """The derivative of a Dirichlet draw, element by element: all particles at once."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> Tensor:
+        return torch._dirichlet_grad(*args)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
@@ -215,20 +225,12 @@ class _Dirichlet(torch.autograd.Function):
         return slope * (grad - (value * grad).sum(-1, True))
 
 
-class _Rejection(torch.autograd.Function):
+class _Rejection(_WithoutGradient):
     """Draws by rejection, which takes as many rounds as the slowest element needs: one loop for all particles."""
 
     @staticmethod
     def forward(*args: Tensor) -> Tensor:
         return _REJECTION(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:

@@ -24,7 +24,7 @@ from pplvi.types import Program
 
 
 @dataclass(frozen=True)
-class _How:
+class How:
     """How to run a pair of programs."""
 
     num_particles: int = 1
@@ -34,36 +34,41 @@ class _How:
     values: Mapping[str, Tensor] | None = None
 
     def particles(self) -> AbstractContextManager[Any]:
+        """The plate of the particles."""
         # One particle runs the programs as they are: models that cannot be vectorised work too.
         if self.num_particles == 1:
             return nullcontext()
         return pyro.plate(PARTICLES, self.num_particles, dim=-self.nesting - 1)
 
     def enumerating(self, *, first: bool) -> AbstractContextManager[Any]:
+        """Enumeration on the dimensions left of plates and particles; ``first`` for what runs first."""
         if not self.enumerated:
             return nullcontext()
         return poutine.enum(first_available_dim=-self.nesting - 2 if first else None)
 
     def drawing(self) -> AbstractContextManager[Any]:
+        """How draws are made: detached, or with their path."""
         return Detach() if self.detach else nullcontext()
 
 
-def _execute(model: Program, guide: Program, args: Any, kwargs: Any, how: _How) -> Run:
-    guide_trace = _run_guide(guide, args, kwargs, how)
+def run_pair(model: Program, guide: Program, args: Any, kwargs: Any, how: How) -> Run:
+    """Run the guide, and the model replayed against it."""
+    guide_trace = run_guide(guide, args, kwargs, how)
     if isinstance(messenger := poutine.unwrap(guide), GuideMessenger):  # it ran the model already
         return Run(guide_trace, messenger.get_traces()[0], how.num_particles, how.nesting, how.enumerated)
     # Replay goes outside enumeration, which has to see every site before it is replaced.
     around = poutine.replay(trace=guide_trace), how.enumerating(first=False), how.particles()
     recorder = SubsampleRecorder()
-    model_trace = _trace(recorder(model), args, kwargs, *around)
+    model_trace = trace_within(recorder(model), args, kwargs, *around)
     balance_missing(model_trace, guide_trace)
     given = frozenset(recorder.given)
     return Run(guide_trace, model_trace, how.num_particles, how.nesting, how.enumerated, given)
 
 
-def _run_guide(guide: Program, args: Any, kwargs: Any, how: _How) -> Trace:
+def run_guide(guide: Program, args: Any, kwargs: Any, how: How) -> Trace:
+    """Trace the guide alone."""
     with how.drawing(), Supply(how.values or {}):
-        trace = _trace(guide, args, kwargs, how.enumerating(first=True), how.particles())
+        trace = trace_within(guide, args, kwargs, how.enumerating(first=True), how.particles())
     if not isinstance(messenger := poutine.unwrap(guide), GuideMessenger):
         return trace
     guide_trace = messenger.get_traces()[1]
@@ -71,7 +76,7 @@ def _run_guide(guide: Program, args: Any, kwargs: Any, how: _How) -> Trace:
     return guide_trace
 
 
-def _trace(program: Program, args: Any, kwargs: Any, *contexts: AbstractContextManager[Any]) -> Trace:
+def trace_within(program: Program, args: Any, kwargs: Any, *contexts: AbstractContextManager[Any]) -> Trace:
     """Trace a program inside contexts, the first outermost."""
 
     def run() -> None:
@@ -88,29 +93,30 @@ def isolated() -> Iterator[None]:
     """Run a program for inspection: no gradient, no new parameter in the store (its initial value would depend on who
     inspected first), and a random state that is neither advanced nor used twice."""
     with preserved_rng(), preserved_parameters(), torch.no_grad():
-        if not _recording():
+        if not is_recording():
             pyro.set_rng_seed(int(torch.randint(2**31, ())))
         yield
 
 
-def _recording() -> bool:
+def is_recording() -> bool:
     """Whether operations are being written down (``make_fx``): values cannot be looked at then."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None
 
 
-def _plain_run(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
+def plain_run_of_pair(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
+    """One run of a pair as it is, without particles, that leaves the random state as it was."""
     with isolated(), preserved_buffers(model=model, guide=guide), explained():
-        run = _execute(model, guide, args, kwargs, _How())
+        run = run_pair(model, guide, args, kwargs, How())
     return replace(run, nesting=run.deepest)
 
 
 def plain_run(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Run:
     """One run of a model alone, without particles, that leaves the random state as it was."""
     with Somewhere():
-        return _plain_run(model, _no_guide, args, kwargs)
+        return plain_run_of_pair(model, no_guide, args, kwargs)
 
 
-def _no_guide(*args: Any, **kwargs: Any) -> None:
+def no_guide(*args: Any, **kwargs: Any) -> None:
     """A guide without sites."""

@@ -12,7 +12,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 
 from pplvi.programs.handlers import within
-from pplvi.programs.running import _plain_run
+from pplvi.programs.running import plain_run_of_pair
 from pplvi.programs.sites import PARTICLES, Site, sample_sites
 from pplvi.types import Program
 
@@ -59,7 +59,9 @@ def without_scale(
     ...  for pair in ((program, scaled), without_scale(program, scaled, (), {}))]
     [False, True]
     """
-    found = [name for name, site in sample_sites(_plain_run(model, guide, args, kwargs).guide) if is_scaled(site)]
+    found = [
+        name for name, site in sample_sites(plain_run_of_pair(model, guide, args, kwargs).guide) if is_scaled(site)
+    ]
     if not found:
         return model, guide
     if isinstance(poutine.unwrap(guide), GuideMessenger):

@@ -96,6 +96,8 @@ def is_enumerated(site: Site) -> bool:
 
 def site_plates(site: Site) -> tuple[Plate, ...]:
     """The vectorised plates around a site, left to right, without the particle plate."""
+    if not site["cond_indep_stack"]:
+        return ()
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
     return tuple(_plate(f, site) for f in sorted(frames, key=lambda f: f.dim))
 
@@ -145,7 +147,8 @@ def batch_sizes(site: Site) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
-def _subsampled_plates(site: Site) -> set[str]:
+def subsampled_plates(site: Site) -> set[str]:
+    """Names of the plates around a site that hold fewer elements than they have."""
     frames = site["cond_indep_stack"]
     return {f.name for f in frames if f.full_size is not None and f.full_size != f.size}
 

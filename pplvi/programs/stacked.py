@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.distributions.kl import register_kl
 
+from pplvi.programs.masks import without_missing
 from pplvi.programs.randomness import is_batched
 from pplvi.programs.sites import (
     PARTICLES,
@@ -95,7 +96,7 @@ def take_apart(run: Run, *, densities: bool = True, exact: bool = False) -> tupl
     :param densities: log densities are wanted.
     :param exact: entropies and divergences are wanted too.
     """
-    outputs: Outputs = {}
+    outputs: Outputs = {"kept": {"": dict(run.kept)}}
     records: Records = {}
     for role, trace in (("guide", run.guide), ("model", run.model)):
         outputs[role], records[role] = {}, {}
@@ -150,6 +151,30 @@ def _or_none(compute: Callable[[], Tensor]) -> Tensor | None:
         return None
 
 
+def check_observed(run: Run) -> None:
+    """Check that data lie in the supports of their distributions: inside ``vmap`` their densities do not.
+
+    Supports that move with a particle's draws are left to the densities.
+
+    :raises ValueError: with the first site that has a value outside.
+    """
+    for name, site in sample_sites(run.model):
+        if not site["is_observed"] or is_factor(site) or is_deterministic(site) or is_batched(site["value"]):
+            continue
+        try:
+            inside = site["fn"].support.check(without_missing(site))
+        except (NotImplementedError, RuntimeError):  # not known, or not known inside vmap
+            continue
+        for mask in (site["mask"], getattr(site["fn"], "_mask", None)):
+            inside = inside if mask is None else inside | ~torch.as_tensor(mask, device=inside.device)
+        if not (is_batched(inside) or bool(inside.all())):
+            raise ValueError(
+                f"the log density at site {name!r} cannot be computed: the data have values outside the support "
+                f"{site['fn'].support} of {kind_of(site['fn'])}. Check them for NaN or out-of-range entries, or mask "
+                "these by poutine.mask or obs_mask=."
+            )
+
+
 def shared_draws(run: Run) -> list[str]:
     """Names of drawn sites whose value does not differ between particles inside ``vmap``."""
     model = {n: s for n, s in latent_sites(run.model).items() if n not in run.guide.nodes}
@@ -172,6 +197,8 @@ def stack_outputs(parts: Sequence[Outputs]) -> Outputs:
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
+    if is_batched(first):  # inside vmap tensors have no storage of their own
+        return torch.stack(list(tensors))
     same = all(x.data_ptr() == first.data_ptr() and x.stride() == first.stride() for x in tensors)
     return first.expand(len(tensors), *first.shape) if same and first.numel() else torch.stack(list(tensors))
 

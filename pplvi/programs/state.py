@@ -152,7 +152,8 @@ class Environment:
 
 
 def module_of(program: Any) -> torch.nn.Module | None:
-    """The module that a program is, or is a bound method of."""
+    """The module that a program is, or is a bound method of, seen through handlers around it."""
+    program = inspect.unwrap(program, stop=inspect.ismethod) if callable(program) else program
     owner = getattr(program, "__self__", program)
     return owner if isinstance(owner, torch.nn.Module) else None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,6 @@ from pplvi.programs.masks import without_missing
 from pplvi.programs.sites import (
     Plate,
     Site,
-    _subsampled_plates,
     batch_sizes,
     common_plates,
     is_delta,
@@ -33,6 +32,7 @@ from pplvi.programs.sites import (
     latent_sites,
     sample_sites,
     site_plates,
+    subsampled_plates,
 )
 
 
@@ -42,6 +42,8 @@ class Run:
 
     All densities have shape ``(num_particles, *batch)``, are in nats, and leave the subsample scale of the batch
     plates out; that scale is :attr:`scale`.
+
+    :ivar kept: what a program left beside its sites, with the particles in front.
     """
 
     guide: Any
@@ -50,6 +52,7 @@ class Run:
     nesting: int
     enumerated: bool = False
     given_subsamples: frozenset[str] = frozenset()
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def batch(self) -> tuple[Plate, ...]:
@@ -92,7 +95,7 @@ class Run:
     @property
     def subsampled(self) -> tuple[str, ...]:
         """Names of subsampled plates that are not batch plates: their scale sits inside the densities."""
-        found = {n for trace in (self.model, self.guide) for _, s in sample_sites(trace) for n in _subsampled_plates(s)}
+        found = {n for trace in (self.model, self.guide) for _, s in sample_sites(trace) for n in subsampled_plates(s)}
         return tuple(sorted(found - {p.name for p in self.batch}))
 
     @property
@@ -164,11 +167,11 @@ class Run:
         return sum(densities.values(), self.zeros())
 
     @cached_property
-    def _enumerated_densities(self) -> tuple[enumeration.Terms, enumeration.Terms]:
+    def _enumerated_densities(self) -> tuple[enumeration.PlateTerms, enumeration.PlateTerms]:
         return enumeration.log_densities(self.model, self.guide, self.scale)
 
     @property
-    def enumerated_target(self) -> enumeration.Terms:
+    def enumerated_target(self) -> enumeration.PlateTerms:
         """Terms of the model's log density where sites are enumerated, each with the names of its plates."""
         return self._enumerated_densities[0]
 
@@ -177,6 +180,11 @@ class Run:
         if self.enumerated:
             return sum((self.to_batch(term) for _, term in self._enumerated_densities[0]), self.zeros())
         return self._total(self.log_probs(self.model))
+
+    def expected_counts(self, instead: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The log evidence where every latent is enumerated, and how often each entry of the densities counts: see
+        :func:`pplvi.programs.enumeration.expected_counts`."""
+        return enumeration.expected_counts(self.model, self.guide, instead)
 
     def log_forward(self) -> Tensor:
         """Log density of the guide at its draws, auxiliary sites included."""
@@ -214,6 +222,8 @@ class Run:
 
 def _is_scored(site: Site, detached: bool) -> bool:
     pathwise = bool(getattr(site["fn"], "has_rsample", False))
+    if pathwise and not detached:  # most sites: asked of each at every step
+        return False
     if is_factor(site):
         return not pathwise
     return not site["is_observed"] and not is_enumerated(site) and (detached or not pathwise)

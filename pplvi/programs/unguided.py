@@ -13,13 +13,14 @@ from torch import Tensor
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, run_model_all, ways_of_rows
+from pplvi.programs.errors import lacks_memory
 from pplvi.programs.handlers import Supply, Uncondition
 from pplvi.programs.memo import Layout, recall, remember
-from pplvi.programs.running import _How, _no_guide, _trace, isolated, plain_run
+from pplvi.programs.running import How, isolated, no_guide, plain_run, trace_within
 from pplvi.programs.sites import is_enumerated, latent_sites
 from pplvi.programs.state import preserved_buffers
 from pplvi.programs.traces import Run, spread
-from pplvi.programs.ways import OutsideState, Vectorize, Word, held_by, named
+from pplvi.programs.ways import OutsideState, Vectorize, WayName, held_by, named
 from pplvi.types import Program
 
 
@@ -42,7 +43,7 @@ def run_model(
     plain = plain_run(model, args, kwargs)
     single = _Model(model, args, kwargs, sample_observed)
     enumerated = checks.enumerates(plain) and not sample_observed
-    how = _How(num_particles, plain.nesting, enumerated, values=spread(latents or {}, plain))
+    how = How(num_particles, plain.nesting, enumerated, values=spread(latents or {}, plain))
     if num_particles == 1:
         return single.run(how, BROADCAST)
     return _first_right(single, how, plain, named(vectorize))
@@ -57,17 +58,17 @@ class _Model:
     kwargs: Mapping[str, Any]
     sample_observed: bool
 
-    def trace(self, values: Mapping[str, Tensor], how: _How) -> Trace:
+    def trace(self, values: Mapping[str, Tensor], how: How) -> Trace:
         observing = Uncondition() if self.sample_observed else nullcontext()
         with observing, Supply(values):
-            return _trace(self.model, self.args, self.kwargs, how.enumerating(first=True), how.particles())
+            return trace_within(self.model, self.args, self.kwargs, how.enumerating(first=True), how.particles())
 
-    def run(self, how: _How, way: Way) -> Run:
+    def run(self, how: How, way: Way) -> Run:
         if way.model:
             return Run(Trace(), self.trace(how.values or {}, how), how.num_particles, how.nesting, how.enumerated)
         return run_model_all(self.trace, dict(how.values or {}), how, way, Given(densities=not self.sample_observed))
 
-    def failure(self, how: _How, way: Way) -> Exception | None:
+    def failure(self, how: How, way: Way) -> Exception | None:
         """What goes wrong when two particles are run in this way, with the data as they are."""
         kept = replace(self, sample_observed=False)
         try:
@@ -77,7 +78,7 @@ class _Model:
             return error
         return None
 
-    def compare(self, how: _How, way: Way) -> None:
+    def compare(self, how: How, way: Way) -> None:
         values = {name: value[:2] for name, value in (how.values or {}).items()}
         how = replace(how, num_particles=2, values=values)
         with OutsideState() as outside:
@@ -98,8 +99,8 @@ def _drawn(run: Run) -> dict[str, Tensor]:
     return {name: site["value"].clone() for name, site in latent_sites(run.model).items() if not is_enumerated(site)}
 
 
-def _first_right(single: _Model, how: _How, plain: Run, word: Word | None) -> Run:
-    known = recall(single.model, _no_guide, single.args, single.kwargs)
+def _first_right(single: _Model, how: How, plain: Run, word: WayName | None) -> Run:
+    known = recall(single.model, no_guide, single.args, single.kwargs)
     layout = known or Layout(how.nesting, how.enumerated, frozenset())
     key = f"{word}, {single.sample_observed}"
     if key in layout.ways:
@@ -112,17 +113,17 @@ def _first_right(single: _Model, how: _How, plain: Run, word: Word | None) -> Ru
         run = _tried(single, how, way, errors)
         if run is not None:
             remember(
-                single.model, _no_guide, single.args, single.kwargs, replace(layout, ways={**layout.ways, key: way})
+                single.model, no_guide, single.args, single.kwargs, replace(layout, ways={**layout.ways, key: way})
             )
             return run
     raise errors[0]
 
 
-def _tried(single: _Model, how: _How, way: Way, errors: list[Exception]) -> Run | None:
+def _tried(single: _Model, how: How, way: Way, errors: list[Exception]) -> Run | None:
     try:
         return single.run(how, way)
     except Exception as error:
-        if way == LOOP:
+        if way == LOOP or lacks_memory(error):
             raise
         errors.append(error)
         return None

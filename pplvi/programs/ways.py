@@ -20,24 +20,24 @@ from torch import Tensor
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, run_particles
-from pplvi.programs.first_run import _supplied
+from pplvi.programs.first_run import supplied_values
 from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import _execute, _How, _recording, isolated
+from pplvi.programs.running import How, is_recording, isolated, run_pair
 from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
 from pplvi.programs.state import modules_of, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
-Word = Literal["broadcast", "vmap", "loop"]
+WayName = Literal["broadcast", "vmap", "loop"]
 """What a user may call a way."""
 
-Vectorize = Word | bool | None
+Vectorize = WayName | bool | None
 """A way by its word; ``None`` and ``True`` leave the choice to what is found right, ``False`` is a loop."""
 
 
-def named(vectorize: Vectorize, argument: str = "vectorize") -> Word | None:
+def named(vectorize: Vectorize, argument: str = "vectorize") -> WayName | None:
     """The word of a way that an argument names; ``None`` for any.
 
     :raises ValueError: for any other value.
@@ -49,13 +49,13 @@ def named(vectorize: Vectorize, argument: str = "vectorize") -> Word | None:
         return None
     if vectorize is False:
         return "loop"
-    if vectorize not in get_args(Word):
-        raise ValueError(f"{argument}={vectorize!r}: expected None, True, False, or one of {get_args(Word)}.")
+    if vectorize not in get_args(WayName):
+        raise ValueError(f"{argument}={vectorize!r}: expected None, True, False, or one of {get_args(WayName)}.")
     return vectorize
 
 
 def way_for(
-    model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: Word | None
+    model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: WayName | None
 ) -> tuple[Way, Layout]:
     """The way in which this pair runs several particles, and the layout that remembers it.
 
@@ -63,7 +63,7 @@ def way_for(
     """
     if word in layout.ways:
         return layout.ways[word], layout
-    if _recording():  # nothing can be tried now
+    if is_recording():  # nothing can be tried now
         return next(iter(layout.ways.values()), BROADCAST), layout
     way = _found(model, guide, args, kwargs, layout, word)
     layout = replace(layout, ways={**layout.ways, word: way})
@@ -71,7 +71,7 @@ def way_for(
     return way, layout
 
 
-def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: Word | None) -> Way:
+def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: WayName | None) -> Way:
     trial = Trial(model, guide, args, kwargs, layout)
     trial.check_alone()
     coupled = isinstance(poutine.unwrap(guide), GuideMessenger)
@@ -101,7 +101,7 @@ def is_looped(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
     return layout is not None and None in layout.ways and layout.ways[None].word == "loop"
 
 
-def candidates(word: Word | None) -> list[Way]:
+def candidates(word: WayName | None) -> list[Way]:
     """The ways that a word allows, the fastest first; a loop that is asked for takes the pair particle by particle."""
     if word == "loop":
         return [LOOP]
@@ -124,9 +124,9 @@ class Trial:
         :raises ValueError: what is wrong with them.
         """
         with isolated(), preserved_buffers(model=self.model, guide=self.guide):
-            values = _supplied(self.model, self.args, self.kwargs, self.layout, None)
-            how = _How(1, self.layout.nesting, self.layout.enumerated, values=values)
-            _execute(self.model, self.guide, self.args, self.kwargs, how).log_target()
+            values = supplied_values(self.model, self.args, self.kwargs, self.layout, None)
+            how = How(1, self.layout.nesting, self.layout.enumerated, values=values)
+            run_pair(self.model, self.guide, self.args, self.kwargs, how).log_target()
 
     def failure(self, way: Way) -> Exception | None:
         """What goes wrong when the programs are run in this way."""
@@ -138,8 +138,8 @@ class Trial:
         return None
 
     def _compare(self, way: Way) -> None:
-        values = _supplied(self.model, self.args, self.kwargs, self.layout, None)
-        how = _How(2, self.layout.nesting, self.layout.enumerated, values=values)
+        values = supplied_values(self.model, self.args, self.kwargs, self.layout, None)
+        how = How(2, self.layout.nesting, self.layout.enumerated, values=values)
         given = Given(self.layout.indices, spoil=True)
         with OutsideState() as outside:
             both = run_particles(self.model, self.guide, self.args, self.kwargs, how, way, given)
@@ -156,11 +156,11 @@ class Trial:
         for particle in range(2):
             self._compare_one(both, how, particle)
 
-    def _compare_one(self, both: Run, how: _How, particle: int) -> None:
+    def _compare_one(self, both: Run, how: How, particle: int) -> None:
         values = {**both.subsample_indices(), **both.draws_of(particle)}
         by_itself = replace(how, num_particles=1, values=values)
         with Supply(both.subsample_indices(of_model=True)):
-            alone, again = (_execute(self.model, self.guide, self.args, self.kwargs, by_itself) for _ in range(2))
+            alone, again = (run_pair(self.model, self.guide, self.args, self.kwargs, by_itself) for _ in range(2))
         checks.check_alone(both, alone, again, particle)
 
 

@@ -63,15 +63,14 @@ class Annealed:
     ) -> Iterator[Step]:
         """Yield the steps of one walk, level by level.
 
-        :raises ValueError: for an objective that is not one of levels, programs that do not fit together, or particles
-            that are wanted one after another.
+        :raises ValueError: for an objective that is not one of levels, or programs that do not fit together.
         """
         if not isinstance(guide, Planned):
             yield from Importance()(model, guide, args, kwargs, request)
             return
         check_levels(request)
         nesting, batch = _layout(model, guide, args, kwargs)
-        particles = Particles(request.num_particles, nesting, batch, request.routing)
+        particles = Particles(request.num_particles, nesting, batch, request.routing, vectorize=request.vectorize)
         walk = Walk(model, guide.plan(args, kwargs), args, kwargs, particles)
         if annealed_at_once.wanted(self.vectorize_levels, walk, self.resampling):
             yield annealed_at_once.all_levels(walk, self.resampling)
@@ -80,17 +79,15 @@ class Annealed:
 
 
 def check_levels(request: Request) -> None:
-    """Check that an objective is one of levels and wants all particles at once."""
+    """Check that an objective is one of levels.
+
+    :raises ValueError: for one that sees a single step.
+    """
     if request.routing.local is None:
         raise ValueError(
             "this objective sees a single step, but the sampler walks along a path: expected an objective of levels "
             "(pplvi.objectives.nested). For bounds "
             "of the whole path use the guide with the ordinary importance sampler."
-        )
-    if len(request.counts) > 1:
-        raise ValueError(
-            "vectorize_particles=False: particles of a path are weighted and resampled together. Expected programs "
-            "that run all particles in one call; drop the option."
         )
 
 

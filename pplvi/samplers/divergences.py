@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pplvi.programs import checks
 from pplvi.programs.sites import Site, is_delta, latent_sites
 from pplvi.programs.traces import Run
 
@@ -39,11 +40,7 @@ def divergent_sites(run: Run) -> dict[str, Tensor]:
 
     :raises ValueError: for models with enumerated sites.
     """
-    if run.enumerated:
-        raise ValueError(
-            "entropy='kl' with enumerated sites: they are summed out jointly, and no divergence is one site's. Use "
-            "entropy='sampled' (or 'exact')."
-        )
+    checks.check_divergences(enumerated=run.enumerated)
     model, guide = latent_sites(run.model), latent_sites(run.guide)
     found = {n: _divergence(guide[n], model[n]) for n in _in_order(list(model), list(guide))}
     return {n: kl for n, kl in found.items() if kl is not None}

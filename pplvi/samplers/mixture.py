@@ -15,9 +15,10 @@ from pplvi.programs.dreams import prior_run
 from pplvi.programs.joint import execute, guide_run
 from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
+from pplvi.programs.ways import Vectorize
 from pplvi.samplers.base import Request
 from pplvi.samplers.importance import step_of
-from pplvi.types import Program, Values
+from pplvi.types import Program
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,28 @@ class DefensiveMixture:
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
     ) -> Iterator[Step]:
         """Yield one step of ``request.num_particles`` particles."""
-        counts = request.counts
-        parts: list[Step] = []
-        shared: Values | None = None
-        for count in counts:
-            call = (args, kwargs, count)
-            with torch.no_grad():
-                values, shared = self._drawn(model, guide, *call, shared)
-            run = execute(model, guide, args, kwargs, num_particles=count, values={**shared, **values})
-            log_target, log_forward = run.log_target(), run.log_forward()
-            own, other = math.log1p(-self.weight), math.log(self.weight)
-            mixture = torch.logaddexp(own + log_forward, other + self._log_component(run, model, *call)).detach()
-            step = step_of(run, log_target, log_forward)
-            parts.append(replace(step, log_weight=log_target.detach() - mixture))
-        yield Step.concatenate(parts)
+        call = args, kwargs, request.num_particles
+        with torch.no_grad():
+            values = self._drawn(model, guide, *call, request.vectorize)
+        run = execute(model, guide, args, kwargs, num_particles=call[2], values=values, vectorize=request.vectorize)
+        log_target, log_forward = run.log_target(), run.log_forward()
+        own, other = math.log1p(-self.weight), math.log(self.weight)
+        log_component = self._log_component(run, model, *call, request.vectorize)
+        mixture = torch.logaddexp(own + log_forward, other + log_component).detach()
+        yield replace(step_of(run, log_target, log_forward), log_weight=log_target.detach() - mixture)
 
     def _drawn(
-        self, model: Program, guide: Program, args: Any, kwargs: Any, count: int, shared: Values | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Values for the guide's sites, and the indices of the minibatch that they belong to."""
-        own = guide_run(model, guide, args, kwargs, count, shared)
+        self, model: Program, guide: Program, args: Any, kwargs: Any, count: int, vectorize: Vectorize
+    ) -> dict[str, Tensor]:
+        """Values for the guide's sites, with the indices of the minibatch that they belong to."""
+        own = guide_run(model, guide, args, kwargs, count, None, vectorize)
         indices, sites = own.subsample_indices(), latent_sites(own.guide)
         if self.component is None:
-            other = prior_run(model, guide, args, kwargs, count, indices)
+            other = prior_run(model, guide, args, kwargs, count, indices, vectorize)
         else:
-            other = execute(model, self.component, args, kwargs, num_particles=count, values=indices)
+            other = execute(
+                model, self.component, args, kwargs, num_particles=count, values=indices, vectorize=vectorize
+            )
         theirs = latent_sites(other.guide)
         if without := [name for name, site in sites.items() if is_delta(site) or name not in theirs]:
             raise ValueError(
@@ -83,9 +81,11 @@ class DefensiveMixture:
             )
         both = replace(other, guide=own.guide)
         chosen = both.align(_systematic(self.weight, both.zeros()))
-        return {name: _mixed(chosen, site, theirs[name]["value"]) for name, site in sites.items()}, indices
+        return {**indices, **{name: _mixed(chosen, site, theirs[name]["value"]) for name, site in sites.items()}}
 
-    def _log_component(self, run: Run, model: Program, args: Any, kwargs: Any, count: int) -> Tensor:
+    def _log_component(
+        self, run: Run, model: Program, args: Any, kwargs: Any, count: int, vectorize: Vectorize
+    ) -> Tensor:
         """Log density of the component at the run's draws."""
         sites = latent_sites(run.guide)
         if self.component is None:
@@ -97,7 +97,8 @@ class DefensiveMixture:
             densities = run.log_probs(run.model)
         else:
             values = {**run.subsample_indices(), **{name: site["value"] for name, site in sites.items()}}
-            densities = run.log_probs(guide_run(model, self.component, args, kwargs, count, values).guide)
+            component = guide_run(model, self.component, args, kwargs, count, values, vectorize)
+            densities = run.log_probs(component.guide)
         return sum((d for name, d in densities.items() if name in sites), run.zeros())
 
 

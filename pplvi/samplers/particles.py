@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from pplvi.objectives.step import Routing
-from pplvi.programs.single import carried_path, rescored, run_alone
+from pplvi.programs.lone import Alone, Lone, depths_of
+from pplvi.programs.single import carried_path, rescored
 from pplvi.programs.sites import latent_sites
+from pplvi.programs.stacked import Stacked
 from pplvi.programs.traces import Run
+from pplvi.programs.ways import Vectorize
 from pplvi.types import MutableValues, Program, Values
 
 
@@ -33,6 +36,8 @@ class Particles:
     :ivar dims: dimensions of the batch plates, left to right.
     :ivar scale: product of their subsample scales, which densities leave out.
     :ivar subsampled: other subsampled plates, whose scale is inside the densities.
+    :ivar vectorize: the way of running particles; for each program the fastest that is right unless named.
+    :ivar depths: numbers of dimensions that the values of sites have without particles.
 
     >>> particles = Particles(2, nesting=1, batch=frozenset({"data"}), routing=Routing(), dims=(-1,))
     >>> particles.total(torch.ones(2, 3, 5), events=1)
@@ -48,6 +53,8 @@ class Particles:
     dims: tuple[int, ...] = ()
     scale: float = 1.0
     subsampled: frozenset[str] = frozenset()
+    vectorize: Vectorize = None
+    depths: dict[str, int] = field(default_factory=dict)
 
     @property
     def followed(self) -> bool:
@@ -70,12 +77,24 @@ class Particles:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         values: Values,
+        given: tuple[Values, ...] = (),
         copies: int = 1,
         **how: Any,
     ) -> Run:
-        """Run a program at values, for all particles or for several copies of them; see :func:`run_alone`."""
-        count, given = self.num_particles * copies, {**self.indices, **values}
-        return run_alone(program, args, kwargs, num_particles=count, nesting=self.nesting, values=given, **how)
+        """Run a program at values, for all particles or for several copies of them, in the way that is right for it.
+
+        :param given: values of sites that the program is called with, before its other arguments.
+        :param how: see :class:`pplvi.programs.lone.Alone`.
+        """
+        alone = self.alone(values, copies, **how)
+        run = Lone(program, given, args, kwargs, self.depths).run(alone, self.vectorize)
+        self.depths.update(depths_of(run))
+        return run
+
+    def alone(self, values: Values, copies: int = 1, **how: Any) -> Alone:
+        """How a program is run at values, with the indices of the minibatch."""
+        count, values = self.num_particles * copies, {**self.indices, **values}
+        return Alone(count, self.nesting, values, frozenset(self.indices), **how)
 
     def note(self, run: Run) -> None:
         """Note where the batch plates are, and their scale."""
@@ -164,9 +183,10 @@ class DrawPaths:
 def run_at(drawn: Run, at: Values, again: Callable[[], Run]) -> Run:
     """The program of a run at other values of its draws.
 
-    A site whose distribution depends on no other draw is not run again.
+    A site whose distribution depends on no other draw, and is still there, is not run again.
     """
-    return rescored(drawn, at) if len(at) == 1 else again()
+    lost = any(isinstance(drawn.model.nodes[name]["fn"], Stacked) for name in at)
+    return rescored(drawn, at) if len(at) == 1 and not lost else again()
 
 
 def leaves(values: Values) -> MutableValues:

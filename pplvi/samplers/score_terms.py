@@ -54,11 +54,9 @@ class _Term:
 def score_terms(run: Run, routing: Routing) -> ScoreTerms | None:
     """The terms of a joint run, or ``None`` if every draw carries a path gradient.
 
-    By its plates alone (``routing.per_draw="plates"``), which is what Pyro's ``Trace_ELBO`` does, or by the order of
-    the sites too (``"order"``), which leaves less noise.
-
-    A density of the guide depends on the draws up to its own site; a density of the model on those up to the latest in
-    the guide of the latents that the model has met so far.
+    What depends on a draw is told by its plates, as Pyro's ``Trace_ELBO`` does, and by the order of the sites, as
+    ``TraceGraph_ELBO`` does: a density of the guide depends on the draws up to its own site, a density of the model on
+    those up to the latest in the guide of the latents that the model has met so far.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pplvi.programs.joint import execute
@@ -68,7 +66,7 @@ def score_terms(run: Run, routing: Routing) -> ScoreTerms | None:
     >>> def model():
     ...     program(0.5)
     ...     pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
-    >>> terms = score_terms(execute(model, lambda: program(0.1), (), {}, num_particles=2), Routing(per_draw="order"))
+    >>> terms = score_terms(execute(model, lambda: program(0.1), (), {}, num_particles=2), Routing(per_draw=True))
     >>> terms.score.shape
     torch.Size([2, 3])
     """
@@ -76,17 +74,12 @@ def score_terms(run: Run, routing: Routing) -> ScoreTerms | None:
     if not scored:
         return None
     with torch.no_grad():
-        terms = _terms(run, routing)
-        below = _Below(run, terms if routing.per_draw == "order" else map(_unordered, terms))
+        below = _Below(run, _terms(run, routing))
         parts = [_flat(run, site, below(name, site)) for name, site in scored.items()]
     scores = [_flat(run, site, _kept(run, run.drawn_log_prob(name, site), site)) for name, site in scored.items()]
     sampled = [] if routing.exact_entropy else [n for n in scored if n not in _divergent(run, routing)]
     path = sum((run.to_batch(run.site_log_prob(name, scored[name]), name) for name in sampled), run.zeros())
     return ScoreTerms(torch.cat(scores, -1), torch.cat(parts, -1), path)
-
-
-def _unordered(term: _Term) -> _Term:
-    return _Term(math.inf, _named(plate for plate, element in term.context if element is None), term.value)
 
 
 def _divergent(run: Run, routing: Routing) -> Mapping[str, Tensor]:

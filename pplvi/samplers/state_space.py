@@ -9,7 +9,6 @@ Tensors in the state have the particles leftmost, then the plates, then event di
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pplvi.programs.errors import warn
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.markov import Iterations, Numbered, OnlyIteration
 from pplvi.programs.running import isolated
@@ -234,6 +234,11 @@ class Plates:
         """Names of the plates around every site."""
         return frozenset(plate.name for plate in self.common)
 
+    @property
+    def apart(self) -> bool:
+        """Whether a value in the shape of one particle shows which of its dimensions are those of common plates."""
+        return not self.common or self.nesting == len(self.common)
+
 
 def plates_of(course: Course) -> Plates:
     """The plates of a course, from a plain run of its first two steps; later ones are taken to have the same."""
@@ -265,11 +270,10 @@ def warn_of_untrained(course: Course, *owners: Any) -> None:
             f"{name}.{part}": leaf for name, m in modules if not isinstance(m, PyroModule) for part, leaf in _own(m)
         }
         if unseen := [name for name, leaf in plain.items() if leaf.requires_grad and id(leaf) not in seen]:
-            warnings.warn(
+            warn(
                 f"parameters {unseen} of {type(owner).__name__} are not trained, because Pyro does not see them: "
                 "expected a PyroModule with parts such as PyroModule[torch.nn.Linear](...), all the way down, or "
                 "pyro.module(name, part).",
-                stacklevel=2,
             )
 
 

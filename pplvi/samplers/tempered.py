@@ -72,7 +72,7 @@ class Cloud:
     def taken(self, chosen: Tensor) -> Cloud:
         """Some of the particles."""
         pairs = [(value[chosen], slope[chosen]) for value, slope in (self.target, self.base)]
-        return Cloud(self.position[chosen], *pairs)
+        return Cloud(self.position[chosen], pairs[0], pairs[1])
 
     def where(self, accept: Tensor, other: Cloud) -> Cloud:
         """These particles where ``accept`` is true, and others elsewhere."""
@@ -81,7 +81,7 @@ class Cloud:
             (torch.where(accept, a[0], b[0]), torch.where(wide, a[1], b[1]))
             for a, b in ((self.target, other.target), (self.base, other.base))
         ]
-        return Cloud(torch.where(wide, self.position, other.position), *pairs, self.stale or other.stale)
+        return Cloud(torch.where(wide, self.position, other.position), pairs[0], pairs[1], self.stale or other.stale)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ class TemperedSMC:
     >>> _ = torch.manual_seed(0)
     >>> def target(z):  # ten times the density of a normal with mean 3 and scale 1/2
     ...     return -2 * (z[:, 0] - 3) ** 2 - math.log(0.5 * (2 * math.pi) ** 0.5) + math.log(10), -4 * (z - 3)
-    >>> found = TemperedSMC(num_particles=400, num_draws=1000).run(target, GaussianBase.of(torch.full((1,), 2.0), torch.eye(1)))
+    >>> method = TemperedSMC(num_particles=400, num_draws=1000)
+    >>> found = method.run(target, GaussianBase.of(torch.full((1,), 2.0), torch.eye(1)))
     >>> found.draws.shape[0], round(found.draws.mean().item(), 1), round(found.log_evidence.mean().item(), 1)
     (4, 3.0, 2.3)
     """

@@ -169,7 +169,7 @@ class Walk:
         :param given: values that a kernel starts from.
         :param copies: run several copies of the particles side by side.
         """
-        return self.particles.run(program, (*given, *self.args), self.kwargs, values, copies, **how)
+        return self.particles.run(program, self.args, self.kwargs, values, given, copies, **how)
 
     def draws(self, run: Run) -> MutableValues:
         """What a program drew.

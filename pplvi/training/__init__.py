@@ -1,5 +1,6 @@
 """The training loop: steps, restarts, stopping, checkpoints. Imports ``compile`` and what stands below."""
 
+from pplvi.training.em.algorithm import ExpectationMaximization
 from pplvi.training.optimizers import Update
 from pplvi.training.per_program import PerProgram
 from pplvi.training.restart import Restart
@@ -11,6 +12,7 @@ from pplvi.training.watch import Monitor, Watch
 __all__ = [
     "AdaptiveClip",
     "Cosine",
+    "ExpectationMaximization",
     "Monitor",
     "PerProgram",
     "Plateau",

@@ -128,7 +128,9 @@ def read(path: PathLike) -> dict[str, Any]:
     """
     content = _open(Path(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} is not a checkpoint of pplvi: expected one that fit(checkpoint=...) wrote.")
+        raise ValueError(
+            f"{str(path)!r} is not a checkpoint of pplvi: expected one that fit(checkpoint=...) or Fit.save wrote."
+        )
     if content.get("version") != VERSION:
         raise ValueError(
             f"{str(path)!r} has checkpoint format {content.get('version')!r}, expected {VERSION}: "
@@ -140,13 +142,15 @@ def read(path: PathLike) -> dict[str, Any]:
 def _damaged(path: PathLike, reason: object) -> ValueError:
     return ValueError(
         f"the checkpoint {str(path)!r} is corrupt or truncated ({reason}): expected a complete file written by "
-        "fit(checkpoint=...). It was left as it is; resume from another copy or start anew."
+        "fit(checkpoint=...) or Fit.save. It was left as it is; take another copy or start anew."
     )
 
 
 def _open(path: Path) -> Any:
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {str(path)!r}: expected a file written by fit(checkpoint=...).")
+        raise ValueError(
+            f"there is no checkpoint {str(path)!r}: expected a file written by fit(checkpoint=...) or Fit.save."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file

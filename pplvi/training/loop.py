@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from pplvi.programs.errors import warn
 from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.state import clone, rng_state, set_rng_state
 from pplvi.training.batches import Batches
@@ -44,7 +44,7 @@ class Trainer:
     def __init__(self, run: Restart, objective: Any, steps: Steps, batches: Batches, watch: Watch) -> None:
         self.run, self.batches, self.watch = run, batches, watch
         self.stepper = steps(run.model, run.guide, objective, self._settle)
-        self.update = self.stepper.update
+        self.update, run.exact = self.stepper.update, self.stepper.exact
         self.good: dict[str, Any] = self.capture()
         self.call: Call = ((), {})
 
@@ -220,10 +220,9 @@ class Trainer:
         backoff = self.update.backoff
         self.restore(self.good, rng=self.good["step"] < failed)
         self.update.backoff = 0.5 * backoff
-        warnings.warn(
+        warn(
             f"restart {self.run.index}, step {failed}: {cause}. Went back to step {self.run.step} and halved the "
             f"learning rate ({self.run.rollbacks} of at most {MAX_ROLLBACKS} times).",
-            stacklevel=2,
         )
         return False
 

@@ -9,7 +9,7 @@ floating point sums are the same in every process.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -22,12 +22,12 @@ from pyro.optim.optim import _get_state_dict, _load_state_dict, is_scheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pplvi.compile.flat_optimizers import OptimFactory, TorchFactory
 from pplvi.programs.state import clone
 from pplvi.training.per_program import PerProgram
 from pplvi.training.schedules import Cosine, Schedule, make_clip, make_schedule
 
-Factory = Callable[[list[Tensor]], Optimizer]
-OptimLike = PyroOptim | type[Optimizer] | Factory | Mapping[str, PyroOptim | Factory] | None
+OptimLike = OptimFactory | type[Optimizer] | Mapping[str, OptimFactory] | None
 
 DEFAULT_LR = 0.01
 
@@ -119,7 +119,7 @@ class PerProgramEngine(PyroEngine):
 class TorchEngine:
     """One torch optimiser over all parameters; parameters that appear later form further groups."""
 
-    def __init__(self, factory: Factory) -> None:
+    def __init__(self, factory: TorchFactory) -> None:
         self.optim = factory
         self.optimizer: Optimizer | None = None
         self.names: list[list[str]] = []
@@ -306,6 +306,11 @@ class Update(PyroOptim):
             return False
         self.schedule.cool_down(self.count, length)
         return True
+
+    def restart_schedule(self) -> None:
+        """Let the rates of a cosine schedule start anew at this step."""
+        if isinstance(self.schedule, Cosine):
+            self.schedule.restart(self.count)
 
     def get_state(self) -> dict[str, Any]:
         """A copy of everything that the next steps depend on."""

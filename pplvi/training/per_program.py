@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -10,15 +10,14 @@ import torch
 from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
-from torch import Tensor
 from torch.optim import Optimizer
 
+from pplvi.compile.flat_optimizers import OptimFactory
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
 from pplvi.types import Program
 
-Factory = Callable[[list[Tensor]], Optimizer]
 ROLES = ("model", "guide")
 
 
@@ -50,7 +49,7 @@ class PerProgram(PyroOptim):
 
     def __init__(
         self,
-        optims: Mapping[str, PyroOptim | Factory],
+        optims: Mapping[str, OptimFactory],
         call: tuple[Program, Program, tuple[Any, ...], Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(torch.optim.Adam, {})  # what Pyro's methods for saving and loading need
@@ -69,7 +68,7 @@ class PerProgram(PyroOptim):
         optim: Any = self._of(param)
         return optim._get_grad_clip(param) if isinstance(optim, PyroOptim) else None
 
-    def _of(self, param: Any) -> PyroOptim | Factory:
+    def _of(self, param: Any) -> OptimFactory:
         name = str(pyro.get_param_store().param_name(param))
         if name not in self.roles and self.call is not None:
             self.roles.update(roles_of(*self.call))

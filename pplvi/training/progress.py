@@ -39,7 +39,7 @@ class Progress:
             self.bar.set_postfix_str(f"loss {smoothed(run.losses):.4g}", refresh=bool(run.reason))
 
     def _open(self, run: Any) -> None:
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         label = f"restart {run.index + 1}/{self.restarts}" if self.restarts > 1 else "fit"
         self.bar = tqdm(total=self.num_steps, initial=run.step - 1, desc=label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -17,6 +18,22 @@ from pplvi.types import Call, Program
 TAIL = 0.1
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What is kept of a training that has ended, to go on from there.
+
+    :ivar state: of the restart, as in a checkpoint (:func:`pplvi.training.resume.run_state`).
+    :ivar call: the last batch, or the full data.
+    :ivar settings: readable ones that a continuation has to share.
+    :ivar initial: what the user's modules were worth before the first restart.
+    """
+
+    state: Mapping[str, Any] = field(default_factory=dict)
+    call: Call = ((), {})
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Restart:
     """One restart: its programs, its parameters in a scope of their own, and the trace of its objective.
 
@@ -24,7 +41,9 @@ class Restart:
     :ivar monitored: a monitor named by the user, evaluated now and then, in nats; empty without one.
     :ivar reason: why training ended: ``"num_steps"``, ``"converged"``, ``"callback"``, ``"data"`` (an iterator was
         used up), ``"found"`` (the guide found itself) or ``"interrupted"``; empty while it goes on.
+    :ivar exact: whether losses have no Monte Carlo error, so that the last one is the score.
     :ivar rollbacks: how many times training went back because of a loss that was not finite.
+    :ivar ended: what a continuation needs, once training has ended.
     """
 
     def __init__(
@@ -36,6 +55,8 @@ class Restart:
         self.losses: list[Any] = []
         self.monitored: list[float] = []
         self.reason, self.seconds, self.rollbacks = "", 0.0, 0
+        self.exact = False
+        self.ended = Ended()
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -57,7 +78,7 @@ class Restart:
     def score(self) -> float:
         """Mean of the last tenth of the monitor's trace, in nats: what the best restart has the least of."""
         trace = self.monitored or self.losses
-        tail = trace[-max(1, int(TAIL * len(trace))) :]
+        tail = trace[-1 if self.exact else -max(1, int(TAIL * len(trace))) :]
         return sum(map(float, tail)) / len(tail) if tail else math.inf
 
     @property

@@ -20,7 +20,7 @@ from pplvi.training.lockstep import Lockstep, Member
 from pplvi.training.loop import Trainer
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.progress import Progress
-from pplvi.training.restart import Restart, TrainingError, evaluate, scratch
+from pplvi.training.restart import Ended, Restart, TrainingError, evaluate, scratch
 from pplvi.training.resume import check_equal, check_paths, run_state, shapes, signature
 from pplvi.training.watch import Training, Watch
 from pplvi.types import Call
@@ -63,10 +63,16 @@ class _Session:
         self.plan, self.content = plan, content
         self.runs: list[Restart] = []
         self.states: dict[int, dict[str, Any]] = {}
+        self.starts: dict[int, dict[str, Any]] = {}
         self.description: dict[str, Any] = {}
         self.base = int(torch.randint(2**31, ())) if plan.seed is None and self.side_by_side else 0
         self.signature: dict[str, str] | None = None
         self.initial: dict[str, Tensor] = content.get("initial", clone(plan.recipe.tensors()))
+        if "fit" in content and not content["runs"]:
+            raise ValueError(
+                f"{fspath(plan.resume or '')!r} holds MCMC draws, which no training can go on from: expected a "
+                "fit with a guide, or a checkpoint."
+            )
         if len(content["runs"]) > plan.restarts:
             raise ValueError(
                 f"the checkpoint {fspath(plan.resume or '')!r} holds {len(content['runs'])} restarts, got "
@@ -94,6 +100,7 @@ class _Session:
     def _go_side_by_side(self) -> None:
         progress = Progress(self.plan.watch.num_steps, 1, self.plan.progress)
         members: list[Member] = []
+        trainers: list[Trainer] = []
 
         def report(run: Restart) -> None:
             if run is next((m.trainer.run for m in members if not m.trainer.run.reason), run):
@@ -103,9 +110,12 @@ class _Session:
             for index in range(self.plan.restarts):
                 trainer, found = self._started(index, report)
                 self.runs.append(trainer.run)
+                trainers.append(trainer)
                 if not found:
                     members.append(Member(len(members), trainer))
             Lockstep(members, self._write).train()
+            for trainer in trainers:
+                self._keep(trainer)
         except TrainingError as error:
             error.runs = [run for run in self.runs if run.reason]
             raise
@@ -151,8 +161,16 @@ class _Session:
                 raise KeyboardInterrupt
             if not run.losses and not found:
                 raise ValueError("data= yielded no batch: expected at least one.")
+            self._keep(trainer)
         self.runs.append(run)
         return run
+
+    def _keep(self, trainer: Trainer) -> None:
+        """Keep what the continuation of a restart that has ended needs."""
+        batches, run = self.plan.batches, trainer.run
+        state = {**run_state(trainer), "start": self.starts[run.index]}
+        call = batches.call if isinstance(batches, FullData) else trainer.call
+        run.ended = Ended(state, call, dict(self.plan.settings or {}), self.initial)
 
     def _begin(self, index: int, saved: Mapping[str, Any] | None) -> tuple[Restart, Any, dict[str, Any]]:
         seed = None if self.plan.seed is None else self.plan.seed + index
@@ -160,7 +178,7 @@ class _Session:
             set_rng_state(saved["start"])
         elif seed is not None or self.side_by_side:  # streams that run side by side must not be one
             pyro.set_rng_seed(self.base + index if seed is None else seed)
-        start = rng_state()
+        start = self.starts[index] = rng_state()
         environment = self.plan.recipe.environment
         with environment.active():
             model, guide, objective = self.plan.programs(
@@ -176,7 +194,10 @@ class _Session:
             evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
             self._check_same(run, call, saved)
         trainer = Trainer(run, objective, self.plan.steps, self.plan.batches, watch)
-        return trainer if saved is None else self._put_back(trainer, saved)
+        if saved is None:
+            return trainer
+        trainer.call = call
+        return self._put_back(trainer, saved)
 
     def _put_back(self, trainer: Trainer, saved: Mapping[str, Any]) -> Trainer:
         run = trainer.run
@@ -187,6 +208,8 @@ class _Session:
             self.plan.batches.set_state(saved["batches"])
             self.plan.batches.size = saved.get("batch_size")
         trainer.restore(saved)  # the random state comes last: building and running the guide has used it
+        if self._goes_on(saved):
+            trainer.update.restart_schedule()
         trainer.good = trainer.capture()
         run.reason = "" if unfinished else saved["reason"]
         self.states[run.index] = {**saved}
@@ -224,7 +247,17 @@ class _Session:
         )
         check_equal(name, "buffers", shapes(saved["buffers"]), shapes(run.buffers()))
         check_equal(name, "sites", self.content["model"], signature(run, call))
-        check_equal(name, "settings", self.content["settings"], dict(self.plan.settings or {}))
+        given = dict(self.plan.settings or {})
+        if self._goes_on(saved):  # with a schedule of its own
+            given["schedule"] = self.content["settings"]["schedule"]
+        check_equal(name, "settings", self.content["settings"], given)
+
+    def _goes_on(self, saved: Mapping[str, Any]) -> bool:
+        """Whether a run that took all its steps is to take more, at rates that start anew."""
+        kind, _, length = str(self.content["settings"].get("schedule")).rpartition(" over ")
+        longer = saved["reason"] == "num_steps" and self.plan.watch.num_steps > len(saved["losses"])
+        asked = str((self.plan.settings or {}).get("schedule")).rpartition(" over ")
+        return longer and kind == asked[0] == "'cosine'" and length != asked[2]
 
 
 def check_apart(plan: TrainingPlan) -> None:

@@ -74,10 +74,13 @@ def signature(run: Restart, call: Call) -> dict[str, str]:
             joint = execute(run.model, run.guide, *call)
     except ValueError:
         return {}
-    sites = {"model": joint.model, "guide": joint.guide}
+    return {**describe_sites("model", joint.model), **describe_sites("guide", joint.guide)}
+
+
+def describe_sites(role: str, trace: Any) -> dict[str, str]:
+    """Distribution, event shape and plates of the sites of a trace that are drawn or observed."""
     return {
         f"{role}.{name}": f"{type(s['fn']).__name__} {tuple(s['fn'].event_shape)} {[p.name for p in site_plates(s)]}"
-        for role, trace in sites.items()
         for name, s in sample_sites(trace)
         if not is_deterministic(s)
     }

@@ -21,7 +21,7 @@ class Cosine:
     .. math:: f(t) = \tfrac12 (1 + \cos(\pi t / T))
 
     :meth:`cool_down` brings the end forward when the objective has levelled off: from then on the factor falls from
-    where it is to 0 by another half cosine.
+    where it is to 0 by another half cosine. :meth:`restart` begins anew, for a training that goes on after its end.
 
     Source: Loshchilov & Hutter (2017), "SGDR: Stochastic gradient descent with warm restarts".
 
@@ -34,30 +34,36 @@ class Cosine:
     def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
         self.start, self.level = 0, 1.0
-        self.end = num_steps
+        self.end, self.cooling = num_steps, False
 
     def __call__(self, step: int) -> float:
         """The factor of the learning rate at this step."""
         progress = min(1.0, (step - self.start) / max(1, self.end - self.start))
         return self.level * 0.5 * (1.0 + math.cos(math.pi * progress))
 
-    @property
-    def cooling(self) -> bool:
-        """Whether the end was brought forward."""
-        return self.start > 0
-
     def cool_down(self, step: int, length: int) -> None:
         """Let the factor fall to 0 within ``length`` steps from ``step``, never later than ``num_steps``."""
         self.level = self(step)
-        self.start, self.end = step, min(step + length, self.num_steps)
+        self.start, self.end, self.cooling = step, min(step + length, self.num_steps), True
+
+    def restart(self, step: int) -> None:
+        """Fall from 1 to 0 between ``step`` and ``num_steps``: a warm restart.
+
+        >>> schedule = Cosine(200)
+        >>> schedule.restart(100)
+        >>> [round(schedule(t), 2) for t in (100, 150, 200)]
+        [1.0, 0.5, 0.0]
+        """
+        self.start, self.level, self.end, self.cooling = step, 1.0, self.num_steps, False
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` takes."""
-        return {"start": self.start, "level": self.level, "end": self.end}
+        return {"start": self.start, "level": self.level, "end": self.end, "cooling": self.cooling}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was called."""
         self.start, self.level, self.end = state["start"], state["level"], state["end"]
+        self.cooling = state.get("cooling", self.start > 0)
 
 
 class NormClip:

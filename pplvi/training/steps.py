@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import pyro.infer
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from pplvi.compile.svi import CompiledSVI, Mode
+from pplvi.compile.svi import CompiledSVI, CompileMode
 from pplvi.compile.vectorized import Apart
 from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
@@ -30,9 +31,11 @@ class Stepper(ABC):
     """Takes the steps of one restart: the replaceable core of the training loop.
 
     :ivar update: counts them and says how large the next one is.
+    :cvar exact: whether the losses have no Monte Carlo error.
     """
 
     update: Update
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
@@ -205,25 +208,26 @@ class CompiledStepper(Stepper):
         self.svi.load_state_dict({"count": state["count"], "optimizer": clone(state["optimizer"])})
 
 
+@dataclass
 class Steps(ABC):
     """Makes what takes the steps of each restart.
 
-    :ivar side_by_side: whether restarts may be rows of one program.
-    :param optim: as all the others, of :class:`pplvi.training.Update`.
+    :ivar optim: as all the others, of :class:`pplvi.training.Update`.
     :raises ValueError: for a wrong optimiser, schedule or clip, before anything runs.
     """
 
-    side_by_side = False
+    optim: OptimLike = None
+    num_steps: int = 1000
+    schedule: str | Schedule | None = "cosine"
+    clip: Any = "adaptive"
 
-    def __init__(
-        self,
-        optim: OptimLike = None,
-        num_steps: int = 1000,
-        schedule: str | Schedule | None = "cosine",
-        clip: Any = "adaptive",
-    ) -> None:
-        self.optim, self.num_steps, self.schedule, self.clip = optim, num_steps, schedule, clip
+    def __post_init__(self) -> None:
         self.update()
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether restarts may be rows of one program."""
+        return False
 
     def update(self) -> Update:
         """The update of one restart."""
@@ -237,6 +241,7 @@ class Steps(ABC):
         """
 
 
+@dataclass
 class EagerSteps(Steps):
     """Steps through Pyro's handlers."""
 
@@ -245,27 +250,22 @@ class EagerSteps(Steps):
         return EagerStepper(model, guide, objective, self.update(), before_first)
 
 
+@dataclass
 class CompiledSteps(Steps):
     """Makes compiled steps; what ``"auto"`` has come to in one restart holds for the next.
 
-    :param mode: as of :class:`pplvi.compile.CompiledSVI`.
-    :param chunk: the most steps in one call.
+    :ivar mode: as of :class:`pplvi.compile.CompiledSVI`.
+    :ivar chunk: the most steps in one call.
     """
 
-    def __init__(
-        self,
-        optim: OptimLike = None,
-        num_steps: int = 1000,
-        schedule: str | Schedule | None = "cosine",
-        clip: Any = "adaptive",
-        *,
-        mode: Mode = True,
-        chunk: int = 50,
-    ) -> None:
-        super().__init__(optim, num_steps, schedule, clip)
-        self.mode, self.chunk = mode, chunk
-        self.side_by_side = mode in ("trace", True, "auto")  # without a loop inside the program
-        self.last: CompiledStepper | None = None
+    mode: CompileMode = field(default=True, kw_only=True)
+    chunk: int = field(default=50, kw_only=True)
+    last: CompiledStepper | None = field(default=None, init=False)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Unless there is a loop inside the program."""
+        return self.mode in ("trace", True, "auto")
 
     def __call__(self, model: Program, guide: Program, objective: Any, before_first: BeforeFirst) -> Stepper:
         """A :class:`pplvi.compile.CompiledSVI`, recorded and compiled at its first call."""

@@ -22,7 +22,7 @@ def test_rows_of_deep_boltzmann(
 ) -> None:
     out = tmp_path / "deep.json"
     main = script("deep_boltzmann.py", monkeypatch)["main"]
-    options = ["--seconds", "0.4", "--seeds", "2", "--small", "64", "6", "5", "--widths", "64", "10", "8"]
+    options = ["--seconds", "0.2", "--seeds", "2", "--small", "64", "6", "5", "--widths", "64", "10", "8"]
     tables = main([*options, "--speed-widths", "12", "8", "6", "--repeats", "1", "--out", str(out)])
     training = tables["training"]
     assert [(row["start"], row["objective"]) for row in training] == [

@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import SCHOOLS, eight_schools
 from pyro import poutine
 from pyro.infer import (
     SVI,
@@ -19,6 +18,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
+from benchmarks.speed_problems import SCHOOLS, eight_schools
 from pplvi.compile.svi import CompiledSVI
 from pplvi.guides import AutoFlow
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
@@ -379,3 +379,17 @@ def schools(mode: Any, lr: float = 1e-3, seed: int = 3, **options: Any) -> Compi
 
 
 MODES = ["trace", pytest.param(True, marks=pytest.mark.slow), pytest.param("max", marks=pytest.mark.slow)]
+
+# What stands for all of them where a case takes seconds.
+SHAPES = {
+    "nested plates",
+    "subsampling",
+    "enumeration",
+    "masks",
+    "factors",
+    "constrained supports",
+    "batched events",
+    "PyroModule",
+    "small flow",
+    "only parameters",
+}

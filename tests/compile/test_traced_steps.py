@@ -5,7 +5,6 @@ from functools import partial
 import pyro
 import pytest
 import torch
-from models import SCHOOLS, eight_schools
 from pyro.infer import (
     SVI,
     Predictive,
@@ -15,14 +14,18 @@ from pyro.infer import (
     TraceMeanField_ELBO,
 )
 from pyro.infer.autoguide import AutoNormal
-from step_cases import CASES, SGD, Case, assert_same, nested, schools, stepper, trajectory
+from step_cases import CASES, SGD, SHAPES, Case, assert_same, nested, schools, stepper, trajectory
 
+from benchmarks.speed_problems import SCHOOLS, eight_schools
 from pplvi.compile.svi import CompiledSVI
 from pplvi.losses.elbo import ELBO, own_loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float64) for name in CASES), *((name, torch.float32) for name in sorted(SHAPES))],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
 def test_traced_steps_equal_eager_ones(name, dtype):
     """Same parameters and same noise: the same losses and, with SGD, the same gradients, for two steps."""
     torch.set_default_dtype(dtype)

@@ -427,8 +427,9 @@ def test_resume_without_a_seed_leaves_the_random_state_of_the_whole_run(tmp_path
     assert now["numpy"][1].tolist() == rng["numpy"][1].tolist()
 
 
-@pytest.mark.parametrize(("at", "index"), [(3, 1), (12, 1), (24, 0), (1, 2)])
-@pytest.mark.parametrize("seed", [1, None])
+@pytest.mark.parametrize(
+    ("at", "index", "seed"), [(3, 1, 1), (12, 1, 1), (24, 0, 1), (1, 2, 1), (12, 1, None), (1, 2, None)]
+)
 def test_resume_in_the_middle_of_restarts(tmp_path, at, index, seed):
     check_resume(tmp_path / "run.pt", lambda: {"seed": seed, "data": loader(), "restarts": 3}, at, index)
 
@@ -530,7 +531,7 @@ def test_a_finished_run_can_be_read_back_and_extended(tmp_path):
         ({"objective": pplvi.ImportanceWeightedELBO(2)}, "settings differ: objective"),
         ({"args": (Y + 1,)}, "settings differ: data"),
         ({"seed": 1}, "settings differ: seed"),
-        ({"num_steps": 40}, "settings differ: schedule"),
+        ({"num_steps": 10}, "settings differ: schedule"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_and_left_alone(tmp_path, change, words):
@@ -768,17 +769,17 @@ def test_nothing_to_train_is_said():
 @pytest.fixture(scope="module")
 def trained():
     pyro.clear_param_store()
-    return fit(model, AutoNormal, args=(Y,), num_steps=600, restarts=2, seed=0)
+    return fit(model, AutoNormal, args=(Y,), num_steps=300, restarts=2, seed=0)
 
 
 def test_the_result_reads_well(trained, capsys):
-    assert trained.losses.shape == (2, 600)
+    assert trained.losses.shape == (2, 300)
     assert trained.reasons == ["num_steps", "num_steps"]
     assert trained.seconds > 0
     assert repr(trained).startswith("Fit(AutoNormal, ELBO(num_particles=1), restarts=2, best=")
     trained.report()
     text = capsys.readouterr().out
-    assert all(word in text for word in ("AutoNormal", "ELBO", "restarts", "took all 600 steps", "k-hat"))
+    assert all(word in text for word in ("AutoNormal", "ELBO", "restarts", "took all 300 steps", "k-hat"))
 
 
 def test_the_posterior_is_seeded_and_that_of_the_restart(trained):
@@ -796,7 +797,7 @@ def test_predict_and_loo_and_arviz(trained):
     assert np.isfinite(trained.loo().elpd_loo)
     data = trained.to_arviz()
     assert dict(data.posterior.sizes) == {"chain": 2, "draw": 1000}
-    assert data.optimization.loss.shape == (2, 600)
+    assert data.optimization.loss.shape == (2, 300)
     assert data.attrs["objective"] == "ELBO(num_particles=1)"
     assert data.attrs["seed"] == 0
     assert dict(trained.to_arviz(restarts="best", draws="guide").posterior.sizes) == {"chain": 1, "draw": 1000}
@@ -924,12 +925,5 @@ def test_the_import_is_light():
     script = (
         "import sys, pplvi; print([m for m in ('arviz', 'matplotlib', 'zuko', 'sklearn', 'tqdm') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_loading_fit_leaves_the_heavy_ones_out():
-    heavy = ("arviz", "matplotlib", "zuko", "sklearn")
-    script = f"import sys, pplvi; pplvi.fit; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

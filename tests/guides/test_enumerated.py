@@ -28,6 +28,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 import pplvi
+from pplvi.programs.density import UnconstrainedDensity
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -208,3 +209,23 @@ def test_guides_with_parameters_for_every_datum_take_minibatches(guide: Any) -> 
     result = pplvi.fit(local_minibatch_model, guide, args=(Y, 3), num_steps=2, seed=0, progress=False)
     sizes = {tuple(torch.as_tensor(value).shape) for value in result.params[0].values()}
     assert sizes == {(5,)}
+
+
+def test_the_laplace_approximation_of_pyro_sums_out_what_is_enumerated() -> None:
+    """It is the inverse Hessian of the density of the latents that are left, and the same at every call."""
+    y = torch.cat([torch.randn(10) - 3, torch.randn(10) + 3])
+
+    @config_enumerate
+    def model(y: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
+
+    fit = pplvi.fit(model, AutoLaplaceApproximation, args=(y,), num_steps=30, seed=0, progress=False)
+    hessian = UnconstrainedDensity(model, (y,)).hessian(fit.guide.loc.detach())
+    for _ in range(2):
+        found = fit.guide.laplace_approximation(y)
+        assert torch.allclose(found.get_posterior().covariance_matrix, torch.linalg.inv(-hessian), rtol=1e-4, atol=1e-5)
+    assert sorted(found(y)) == ["mu", "weights"]

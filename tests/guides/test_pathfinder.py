@@ -16,11 +16,11 @@ from torch.distributions import constraints
 
 from pplvi import ELBO, ImportanceWeightedELBO, Posterior
 from pplvi.guides import AutoFlow
-from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.gaussians import GaussianMixture, full_gaussian, local_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options, minimise
 from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
+from pplvi.programs.density import UnconstrainedDensity
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,11 +12,11 @@ from models import correlated
 
 from pplvi import Posterior
 from pplvi.guides import AutoBatchAndMatch
-from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.batch_and_match import update
 from pplvi.guides.search.explore import elbos
 from pplvi.guides.search.gaussians import full_gaussian
 from pplvi.guides.search.lbfgs import Options, minimise
+from pplvi.programs.density import UnconstrainedDensity
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -14,17 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
-from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiagonalNormal,
-    AutoIAFNormal,
-    AutoLowRankMultivariateNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-    AutoNormalMessenger,
-    AutoStructured,
-)
+from pyro.infer import SVI, Importance, Predictive, Trace_ELBO, autoguide
 from pyro.infer.importance import psis_diagnostic
 from pyro.optim import Adam
 
@@ -43,7 +33,7 @@ def model(y):
 
 
 def messenger(loc, scale):
-    guide = AutoNormalMessenger(model)
+    guide = autoguide.AutoNormalMessenger(model)
     guide(Y)
     guide.locs.z, guide.scales.z = torch.as_tensor(loc), torch.as_tensor(scale)
     return guide
@@ -87,7 +77,7 @@ def predicted(y=None):
 def test_predictive_takes_the_data_from_a_factor_that_it_adds_to_the_guide():
     """y - z has sd 0.1 in the model; Pyro's y does not depend on z."""
     names = {"locs.z", "scales.z"}
-    guide = AutoNormalMessenger(predicted, init_scale=1.0)
+    guide = autoguide.AutoNormalMessenger(predicted, init_scale=1.0)
     guide(torch.tensor(10.0))
     assert set(pyro.get_param_store()) == names
     guide.locs.z = torch.tensor(0.0)
@@ -112,7 +102,7 @@ def local_model(y, subsample=None):
         pyro.sample("y", dist.Normal(z, 0.6), obs=y[i])
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoDelta, AutoNormalMessenger])
+@pytest.mark.parametrize("kind", [autoguide.AutoNormal, autoguide.AutoDelta, autoguide.AutoNormalMessenger])
 def test_guides_that_keep_parameters_for_every_datum(kind):
     kind(local_model)(DATA, 2)
     assert {len(value) for value in pyro.get_param_store().values()} == {6}
@@ -120,7 +110,13 @@ def test_guides_that_keep_parameters_for_every_datum(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoIAFNormal, AutoStructured],
+    [
+        autoguide.AutoDiagonalNormal,
+        autoguide.AutoMultivariateNormal,
+        autoguide.AutoLowRankMultivariateNormal,
+        autoguide.AutoIAFNormal,
+        autoguide.AutoStructured,
+    ],
 )
 def test_guides_whose_local_parameters_become_those_of_a_minibatch(kind):
     """Six data share the parameters of two, whichever two are drawn, and Pyro does not say so."""
@@ -136,7 +132,7 @@ def test_guides_whose_local_parameters_become_those_of_a_minibatch(kind):
 
 def test_local_parameters_of_a_minibatch_fit_no_datum():
     """The posterior means are y / 1.36: Pyro's two locations both go to their average, 0.735."""
-    guide, exact = AutoDiagonalNormal(local_model), DATA / 1.36
+    guide, exact = autoguide.AutoDiagonalNormal(local_model), DATA / 1.36
     svi = SVI(local_model, guide, Adam({"lr": 0.03, "betas": (0.9, 0.99)}), Trace_ELBO())
     for _ in range(300):
         svi.step(DATA, 2)
@@ -160,7 +156,7 @@ def stored(y):
 
 @pytest.mark.parametrize("how", COPIES)
 def test_copying_destroys_the_original(how):
-    theirs, ours = AutoDiagonalNormal(stored), AutoFlow(stored)
+    theirs, ours = autoguide.AutoDiagonalNormal(stored), AutoFlow(stored)
     for guide in (theirs, ours):
         guide(Y)
     before = ours.model
@@ -172,7 +168,7 @@ def test_copying_destroys_the_original(how):
     SVI(stored, ours, Adam({"lr": 0.01}), pplvi.ELBO()).step(Y)
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal, AutoFlow])
+@pytest.mark.parametrize("kind", [autoguide.AutoNormal, autoguide.AutoDiagonalNormal, AutoFlow])
 def test_a_state_dict_loads_only_after_one_run(kind):
     """Parameters exist after the first run: a fact of every lazy guide, ours as well. Before it torch refuses."""
     guide = kind(model)
@@ -195,14 +191,14 @@ def test_a_checkpoint_is_read_into_a_guide_that_has_not_run(tmp_path):
     """What a file of parameters is wanted for, without the order of calls that `load_state_dict` needs."""
     options = {"args": (Y,), "num_steps": 6, "seed": 0, "progress": False, "stop": None}
     path = tmp_path / "run.pt"
-    first = pplvi.fit(model, AutoDiagonalNormal, **options, checkpoint=path)
+    first = pplvi.fit(model, autoguide.AutoDiagonalNormal, **options, checkpoint=path)
     pyro.clear_param_store()
-    again = pplvi.fit(model, AutoDiagonalNormal, **options, resume=path)
+    again = pplvi.fit(model, autoguide.AutoDiagonalNormal, **options, resume=path)
     assert all(torch.equal(again.params[0][name], value) for name, value in first.params[0].items())
 
 
 def test_two_guides_of_one_class_share_their_parameters_but_restarts_do_not():
-    first, second = AutoDiagonalNormal(model), AutoDiagonalNormal(model)
+    first, second = autoguide.AutoDiagonalNormal(model), autoguide.AutoDiagonalNormal(model)
     first(Y), second(Y)
     before = second.loc.detach().clone()
     SVI(model, first, Adam({"lr": 0.1}), Trace_ELBO()).step(Y)
@@ -217,8 +213,8 @@ def test_two_guides_of_one_class_share_their_parameters_but_restarts_do_not():
     assert torch.equal(two.loc, before)
 
     pyro.clear_param_store()
-    alone = pplvi.fit(model, AutoDiagonalNormal, args=(Y,), num_steps=4, seed=1, progress=False)
-    both = pplvi.fit(model, AutoDiagonalNormal, args=(Y,), num_steps=4, seed=0, restarts=2, progress=False)
+    alone = pplvi.fit(model, autoguide.AutoDiagonalNormal, args=(Y,), num_steps=4, seed=1, progress=False)
+    both = pplvi.fit(model, autoguide.AutoDiagonalNormal, args=(Y,), num_steps=4, seed=0, restarts=2, progress=False)
     assert (both.losses[0] != both.losses[1]).any()
     assert (both.losses[1] == alone.losses[0]).all()  # the first restart has left no trace in the second
 
@@ -227,7 +223,7 @@ def test_two_guides_of_one_class_share_their_parameters_but_restarts_do_not():
 
 
 def test_from_pyro_takes_only_mcmc():
-    guide = AutoDiagonalNormal(model)
+    guide = autoguide.AutoDiagonalNormal(model)
     guide(Y)
     with pytest.raises(AttributeError, match="num_chains"):
         az.from_pyro(guide)

@@ -90,7 +90,21 @@ def test_better_models_come_first():
     difference = table.loc["right", "elpd_loo"] - table.loc["far off", "elpd_loo"]
     assert table.loc["far off", "elpd_diff"] == pytest.approx(difference)
     assert difference > 0.3
-    assert list(table.columns) == [*COLUMNS, *NUMBERS, "guide", "objective"]
+    assert list(table.columns) == ["verdict", *COLUMNS, *NUMBERS, "guide", "objective"]
+
+
+@pytest.mark.filterwarnings("ignore:Pareto k is above")
+def test_a_guide_that_is_not_reliable_is_marked_and_not_ranked_first():
+    """A guide that is far too narrow predicts by what is nearly one value: its leave-one-out is too large."""
+    narrow = posterior(loc=MEAN, scale=0.1 * SD)
+    table = compare({"narrow": narrow, "wide": posterior(scale=1.5 * SD)})
+    assert table.loc["narrow", "elpd_loo"] > table.loc["wide", "elpd_loo"] + 0.3
+    assert list(table.index) == ["wide", "narrow"]
+    assert list(table["rank"]) == [0, 1]
+    assert list(table["verdict"]) == ["reliable", "not reliable"]
+    assert table.loc["narrow", "warning"]
+    assert table.loc["narrow", ["elpd_diff", "weight"]].isna().all()
+    assert list(compare({"narrow": narrow}).index) == ["narrow"]
 
 
 def test_columns_are_those_of_arviz():

@@ -246,7 +246,7 @@ def test_no_draws_are_refused():
 def test_stacked_parts_keep_their_order():
     guide = AutoNormal(model)
     parts = [draw(model, guide, (Y,), num_draws=size) for size in (2, 3)]
-    both = stack(parts)
+    both = stack(parts, sum(part.num_draws for part in parts))
     assert both.num_draws == 5
     assert torch.equal(both.log_p, torch.cat([part.log_p for part in parts]))
     assert torch.equal(both.observed["y"], Y)

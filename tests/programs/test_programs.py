@@ -11,21 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.contrib.easyguide import EasyGuide
-from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiagonalNormal,
-    AutoGuideList,
-    AutoHierarchicalNormalMessenger,
-    AutoIAFNormal,
-    AutoLowRankMultivariateNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-    AutoNormalMessenger,
-    AutoStructured,
-)
-from pyro.infer.autoguide.effect import AutoRegressiveMessenger
-from pyro.infer.autoguide.gaussian import AutoGaussian
+from pyro.infer import SVI, Trace_ELBO, autoguide
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
 from pyro.poutine.guide import GuideMessenger
@@ -188,7 +174,7 @@ def obs_mask():
         with pyro.plate("data", 4):
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y, obs_mask=seen)
 
-    return Pair(model, AutoNormal(model), (DATA,))
+    return Pair(model, autoguide.AutoNormal(model), (DATA,))
 
 
 def scaled():
@@ -261,7 +247,7 @@ def extra_plate():
     return Pair(auxiliary().model, guide, (DATA,))
 
 
-def constrained(guide=AutoNormal):
+def constrained(guide=autoguide.AutoNormal):
     """Supports other than the real line, and batched event dims."""
 
     def model(y):
@@ -294,7 +280,7 @@ class Regression(PyroModule):
 
 def module():
     model = Regression()
-    return Pair(model, AutoNormal(model), (torch.arange(8.0).reshape(4, 2), DATA))
+    return Pair(model, autoguide.AutoNormal(model), (torch.arange(8.0).reshape(4, 2), DATA))
 
 
 def sequential():
@@ -339,9 +325,9 @@ def automatic(kind):
 
 
 def guide_list(model):
-    guide = AutoGuideList(model)
-    guide.append(AutoDiagonalNormal(poutine.block(model, expose=["mu", "theta"])))
-    guide.append(AutoDelta(poutine.block(model, expose=["tau"])))
+    guide = autoguide.AutoGuideList(model)
+    guide.append(autoguide.AutoDiagonalNormal(poutine.block(model, expose=["mu", "theta"])))
+    guide.append(autoguide.AutoDelta(poutine.block(model, expose=["tau"])))
     return guide
 
 
@@ -383,20 +369,20 @@ ZOO = {
     "auxiliary": auxiliary,
     "extra plate": extra_plate,
     "constrained": constrained,
-    "constrained, full rank": lambda: constrained(AutoMultivariateNormal),
+    "constrained, full rank": lambda: constrained(autoguide.AutoMultivariateNormal),
     "sequential plate": sequential,
     "sequential plate, subsampled": sequential_subsampled,
-    "AutoDelta": lambda: automatic(AutoDelta),
-    "AutoDiagonalNormal": lambda: automatic(AutoDiagonalNormal),
-    "AutoLowRank": lambda: automatic(AutoLowRankMultivariateNormal),
-    "AutoIAFNormal": lambda: automatic(AutoIAFNormal),
-    "AutoStructured": lambda: automatic(AutoStructured),
-    "AutoGaussian": lambda: automatic(AutoGaussian),
+    "AutoDelta": lambda: automatic(autoguide.AutoDelta),
+    "AutoDiagonalNormal": lambda: automatic(autoguide.AutoDiagonalNormal),
+    "AutoLowRank": lambda: automatic(autoguide.AutoLowRankMultivariateNormal),
+    "AutoIAFNormal": lambda: automatic(autoguide.AutoIAFNormal),
+    "AutoStructured": lambda: automatic(autoguide.AutoStructured),
+    "AutoGaussian": lambda: automatic(autoguide.AutoGaussian),
     "EasyGuide": lambda: automatic(Easy),
     "AutoGuideList": lambda: automatic(guide_list),
-    "AutoNormalMessenger": lambda: automatic(AutoNormalMessenger),
-    "AutoHierarchicalNormalMessenger": lambda: automatic(AutoHierarchicalNormalMessenger),
-    "AutoRegressiveMessenger": lambda: automatic(AutoRegressiveMessenger),
+    "AutoNormalMessenger": lambda: automatic(autoguide.AutoNormalMessenger),
+    "AutoHierarchicalNormalMessenger": lambda: automatic(autoguide.AutoHierarchicalNormalMessenger),
+    "AutoRegressiveMessenger": lambda: automatic(autoguide.AutoRegressiveMessenger),
     "maximum likelihood": maximum_likelihood,
 }
 
@@ -592,7 +578,7 @@ def test_parameters_of_modules_move_under_svi():
 
 
 def test_parameters_of_an_effect_based_guide_move_under_svi():
-    pair = automatic(AutoNormalMessenger)
+    pair = automatic(autoguide.AutoNormalMessenger)
     changed, known = moved(pair.model, pair.guide, *pair.args)
     assert changed == known
     assert len(known) == 6
@@ -679,7 +665,7 @@ def by_index_guide(y, index):
 @pytest.mark.parametrize("guide", [by_index_guide, None], ids=["own", "AutoNormal"])
 def test_indices_given_by_the_model_are_the_guides_too(guide):
     index = torch.tensor([3, 1])
-    guide = guide or AutoNormal(by_index)
+    guide = guide or autoguide.AutoNormal(by_index)
     loss = pplvi.ELBO(num_particles=2)
     loss.loss_and_grads(by_index, guide, DATA, index)
     (leaf,) = [leaf for name, leaf in pyro.get_param_store()._params.items() if "loc" in name]
@@ -696,7 +682,7 @@ def test_indices_may_be_given_later_and_dropped_again():
         assert torch.allclose(run.log_target(), expected)
 
 
-@pytest.mark.parametrize("kind", [AutoNormal, AutoNormalMessenger])
+@pytest.mark.parametrize("kind", [autoguide.AutoNormal, autoguide.AutoNormalMessenger])
 def test_frozen_densities_are_taken_on_the_subsample_of_the_draws(kind):
     """The second run of `stl` meets the same data: gradients stay with the two rows that were drawn."""
 
@@ -770,7 +756,7 @@ def mixing(y):
 
 
 def test_programs_that_mix_particles_are_carried():
-    guide, args = AutoNormal(mixing), (torch.tensor(1.0),)
+    guide, args = autoguide.AutoNormal(mixing), (torch.tensor(1.0),)
     with pytest.raises(ValueError, match=r"site 'y' has another log density with two particles in one call"):
         pplvi.ELBO(3, vectorize_particles="broadcast").loss(mixing, guide, *args)
     for vectorize in (True, False):
@@ -785,7 +771,7 @@ def test_programs_with_random_numbers_of_their_own_are_not_blamed():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z + torch.randn(()), 1.0), obs=y)
 
-    assert execute(noisy, AutoNormal(noisy), (torch.tensor(1.0),), {}, num_particles=4).num_particles == 4
+    assert execute(noisy, autoguide.AutoNormal(noisy), (torch.tensor(1.0),), {}, num_particles=4).num_particles == 4
 
 
 def test_the_evidence_of_partly_observed_data_is_that_of_the_observed():
@@ -815,7 +801,7 @@ def test_latents_masked_in_the_model_alone_are_refused():
             pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
 
     with pytest.raises(ValueError, match=r"'z' is masked at some elements in the model but not in the guide"):
-        pplvi.ELBO().loss(model, AutoNormal(model), DATA)
+        pplvi.ELBO().loss(model, autoguide.AutoNormal(model), DATA)
 
 
 def test_masked_data_have_weight_zero_evidence():
@@ -857,7 +843,7 @@ def test_the_first_bad_site_is_named():
             pyro.sample("x", dist.Normal(z, 1.0), obs=y)
             pyro.sample("y", dist.Normal(z * pyro.param("b", torch.tensor(1.0)), 1.0), obs=y)
 
-    guide = AutoNormal(model)
+    guide = autoguide.AutoNormal(model)
     assert first_bad_site(model, guide, (DATA,), {}) is None
     pyro.get_param_store()["b"] = torch.tensor(float("nan"))
     assert first_bad_site(model, guide, (DATA,), {}) == "y"

@@ -10,16 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from known import GAUSSIAN, OBSERVED
-from pyro.infer import SVI, config_enumerate
-from pyro.infer.autoguide import (
-    AutoDiagonalNormal,
-    AutoLaplaceApproximation,
-    AutoLowRankMultivariateNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-    AutoNormalMessenger,
-    AutoStructured,
-)
+from pyro.infer import SVI, autoguide, config_enumerate
 from torch import Tensor
 
 from pplvi.losses.base import WeightedELBO
@@ -140,7 +131,9 @@ def test_no_gradient_at_the_exact_posterior_of_a_hierarchical_guide(loss: Weight
 
 
 @pytest.mark.parametrize("loss", PATHWISE, ids=repr)
-@pytest.mark.parametrize("family", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize(
+    "family", [autoguide.AutoNormal, autoguide.AutoDiagonalNormal, autoguide.AutoMultivariateNormal]
+)
 def test_no_gradient_at_the_exact_posterior_of_an_automatic_guide(family: type, loss: WeightedELBO) -> None:
     model, _ = replace(GAUSSIAN, params=exact_params()).programs(1)
     guide = family(model, init_scale=HALF, init_loc_fn=lambda site: torch.full((1,), exact_params()["loc"]))
@@ -159,7 +152,7 @@ def test_no_gradient_where_the_sites_are_positive() -> None:
         pyro.sample("y", dist.Normal(rate.log(), 1.0), obs=torch.tensor(1.0))
 
     for loss in PATHWISE:
-        guide = AutoNormal(model, init_scale=HALF, init_loc_fn=lambda site: torch.tensor(0.5).exp())
+        guide = autoguide.AutoNormal(model, init_scale=HALF, init_loc_fn=lambda site: torch.tensor(0.5).exp())
         guide()
         loss.loss_and_grads(model, guide)
         assert max(p.grad.abs().max() for p in guide.parameters()) < 1e-10
@@ -209,7 +202,7 @@ def test_frozen_densities_are_unbiased_for_structured_guides() -> None:
         b = pyro.sample("b", dist.Normal(a, 1.0))
         pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(3.0))
 
-    guide = AutoStructured(
+    guide = autoguide.AutoStructured(
         model, conditionals={"a": "normal", "b": "normal"}, dependencies={"b": {"a": "linear"}}, init_scale=0.6
     )
     guide()
@@ -331,11 +324,11 @@ def positive_model(y: Tensor) -> None:
 @pytest.mark.parametrize(
     ("family", "size"),
     [
-        (AutoNormal, REPLICAS),
-        (AutoNormalMessenger, REPLICAS),
-        (AutoDiagonalNormal, REPLICAS),
-        (AutoMultivariateNormal, 300),
-        (AutoLowRankMultivariateNormal, 300),
+        (autoguide.AutoNormal, REPLICAS),
+        (autoguide.AutoNormalMessenger, REPLICAS),
+        (autoguide.AutoDiagonalNormal, REPLICAS),
+        (autoguide.AutoMultivariateNormal, 300),
+        (autoguide.AutoLowRankMultivariateNormal, 300),
     ],
 )
 def test_sleep_phi_of_automatic_guides_is_finite_and_right(family: type, size: int) -> None:
@@ -347,7 +340,7 @@ def test_sleep_phi_of_automatic_guides_is_finite_and_right(family: type, size: i
     value = losses.differentiable_loss(positive_model, guide, y) / size
     value.backward()
     loc = guide.locs.rate if hasattr(guide, "locs") else guide.loc
-    spread = 0.8 if family is not AutoLowRankMultivariateNormal else None
+    spread = 0.8 if family is not autoguide.AutoLowRankMultivariateNormal else None
     if spread is not None:
         exact = -dist.Normal(1.5, spread).log_prob(torch.tensor(0.7)).item() + 0.5**2 / (2 * spread**2) + 0.7
         assert value.item() == pytest.approx(exact, rel=0.03)
@@ -359,7 +352,7 @@ def test_sleep_phi_of_automatic_guides_is_finite_and_right(family: type, size: i
 def test_guides_that_cannot_be_scored_at_dreams_are_refused() -> None:
     y = torch.zeros(3)
     with pytest.raises(ValueError, match="AutoStructured cannot be scored at draws of the model"):
-        SLEEP.loss(positive_model, AutoStructured(positive_model), y)
+        SLEEP.loss(positive_model, autoguide.AutoStructured(positive_model), y)
 
 
 @pytest.mark.parametrize("own", [noise_guide, lambda p: pyro.sample("z", dist.Delta(p("loc")))])
@@ -467,7 +460,7 @@ def test_doubly_reparameterised_gradient_with_sites_summed_out_in_the_model() ->
 def test_laplace_guides_are_point_estimates_until_they_are_expanded() -> None:
     """Its draws are deterministic in training, so that detached draws are refused and the ELBO trains it."""
     model, _ = GAUSSIAN.programs(1)
-    guide = AutoLaplaceApproximation(model)
+    guide = autoguide.AutoLaplaceApproximation(model)
     assert torch.tensor(ELBO(2).loss_and_grads(model, guide)).isfinite()
     with pytest.raises(ValueError, match="deterministic function of parameters"):
         ELBO(2, estimator="score").loss(model, guide)

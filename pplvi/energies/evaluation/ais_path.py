@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import data_plate
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.kernels.invariant import Frame, InvariantMove
 from pplvi.objectives.step import Routing
+from pplvi.programs.plates import data_plate
 from pplvi.samplers.annealed import Annealed
 from pplvi.samplers.base import Request
 from pplvi.samplers.paths import Plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +15,11 @@ from torch import Tensor
 from pplvi.energies.evaluation.ais_path import Between, MachineWalk
 from pplvi.energies.evaluation.moment_paths import Route, averaged_machines, base_fields
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import data_plate
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.posteriors.mean_field import MeanFieldGuide
+from pplvi.programs.errors import warn
+from pplvi.programs.plates import data_plate
 from pplvi.programs.state import random_state
 from pplvi.types import Values
 from pplvi.weights.algebra import effective_sample_size, log_evidence
@@ -209,10 +209,9 @@ def _estimate(log_weights: Tensor, upper: float | None) -> PartitionEstimate:
     log_z, error = log_evidence(log_weights)
     ess = float(effective_sample_size(log_weights))
     if ess < max(min(5.0, 0.2 * len(log_weights)), 0.02 * len(log_weights)):
-        warnings.warn(
+        warn(
             f"a few of {len(log_weights)} chains dominate the estimate of log Z (ESS {ess:.1f}), which is then too "
             "small, and likelihoods too high: expected more even weights. Raise num_betas, then num_chains.",
-            stacklevel=3,
         )
     three = 3 * error
     low = float("-inf") if three >= 1 else float(log_z + torch.log1p(-three))

@@ -11,9 +11,9 @@ from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import data_plate
 from pplvi.energies.machines.rbm import Kind, make_units
 from pplvi.energies.machines.units import Units
+from pplvi.programs.plates import data_plate
 
 
 class DirectedLayers(PyroModule):

@@ -6,7 +6,6 @@ the program, training and evaluation stay the same.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch import Tensor
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.training_step import Reminder, active_step
 from pplvi.energies.machines.units import Units
+from pplvi.programs.errors import warn
+from pplvi.programs.plates import data_plate
 from pplvi.types import Values
 
 Mask = Tensor | Mapping[str, Tensor] | None
@@ -237,11 +238,10 @@ class EnergyModel(PyroModule):
         """Warn once that a gradient without that of log Z reaches the parameters."""
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"the parameters of {type(self).__name__} are trained, but its energy is not normalised and this loss "
                 "leaves out the gradient of log Z: the energy of the data only falls. Train it with "
                 "pplvi.BoltzmannELBO, or freeze it with requires_grad_(False).",
-                stacklevel=2,
             )
 
     @pyro_method
@@ -262,11 +262,6 @@ class EnergyModel(PyroModule):
                         f"that of this {type(self).__name__}. Give each machine a name of its own (name='first'), "
                         "train them in scopes (pyro.get_param_store().scope()), or call pyro.clear_param_store()."
                     )
-
-
-def data_plate(count: int, size: int | None) -> Any:
-    """The plate ``"data"`` of ``count`` data, which stand for ``size`` of them."""
-    return pyro.plate("data", size or count, subsample_size=None if size is None else count, dim=-1)
 
 
 def _full_name(module: Any, name: str) -> str:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import Mask, data_plate
+from pplvi.energies.machines.energy import Mask
+from pplvi.programs.plates import data_plate
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import Mask, data_plate
+from pplvi.energies.machines.energy import Mask
 from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.posteriors.problem import MeanField
+from pplvi.programs.plates import data_plate
 from pplvi.types import Values
 
 

@@ -17,7 +17,7 @@ from pyro.nn.module import PyroModule, PyroParam, to_pyro_module_
 from torch import Tensor, nn
 
 from pplvi.guides.amortized.elements import Locals
-from pplvi.guides.flows.conditional import FAMILIES, build_conditional
+from pplvi.guides.flows.conditional import CONDITIONALS, Point, build_conditional
 from pplvi.guides.owned import OwnedGuide
 from pplvi.kernels.coordinates import Coordinates, coordinates
 from pplvi.programs.autoguides import auxiliary_values
@@ -30,7 +30,7 @@ from pplvi.types import Program
 
 __all__ = ["AutoAmortized"]
 
-Family = Literal["normal", "multivariate_normal", "flow"]
+Family = Literal["normal", "multivariate_normal", "flow", "delta"]
 
 
 class AutoAmortized(OwnedGuide):
@@ -50,8 +50,9 @@ class AutoAmortized(OwnedGuide):
     :param inputs: what the encoder sees, from the model's arguments: a tensor or a tuple of them, whose first
         dimensions are the plates, left to right. By default the first argument. Full-size inputs of a subsampled plate
         are indexed; inputs of the minibatch's size are taken as they are. Put a mask of missing entries in here.
-    :param family: per element ``"normal"`` (independent), ``"multivariate_normal"`` (full covariance) or ``"flow"``
-        (a conditional neural spline flow on features).
+    :param family: per element ``"normal"`` (independent), ``"multivariate_normal"`` (full covariance), ``"flow"`` (a
+        conditional neural spline flow on features) or ``"delta"``: the encoder's output is the latents themselves, in
+        unconstrained coordinates, without a linear head; trained with an ELBO, it predicts posterior modes.
     :param global_guide: guide of the global latents, a class or factory ``model -> guide``.
     :param init_scale: initial standard deviation of every local coordinate.
     :raises ValueError: for plates or families that do not exist; on the first run for an encoder whose output does not
@@ -74,7 +75,6 @@ class AutoAmortized(OwnedGuide):
     torch.Size([3])
     """
 
-    marker = "head.weight"
     amortized = True  # its size does not grow with the data
 
     def __init__(
@@ -112,7 +112,10 @@ class AutoAmortized(OwnedGuide):
             where = {"device": features.device, "dtype": features.dtype}
             conditional = build_conditional(self._family, structure.size, features.shape[-1], self._init_scale, **where)
             self.conditional = conditional
-            self.head = _head(features, conditional.num_outputs, structure.size)
+            if isinstance(conditional, Point):
+                _check_codes(features, structure.size)
+            else:
+                self.head = _head(features, conditional.num_outputs, structure.size)
             self._claim_name()
         except BaseException:
             self.prototype_trace = None  # the next run starts over instead of finding half a guide
@@ -196,7 +199,7 @@ class AutoAmortized(OwnedGuide):
     def _outputs(self, features: Tensor) -> Tensor:
         """What parametrises each element's distribution, ``(*batch, num_outputs)``."""
         if "table" not in self._pyro_params:
-            return self.head(features)
+            return features if self.is_point else self.head(features)
         table: Tensor = self.table
         if table.shape[:-1] != features.shape[:-1]:
             raise ValueError(
@@ -226,8 +229,25 @@ class AutoAmortized(OwnedGuide):
         with self.inside_plates(structure, args, kwargs) as indices:
             posterior, _ = self._distribution(args, kwargs, structure, indices, latents)
             packed = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
-            self._own(self.head._parameters["weight"])
-            return latents | place(structure, packed)
+            self._own_marker()
+            return latents | place(structure, packed, self.is_point)
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the local latents are at a point, which has no density."""
+        return self._family == "delta"
+
+    @property
+    def marker(self) -> str:  # type: ignore[override]
+        """A parameter that every such guide has; a point has only those of its encoder, if there are any."""
+        if not self.is_point:
+            return "head.weight"
+        return f"encoder.{next((name for name, _ in self.encoder.named_parameters()), '')}"
+
+    def _own_marker(self) -> None:
+        found = dict(self.named_parameters()).get(self.marker)
+        if found is not None:
+            self._own(found)
 
     def draw_globals(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Draw the latents outside the amortised plates."""
@@ -313,8 +333,8 @@ def _first(*args: Any, **kwargs: Any) -> Any:
 def _check(encoder: Any, family: str, init_scale: float) -> None:
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"encoder is a {type(encoder).__name__}: expected a torch.nn.Module, from inputs to features.")
-    if family not in FAMILIES:
-        raise ValueError(f"family={family!r}: expected one of {sorted(FAMILIES)}.")
+    if family not in CONDITIONALS:
+        raise ValueError(f"family={family!r}: expected one of {sorted(CONDITIONALS)}.")
     if not 0 < init_scale < math.inf:
         raise ValueError(f"init_scale={init_scale!r}: expected a positive number.")
 
@@ -346,16 +366,28 @@ def _chosen(given: Tensor, plates: Sequence[Plate], indices: Mapping[str, Tensor
     return given
 
 
-def place(structure: Locals, packed: Tensor) -> dict[str, Tensor]:
-    """Sample the local latents at packed coordinates, inside the amortised plates."""
-    return {site.name: _unpack(site, structure, packed) for site in structure.sites}
+def _check_codes(features: Tensor, size: int) -> None:
+    if features.shape[-1] != size:
+        raise ValueError(
+            f"the encoder gave {features.shape[-1]} numbers for each element: family='delta' expects the {size} "
+            "unconstrained coordinates of its latents, in the order of the model."
+        )
 
 
-def _unpack(site: Coordinates, structure: Locals, packed: Tensor) -> Tensor:
+def place(structure: Locals, packed: Tensor, point: bool = False) -> dict[str, Tensor]:
+    """Sample the local latents at packed coordinates, inside the amortised plates.
+
+    :param point: the coordinates are no draws of a density, which would be changed by the map to the support.
+    """
+    return {site.name: _unpack(site, structure, packed, point) for site in structure.sites}
+
+
+def _unpack(site: Coordinates, structure: Locals, packed: Tensor, point: bool) -> Tensor:
     free = structure.split(packed)[site.name]
     value = site.write(free)
     jacobian = site.transform.log_abs_det_jacobian(free.reshape((*free.shape[:-1], *site.shape)), value)
-    delta = dist.Delta(value, log_density=-jacobian, event_dim=site.transform.codomain.event_dim)
+    density = torch.zeros_like(jacobian) if point else -jacobian
+    delta = dist.Delta(value, log_density=density, event_dim=site.transform.codomain.event_dim)
     with ExitStack() as stack:
         for plate in structure.inner(site):
             stack.enter_context(pyro.plate(plate.name, plate.size, dim=plate.dim))

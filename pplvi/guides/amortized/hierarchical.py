@@ -65,6 +65,8 @@ class AutoHierarchical(AutoAmortized):
     ) -> None:
         if not isinstance(hidden, int) or hidden < 1:
             raise ValueError(f"hidden={hidden!r}: expected a whole number of at least 1.")
+        if family == "delta":
+            raise ValueError("family='delta' is for the encoder of an AutoAmortized: expected a density, or AutoDelta.")
         super().__init__(model, nn.Identity(), plates, family=family, global_guide=global_guide, init_scale=init_scale)
         self._hidden = hidden
         self._globals: tuple[Coordinates, ...] = ()

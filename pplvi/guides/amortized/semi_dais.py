@@ -125,6 +125,8 @@ class AutoSemiDAIS(OwnedGuide):
                 f"base is a {type(base).__name__}: expected an AutoHierarchical or AutoAmortized of the model, whose "
                 "local draws are annealed. For models without plates use AnnealedGuide."
             )
+        if base.is_point:
+            raise ValueError("base has family='delta', a point without a density: expected a family to anneal from.")
         super().__init__(base.model)
         PyroModule.__setattr__(self, "base", base)  # not Pyro's list of parts: a part would look for its plates here
         self.path = Betas(num_steps, learn=learn_path, betas=betas)

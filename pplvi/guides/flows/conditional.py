@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from pplvi.guides.flows.build import AffineFlowTransform, make_identity, with_tensors
 from pplvi.guides.flows.import_zuko import import_zuko
 
-__all__ = ["FAMILIES", "Conditional", "build_conditional", "from_noise"]
+__all__ = ["CONDITIONALS", "Conditional", "build_conditional", "from_noise"]
 
 
 class Conditional(PyroModule):
@@ -45,6 +45,23 @@ class Conditional(PyroModule):
 
     def _moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         return outputs[..., : self.size], softplus(outputs[..., self.size : 2 * self.size] + self.offset)
+
+
+class Point(Conditional):
+    """A point: the outputs are the coordinates themselves."""
+
+    @property
+    def num_outputs(self) -> int:
+        """As many as there are coordinates."""
+        return self.size
+
+    def forward(self, outputs: Tensor, features: Tensor) -> dist.TorchDistribution:
+        """All mass at the outputs."""
+        return dist.Delta(outputs, event_dim=1)
+
+    def moments(self, outputs: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The outputs, without spread."""
+        return outputs, torch.zeros_like(outputs)
 
 
 class _FullCovariance(Conditional):
@@ -114,13 +131,14 @@ def from_noise(posterior: Any, noise: Tensor) -> tuple[Tensor, Tensor]:
     return draws, scale.log().sum(-1).expand(draws.shape[:-1])
 
 
-FAMILIES: dict[str, type[Conditional]] = {
+CONDITIONALS: dict[str, type[Conditional]] = {
     "normal": Conditional,
     "multivariate_normal": _FullCovariance,
     "flow": _ConditionalFlow,
+    "delta": Point,
 }
 
 
 def build_conditional(family: str, size: int, features: int, init_scale: float, **where: Any) -> Conditional:
     """The family's distribution over ``size`` coordinates; ``where`` are its ``device`` and ``dtype``."""
-    return FAMILIES[family](size, features, init_scale).to(**where)
+    return CONDITIONALS[family](size, features, init_scale).to(**where)

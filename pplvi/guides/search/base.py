@@ -5,29 +5,48 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 from torch.distributions import biject_to
 
 from pplvi.guides.base import ContinuousGuide
-from pplvi.guides.density import UnconstrainedDensity, outside_of_handlers
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture
+from pplvi.posterior.students import Students
+from pplvi.programs.density import UnconstrainedDensity, outside_of_handlers
 from pplvi.programs.errors import explained
 from pplvi.programs.handlers import float_dtype
 from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
 from pplvi.programs.ways import Vectorize
 
-_PARTS = Gaussian._fields
 _TRIES = 100
 _STATIONARY = 1e-8
 
 
-class FoundGuide(ContinuousGuide):
+class Search:
+    """What guides that find themselves have in common: there is nothing to train in them.
+
+    :cvar score_draws: draws by which the best of several searches is chosen.
+    :ivar vectorize: the way of running draws.
+    """
+
+    score_draws: ClassVar[int] = 1000
+    vectorize: Vectorize = None
+
+    def run(self, *args: Any, **kwargs: Any) -> Self:
+        """Search, given the arguments of the model.
+
+        :returns: the guide itself.
+        """
+        raise NotImplementedError
+
+
+class FoundGuide(ContinuousGuide, Search):
     """Base of guides with nothing to train: a subclass says in ``_find`` how it gets its Gaussians from a density.
 
     The first call searches, :meth:`run` searches anew. The density is the equal mixture of the Gaussians found.
@@ -61,8 +80,11 @@ class FoundGuide(ContinuousGuide):
         self._seed, self.vectorize = seed, vectorize
         self.num_gradients = self.num_evaluations = 0
 
-    def _find(self, density: UnconstrainedDensity) -> Gaussian:
-        """Gaussians with one leading dimension, the best first."""
+    _parts: ClassVar[tuple[str, ...]] = Gaussian._fields
+    """Names of the buffers that hold what was found."""
+
+    def _find(self, density: UnconstrainedDensity) -> Gaussian | Students:
+        """Components with one leading dimension, the best first."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ running
@@ -73,7 +95,7 @@ class FoundGuide(ContinuousGuide):
         :returns: the guide itself.
         :raises ValueError: see the class.
         """
-        for name in _PARTS:
+        for name in self._parts:
             self._buffers.pop(name, None)
         self._setup_prototype(*args, **kwargs)
         return self
@@ -112,8 +134,10 @@ class FoundGuide(ContinuousGuide):
 
     def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wrapped, model = self.model, self._target
-        density = self.make_density(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize)
-        for name, value in zip(_PARTS, self._find(density), strict=True):
+        density = self.make_density(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize, in_units=True)
+        found = self._find(density)
+        found = found.affine(*(x.to(found.loc) for x in density.units))
+        for name, value in zip(self._parts, found, strict=True):
             self.register_buffer(name, value.to(density.device, density.dtype))
         self.num_gradients, self.num_evaluations = density.gradients, density.rows
 
@@ -152,7 +176,7 @@ class FoundGuide(ContinuousGuide):
         """Draw every latent site of the model; same arguments as the model. The first call searches."""
         return AutoContinuous.forward(self, *args, **kwargs)
 
-    def get_posterior(self, *args: Any, **kwargs: Any) -> GaussianMixture:
+    def get_posterior(self, *args: Any, **kwargs: Any) -> TorchDistribution:
         """The mixture over the packed unconstrained latents.
 
         :raises ValueError: the guide has not run yet.
@@ -162,7 +186,7 @@ class FoundGuide(ContinuousGuide):
     @property
     def _gaussians(self) -> Gaussian:
         self._need_prototype("density")
-        return Gaussian(*(self._buffers[name] for name in _PARTS))  # type: ignore[arg-type]
+        return Gaussian(*(self._buffers[name] for name in self._parts))  # type: ignore[arg-type]
 
     def _latent_draws(self, *args: Any, **kwargs: Any) -> Tensor:
         mixture = GaussianMixture(self._gaussians)
@@ -175,14 +199,16 @@ class FoundGuide(ContinuousGuide):
 
         :raises ValueError: the guide has not run yet.
         """
-        parts = self._gaussians
-        return {name: biject_to(fn.support)(z[0]) for name, fn, z in self._split(parts.loc[:1])}
+        self._need_prototype("density")
+        return {name: biject_to(fn.support)(z[0]) for name, fn, z in self._split(self.loc[:1])}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_init_loc_fn": None}  # without a model it cannot run again
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in _PARTS:  # a guide that has not run, or found other numbers of Gaussians, takes the shapes given
+        for (
+            name
+        ) in self._parts:  # a guide that has not run, or found other numbers of Gaussians, takes the shapes given
             if prefix + name in state_dict:
                 self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import elbos, explore
 from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.pathfinder import check_counts
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoBatchAndMatch"]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.guides.density import CHUNK, UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import check_proper, improper
 from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
+from pplvi.programs.density import CHUNK, UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoDeterministicNormal"]

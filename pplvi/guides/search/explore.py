@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pplvi.guides.density import CHUNK, UnconstrainedDensity
 from pplvi.guides.search.gaussians import Gaussian, LocalGaussians, full_gaussian, standard_normal
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
+from pplvi.programs.density import CHUNK, UnconstrainedDensity
 
 _FAR, _DROP = (30.0, 1e3), 3.0  # so many standard deviations away a proper density has fallen by so many nats
 _MOST_AXES = 256

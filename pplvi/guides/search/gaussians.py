@@ -44,6 +44,10 @@ class Gaussian(NamedTuple):
         moved = (inside @ self.tril.mT - inside) @ self.basis.mT
         return self.loc.unsqueeze(-2) + self.root.unsqueeze(-2) * (noise + moved)
 
+    def affine(self, zero: Tensor, one: Tensor) -> Gaussian:
+        """The distribution of ``zero + one * draw``, both ``(dim,)``."""
+        return self._replace(loc=zero + one * self.loc, root=one * self.root)
+
     def pull(self, draws: Tensor) -> Tensor:
         """The noise behind draws ``(..., S, dim)``."""
         scaled = (draws - self.loc.unsqueeze(-2)) / self.root.unsqueeze(-2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 EPSILON = torch.finfo(torch.float64).eps
-FURTHEST = 1e10
+FURTHEST = 1e20  # beyond are only densities that rise for ever; theirs are no numbers to compute with
 LINE_SEARCH_STEPS = 25
 ARMIJO, WOLFE = 1e-4, 0.9
 _VISIBLE = 100.0  # rounding errors of the function

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture, full_gaussian, stack_gaussians
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
 from pplvi.weights.pareto import pareto_smooth
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import init_to_median, init_to_value
 
-from pplvi.guides.density import UnconstrainedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import OptimizationPath, explore
 from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
 
 __all__ = ["AutoPathfinder", "OptimizationPath", "init_to_pathfinder"]

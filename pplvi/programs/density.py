@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,14 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine import runtime
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch.distributions import AffineTransform, ComposeTransform, Transform, biject_to, constraints
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import LOOP, Way, for_each, ways_of_rows
 from pplvi.programs.running import plain_run
-from pplvi.programs.sites import PARTICLES, Site, latent_sites, site_plates
-from pplvi.programs.state import preserved_rng
+from pplvi.programs.sites import PARTICLES, Site, base_distribution, latent_sites, site_plates
+from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named
@@ -43,6 +44,7 @@ class _Block:
     transform: Transform
     batch: tuple[int, ...]
     event: tuple[int, ...]
+    units: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,6 +53,11 @@ class _Block:
     @property
     def size(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def unconstrain(self, values: Tensor) -> Tensor:
+        """Rows ``(S, size)`` of values ``(S, *plates, *event)``."""
+        shape = self.transform.forward_shape(self.shape)
+        return self.transform.inv(values.reshape(len(values), *shape)).reshape(len(values), -1)
 
     def constrain(self, u: Tensor, nesting: int | None) -> tuple[Tensor, Tensor]:
         """Values ``(S, *plates, *event)`` and log Jacobians ``(S,)`` of rows; ``nesting=None`` is one row, plain."""
@@ -86,6 +93,8 @@ class UnconstrainedDensity:
         the model itself unless given.
     :param vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
         is right for the programs unless named.
+    :param in_units: count sites whose priors have very large or very small scales in units of these (:attr:`units`), so
+        that a search meets no scales but ordinary ones.
     :raises ValueError: for subsampled plates, a model without continuous latents, and a density that is not a function
         of ``u`` alone.
 
@@ -105,6 +114,7 @@ class UnconstrainedDensity:
         *,
         prototype: Callable[..., Any] | None = None,
         vectorize: Vectorize = None,
+        in_units: bool = False,
     ) -> None:
         self.model, self.args, self.kwargs = model, args, dict(kwargs or {})
         self._ways = ways_of_rows(named(vectorize))
@@ -114,12 +124,23 @@ class UnconstrainedDensity:
         sites = {n: s for n, s in latent_sites(self.plain.model).items() if not is_summed(s)}
         if not sites:
             raise ValueError("the model has no continuous latent site: expected at least one pyro.sample without obs=.")
-        self.blocks = [_block(name, site) for name, site in sites.items()]
+        units = _units(model, self.args, self.kwargs) if in_units else {}
+        self.blocks = [_block(name, site, units.get(name)) for name, site in sites.items()]
         self.dim = sum(block.size for block in self.blocks)
         self.rows, self.gradients = 0, 0
         first = next(iter(sites.values()))["value"]
         self.dtype, self.device = first.dtype, first.device
         self._check_function()
+
+    @property
+    def units(self) -> tuple[Tensor, Tensor]:
+        """Where zero lies and what one is in each coordinate, ``(dim,)``: 0 and 1 unless they are counted in units."""
+        plain = torch.zeros(()), torch.ones(())
+        zero, one = (
+            torch.cat([(b.units or plain)[which].double().expand(b.shape).reshape(-1) for b in self.blocks])
+            for which in range(2)
+        )
+        return zero.to(self.device), one.to(self.device)
 
     @property
     def start(self) -> Tensor:
@@ -175,8 +196,8 @@ class UnconstrainedDensity:
         return torch.cat(parts).to(self.device, self.dtype)
 
     def pack_rows(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Packed vectors ``(S, dim)`` of constrained values, each ``(S, *shape of the site)``."""
-        parts = [b.transform.inv(values[b.name]).reshape(len(values[b.name]), -1) for b in self.blocks]
+        """Packed vectors ``(S, dim)`` of constrained values, each ``(S, *shape of the site)``, as draws have them."""
+        parts = [b.unconstrain(values[b.name]) for b in self.blocks]
         return torch.cat(parts, 1).to(self.device, self.dtype)
 
     def largest(self, u: Tensor) -> str:
@@ -269,11 +290,44 @@ def _agree(found: Tensor) -> bool:
     return torch.allclose(found, found[:1], rtol=1e-3, atol=1e-3 * float(size), equal_nan=True)
 
 
-def _block(name: str, site: Site) -> _Block:
+def _units(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Zero and one, in unconstrained space, of the sites whose priors have scales far from 1, given a draw of all that
+    is above them: real numbers are counted in that scale, positive ones, by their logarithms, from it on."""
+    try:
+        with random_state(0):
+            sites = latent_sites(plain_run(model, args, kwargs).model)
+    except Exception:  # a prior that cannot be drawn from is met again where its posterior is
+        return {}
+    found = {}
+    for name, site in sites.items():
+        scale = _spread(fn := base_distribution(site["fn"]))
+        if scale is None or bool(((scale > 1e-3) & (scale < 1e3)).all()):
+            continue
+        power = torch.log2(scale).round()
+        if getattr(fn.support, "base_constraint", fn.support) is constraints.real:
+            found[name] = torch.zeros_like(scale), torch.exp2(power)
+        elif fn.support in (constraints.positive, constraints.nonnegative):
+            found[name] = power * math.log(2.0), torch.ones_like(scale)
+    return found
+
+
+def _spread(fn: Any) -> Tensor | None:
+    """Standard deviation of a distribution, or its scale if it has none."""
+    for name in ("stddev", "scale"):
+        with suppress(NotImplementedError, AttributeError):
+            scale = getattr(fn, name)
+            if isinstance(scale, Tensor) and bool((scale.isfinite() & (scale > 0)).all()):
+                return scale.detach()
+    return None
+
+
+def _block(name: str, site: Site, units: tuple[Tensor, Tensor] | None) -> _Block:
     transform = biject_to(site["fn"].support)
+    if units is not None:
+        transform = ComposeTransform([AffineTransform(*units), transform])
     batch = tuple(site["fn"].batch_shape)
     unconstrained = transform.inv(site["value"])
-    return _Block(name, transform, batch, tuple(unconstrained.shape[len(batch) :]))
+    return _Block(name, transform, batch, tuple(unconstrained.shape[len(batch) :]), units)
 
 
 def _refuse_subsampling(run: Run) -> None:

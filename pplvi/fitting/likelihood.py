@@ -1,0 +1,73 @@
+"""``fit`` without a posterior to approximate: expectation maximisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pplvi.fitting.options import Checkpoint
+from pplvi.fitting.result import Fit
+from pplvi.losses.elbo import ELBO
+from pplvi.programs.state import Environment, fingerprint
+from pplvi.programs.summing import summing
+from pplvi.training.batches import FullData
+from pplvi.training.checkpoint import PathLike
+from pplvi.training.em.algorithm import EMSteps, ExpectationMaximization, SummedLatents
+from pplvi.training.plan import TrainingPlan
+from pplvi.training.replicas import Recipe
+from pplvi.training.restart import Restart, publish, scratch
+from pplvi.training.restarts import best_of, train_restarts
+from pplvi.training.watch import Watch
+from pplvi.types import Call, Program
+
+ITERATIONS = 1000
+
+
+def maximise_likelihood(
+    model: Program,
+    algorithm: ExpectationMaximization,
+    call: Call,
+    environment: Environment,
+    *,
+    num_steps: int | None,
+    restarts: int,
+    seed: int | None,
+    callbacks: Sequence[Callable[[Restart], Any]],
+    progress: bool,
+    checkpoint: PathLike | Checkpoint | None,
+    resume: PathLike | None,
+) -> Fit:
+    """Run EM from one or several starts, as :func:`pplvi.fit` trains guides."""
+    with scratch(), environment.active():
+        model = summing(model, *environment.move(call))
+    file, steps = Checkpoint.of(checkpoint), num_steps or ITERATIONS
+    settings: Mapping[str, Any] = {"guide": repr(algorithm), "seed": str(seed), "data": fingerprint(call)}
+    recipe = Recipe(model, SummedLatents, True, restarts > 1, environment)
+    plan = TrainingPlan(
+        recipe,
+        ELBO(),
+        steps=EMSteps(algorithm),
+        batches=FullData(*call),
+        watch=Watch(steps, callbacks=tuple(callbacks), save_every=Checkpoint.every if file is None else file.every),
+        restarts=restarts,
+        seed=seed,
+        progress=progress,
+        checkpoint=None if file is None else file.path,
+        resume=resume,
+        settings=settings,
+    )
+    runs = train_restarts(plan)
+    best = best_of(runs, True)
+    recipe.adopt(runs[best])
+    publish(runs[best])
+    found = Fit(
+        runs, best, guide_name="ExpectationMaximization", args=call[0], kwargs=call[1], seed=seed, is_bound=True
+    )
+    found.objective = algorithm
+    found.notes = _notes(runs[best].guide)
+    return found
+
+
+def _notes(guide: Any) -> dict[str, str]:
+    parts = {"closed form": guide.closed, "L-BFGS": guide.searched}
+    return {"M-step": "; ".join(f"{how} for {', '.join(names)}" for how, names in parts.items() if names)}

@@ -1,0 +1,52 @@
+"""ArviZ without the words that its users can do nothing about."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class _OfOneChain(logging.Filter):
+    """Drops the line that one chain has no R-hat, which the NaN of a table says already."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show a record."""
+        return not record.getMessage().startswith("Shape validation failed: input_shape: (1,")
+
+
+_OF_ONE_CHAIN = _OfOneChain()
+
+
+def arviz_itself() -> Any:
+    """The library, imported without its announcement of the day, which from now on says nothing of a single chain.
+
+    >>> arviz_itself().__name__
+    'arviz'
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    logger_of(arviz).addFilter(_OF_ONE_CHAIN)  # once: the same object is not added again
+    return arviz
+
+
+def logger_of(arviz: Any) -> logging.Logger:
+    """The logger of the library: before 1.0 one of its own, unknown to ``logging``."""
+    found: logging.Logger = getattr(arviz, "_log", logging.getLogger("arviz"))
+    return found
+
+
+@contextmanager
+def its_own_affairs() -> Iterator[None]:
+    """Keep warnings of how ArviZ calls pandas and matplotlib from the user: nobody else can mend them.
+
+    >>> with its_own_affairs():
+    ...     warnings.warn("inplace is deprecated", DeprecationWarning)
+    """
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        yield

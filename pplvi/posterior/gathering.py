@@ -1,0 +1,269 @@
+"""What there is to know of draws, gathered for the verdict: weights with more draws behind them, scouts, chains."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pplvi.posterior.arviz.quiet import arviz_itself
+from pplvi.posterior.draws import Draws, stack
+from pplvi.posterior.scouts import (
+    MOST_DIMENSIONS,
+    Missed,
+    Regions,
+    Weighed,
+    adapted,
+    around,
+    climbed,
+    missed,
+    mixed,
+    prior_starts,
+    screened,
+    spread_starts,
+    weighed,
+    wide,
+)
+from pplvi.posterior.students import Students, joined
+from pplvi.posterior.verdict import (
+    POINT,
+    SUBSAMPLED,
+    DatumFacts,
+    Facts,
+    Verdict,
+    judge,
+    judge_chains,
+    judge_data,
+)
+from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.density import UnconstrainedDensity
+from pplvi.programs.state import random_state
+from pplvi.programs.ways import Vectorize
+from pplvi.types import Program
+from pplvi.weights.algebra import normalize
+from pplvi.weights.pareto import pareto_k_error, tail_shortfall
+
+
+class Programs(NamedTuple):
+    """A model, its call, and the way of running it."""
+
+    model: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    vectorize: Vectorize
+
+
+_PRIOR_SCOUTS, _FAR_SCOUTS, _SCOUT_DRAWS = 64, 16, 2_000
+_SCREENED, _MORE_DRAWS = 5_000, 10_000
+_CHECKED = 10_000  # draws of the guide that are compared with scouts
+_MOST_DRAWS, _MOST_BYTES, _MOST_SECONDS = 100_000, 2**28, 2.0
+_K_ERROR = 0.1
+_SURE, _SMALL = 4.0, 0.02
+_MORE, _APART = 0.2, 0.1  # nats of evidence; standard deviations of a mean
+_BAD_K, _NEARLY_EQUAL = 0.7, 0.9
+
+
+def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: Programs) -> Facts:
+    """What the pool behind some draws says, and what scouts say of it.
+
+    :param own: the draws that are handed over.
+    :param converged: whether the training of their guide had converged.
+    :param programs: the model and its call.
+    """
+    facts = facts_of(own.pool, converged)
+    lost, scouts = scouted(programs, own.pool)
+    ours, whole = own.total_log_evidence, own.pool.total_log_evidence
+    told = f"{own.num_draws:,} draws find a log evidence of {ours}, all {own.pool.num_draws:,} {whole}"
+    far = abs(ours.value - whole.value) > max(_SURE * math.hypot(ours.error, whole.error), _SMALL)
+    return replace(facts, missed=lost, scouts=scouts, doubts=(told,) if far else ())
+
+
+def verdict_of(draws: WeightedDraws, converged: bool | None = None) -> Verdict:
+    """The verdict on draws by themselves, without scouts: see :func:`pplvi.posterior.verdict.judge`."""
+    if draws.is_mcmc:
+        return _verdict_on_chains(draws)
+    if draws.is_dirac:
+        return POINT
+    if not draws.has_weights:
+        return SUBSAMPLED
+    if draws.draws.batch:
+        return judge_data(_facts_of_data(draws, converged))
+    return judge(facts_of(draws, converged))
+
+
+def facts_of(draws: WeightedDraws, converged: bool | None = None) -> Facts:
+    """What weights say, for one problem without a batch."""
+    pareto_k = draws.pareto_k.double()
+    error = pareto_k_error(pareto_k, draws.num_draws)
+    pessimist = (pareto_k + error).clamp(max=0.95) if float(pareto_k) < 1 else pareto_k
+    shortfall = float(tail_shortfall(draws.log_weight.double(), pessimist))
+    return Facts(draws.num_draws, float(draws.ess), float(pareto_k), float(error), shortfall, converged=converged)
+
+
+def _facts_of_data(draws: WeightedDraws, converged: bool | None) -> DatumFacts:
+    pareto_k = draws.pareto_k.double().flatten()
+    bad = pareto_k - pareto_k_error(pareto_k, draws.num_draws).nan_to_num() > _BAD_K
+    bad &= draws.ess.flatten() < _NEARLY_EQUAL * draws.num_draws
+    worst = torch.where(bad)[0].tolist()
+    return DatumFacts(len(pareto_k), tuple(worst), float(pareto_k.median()), converged)
+
+
+def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
+    arviz = arviz_itself()
+    chains = {
+        name: value.reshape(draws.num_chains, -1, *value.shape[1:]).cpu().numpy()
+        for name, value in draws.draws.latents.items()
+        if value.is_floating_point()
+    }
+    data = arviz.convert_to_dataset(chains)
+    with np.errstate(invalid="ignore", divide="ignore"):  # sites that never vary
+        tables = arviz.rhat(data), arviz.ess(data)
+    rhat, ess = (
+        [float(each) for name in chains for each in found[name].values.flatten() if math.isfinite(float(each))]
+        for found in tables
+    )
+    return judge_chains(max(rhat, default=math.inf), min(ess, default=0.0), draws.num_chains)
+
+
+def disagreements(best: WeightedDraws, others: Sequence[WeightedDraws]) -> tuple[str, ...]:
+    """How guides of other seeds contradict the best one: more evidence, or as much of it and other means."""
+    found = []
+    for number, other in enumerate(others, 1):
+        ours, theirs = best.pool.total_log_evidence, other.pool.total_log_evidence
+        error = math.hypot(ours.error, theirs.error)
+        if theirs.value - ours.value > max(_SURE * error, _MORE):
+            found.append(f"restart {number} of the others finds a log evidence of {theirs}, this one {ours}")
+        elif abs(theirs.value - ours.value) < max(_SURE * error, _MORE) and (gap := _furthest(best, other)) > _APART:
+            found.append(f"restart {number} of the others has as much evidence and a mean {gap:.1f} sd away")
+    return tuple(found)
+
+
+def _furthest(one: WeightedDraws, other: WeightedDraws) -> float:
+    """The largest difference of weighted means, in standard deviations, less three Monte Carlo errors."""
+    gaps = [0.0]
+    for name, value in one.pool.draws.latents.items():
+        if value.is_floating_point():
+            (a, sd, error), (b, _, also) = (_mean(each.pool, name) for each in (one, other))
+            gaps.append(float(((a - b).abs() / sd - 3 * math.hypot(error, also)).nan_to_num(0.0).max()))
+    return max(gaps)
+
+
+def _mean(pool: WeightedDraws, name: str) -> tuple[Tensor, Tensor, float]:
+    weight = normalize(pool.psis_log_weight.double())
+    value = pool.draws.latents[name].reshape(pool.num_draws, -1).double()
+    mean = weight @ value
+    return mean, (weight @ (value - mean).square()).sqrt(), 1 / math.sqrt(float(pool.ess))
+
+
+# --- more draws -----------------------------------------------------------------------------------------------------
+
+
+def grown(
+    posterior: WeightedDraws, more: Callable[[int, int], Draws], bytes_of_draw: int, seconds_of_draw: float
+) -> WeightedDraws:
+    """A pool of draws of the same guide with as many effective ones as are handed over, and a k-hat of error 0.1.
+
+    :param posterior: the draws that are handed over; the pool begins with them.
+    :param more: a number of draws and a seed to draws.
+    :param bytes_of_draw: what one takes.
+    :param seconds_of_draw: what one costs; the pool ends where two seconds are spent, at 100,000 draws, or 256 MiB.
+    """
+    pool: WeightedDraws = posterior
+    most = min(_MOST_DRAWS, _MOST_BYTES // max(1, bytes_of_draw), int(_MOST_SECONDS / max(seconds_of_draw, 1e-9)))
+    start, number = time.process_time(), 0
+    while (wanted := _wanted(pool, posterior.num_draws, most)) and time.process_time() - start < _MOST_SECONDS:
+        number += 1
+        try:
+            draws = stack([pool.draws, more(wanted, number)], pool.num_draws + wanted)
+            new = WeightedDraws(draws, posterior.point_sites)
+            new.log_weight  # noqa: B018
+        except ValueError:  # far out, where values leave the range of a distribution or densities overflow
+            break
+        pool = new
+    return pool
+
+
+def _wanted(pool: WeightedDraws, target: int, most: int) -> int:
+    """How many draws the pool still needs."""
+    size, ess, pareto_k = pool.num_draws, float(pool.ess), pool.pareto_k.double()
+    enough = math.ceil(size * (target / max(ess, 1.0) - 1))
+    if math.isfinite(float(pareto_k)) and float(pareto_k_error(pareto_k, size)) > _K_ERROR:
+        tail = ((1 + float(pareto_k)) / _K_ERROR) ** 2
+        enough = max(enough, math.ceil((tail / 3) ** 2) - size)
+    enough = min(enough, 3 * size, most - size)  # by and by: the estimates get better
+    return enough if enough > 0.01 * size else 0
+
+
+# --- scouts ---------------------------------------------------------------------------------------------------------
+
+
+def scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+    """Where scouts find more than a guide, and in words how many were sent or why none were.
+
+    :param programs: the model and its call.
+    :param pool: the guide's draws.
+    """
+    try:
+        with random_state(0):
+            return _scouted(programs, pool)
+    except ValueError as error:
+        return (), f"no scouts were sent: {str(error).split(':')[0]}"
+
+
+def _scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+    call = programs[:3]
+    density = UnconstrainedDensity(*call, vectorize=programs.vectorize)
+    if density.dim > MOST_DIMENSIONS:
+        return (), f"no scouts were sent, in {density.dim:,} dimensions"
+    if missing := {block.name for block in density.blocks} ^ set(pool.draws.latents):
+        return (), f"no scouts were sent: the guide draws {sorted(missing)}, which has no density to climb"
+    own = _own(density, pool)
+    starts = torch.cat([prior_starts(density, *call, _PRIOR_SCOUTS), spread_starts(own, _FAR_SCOUTS), _tails(own)])
+    modes, whole = climbed(density, starts), around(own)
+    if (seen := _joined(mixed(modes), whole)) is None:
+        return (), f"{len(starts)} scouts met no mode"
+    candidates = torch.cat([prior_starts(density, *call, _SCREENED), wide(seen, _SCREENED)])
+    modes = climbed(density, screened(density, seen, candidates, _FAR_SCOUTS), modes)
+    divided = mixed(modes)
+    text = f"{len(starts)} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
+    return _compared(density, divided, _joined(divided, whole) or seen, own), text
+
+
+def _joined(*parts: Students | None) -> Students | None:
+    kept = [part for part in parts if part is not None]
+    return joined(kept) if kept else None
+
+
+def _compared(
+    density: UnconstrainedDensity, modes: Students | None, proposal: Students, own: Weighed
+) -> tuple[Missed, ...]:
+    """What is missed in each region; what seems to be is looked at again with other and more draws."""
+    proposal, scouts = adapted(density, proposal, _SCOUT_DRAWS)
+    regions = Regions.between(modes, scouts)
+    found = missed(scouts, own, regions)
+    if any(each.is_certain or each.is_open for each in found):
+        found = missed(weighed(density, proposal, _MORE_DRAWS), own, regions)
+    return tuple(found)
+
+
+def _own(density: UnconstrainedDensity, pool: WeightedDraws) -> Weighed:
+    """The guide's draws in unconstrained space, with their density there."""
+    first = slice(0, _CHECKED)
+    values = {name: value[first] for name, value in pool.draws.latents.items()}
+    with torch.no_grad():
+        position = density.pack_rows(values)
+        log_p = density(position).double().nan_to_num(-math.inf, -math.inf, -math.inf)
+    good = position.isfinite().all(1)
+    log_weight = pool.log_weight[first].double().masked_fill(~good, -math.inf)
+    return Weighed(position.double().nan_to_num(0.0, 0.0, 0.0), log_p, log_weight)
+
+
+def _tails(own: Weighed) -> Tensor:
+    """Where the weights are largest."""
+    return own.position[own.log_weight.topk(min(_FAR_SCOUTS, len(own.log_weight))).indices]

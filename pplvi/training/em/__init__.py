@@ -1,0 +1,1 @@
+"""Expectation maximisation: exact E-steps by enumeration, M-steps in closed form or by L-BFGS."""

@@ -1,0 +1,258 @@
+"""Expectation maximisation as the steps of a training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pplvi.compile.svi import CompiledSVI
+from pplvi.compile.vectorized import Apart
+from pplvi.programs.joint import execute
+from pplvi.programs.running import isolated
+from pplvi.programs.sites import is_enumerated, latent_sites
+from pplvi.programs.summing import summing
+from pplvi.training.batches import Batches
+from pplvi.training.em.complete import CompleteData
+from pplvi.training.em.maximisation import Maximisation
+from pplvi.training.em.starts import kmeans_start, random_start, tells_apart
+from pplvi.training.optimizers import Update
+from pplvi.training.steps import BeforeFirst, Stepper, Steps
+from pplvi.training.watch import Watch
+from pplvi.types import Call, Program
+
+__all__ = ["ExpectationMaximization"]
+
+EMStart = Literal["program", "kmeans", "random"]
+_ROUNDING = 10.0  # rounding errors of the log evidence
+
+
+@dataclass(frozen=True)
+class ExpectationMaximization:
+    r"""Maximum likelihood with discrete latents: exact E-steps, M-steps exact or complete.
+
+    .. math:: \theta_{k+1} = \arg\max_\theta E_{p(z \mid x, \theta_k)}[\log p_\theta(x, z)],
+        \qquad \log p_{\theta_{k+1}}(x) \ge \log p_{\theta_k}(x)
+
+    ``pplvi.fit(model, pplvi.ExpectationMaximization(), args=(x,))`` takes a program whose ``pyro.param`` are to be
+    estimated. Its discrete latents are summed over, whether or not they ask for it, in plates, trees and Markov chains;
+    where ``mu[z]`` and the like are arguments of distributions of an exponential family, the M-step is in closed form;
+    all other parameters, under any constraint, are maximised by L-BFGS to convergence. ``fit.losses`` is
+    :math:`-\log p(x)` (nats) at the beginning of each iteration and never rises.
+
+    Source: Dempster, Laird & Rubin (1977), "Maximum likelihood from incomplete data via the EM algorithm"; Neal &
+    Hinton (1998), "A view of the EM algorithm that justifies incremental, sparse, and other variants", for ``m_steps``.
+
+    :param m_steps: generalised EM: so many iterations of L-BFGS for all parameters in place of a maximisation, which
+        takes more iterations.
+    :param tol: stop when an iteration raises :math:`\log p(x)` by less than this, in nats, or by less than its rounding
+        errors.
+    :param start: ``"kmeans"`` starts from the clusters of what each latent explains (k-means++), ``"random"`` from
+        random probabilities of the latents, ``"program"`` from the values that the parameters have in the program.
+        ``None``: the first restart from the program, unless its components are all alike, which EM cannot tell apart;
+        that, and the others, from k-means.
+    :raises ValueError: for other arguments; when fitting, for continuous latents, minibatches, and a likelihood without
+        a maximum, such as that of a component that closes in on one datum.
+
+    >>> import pyro, pplvi, pyro.distributions as dist
+    >>> from torch.distributions import constraints
+    >>> def model(x):
+    ...     w = pyro.param("w", torch.ones(2) / 2, constraint=constraints.simplex)
+    ...     mu = pyro.param("mu", torch.zeros(2))
+    ...     sd = pyro.param("sd", torch.ones(2), constraint=constraints.positive)
+    ...     with pyro.plate("data", len(x)):
+    ...         z = pyro.sample("z", dist.Categorical(w))
+    ...         pyro.sample("x", dist.Normal(mu[z], sd[z]), obs=x)
+    >>> x = torch.tensor([-2.0, -1.0, -1.5, 4.0, 5.0])
+    >>> fit = pplvi.fit(model, ExpectationMaximization(), args=(x,), seed=0, progress=False)
+    >>> fit.params[0]["mu"].sort().values
+    tensor([-1.5000,  4.5000])
+    >>> fit.guide.marginals(x)["z"].max(-1).values.round()  # whose component is clear
+    tensor([1., 1., 1., 1., 1.])
+    """
+
+    m_steps: int | None = None
+    tol: float = 1e-9
+    start: EMStart | None = None
+
+    def __post_init__(self) -> None:
+        steps, tol = self.m_steps, self.tol
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"m_steps={steps!r}: expected a whole number of at least 1, or None for a whole M-step.")
+        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
+            raise ValueError(f"tol={tol!r}: expected nats, a number of at least 0.")
+        if self.start not in (None, "program", "kmeans", "random"):
+            raise ValueError(f"start={self.start!r}: expected 'program', 'kmeans', 'random', or None.")
+
+
+class SummedLatents:
+    """The guide of a program whose latents are all summed over: it has no sites, and knows their probabilities.
+
+    :param model: the program.
+    :ivar closed: parameters that the M-step has in closed form.
+    :ivar searched: parameters that it searches for by L-BFGS.
+    """
+
+    def __init__(self, model: Program) -> None:
+        self.model = model
+        self.closed: list[str] = []
+        self.searched: list[str] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is drawn."""
+
+    def marginals(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior probabilities of the values of each latent given the data, ``(*plates, values)``.
+
+        Arguments are those of the model; the parameters are those in Pyro's store.
+        """
+        with isolated():
+            run = execute(summing(self.model, args, kwargs), self, args, kwargs)
+            _, counts = run.expected_counts()
+        latents = {n: s for n, s in latent_sites(run.model).items() if is_enumerated(s)}
+        return {name: _marginal(counts[name], site) for name, site in latents.items()}
+
+
+def _marginal(counts: Tensor, site: Any) -> Tensor:
+    """Probabilities of a site's own values, the last dimension, whatever others its density depends on."""
+    place = counts.dim() + site["infer"]["_enumerate_dim"]
+    kept = {place, *(counts.dim() + f.dim for f in site["cond_indep_stack"] if f.vectorized)}
+    others = [d for d in range(counts.dim()) if d not in kept]
+    found = counts.movedim(place, -1)
+    found = found.sum([d - (d > place) for d in others]) if others else found
+    return found / found.sum(-1, keepdim=True)
+
+
+class EMUpdate(Update):
+    """Counts iterations and knows when the evidence has stopped rising.
+
+    :ivar converged: whether it has.
+    :ivar last: log evidence of the iteration before, in nats.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None, 1, None, None)
+        self.converged, self.last = False, -math.inf
+
+    @property
+    def left(self) -> int | None:
+        """None where the evidence has stopped rising, no end otherwise."""
+        return 0 if self.converged else None
+
+    def pace(self) -> dict[str, Any]:
+        """How many iterations there were, and where they have come to."""
+        return {**super().pace(), "converged": self.converged, "last": self.last}
+
+    def set_pace(self, state: Any) -> None:
+        """Continue there."""
+        super().set_pace(state)
+        self.converged, self.last = state["converged"], state["last"]
+
+
+class EMStepper(Stepper):
+    """Iterations of EM on the same data.
+
+    :param algorithm: how.
+    :param restart: which restart these are the steps of.
+    """
+
+    exact: ClassVar[bool] = True
+    update: EMUpdate
+
+    def __init__(
+        self, algorithm: ExpectationMaximization, model: Program, guide: Any, before_first: BeforeFirst, restart: int
+    ) -> None:
+        self.algorithm, self.model, self.guide = algorithm, model, guide
+        self.before_first, self.restart = before_first, restart
+        self.update = EMUpdate()
+        self.problem: CompleteData | None = None
+        self.maximise: Maximisation
+
+    def many(self, calls: Sequence[Call]) -> Sequence[float]:
+        """One iteration after another."""
+        return [self._step(call) for call in calls]
+
+    def _step(self, call: Call) -> float:
+        self.prepare(call)
+        if self.update.count == 0:
+            self.before_first()
+            self._begin()
+        evidence, counts = self._problem.expect()
+        rise = evidence - self.update.last
+        self.update.converged = rise <= max(self.algorithm.tol, self._rounding * abs(evidence))
+        self.update.last, self.update.count = evidence, self.update.count + 1
+        if not self.update.converged:
+            self.maximise(counts)
+        return -evidence
+
+    @property
+    def _problem(self) -> CompleteData:
+        if self.problem is None:
+            raise ValueError("EM has no data yet: expected prepare(call) first.")
+        return self.problem
+
+    @property
+    def _rounding(self) -> float:
+        return _ROUNDING * max(torch.finfo(leaf.dtype).eps for leaf in self._problem.leaves.values())
+
+    def _begin(self) -> None:
+        """Go to the start: an M-step from given probabilities of the latents, unless the program has good values."""
+        with torch.no_grad():
+            run = self._problem.run()
+            run.expected_counts()  # packs its tensors
+        kind = self.algorithm.start
+        if kind is None:
+            kind = "program" if self.restart == 0 and tells_apart(run) else "kmeans"
+        if kind != "program":
+            start = (kmeans_start if kind == "kmeans" else random_start)(run)
+            Maximisation(self._problem)(self._problem.expect(start)[1])  # a whole one, whatever the others are
+
+    def stride(self, at: int, batches: Batches, watch: Watch, settle_every: int) -> int:
+        """One: every iteration may be the last."""
+        return 1
+
+    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+        """Nothing to replay."""
+        return find()
+
+    def prepare(self, call: Call) -> None:
+        """Read the program: which latents are summed, which parameters have a closed form."""
+        if self.problem is None:
+            self.problem = CompleteData(self.model, self.guide, call)
+            self.maximise = Maximisation(self.problem, self.algorithm.m_steps)
+            self.guide.closed, self.guide.searched = self.maximise.closed, self.maximise.searched
+
+    def shared(self) -> CompiledSVI:
+        """Nothing is recorded.
+
+        :raises Apart: always.
+        """
+        raise Apart("EM is not recorded")
+
+    def get_state(self) -> dict[str, Any]:
+        """The pace."""
+        return self.update.pace()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Give it back."""
+        self.update.set_pace(state)
+
+
+class EMSteps(Steps):
+    """Makes the iterations of each restart.
+
+    :param algorithm: how.
+    """
+
+    def __init__(self, algorithm: ExpectationMaximization) -> None:
+        super().__init__(None, 1, None, None)
+        self.algorithm, self.made = algorithm, 0
+
+    def __call__(self, model: Program, guide: Program, objective: Any, before_first: BeforeFirst) -> Stepper:
+        """The iterations of the next restart."""
+        self.made += 1
+        return EMStepper(self.algorithm, model, guide, before_first, self.made - 1)
