@@ -78,8 +78,9 @@ class Attempt:
     verdict: Verdict | None = None
 
     def __str__(self) -> str:
-        word = "" if self.verdict is None else f"{self.verdict.word}, "
-        outcome = self.failure or f"{word}k-hat {self.pareto_k:.2f}"
+        word = [] if self.verdict is None else [self.verdict.word]
+        sampled = self.fit is not None and self.fit.islands is not None
+        outcome = self.failure or ", ".join(word if sampled else [*word, f"k-hat {self.pareto_k:.2f}"])
         return f"{self.title}: {outcome} ({self.seconds:.1f} s)"
 
     @property
@@ -149,7 +150,9 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     start = time.perf_counter()
     ladder = _Ladder(fit, originals, cpu_seconds() + budget)
     forms = originals.look(forms_of, model)
-    reason = ladder.climb({WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND + _SAMPLED), *_FLOWS))
+    reason = ladder.climb(
+        {WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND + _SAMPLED), *_FLOWS)
+    )
     best = ladder.best
     if best.fit is None:
         raise ladder.errors[0]

@@ -118,7 +118,8 @@ def fit(
         family after another until k-hat is below 0.7, within ``budget=`` seconds (60), on whichever is easier of the
         model as written and its non-centered forms (:func:`pplvi.noncentered`); parameters of the model are trained
         anew with each family; ``"nuts"``, or another MCMC kernel class or ``functools.partial`` of one, for MCMC
-        instead of training.
+        instead of training; ``"smc"``, or a :class:`pplvi.TemperedSMC`, for sequential Monte Carlo from a Gaussian to
+        the posterior, on the easiest form of the model.
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
@@ -132,15 +133,17 @@ def fit(
     :param clip: ``"adaptive"`` cuts gradients of ten times the median norm, a number those of a greater norm.
     :param init: ``"pathfinder"`` starts an automatic guide at the Gaussian that Pathfinder finds, location and spread
         (:func:`pplvi.start_at_pathfinder`), anew for each restart; ``"match"`` at that of batch and match, which is
-        nearer. Both need all data at once.
-    :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given.
+        nearer. Both need all data at once. SMC starts at either (batch and match unless given), or at a fitted guide.
+    :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given;
+        effective draws for SMC, 4,000 unless given.
     :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
-    :param budget: seconds after which ``"auto"`` begins no other family; 60 unless given.
+    :param budget: CPU seconds after which ``"auto"`` begins no other family, 60 unless given, and SMC moves no more.
     :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
         restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for
         ``"max"``) and all data at once, as the rows of one program: then restart ``r`` is what it would be alone with
         ``compile="trace"``, up to rounding. Programs that cannot be vectorised, such as those that draw from gamma
-        distributions, are trained side by side without that. For MCMC, the number of chains.
+        distributions, are trained side by side without that. For MCMC, the number of chains; for SMC, of islands, 4
+        unless it is more than one.
     :param seed: makes the result reproducible to the bit; the global random state stays as it was.
     :param compile: ``True``: a step that is traced once and compiled; ``"trace"``, ``"max"``, ``"auto"`` or ``False``,
         Pyro's handlers at every step: see :class:`pplvi.fitting.Compile`, which can be given whole.
@@ -332,6 +335,6 @@ def _fit_islands(
         named = named if form == WRITTEN else f"{named} ({form})"
         islands = run_islands(settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over)
     run.seconds, run.reason = time.perf_counter() - start, islands.found.ended
-    return Fit(
-        [run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize
-    )
+    fit = Fit([run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize)
+    fit.reformed = form != WRITTEN
+    return fit

@@ -269,8 +269,13 @@ class Fit:
         :param path: of the file; one that is there is replaced.
         :param data: write the data too: the arguments of the fit, or the last minibatch of one that has only seen
             those.
-        :raises ValueError: for data that are no tensors, arrays, numbers or strings, and where nothing can be written.
+        :raises ValueError: for data that are no tensors, arrays, numbers or strings, where nothing can be written, and
+            for draws of SMC.
         """
+        if self.islands is not None:
+            raise ValueError(
+                "draws of SMC are no parameters: expected a fit of a guide. Use fit.to_arviz().to_netcdf(path)."
+            )
         save(self, path, data)
 
     def predict(self, *args: Any, num_samples: int | None = None, seed: int | None = None, **kwargs: Any) -> Draws:
