@@ -243,6 +243,9 @@ def summary(posteriors: Sequence[Posterior], best: int) -> dict[str, Any]:
     guide = posteriors[0].guide
     names: dict[str, Any] = {} if guide is None else {"guide": name_of(guide)}
     names |= {"verdict": posteriors[best].verdict.word, "verdict_reasons": "; ".join(posteriors[best].verdict.reasons)}
+    if posteriors[best].evidence is not None:
+        value, error = posteriors[best].total_log_evidence
+        return names | {"log_evidence": value, "log_evidence_error": error}
     if not all(posterior.has_weights for posterior in posteriors):
         return names
     numbers = [quality(posterior) for posterior in posteriors]
