@@ -37,6 +37,7 @@ NAMES = (
     "nested_gradients",
     "posteriors",
     "restricted_boltzmann",
+    "sparse_coding",
     "speed",
     "wake_sleep",
 )
