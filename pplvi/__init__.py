@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pplvi.guides import AutoPathfinder as AutoPathfinder
     from pplvi.guides import AutoProximal as AutoProximal
     from pplvi.guides import AutoSemiDAIS as AutoSemiDAIS
+    from pplvi.guides import AutoStudentMixture as AutoStudentMixture
     from pplvi.guides import FilteredGuide as FilteredGuide
     from pplvi.guides import NestedGuide as NestedGuide
     from pplvi.guides import PredictionPenalty as PredictionPenalty
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from pplvi.models import learn_binary_coding as learn_binary_coding
     from pplvi.models import learn_dictionary as learn_dictionary
     from pplvi.posterior import Posterior as Posterior
+    from pplvi.posterior import Verdict as Verdict
     from pplvi.posterior import compare as compare
     from pplvi.posterior import plot_against_reference as plot_against_reference
     from pplvi.posterior import plot_objective as plot_objective
@@ -120,6 +122,7 @@ _HOMES = {
     "AutoPathfinder": "guides",
     "AutoProximal": "guides",
     "AutoSemiDAIS": "guides",
+    "AutoStudentMixture": "guides",
     "FilteredGuide": "guides",
     "NestedGuide": "guides",
     "PredictionPenalty": "guides",
@@ -150,6 +153,7 @@ _HOMES = {
     "learn_binary_coding": "models",
     "learn_dictionary": "models",
     "Posterior": "posterior",
+    "Verdict": "posterior",
     "compare": "posterior",
     "plot_against_reference": "posterior",
     "plot_objective": "posterior",

@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -55,6 +58,7 @@ LEGEND = (
     "all latents, in standard deviations under NUTS, of the guide's own draws / after Pareto-smoothed weighting.\n"
     "In the row of NUTS, the smallest bulk ESS and the largest Monte Carlo errors of that run itself."
 )
+_NO_NUMBERS = ("",) * 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class Job:
 class Outcome:
     """What a run leaves: latent draws, each ``(num_draws, *shape)``, and the cells of its row.
 
-    ``draws`` are the guide's own, ``weighted`` the same resampled by their Pareto-smoothed weights.
+    ``draws`` are the guide's own, ``weighted`` the same resampled by their Pareto-smoothed weights. A run that failed
+    has neither, and says why.
     """
 
     job: Job
@@ -87,6 +92,7 @@ class Outcome:
     seconds: float
     quality: tuple[str, ...]
     noise: tuple[float, float] = (0.0, 0.0)
+    failure: str = ""
 
 
 def plan(examples: Sequence[str], num_steps: int, num_draws: int, out: Path) -> list[Job]:
@@ -101,9 +107,18 @@ def plan(examples: Sequence[str], num_steps: int, num_draws: int, out: Path) -> 
 
 
 def run(job: Job) -> Outcome:
-    """Do one run, in whatever process."""
+    """Do one run, in whatever process; its error is its outcome."""
     torch.set_num_threads(1)
-    return sample(job) if job.guide == REFERENCE else approximate(job)
+    start = time.perf_counter()
+    try:
+        return sample(job) if job.guide == REFERENCE else approximate(job)
+    except Exception as error:  # whatever it is, the other runs go on
+        return failed(job, f"{type(error).__name__}: {error}", time.perf_counter() - start)
+
+
+def failed(job: Job, why: str, seconds: float = math.nan) -> Outcome:
+    """The outcome of a run that has none."""
+    return Outcome(job, {}, {}, seconds, _NO_NUMBERS, failure=" ".join(why.split()))
 
 
 def sample(job: Job) -> Outcome:
@@ -191,6 +206,19 @@ def run_all(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
         yield from map(run, jobs)
         return
     _import_arviz_once()
+    left = dict.fromkeys(jobs)
+    with suppress(BrokenProcessPool):
+        for outcome in _in_processes(jobs, processes):
+            del left[outcome.job]
+            yield outcome
+    for job in left:  # a worker died and took the others with it: each by itself
+        try:
+            yield from _in_processes([job], 1)
+        except BrokenProcessPool:
+            yield failed(job, "its process died, for lack of memory perhaps")
+
+
+def _in_processes(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from (future.result() for future in as_completed([pool.submit(run, job) for job in jobs]))
 
@@ -219,12 +247,18 @@ def plot_all(outcomes: Iterable[Outcome]) -> None:
     for (example, *names), outcome in rows.items():
         if tuple(names) == SHOWN:
             reference = rows[example, REFERENCE, ""].draws
+            if not (outcome.draws and reference):
+                continue
             axes = plot_against_reference(outcome.weighted, reference, labels=[SHOWN[0], REFERENCE])
             save_figure(axes, f"{outcome.job.stem}-against-{REFERENCE}.png")
 
 
 def row(outcome: Outcome, reference: Outcome) -> str:
     """One line of the table."""
+    if outcome.failure:
+        return f"{outcome.job.guide:<23}{outcome.job.objective:<23}failed: {outcome.failure}"
+    if not reference.draws:
+        return ROW.format(outcome.job.guide, outcome.job.objective, *outcome.quality, "", "", f"{outcome.seconds:.1f}")
     raw, weighted = (errors(draws, reference.draws) for draws in (outcome.draws, outcome.weighted))
     pairs = [f"({noise:.2f})" for noise in outcome.noise]
     if outcome is not reference:

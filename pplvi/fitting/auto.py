@@ -1,11 +1,12 @@
-"""``fit(model, "auto")``: from the cheapest family of guides to richer ones, until the weights can be trusted."""
+"""``fit(model, "auto")``: from the cheapest family of guides to richer ones, until the draws are reliable."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,18 +19,21 @@ from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.deterministic import AutoDeterministicNormal
 from pplvi.guides.search.pathfinder import AutoPathfinder
+from pplvi.guides.search.students import AutoStudentMixture
 from pplvi.losses.elbo import ELBO
+from pplvi.posterior.posterior import Posterior
+from pplvi.posterior.verdict import RELIABLE, WORDS, Verdict
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.reparam import forms_of
 from pplvi.training.replicas import Originals
-from pplvi.training.restart import publish
+from pplvi.training.restart import Restart, publish
 from pplvi.types import Program
 
 GOOD_ENOUGH = 0.7
 _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
 _NO_MATTER = 0.5  # below that, k-hats differ by chance
-_LEAST_STEPS, _TIMED_STEPS = 200, 12
+_LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
 
 FitFunction = Callable[..., Fit]
 FitArguments = Callable[[int], Mapping[str, Any]]
@@ -55,9 +59,10 @@ class Attempt:
     :ivar pareto_k: the largest k-hat of 4,000 draws of its best restart; infinite without a fit.
     :ivar elbo: of these draws, in nats; minus infinite without a fit.
     :ivar log_evidence: by their importance weights, in nats.
-    :ivar seconds: that it took.
+    :ivar seconds: CPU seconds that it took.
     :ivar state: what the model's parameters are worth after it.
     :ivar failure: why there is no fit, or empty.
+    :ivar verdict: on these draws; ``None`` without a fit.
     """
 
     name: str
@@ -69,15 +74,22 @@ class Attempt:
     seconds: float
     state: list[torch.Tensor]
     failure: str = ""
+    verdict: Verdict | None = None
 
     def __str__(self) -> str:
-        outcome = self.failure or f"k-hat {self.pareto_k:.2f}"
+        word = "" if self.verdict is None else f"{self.verdict.word}, "
+        outcome = self.failure or f"{word}k-hat {self.pareto_k:.2f}"
         return f"{self.title}: {outcome} ({self.seconds:.1f} s)"
 
     @property
     def title(self) -> str:
         """The family and, if it is not as written, the form of the model."""
         return self.name if self.form == _WRITTEN else f"{self.name}, {self.form}"
+
+    @property
+    def rank(self) -> int:
+        """That of the verdict; behind all others without a fit."""
+        return len(WORDS) if self.verdict is None else self.verdict.rank
 
     @property
     def quality(self) -> str:
@@ -101,6 +113,7 @@ def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
 _WRITTEN = "as written"
 _FOUND = (
     Rung("AutoPathfinder", AutoPathfinder),
+    Rung("AutoStudentMixture", AutoStudentMixture),
     Rung("AutoBatchAndMatch", AutoBatchAndMatch),
     Rung("AutoDeterministicNormal", AutoDeterministicNormal),
 )
@@ -116,23 +129,22 @@ _FLOWS = (
 
 
 def select(fit: FitFunction, model: Program, originals: Originals, budget: float) -> Fit:
-    """The cheapest family whose k-hat is below 0.7, or that with the least k-hat within the budget.
+    """The first family whose draws are reliable, or the best by its verdict within the budget.
 
-    It goes on, too, where k-hat is good but a guide before found more evidence: k-hat sees only where a guide goes.
-
-    The first family is tried on every form of the model (:func:`pplvi.noncentered`); the others on the form where its
-    k-hat is least, or, where several are below 0.5, its ELBO largest, which bounds the same evidence in all. A model
-    with parameters of its own is trained anew with each family, from where it was before, and is left with the
+    A verdict (:attr:`pplvi.Posterior.verdict`) hears scouts too, and it is not believed where a guide before found more
+    evidence. The first family is tried on every form of the model (:func:`pplvi.noncentered`); the others on the form
+    where its k-hat is least, or, where several are below 0.5, its ELBO largest, which bounds the same evidence in all.
+    A model with parameters of its own is trained anew with each family, from where it was before, and is left with the
     parameters of the family that is taken.
 
     :param fit: :func:`pplvi.fit` with everything given but model, guide and how to train it.
     :param model: a Pyro program.
     :param originals: the model's parameters.
-    :param budget: seconds.
+    :param budget: CPU seconds of this process and its children.
     :raises ValueError: the first error if every family fails.
     """
     start = time.perf_counter()
-    ladder = _Ladder(fit, originals, start + budget)
+    ladder = _Ladder(fit, originals, cpu_seconds() + budget)
     forms = originals.look(forms_of, model)
     reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
     best = ladder.best
@@ -161,10 +173,11 @@ class _Ladder:
         self.attempts: list[Attempt] = []
         self.errors: list[ValueError] = []
         self.form: str | None = None
+        self.posteriors: dict[str, Posterior] = {}
 
     @property
     def left(self) -> float:
-        return self.deadline - time.perf_counter()
+        return self.deadline - cpu_seconds()
 
     @property
     def done(self) -> list[Attempt]:
@@ -172,8 +185,8 @@ class _Ladder:
 
     @property
     def best(self) -> Attempt:
-        """The attempt that has a fit, in the form that was chosen, and the least k-hat."""
-        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.pareto_k))
+        """The attempt that has a fit, in the form that was chosen, with the best verdict and the least k-hat."""
+        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.rank, a.pareto_k))
 
     @property
     def comparison(self) -> str:
@@ -202,14 +215,23 @@ class _Ladder:
                 if self.attempts and self.left <= 0:
                     break
                 if not self._try(rung, form, model, share=1 / (len(chosen) - number)):
-                    return f"the time left was too short for {rung.name}, and it has the least k-hat"
+                    return f"{self.left:.0f} s were too short for {rung.name}, and it has the best verdict"
             if self.form is None:
-                self.form = self._easiest().form
-            if self.done and self.best.pareto_k < GOOD_ENOUGH and not self.doubt:
-                return f"its k-hat is below {GOOD_ENOUGH}"
+                self._choose(self._easiest())
+            if self.done and self.best.rank == WORDS.index(RELIABLE) and not self.doubt:
+                return "its draws are reliable"
             if self.left <= 0:
-                return "the time was over, and it has the least k-hat"
-        return "every family was tried, and it has the least k-hat"
+                return "the time was over, and it has the best verdict"
+        return "every family was tried, and it has the best verdict"
+
+    def _choose(self, easiest: Attempt) -> None:
+        """Go on with this form of the model, and judge what was found on it, which costs more than comparing forms."""
+        self.form, start = easiest.form, cpu_seconds()
+        if (posterior := self.posteriors.get(easiest.form)) is not None:
+            verdict = posterior.verdict
+            spent = easiest.seconds + cpu_seconds() - start
+            self.attempts[self.attempts.index(easiest)] = replace(easiest, verdict=verdict, seconds=spent)
+        self.posteriors.clear()
 
     def _easiest(self) -> Attempt:
         """The form of the model with the least k-hat; of forms that are all good, that with the largest bound."""
@@ -226,38 +248,65 @@ class _Ladder:
         if rung.recipe is None:
             self._note(rung.name, form, make)
             return True
-        compile, seconds = self._timed(make, rung.recipe)
-        steps = min(rung.steps, int(0.8 * share * self.left / seconds))
+        compile, seconds, failure = self._timed(make, rung.recipe)
+        if failure is not None:
+            self._note(rung.name, form, failure)
+            return True
+        steps = min(rung.steps, int(0.8 * share * self.left / max(seconds, 1e-6)))
         if steps < _LEAST_STEPS and self.attempts:
             return False
         recipe = rung.recipe(max(steps, _LEAST_STEPS))
-        self._note(rung.name, form, partial(make, **recipe, compile=compile))
+        self._note(rung.name, form, partial(make, **recipe, compile=compile, callbacks=[self._is_over]))
         return True
 
+    def _is_over(self, run: Restart) -> bool:
+        return self.left <= 0
+
     def _note(self, name: str, form: str, make: Callable[[], Fit]) -> None:
-        start = time.perf_counter()
+        start = cpu_seconds()
         self.originals.restore()
         found, pareto_k, failure = None, math.inf, ""
-        elbo, log_evidence = -math.inf, Estimate(-math.inf, 0.0)
+        elbo, log_evidence, verdict = -math.inf, Estimate(-math.inf, 0.0), None
         try:
             found = make()
             posterior = found.posterior(_DRAWS)
             pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
             log_evidence = posterior.total_log_evidence
+            if self.form is None:
+                self.posteriors[form] = posterior
+            else:
+                verdict = posterior.verdict
         except ValueError as error:
             found, failure = None, str(error).split(":")[0].split(";")[0]
             self.errors.append(error)
-        judged = (pareto_k, elbo, log_evidence, time.perf_counter() - start)
-        self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure))
+        judged = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
+        self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure, verdict))
 
-    def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float]:
-        """How to run the steps, and the seconds that one of them takes."""
+    def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float, Callable[[], Fit] | None]:
+        """How to run the steps, the CPU seconds that one of them takes, and, if they fail, what raises why."""
+        failing: Callable[[], Fit] | None = None
         for compile in ("trace", False):
             stamps: list[float] = []
-            options = {**recipe(_TIMED_STEPS), "init": None, "compile": compile}
+            most = cpu_seconds() + _TIMED_PART * self.left
+
+            def stamp(run: Restart, stamps: list[float] = stamps, most: float = most) -> bool:
+                stamps.append(cpu_seconds())
+                return len(stamps) > 1 and stamps[-1] > most
+
+            failing = partial(train, **{**recipe(_TIMED_STEPS), "init": None}, compile=compile, callbacks=[stamp])
             try:
-                train(**options, callbacks=[lambda run, stamps=stamps: stamps.append(time.perf_counter())])
+                failing()
             except ValueError:
                 continue
-            return compile, (stamps[-1] - stamps[0]) / (len(stamps) - 1)
-        return False, float("inf")
+            return compile, (stamps[-1] - stamps[0]) / max(len(stamps) - 1, 1), None
+        return False, math.inf, failing
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process, all threads, and of its children that have ended, such as compilers.
+
+    >>> cpu_seconds() >= 0
+    True
+    """
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system

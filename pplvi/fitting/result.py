@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -267,14 +267,14 @@ class Fit:
 
     def loo(
         self,
-        var_name: str | None = None,
+        var_name: str | Sequence[str] | None = None,
         *,
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> arviz.ELPDData:
         """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.loo`.
 
-        :param var_name: the observed site; may be left out if there is only one.
+        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
         """
@@ -296,7 +296,7 @@ class Fit:
         :param coords: labels of the dimensions that plates are named after.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
-        :param options: other arguments of :func:`pplvi.to_arviz`.
+        :param options: other arguments of :func:`pplvi.to_arviz`, such as ``predictions=(x_new,)``.
         :raises ValueError: where that does, and for a fit on minibatches without ``args``.
         """
         attrs = {"guide": self.guide_name, "objective": self.objective, "seed": self.seed, "runtime": self.seconds}
@@ -308,7 +308,8 @@ class Fit:
         chains = (
             [self.posterior(restart=r, args=args, kwargs=kwargs) for r in self._restarts] if given else self.posteriors
         )
-        return to_arviz(chains, draws=draws, restarts=restarts, best=self.best, coords=coords, **options)
+        one = 0 if self.mcmc is not None else self.best
+        return to_arviz(chains, draws=draws, restarts=one if restarts == "best" else restarts, coords=coords, **options)
 
     def summary(self, *, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None) -> Summary:
         """The text of :meth:`report`, with means and quantiles as a pandas frame, ``fit.summary().frame``.
@@ -336,9 +337,7 @@ class Fit:
         facts["seconds"] = f"{self.seconds:.1f}"
         ended = describe_end(run) if trained else None
         verdict = posterior.verdict if args is not None or kwargs is not None else self._verdict(posterior)
-        summary = Summary(report(posterior, facts=facts, convergence=ended, verdict=verdict))
-        summary.frame = posterior.to_frame()
-        return summary
+        return Summary(report(posterior, facts=facts, convergence=ended, verdict=verdict), posterior.to_frame())
 
     def report(
         self,

@@ -14,6 +14,7 @@ from pplvi.guides.search.deterministic import AutoDeterministicNormal
 from pplvi.guides.search.pathfinder import AutoPathfinder, init_to_pathfinder
 from pplvi.guides.search.proximal import AutoProximal
 from pplvi.guides.search.start import start_at_pathfinder
+from pplvi.guides.search.students import AutoStudentMixture
 
 __all__ = [
     "AnnealedGuide",
@@ -26,6 +27,7 @@ __all__ = [
     "AutoPathfinder",
     "AutoProximal",
     "AutoSemiDAIS",
+    "AutoStudentMixture",
     "FilteredGuide",
     "NestedGuide",
     "PredictionPenalty",

@@ -5,11 +5,13 @@ from pplvi.posterior.comparison import compare
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
 from pplvi.posterior.posterior import Posterior
+from pplvi.posterior.verdict import Verdict
 from pplvi.posterior.weighted import WeightedDraws
 
 __all__ = [
     "Draws",
     "Posterior",
+    "Verdict",
     "WeightedDraws",
     "compare",
     "plot_against_reference",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pplvi.posterior.arviz.groups import quality
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from arviz import ELPDData
 
 
-def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.DataFrame:
+def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = None) -> pandas.DataFrame:
     r"""Compare fits of the same data by leave-one-out cross-validation, corrected for the guide.
 
     The expected log predictive density of each fit is :math:`\sum_i \log p(x_i \mid x_{-i})`, estimated by
@@ -48,7 +48,7 @@ def compare(fits: Mapping[str, Any], *, var_name: str | None = None) -> pandas.D
     WAIC; Yao, Vehtari, Simpson and Gelman 2018, Using stacking to average Bayesian predictive distributions.
 
     :param fits: fits or posteriors by name. Of a fit with several restarts the best is taken.
-    :param var_name: the observed site; may be left out if each model has only one.
+    :param var_name: the observed site, or several that share a plate; may be left out if each model has only one.
     :returns: a table with the best fit first and a row for each.
     :raises ValueError: if there is nothing to compare, something is not a fit, the data differ, or leave-one-out of a
         fit does not exist.
@@ -123,7 +123,7 @@ def _has_loo(posterior: Posterior) -> bool:
     return posterior.has_weights or posterior.is_mcmc
 
 
-def _loo(name: str, posterior: Posterior, var_name: str | None) -> ELPDData:
+def _loo(name: str, posterior: Posterior, var_name: str | Sequence[str] | None) -> ELPDData:
     try:
         return posterior.loo(var_name)
     except ValueError as error:

@@ -171,6 +171,29 @@ def score(
     return _model_draws(model, latents, args, kwargs or {}, num_draws, vectorize, sample_observed=False)
 
 
+@torch.no_grad()
+def log_prior(
+    model: Program,
+    latents: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_draws: int,
+    vectorize: Vectorize = None,
+) -> dict[str, Tensor]:
+    """Log density of every latent site given those that it depends on, ``(num_draws, *plates)`` each, in nats.
+
+    Nothing where sites are enumerated: what depends on them has no density for one draw.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> log_prior(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), {"z": torch.tensor([0.0, 1.0])}, num_draws=2)
+    {'z': tensor([-0.9189, -1.4189])}
+    """
+    run = run_model(model, args, kwargs or {}, num_particles=num_draws, latents=latents, vectorize=vectorize)
+    sites = {n: s for n, s in sample_sites(run.model) if _kind(s) == "latent" and not is_delta(s)}
+    return {} if run.enumerated else _log_likelihoods(run, sites)
+
+
 def _model_draws(
     model: Program,
     latents: Mapping[str, Tensor] | None,

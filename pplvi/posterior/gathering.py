@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pplvi.posterior.arviz.quiet import arviz_itself
-from pplvi.posterior.draws import stack
+from pplvi.posterior.draws import Draws, stack
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
     Missed,
@@ -44,11 +44,20 @@ from pplvi.posterior.verdict import (
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.state import random_state
+from pplvi.programs.ways import Vectorize
+from pplvi.types import Program
 from pplvi.weights.algebra import normalize
 from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
-if TYPE_CHECKING:
-    from pplvi.posterior.posterior import Posterior
+
+class ModelCall(NamedTuple):
+    """A model, its call, and the way of running it."""
+
+    model: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    vectorize: Vectorize
+
 
 _PRIOR_SCOUTS, _FAR_SCOUTS, _SCOUT_DRAWS = 64, 16, 2_000
 _SCREENED, _MORE_DRAWS = 5_000, 10_000
@@ -60,16 +69,19 @@ _MORE, _APART = 0.2, 0.1  # nats of evidence; standard deviations of a mean
 _BAD_K, _NEARLY_EQUAL = 0.7, 0.9
 
 
-def facts_with_scouts(posterior: Posterior) -> Facts:
-    """What the pool behind the draws of a posterior says, and what scouts say of it."""
-    pool = posterior.pool
-    facts = facts_of(pool, posterior.converged)
-    lost, scouts = scouted(posterior, pool)
-    own, whole = posterior.total_log_evidence, pool.total_log_evidence
-    told = f"{posterior.num_draws:,} draws find a log evidence of {own}, all {pool.num_draws:,} {whole}"
-    far = abs(own.value - whole.value) > max(_SURE * math.hypot(own.error, whole.error), _SMALL)
-    doubts = (told,) if far else ()
-    return replace(facts, missed=lost, scouts=scouts, doubts=doubts)
+def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: ModelCall) -> Facts:
+    """What the pool behind some draws says, and what scouts say of it.
+
+    :param own: the draws that are handed over.
+    :param converged: whether the training of their guide had converged.
+    :param programs: the model and its call.
+    """
+    facts = facts_of(own.pool, converged)
+    lost, scouts = scouted(programs, own.pool)
+    ours, whole = own.total_log_evidence, own.pool.total_log_evidence
+    told = f"{own.num_draws:,} draws find a log evidence of {ours}, all {own.pool.num_draws:,} {whole}"
+    far = abs(ours.value - whole.value) > max(_SURE * math.hypot(ours.error, whole.error), _SMALL)
+    return replace(facts, missed=lost, scouts=scouts, doubts=(told,) if far else ())
 
 
 def verdict_of(draws: WeightedDraws, converged: bool | None = None) -> Verdict:
@@ -119,7 +131,7 @@ def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
     return judge_chains(max(rhat, default=math.inf), min(ess, default=0.0), draws.num_chains)
 
 
-def disagreements(best: Posterior, others: Sequence[Posterior]) -> tuple[str, ...]:
+def disagreements(best: WeightedDraws, others: Sequence[WeightedDraws]) -> tuple[str, ...]:
     """How guides of other seeds contradict the best one: more evidence, or as much of it and other means."""
     found = []
     for number, other in enumerate(others, 1):
@@ -132,7 +144,7 @@ def disagreements(best: Posterior, others: Sequence[Posterior]) -> tuple[str, ..
     return tuple(found)
 
 
-def _furthest(one: Posterior, other: Posterior) -> float:
+def _furthest(one: WeightedDraws, other: WeightedDraws) -> float:
     """The largest difference of weighted means, in standard deviations, less three Monte Carlo errors."""
     gaps = [0.0]
     for name, value in one.pool.draws.latents.items():
@@ -152,7 +164,9 @@ def _mean(pool: WeightedDraws, name: str) -> tuple[Tensor, Tensor, float]:
 # --- more draws -----------------------------------------------------------------------------------------------------
 
 
-def grown(posterior: Posterior, more: Any, bytes_of_draw: int, seconds_of_draw: float) -> WeightedDraws:
+def grown(
+    posterior: WeightedDraws, more: Callable[[int, int], Draws], bytes_of_draw: int, seconds_of_draw: float
+) -> WeightedDraws:
     """A pool of draws of the same guide with as many effective ones as are handed over, and a k-hat of error 0.1.
 
     :param posterior: the draws that are handed over; the pool begins with them.
@@ -166,13 +180,12 @@ def grown(posterior: Posterior, more: Any, bytes_of_draw: int, seconds_of_draw: 
     while (wanted := _wanted(pool, posterior.num_draws, most)) and time.process_time() - start < _MOST_SECONDS:
         number += 1
         try:
-            found = more(wanted, number)
-        except ValueError:  # far out, where values leave the range of a distribution
+            draws = stack([pool.draws, more(wanted, number)], pool.num_draws + wanted)
+            new = WeightedDraws(draws, posterior.point_sites)
+            new.log_weight  # noqa: B018
+        except ValueError:  # far out, where values leave the range of a distribution or densities overflow
             break
-        if bool((found.log_p - found.log_q).isnan().any()):
-            break
-        draws = stack([pool.draws, found], pool.num_draws + wanted)
-        pool = WeightedDraws(draws, posterior.point_sites)
+        pool = new
     return pool
 
 
@@ -190,22 +203,22 @@ def _wanted(pool: WeightedDraws, target: int, most: int) -> int:
 # --- scouts ---------------------------------------------------------------------------------------------------------
 
 
-def scouted(posterior: Posterior, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+def scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
     """Where scouts find more than a guide, and in words how many were sent or why none were.
 
-    :param posterior: the programs.
+    :param programs: the model and its call.
     :param pool: the guide's draws.
     """
     try:
         with random_state(0):
-            return _scouted(posterior, pool)
+            return _scouted(programs, pool)
     except ValueError as error:
         return (), f"no scouts were sent: {str(error).split(':')[0]}"
 
 
-def _scouted(posterior: Posterior, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
-    call = posterior.model, posterior.args, posterior.kwargs
-    density = UnconstrainedDensity(*call, vectorize=posterior.vectorize)
+def _scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+    call = programs[:3]
+    density = UnconstrainedDensity(*call, vectorize=programs.vectorize)
     if density.dim > MOST_DIMENSIONS:
         return (), f"no scouts were sent, in {density.dim:,} dimensions"
     if missing := {block.name for block in density.blocks} ^ set(pool.draws.latents):

@@ -11,6 +11,7 @@ out. Plain ``az.loo`` on the draws knows only the second. The result is ArviZ's 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import align
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.errors import warn
+from pplvi.programs.sites import Plate
 from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ _CHUNK = 2**22
 """How many weights are smoothed at a time: 32 MiB in double precision, a few times over."""
 
 
-def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
+def loo(posterior: WeightedDraws, var_name: str | Sequence[str] | None = None) -> ELPDData:
     r"""Expected log predictive density of each observation given all others.
 
     .. math::
@@ -41,7 +43,8 @@ def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
 
     with :math:`\tilde r_i` and :math:`\tilde w` Pareto-smoothed and normalised. Where weights are per batch element,
     an observation uses those of its own element. Observations that are masked out (their log likelihood is 0 in every
-    draw) do not count. MCMC draws are passed to ArviZ's own ``az.loo``.
+    draw) do not count. Several sites are one: an observation is what they have in an element of the plates that all of
+    them are in, and its density is the product of theirs. MCMC draws are passed to ArviZ's own ``az.loo``.
 
     Warns (``UserWarning``) as ``az.loo`` does, if a Pareto k is above the threshold for this number of draws.
 
@@ -49,10 +52,10 @@ def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
     Vehtari, Gelman and Gabry 2017, Practical Bayesian model evaluation using leave-one-out cross-validation.
 
     :param posterior: draws with their weights, or MCMC draws.
-    :param var_name: the observed site; may be left out if there is only one.
+    :param var_name: the observed site, or several; may be left out if there is only one.
     :returns: ArviZ's ``ELPDData``, pointwise, in nats, with the plates as dimensions: ``az.compare`` takes it.
-    :raises ValueError: if there is no such site, or several and none is named, or if the draws have no weights (a guide
-        that holds sites at a point, a subsampled plate).
+    :raises ValueError: if there is no such site, several and none is named, or no plate that those named share, or if
+        the draws have no weights (a guide that holds sites at a point, a subsampled plate).
 
     >>> from pyro.distributions import Normal
     >>> from pplvi.programs.sites import Plate
@@ -65,12 +68,11 @@ def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
     >>> round(loo(WeightedDraws(draws))["elpd_loo"], 1)
     -4.1
     """
-    name = _site(posterior.draws, var_name)
-    plates = posterior.draws.plates[name]
-    likelihood = posterior.draws.log_likelihood[name]
+    names = _sites(posterior.draws, var_name)
+    likelihood, plates = _together(posterior.draws, names)
     counted = (likelihood != 0).any(0)
     if not counted.any():
-        raise ValueError(f"every observation of site {name!r} is masked out: expected at least one that counts.")
+        raise ValueError(f"every observation of {_quoted(names)} is masked out: expected at least one that counts.")
     coords = _coordinates(counted.cpu().numpy(), [plate.name for plate in plates])
     if posterior.is_mcmc:
         return _loo_of_mcmc(posterior, likelihood[:, counted], coords)
@@ -82,18 +84,46 @@ def loo(posterior: WeightedDraws, var_name: str | None = None) -> ELPDData:
     return _elpd_data(elpd, (lpd - elpd).sum().item(), pareto_k, coords, posterior.num_draws)
 
 
-def _site(draws: Draws, var_name: str | None) -> str:
+def _quoted(names: Sequence[str]) -> str:
+    return f"site {names[0]!r}" if len(names) == 1 else f"the sites {list(names)}"
+
+
+def _sites(draws: Draws, var_name: str | Sequence[str] | None) -> list[str]:
     names = sorted(draws.log_likelihood)
     if var_name is None and len(names) == 1:
-        return names[0]
+        return names
     if var_name is None and names:
-        raise ValueError(f"several observed sites {names}, and leave-one-out is of one at a time: pass var_name.")
-    if var_name not in names:
         raise ValueError(
-            f"var_name={var_name!r} names no observed site with a log likelihood; expected one of {names}. "
-            "Leave-one-out is of one site at a time: pass its name as var_name."
+            f"several observed sites {names}, and it is not known what one observation is: pass var_name, the name "
+            "of one or a list of those that belong together."
         )
-    return var_name
+    asked = [var_name] if var_name is None or isinstance(var_name, str) else list(dict.fromkeys(var_name))
+    if not asked or not set(asked) <= set(names):
+        raise ValueError(
+            f"var_name={var_name!r} names no observed site with a log likelihood; expected one of {names}, or a list "
+            "of some. Pass its name as var_name."
+        )
+    return [name for name in asked if name is not None]
+
+
+def _together(draws: Draws, names: Sequence[str]) -> tuple[Tensor, tuple[Plate, ...]]:
+    """The log likelihood of several sites for each element of the plates that they share, and these plates."""
+    plates = {name: draws.plates[name] for name in names}
+    common = [p for p in plates[names[0]] if all(p.name in {q.name for q in plates[name]} for name in names)]
+    if len(names) > 1 and not common:
+        inside = ", ".join(f"{name!r} in {[p.name for p in plates[name]]}" for name in names)
+        raise ValueError(
+            f"the sites {list(names)} have no plate in common ({inside}), so that it is not known which of their "
+            "observations are left out together: expected sites of one plate. Leave them out one site at a time."
+        )
+    kept = common if len(names) > 1 else plates[names[0]]
+    total: Tensor | int = 0
+    for name in names:
+        others = [p.name for p in plates[name] if p.name not in {q.name for q in kept}]
+        value, own = draws.log_likelihood[name], [p.name for p in plates[name]]
+        value = value.permute(0, *(1 + own.index(n) for n in [*(p.name for p in kept), *others]))
+        total = total + value.flatten(1 + len(kept)).sum(-1) if others else total + value
+    return torch.as_tensor(total), tuple(kept)
 
 
 def _coordinates(counted: np.ndarray, dims: list[str]) -> DataArray:

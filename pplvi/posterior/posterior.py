@@ -10,21 +10,20 @@ weights of its own.
 from __future__ import annotations
 
 import inspect
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
-from pplvi.posterior.gathering import facts_with_scouts, grown, verdict_of
+from pplvi.posterior.gathering import ModelCall, facts_with_scouts, grown, verdict_of
 from pplvi.posterior.leave_one_out import loo
+from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
@@ -34,8 +33,8 @@ from pplvi.programs.joint import execute
 from pplvi.programs.plates import with_all_data
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.scales import without_scale
-from pplvi.programs.sites import Site, batch_sizes, is_delta, latent_sites, sample_sites
-from pplvi.programs.state import fingerprint, random_state
+from pplvi.programs.sites import batch_sizes, latent_sites
+from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize
@@ -44,7 +43,6 @@ from pplvi.types import Call, Program
 if TYPE_CHECKING:
     from arviz.stats.stats_utils import ELPDData
 
-_BYTES = 100 * 2**20  # of values and densities that one call makes
 _FAR_SEED = 1_000_003
 
 
@@ -91,7 +89,7 @@ class Posterior(WeightedDraws):
     """Whether the training of the guide had converged, where a fit knows."""
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Where the guide has its parameters, if not in the global store."""
-    _source: _Source | None = None
+    _source: MoreDraws | None = None
     _pair: tuple[Program, Program]
 
     @explained()
@@ -115,8 +113,8 @@ class Posterior(WeightedDraws):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         self._pair = model, guide
         run = self._look()
-        chunks = _chunks(num_draws, chunk_size, _fitting(run))
-        if at_a_point := _is_at_a_point(run):
+        chunks = chunks_of(num_draws, chunk_size, fitting(run))
+        if at_a_point := is_at_a_point(run):
             chunks = [(0, 1)]
         start = time.process_time()
         draws = self._drawn(chunks, seed)
@@ -124,9 +122,9 @@ class Posterior(WeightedDraws):
         _check_latents(draws)
         if chunk_size is not None and len(chunks) > 1:
             _check_same_data(draws)
-        super().__init__(draws, _point_sites(draws, model, guide, self.args, self.kwargs))
+        super().__init__(draws, point_sites(draws, run))
         spent = (time.process_time() - start) / num_draws
-        self._source = _Source(_mark(run), seed or 0, chunk_size or _fitting(run), _bytes(run), spent)
+        self._source = MoreDraws(mark_of(run), seed or 0, chunk_size or fitting(run), bytes_of(run), spent)
 
     def _look(self) -> Run:
         """A run for inspection, the same as long as the programs and their parameters are."""
@@ -151,11 +149,11 @@ class Posterior(WeightedDraws):
         if source is None or not self.has_weights or self.draws.batch:
             return self
         with self.scope():
-            if _mark(self._look()) != source.mark:
+            if mark_of(self._look()) != source.mark:
                 return self
 
             def more(size: int, number: int) -> Draws:
-                return self._drawn(_chunks(size, None, source.chunk), source.seed + _FAR_SEED * number)
+                return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
 
             return grown(self, more, source.bytes, source.seconds)
 
@@ -163,7 +161,7 @@ class Posterior(WeightedDraws):
     def facts(self) -> Facts:
         """What the verdict is computed from, for draws with weights that are not those of single data."""
         with self.scope():
-            return facts_with_scouts(self)
+            return facts_with_scouts(self, self.converged, ModelCall(self.model, *self._call, self.vectorize))
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -225,7 +223,7 @@ class Posterior(WeightedDraws):
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
         run = plain_run(self.model, self.args, self.kwargs)
-        bounds = _chunks(num_chains * length, chunk_size, _fitting(run))
+        bounds = chunks_of(num_chains * length, chunk_size, fitting(run))
         scored = stack((self._score(latents, *b) for b in bounds), num_chains * length)
         super(Posterior, self).__init__(scored, num_chains=num_chains)
         return self
@@ -304,17 +302,17 @@ class Posterior(WeightedDraws):
         with random_state(seed):
             latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples
-            with _told_how_to_predict():
+            with told_how_to_predict():
                 found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)
-        return _observed_as_before(found, self.draws)
+        return observed_as_before(found, self.draws)
 
     @explained()
-    def loo(self, var_name: str | None = None) -> ELPDData:
+    def loo(self, var_name: str | Sequence[str] | None = None) -> ELPDData:
         """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
 
         Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
 
-        :param var_name: the observed site; may be left out if there is only one.
+        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
         :returns: ArviZ's ``ELPDData`` with pointwise values, ready for ``az.compare``.
         :raises ValueError: where :attr:`log_weight` does (but not for MCMC draws), and if the site is ambiguous or
             unknown.
@@ -323,7 +321,7 @@ class Posterior(WeightedDraws):
 
 
 @contextmanager
-def _told_how_to_predict() -> Iterator[None]:
+def told_how_to_predict() -> Iterator[None]:
     """Add to the error about latents of another shape what the user of a posterior can do."""
     try:
         yield
@@ -342,7 +340,7 @@ def name_of(program: Any) -> str:
     return str(getattr(program, "__name__", type(program).__name__))
 
 
-def _observed_as_before(found: Draws, fitted: Draws) -> Draws:
+def observed_as_before(found: Draws, fitted: Draws) -> Draws:
     """Data left out of the new arguments make latent sites of the observed ones: put those back."""
     names = set(found.latents) & set(fitted.observed)
     moved = {name: value for name, value in found.latents.items() if name in names}
@@ -368,73 +366,3 @@ def _check_same_data(draws: Draws) -> None:
 
 def _subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
     return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})
-
-
-def _is_at_a_point(run: Run) -> bool:
-    """Whether all draws of a guide are one and the same, so that one run says it all."""
-    random = (site for site in latent_sites(run.guide).values() if not is_delta(site))
-    return next(random, None) is None and not run.subsampled and run.scale == 1.0
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What more draws of a guide take: a mark of its parameters, a seed, a size of chunks, bytes and seconds."""
-
-    mark: str
-    seed: int
-    chunk: int | None
-    bytes: int
-    seconds: float
-
-
-def _mark(run: Run) -> str:
-    """What a run that drew from a fixed seed looked like: another one if a parameter has changed."""
-    return fingerprint({name: site["value"] for name, site in sample_sites(run.guide)})
-
-
-def _fitting(run: Run) -> int | None:
-    """How many draws one call may have; ``None`` where draws of several calls would belong to different data."""
-    return None if run.subsampled or run.scale != 1.0 else max(1, _BYTES // max(1, _bytes(run)))
-
-
-def _bytes(run: Run) -> int:
-    """What one draw takes."""
-    return sum(_size(site) for trace in (run.model, run.guide) for _, site in sample_sites(trace))
-
-
-def _size(site: Site) -> int:
-    """Bytes of a draw of a site: its value, or the mean and such of an observed one, and its density."""
-    value = site["value"]
-    if not isinstance(value, Tensor):
-        return 0
-    events = math.prod(site["fn"].event_shape)
-    return int(value.element_size() * (value.numel() + value.numel() // max(1, events)))
-
-
-def _point_sites(draws: Draws, model: Program, guide: Program, args: Any, kwargs: Any) -> frozenset[str]:
-    """Latent sites that the guide holds at a point: ``Delta`` there, and the same in every draw."""
-    if not draws.random:
-        return frozenset(draws.latents)
-    same = {name for name, value in draws.latents.items() if bool((value == value[:1]).all())}
-    if not same or draws.num_draws == 1:
-        return frozenset()
-    with isolated():
-        run = execute(model, guide, args, kwargs)
-    held = {name for name, site in latent_sites(run.guide).items() if name in same and is_delta(site)}
-    return frozenset(name for name in held if name not in run.model.nodes or not _is_constant(run.model.nodes[name]))
-
-
-def _is_constant(site: Any) -> bool:
-    """Whether a latent has one value only, such as the probability of a single class: any guide is exact there."""
-    try:
-        free = biject_to(site["fn"].support).inverse_shape(site["value"].shape)
-    except NotImplementedError:
-        return False
-    return math.prod(free) == 0 < site["value"].numel()
-
-
-def _chunks(total: int, chunk_size: int | None, fitting: int | None) -> list[tuple[int, int]]:
-    if total < 1 or (chunk_size is not None and chunk_size < 1):
-        raise ValueError(f"got num_draws={total} and chunk_size={chunk_size}; expected at least 1 of each.")
-    size = chunk_size or fitting or total
-    return [(start, min(start + size, total)) for start in range(0, total, size)]

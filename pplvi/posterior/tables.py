@@ -21,7 +21,7 @@ _ROWS = 12  # that a notebook shows
 _CHUNK = 2**22  # numbers that are sorted at a time
 
 
-def table(draws: Draws, log_weight: Tensor | None = None) -> pandas.DataFrame:
+def frame_of(draws: Draws, log_weight: Tensor | None = None) -> pandas.DataFrame:
     r"""Mean, standard deviation and quantiles of every element of the latent and deterministic sites.
 
     .. math:: \bar z = \sum_s \tilde w_s z_s, \qquad q_p = \min \{z_s : \sum_{r: z_r \le z_s} \tilde w_r \ge p\}
@@ -35,7 +35,7 @@ def table(draws: Draws, log_weight: Tensor | None = None) -> pandas.DataFrame:
 
     >>> z = torch.tensor([1.0, 2.0, 4.0])
     >>> draws = Draws({"z": z}, {}, {}, {}, z, z, (), {"z": ()}, frozenset())
-    >>> print(table(draws, torch.tensor([0.25, 0.25, 0.5]).log()).round(2))
+    >>> print(frame_of(draws, torch.tensor([0.25, 0.25, 0.5]).log()).round(2))
        mean   sd   5%  50%  95%
     z  2.75  1.3  1.0  2.0  4.0
     """
@@ -87,7 +87,8 @@ def to_html(title: str, lines: Sequence[str], frame: pandas.DataFrame | None = N
 class Summary(str):
     """The words of a report, with the numbers of the posterior as a frame; notebooks show both.
 
-    :ivar frame: a row for each element of a latent or deterministic site, see :func:`table`; ``None`` without latents.
+    :param text: the words.
+    :param frame: a row for each element of a latent or deterministic site (:func:`frame_of`), or ``None``.
 
     >>> summary = Summary("all is well")
     >>> print(summary), summary.frame is None
@@ -95,7 +96,13 @@ class Summary(str):
     (None, True)
     """
 
-    frame: pandas.DataFrame | None = None
+    frame: pandas.DataFrame | None
+
+    def __new__(cls, text: str, frame: pandas.DataFrame | None = None) -> Summary:
+        """A text with a frame."""
+        self = super().__new__(cls, text)
+        self.frame = frame
+        return self
 
     def _repr_html_(self) -> str:
         title, *lines = self.splitlines() or [""]

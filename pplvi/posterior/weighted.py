@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import take
-from pplvi.posterior.tables import table, to_html
+from pplvi.posterior.tables import frame_of, to_html
 from pplvi.programs.state import random_state
 from pplvi.weights.algebra import effective_sample_size, log_evidence
 from pplvi.weights.pareto import pareto_k_error, pareto_smooth, tail_shortfall
@@ -67,9 +67,9 @@ class WeightedDraws:
         """Mean, sd, 5 %, 50 % and 95 % quantiles of every element of the latent and deterministic sites.
 
         Draws of a guide count by their Pareto-smoothed weights; those of MCMC, and of a guide that holds sites at a
-        point, count alike. See :func:`pplvi.posterior.tables.table`.
+        point, count alike. See :func:`pplvi.posterior.tables.frame_of`.
         """
-        return table(self.draws, self.psis_log_weight if self.has_weights else None)
+        return frame_of(self.draws, self.psis_log_weight if self.has_weights else None)
 
     def _repr_html_(self) -> str:
         verdict = getattr(self, "verdict", None)

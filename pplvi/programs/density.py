@@ -136,9 +136,11 @@ class UnconstrainedDensity:
     def units(self) -> tuple[Tensor, Tensor]:
         """Where zero lies and what one is in each coordinate, ``(dim,)``: 0 and 1 unless they are counted in units."""
         plain = torch.zeros(()), torch.ones(())
-        columns = zip(*(((x.expand(b.shape).reshape(-1)) for x in b.units or plain) for b in self.blocks), strict=True)
-        zero, one = (torch.cat([part.double() for part in column]).to(self.device) for column in columns)
-        return zero, one
+        zero, one = (
+            torch.cat([(b.units or plain)[which].double().expand(b.shape).reshape(-1) for b in self.blocks])
+            for which in range(2)
+        )
+        return zero.to(self.device), one.to(self.device)
 
     @property
     def start(self) -> Tensor:

@@ -96,6 +96,8 @@ def is_enumerated(site: Site) -> bool:
 
 def site_plates(site: Site) -> tuple[Plate, ...]:
     """The vectorised plates around a site, left to right, without the particle plate."""
+    if not site["cond_indep_stack"]:
+        return ()
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
     return tuple(_plate(f, site) for f in sorted(frames, key=lambda f: f.dim))
 

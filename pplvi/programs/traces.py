@@ -222,6 +222,8 @@ class Run:
 
 def _is_scored(site: Site, detached: bool) -> bool:
     pathwise = bool(getattr(site["fn"], "has_rsample", False))
+    if pathwise and not detached:  # most sites: asked of each at every step
+        return False
     if is_factor(site):
         return not pathwise
     return not site["is_observed"] and not is_enumerated(site) and (detached or not pathwise)

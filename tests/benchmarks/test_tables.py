@@ -144,6 +144,36 @@ def nested(run: Command, module: ModuleType) -> None:
     assert all(ratio[name, 0, 64] > ratio[name, 0, 4] for name in ("NVI", "AVO"))
 
 
+def examples(run: Command, module: ModuleType) -> None:
+    """Chains of all kinds, and what their example learns in minibatches, as under Pyro's own loss."""
+    rows = run("--steps 3 --judge 2 --only hmm-1-* hmm-7-* lda")
+    for row in rows:
+        assert not row["failed"]
+        assert row["first"] < 1e-5  # float32: rounding
+        assert row["eager"] == pytest.approx(row["pyro"], rel=1e-4)
+        assert row["trace"] == pytest.approx(row["pyro"], rel=1e-4)
+
+
+def ways(run: Command, module: ModuleType) -> None:
+    """Each way is timed where it is right, and the floor is the arithmetic of the program's density."""
+    options = "--draws 3 --particles 2 --rounds 1 --seconds 0 --problems schools hierarchical --programs"
+    found = run(options, "X @ b", "Gaussian process")
+    product, process = found["loop"]
+    assert product["floor ms"] is None
+    assert all(process[f"{way} ms"] > 0 for way in ("loop", "vmap", "floor"))
+    assert process["vmap gains"] > 0
+    schools, hierarchical = found["broadcast"]
+    assert schools["vmap / broadcast"] > 0
+    assert hierarchical["vmap / broadcast"] is None  # it does not broadcast
+    assert "cannot be run that way" in hierarchical["failed"]
+    x, _, y = module.data()
+    length = torch.tensor([0.5, 2.0])
+    gram = torch.exp(-0.5 * torch.cdist(x, x).square() / length[:, None, None] ** 2) + 0.25 * torch.eye(len(x))
+    exact = torch.distributions.MultivariateNormal(torch.zeros(len(x)), gram).log_prob(y)
+    floor = module.process_floor(x, y, {"length": length}) - len(x) * math.log(2 * math.pi) / 2
+    torch.testing.assert_close(floor, exact, rtol=1e-4, atol=1e-3)
+
+
 def wake_sleep(run: Command, module: ModuleType) -> None:
     options = "--mode trace --seconds 1 --points 3 --draws 50 --hidden 8 --test-images 40"
     rows = run(f"{options} --methods WakeSleep", "RWS mixture")
@@ -185,6 +215,8 @@ CASES = [
     Case("annealing_ring", "log Z (R)", "rows", 2, ring),
     Case("levels", "level by level", "memory", 4, levels),
     Case("nested_gradients", "NVI", "rows", 8, nested),
+    Case("particle_ways", "vmap / broadcast", "loop", 2, ways),
+    Case("pyro_examples", "hmm-7", "rows", 3, examples),
     Case("wake_sleep", "log p", "rows", 2, wake_sleep),
 ]
 

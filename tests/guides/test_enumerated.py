@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pplvi.guides.density import UnconstrainedDensity
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import (
     AutoDelta,
@@ -29,6 +28,7 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 import pplvi
+from pplvi.programs.density import UnconstrainedDensity
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -26,6 +26,7 @@ from pplvi import (
     AutoMixture,
     AutoPathfinder,
     AutoSemiDAIS,
+    AutoStudentMixture,
     Posterior,
     ResidualKernel,
 )
@@ -66,6 +67,7 @@ FOUND = {
     "pathfinder": partial(AutoPathfinder, seed=0),
     "deterministic": partial(AutoDeterministicNormal, seed=0),
     "match": partial(AutoBatchAndMatch, seed=0),
+    "students": partial(AutoStudentMixture, seed=0),
 }
 FLOWS = {
     name: partial(AutoFlow, flow=name, **options)

@@ -271,7 +271,7 @@ def test_dims_name_what_plates_do_not(nested_posterior, names):
         ({"dims": {"b": ["item", "group", "f"]}}, r"dimension 'group' of group 'posterior' has the sizes"),
         ({"draws": "weighted"}, r"draws='weighted'; expected one of \['psis', 'guide'\]"),
         ({"restarts": "some"}, r"restarts='some'; expected one of"),
-        ({"best": 1}, r"best=1; expected one of the 1 restarts"),
+        ({"restarts": 1}, r"restarts=1; expected one of the 1 restarts"),
         ({"losses": torch.zeros(2, 10)}, r"losses has shape \(2, 10\); expected 1 restarts"),
     ],
 )
@@ -376,7 +376,7 @@ def test_factors_and_missing_groups_are_left_out():
         pyro.factor("penalty", -(z**2))
 
     data = to_arviz(Posterior(model, normal_guide(0.0, 0.5), num_draws=100, seed=0), num_prior=10)
-    assert set(data.groups()) == {"posterior", "sample_stats", "prior"}
+    assert set(data.groups()) == {"posterior", "log_prior", "sample_stats", "prior"}
 
 
 def test_enumerated_sites_are_drawn_in_the_prior_only():
@@ -474,7 +474,7 @@ def test_best_restart_alone():
     by_elbo = small(posteriors, draws="guide", restarts="best", losses=losses)
     np.testing.assert_array_equal(by_elbo.posterior.z[0], posteriors[1].draws.latents["z"])
     np.testing.assert_array_equal(by_elbo.optimization.loss, losses[1:2])
-    named = small(posteriors, draws="guide", restarts="best", best=2)
+    named = small(posteriors, draws="guide", restarts=2)
     np.testing.assert_array_equal(named.posterior.z[0], posteriors[2].draws.latents["z"])
 
 
@@ -571,7 +571,7 @@ def test_netcdf_keeps_everything(tmp_path, nested_posterior):
     data.to_netcdf(str(tmp_path / "fit.nc"), engine="h5netcdf")
     again = az.from_netcdf(str(tmp_path / "fit.nc"), engine="h5netcdf")
     assert set(again.groups()) == set(data.groups()) == {
-        "posterior", "posterior_predictive", "log_likelihood", "sample_stats", "prior", "prior_predictive",
+        "posterior", "posterior_predictive", "log_likelihood", "log_prior", "sample_stats", "prior", "prior_predictive",
         "observed_data", "constant_data", "optimization",
     }  # fmt: skip
     for group in data.groups():

@@ -2,6 +2,8 @@
 
 import math
 import random
+from functools import partial
+from itertools import product as product_of
 
 import numpy as np
 import pyro
@@ -15,6 +17,7 @@ from pyro.nn import PyroModule, PyroSample
 
 import pplvi
 from pplvi.programs.density import UnconstrainedDensity
+from pplvi.programs.dreams import dream, prior_run
 from pplvi.programs.joint import execute
 from pplvi.programs.memo import recall
 from pplvi.programs.unguided import run_model
@@ -136,20 +139,33 @@ def test_densities_are_those_of_each_particle_alone(name):
         assert found_way(model, guide, args).word == word
 
 
+ESTIMATORS = (None, "reparam", "score", "vimco", "stl", "dreg")
+BOUNDS = {
+    "ELBO": (partial(pplvi.ELBO, 4), ESTIMATORS[:-1]),
+    "exact entropy": (partial(pplvi.ELBO, 4, "exact"), ESTIMATORS[:-2]),
+    "divergence": (partial(pplvi.ELBO, 4, "kl"), ESTIMATORS[:-2]),
+    "importance weighted": (partial(pplvi.ImportanceWeightedELBO, 4), ESTIMATORS),
+    "Renyi": (partial(pplvi.RenyiELBO, 0.5, 4), ESTIMATORS),
+    "chi": (partial(pplvi.ChiELBO, 4), ESTIMATORS),
+}
+OTHERS = {
+    "thermodynamic": partial(pplvi.ThermodynamicELBO, 4),
+    "forward KL": partial(pplvi.ForwardKL, 4),
+    "wake-sleep": partial(pplvi.WakeSleep, 4, 1),
+    "reweighted": partial(pplvi.ReweightedWakeSleep, 4),
+    "reweighted, half asleep": partial(pplvi.ReweightedWakeSleep, 4, 0.5, 1),
+    "reweighted, mixed": partial(pplvi.ReweightedWakeSleep, 4, mixture=0.3),
+    "nested": partial(pplvi.NestedELBO, "reverse_kl", 4),
+    "nested, forward": partial(pplvi.NestedELBO, "forward_kl", 4),
+    "a sum": lambda **way: pplvi.ELBO(4, **way) + 0.5 * pplvi.ForwardKL(4, **way),
+}
 LOSSES = {
-    "ELBO": lambda **way: pplvi.ELBO(4, **way),
-    "exact entropy": lambda **way: pplvi.ELBO(4, "exact", **way),
-    "divergence": lambda **way: pplvi.ELBO(4, "kl", **way),
-    "score": lambda **way: pplvi.ELBO(4, estimator="score", **way),
-    "VIMCO": lambda **way: pplvi.ELBO(4, estimator="vimco", **way),
-    "sticking the landing": lambda **way: pplvi.ELBO(4, estimator="stl", **way),
-    "importance weighted": lambda **way: pplvi.ImportanceWeightedELBO(4, **way),
-    "importance weighted, score": lambda **way: pplvi.ImportanceWeightedELBO(4, estimator="score", **way),
-    "importance weighted, VIMCO": lambda **way: pplvi.ImportanceWeightedELBO(4, estimator="vimco", **way),
-    "doubly reparameterised": lambda **way: pplvi.ImportanceWeightedELBO(4, estimator="dreg", **way),
-    "Renyi": lambda **way: pplvi.RenyiELBO(0.5, 4, **way),
-    "chi": lambda **way: pplvi.ChiELBO(4, **way),
-    "forward KL": lambda **way: pplvi.ForwardKL(4, **way),
+    **{
+        f"{name}, {estimator}": partial(make, estimator=estimator)
+        for name, (make, estimators) in BOUNDS.items()
+        for estimator in estimators
+    },
+    **OTHERS,
 }
 
 
@@ -162,7 +178,7 @@ def local_model(x, y):
     width = pyro.param("width", torch.tensor(0.7))
     with pyro.plate("data", 3):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(z, width), obs=y[:3])
+        pyro.sample("y", dist.Normal(z, width), obs=y)
 
 
 def local_guide(x, y):
@@ -171,17 +187,45 @@ def local_guide(x, y):
         pyro.sample("z", dist.Normal(loc, 0.4))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("pair", [(broadcasting, global_guide), (local_model, local_guide)], ids=["global", "local"])
-def test_losses_and_gradients_of_the_ways_are_equal(name, pair):
-    """So few numbers are drawn one by one, so that every way has the same noise after the same seed."""
+def discrete_model(x, y):
+    levels = pyro.param("levels", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("data", 3):
+        z = pyro.sample("z", dist.Bernoulli(0.4))
+        pyro.sample("y", dist.Normal(levels[0] + (levels[1] - levels[0]) * z, 0.5), obs=y)
+
+
+def discrete_guide(x, y):
+    logits = pyro.param("logits", 0.1 * torch.arange(3.0))
+    with pyro.plate("data", 3):
+        pyro.sample("z", dist.Bernoulli(logits=logits))
+
+
+PAIRS = {
+    "global": (broadcasting, global_guide),
+    "local": (local_model, local_guide),
+    "discrete": (discrete_model, discrete_guide),
+}
+OF_DRAWS = [f"{name}, {word}" for name in BOUNDS for word in (None, "score", "vimco") if name != "exact entropy"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "name"),
+    [
+        *product_of(("global", "local"), LOSSES),
+        *product_of(("discrete",), [*OF_DRAWS, *sorted(OTHERS.keys() - {"nested"})]),
+    ],
+)
+def test_losses_and_gradients_of_the_ways_are_equal(pair, name):
+    """So few numbers are drawn one by one, so that every way has the same noise after the same seed; of several dreams
+    it would be in another order, latents and data in turn."""
     found = {}
+    args = X[:3], Y[:3]
     for way in ("broadcast", "vmap", "loop"):
         pyro.clear_param_store()
         loss = LOSSES[name](vectorize_particles=way)
-        loss.loss(*pair, X, Y)
+        loss.loss(*PAIRS[pair], *args)
         pyro.set_rng_seed(3)
-        value = loss.loss_and_grads(*pair, X, Y)
+        value = loss.loss_and_grads(*PAIRS[pair], *args)
         leaves = pyro.get_param_store()._params
         found[way] = value, {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
     for way in ("vmap", "loop"):
@@ -190,6 +234,60 @@ def test_losses_and_gradients_of_the_ways_are_equal(name, pair):
         for key, gradient in found["broadcast"][1].items():
             assert gradient.abs().sum() > 0
             assert torch.allclose(found[way][1][key], gradient, atol=1e-10), (way, key)
+
+
+def taking_the_first(x, y):
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    s = pyro.sample("s", dist.Normal(z[0], 1e-3))
+    pyro.sample("y", dist.Normal(s, 1e-3), obs=y)
+
+
+def guide_of_the_first(x, y):
+    pyro.sample("z", dist.Normal(pyro.param("w", torch.zeros(2)), 1.0).to_event(1))
+    pyro.sample("s", dist.Normal(0.5 * y, 0.5))
+
+
+@pytest.mark.parametrize("way", [None, "vmap", "loop"])
+def test_dreams_and_draws_of_the_prior_are_each_particles_own(way):
+    """Two particles of a vector of two: broadcasting would take the first particle for the first element, unseen."""
+    args = X, Y[0]
+    runs, log_forward = dream(taking_the_first, guide_of_the_first, args, {}, 2)
+    nodes = [run.model.nodes for run in runs]
+    z, s, y = (torch.cat([node[name]["value"].reshape(-1, *shape) for node in nodes]) for name, shape in SHAPES.items())
+    assert len(torch.unique(z)) == 4
+    assert torch.allclose(s, z[:, 0], atol=1e-2)
+    assert torch.allclose(y, s, atol=1e-2)
+    exact = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + dist.Normal(0.5 * y, 0.5).log_prob(s)
+    assert torch.allclose(log_forward, exact, atol=1e-10)
+    prior = prior_run(taking_the_first, guide_of_the_first, args, {}, 2, {}, way)
+    z, s = (prior.model.nodes[name]["value"].reshape(2, *SHAPES[name]) for name in "zs")
+    assert torch.allclose(s, z[:, 0], atol=1e-2)
+
+
+SHAPES = {"z": (2,), "s": (), "y": ()}
+
+
+def test_a_way_that_is_named_and_not_right_is_refused():
+    for loss in (
+        pplvi.ELBO(2, vectorize_particles="broadcast"),
+        pplvi.WakeSleep(2, vectorize_particles="broadcast"),
+        pplvi.ReweightedWakeSleep(2, mixture=0.3, vectorize_particles="broadcast"),
+    ):
+        with pytest.raises(ValueError, match="cannot be run that way"):
+            loss.loss(taking_the_first, guide_of_the_first, X, Y[0])
+
+
+def test_a_seed_and_a_way_give_one_run():
+    options = {"args": (X, Y), "num_steps": 4, "seed": 5, "progress": False}
+    for way in ("broadcast", "vmap", "loop"):
+        objective = pplvi.ImportanceWeightedELBO(3, vectorize_particles=way)
+        runs = [pplvi.fit(broadcasting, AutoNormal, objective=objective, **options) for _ in range(2)]
+        assert (runs[0].losses == runs[1].losses).all()
+        draws = [
+            pplvi.Posterior(broadcasting, fit.guide, (X, Y), num_draws=20, seed=1, vectorize=way).draws.latents["b"]
+            for fit in runs
+        ]
+        assert torch.equal(*draws)
 
 
 def test_posteriors_of_the_ways_are_equal():

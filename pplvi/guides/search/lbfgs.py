@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 EPSILON = torch.finfo(torch.float64).eps
+FURTHEST = 1e20  # beyond are only densities that rise for ever; theirs are no numbers to compute with
 LINE_SEARCH_STEPS = 25
 ARMIJO, WOLFE = 1e-4, 0.9
 _VISIBLE = 100.0  # rounding errors of the function
@@ -203,7 +204,7 @@ def _line_search(start: Point, direction: Tensor, step: float) -> Generator[Tens
     low, high = _Trial(0.0, start.value, slope), _Trial(math.inf, math.nan, math.nan)
     for _ in range(LINE_SEARCH_STEPS):
         position = start.position + step * direction
-        if not bool(position.isfinite().all()):
+        if not bool((position.abs() < FURTHEST).all()):
             return None
         point = yield position
         trial = _Trial(step, point.value, float(direction @ point.gradient)) if point.is_finite else None

@@ -12,6 +12,8 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.explore import check_proper
+from pplvi.guides.search.gaussians import full_gaussian
 from pplvi.guides.search.pathfinder import check_counts
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
@@ -100,7 +102,9 @@ class AutoStudentMixture(FoundGuide):
                 f"{MOST_DIMENSIONS}, as it needs second derivatives and full covariances. Use AutoBatchAndMatch or "
                 "AutoFlow."
             )
-        return _adapted(density, self._modes(density), self._num_components)
+        start = self._modes(density)
+        _check_proper(density, start)
+        return _adapted(density, start, self._num_components)
 
     def _modes(self, density: UnconstrainedDensity) -> Students:
         call = self._target, density.args, density.kwargs
@@ -169,6 +173,18 @@ class StudentMixture(TorchDistribution):
             self._validate_sample(value)
         density = self.parts.log_prob(value.reshape(-1, value.shape[-1])).reshape(value.shape[:-1])
         return density.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+
+
+def _check_proper(density: UnconstrainedDensity, start: Students) -> None:
+    """Refuse a density that does not fall off around the first components.
+
+    :raises ValueError: with the site in whose direction it does not.
+    """
+    with torch.no_grad():
+        peak = float(density(start.loc.to(density.dtype)).double().nan_to_num(-math.inf).max())
+    for loc, tril in zip(start.loc, start.tril, strict=True):
+        if (gaussian := full_gaussian(loc, tril @ tril.mT)) is not None:
+            check_proper(density, gaussian, None, peak)
 
 
 def _spread(points: Tensor) -> Students:

@@ -18,11 +18,14 @@ from torch import Tensor
 from pplvi.posterior.arviz.groups import (
     Dims,
     DrawsKind,
+    NewInputs,
     base_groups,
     chains_of,
     diagnostics,
     divergent_transitions,
+    new_groups,
     predictive_groups,
+    prior_densities,
     prior_groups,
     summary,
 )
@@ -35,7 +38,7 @@ from pplvi.programs.state import random_state
 if TYPE_CHECKING:
     import arviz
 
-RestartsKind = Literal["all", "best"]
+RestartsKind = Literal["all", "best"] | int
 
 
 @explained()
@@ -44,11 +47,11 @@ def to_arviz(
     *,
     draws: DrawsKind = "psis",
     restarts: RestartsKind = "all",
-    best: int | None = None,
     coords: Mapping[str, Labels] | None = None,
     dims: Dims | None = None,
     num_prior: int = 500,
     posterior_predictive: bool = True,
+    predictions: NewInputs | None = None,
     losses: Tensor | np.ndarray | None = None,
     attrs: Mapping[str, Any] | None = None,
     seed: int | None = None,
@@ -68,6 +71,10 @@ def to_arviz(
     posterior                     latent and deterministic sites, in constrained space
     posterior_predictive          observed sites, drawn anew given the same draw of ``posterior``
     prior, prior_predictive       the same sites, drawn from the model; one chain
+    log_prior                     each latent site, one number (nats) for each element of its plates: what ``az.psens``
+                                  scales; not for models with enumerated sites
+    predictions,                  observed sites, drawn for new inputs given the same draw of ``posterior``, and these
+    predictions_constant_data     inputs
     log_likelihood                each observed site, one number (nats) for each element of its plates
     sample_stats                  ``log_p``, ``log_q``, ``log_weight``, ``psis_log_weight`` (nats), each of them
                                   ``(chain, draw, *batch)``; ``source_draw``, the guide's draw that was taken;
@@ -93,12 +100,13 @@ def to_arviz(
     :param source: the posterior; several of them, one for each restart, of the same model, data and number of draws; or
         a finished ``pyro.infer.MCMC``.
     :param draws: ``"psis"`` or ``"guide"``. MCMC draws are equally weighted and exported as they are in any case.
-    :param restarts: ``"all"``, a chain each, or ``"best"`` alone.
-    :param best: which restart is the best: the one of the largest ELBO unless given. The prior is that of its model.
+    :param restarts: ``"all"``, a chain each, ``"best"``, that of the largest ELBO alone, or the index of one. The prior
+        is that of the model of the best, or of this one.
     :param coords: labels of dimensions, ``{"school": ["A", "B"]}``; a dimension without labels counts from 0.
     :param dims: names of all dimensions of a variable but chain and draw, or of those that follow its plates.
     :param num_prior: number of draws from the prior; 0 leaves the two groups out.
-    :param posterior_predictive: whether to draw predictions.
+    :param posterior_predictive: whether to draw predictions of the data.
+    :param predictions: new inputs to predict for, ``(x_new,)`` or keyword arguments by name.
     :param losses: the objective at each step, ``(restarts, num_steps)``, in nats.
     :param attrs: attributes to add, such as the objective and the seed.
     :param seed: makes the export reproducible and leaves the global random state as it was.
@@ -123,19 +131,21 @@ def to_arviz(
     >>> data.log_likelihood.y.dims, round(float(data.posterior.z.mean()), 1)  # exact: 1
     (('chain', 'draw', 'school'), 1.0)
     """
-    _check_choices(draws=draws, restarts=restarts)
+    _check_choices(draws=draws, restarts=restarts if isinstance(restarts, str) else "all")
     _check_mappings(coords=coords, dims=dims)
     dims, posteriors = dims or {}, _posteriors(source, args)
     traces = _traces(losses, len(posteriors))
-    chosen = _best(posteriors, best)
-    if restarts == "best":
+    chosen = _chosen(posteriors, restarts)
+    if restarts != "all":
         posteriors, traces, chosen = [posteriors[chosen]], traces[chosen : chosen + 1], 0
     _check_restarts(posteriors)
     with torch.no_grad(), random_state(seed):
         chains = [chain for posterior in posteriors for chain in chains_of(posterior, draws)]
-        groups = base_groups(chains, dims)
+        groups = base_groups(chains, dims) | prior_densities(chains, dims)
         if posterior_predictive:
             groups |= predictive_groups(chains, dims)
+        if predictions is not None:
+            groups |= new_groups(chains, predictions, dims)
         if num_prior:
             groups |= prior_groups(posteriors[chosen], num_prior, dims)
     groups["sample_stats"] |= diagnostics(posteriors) | divergent_transitions(posteriors)
@@ -153,9 +163,9 @@ def to_arviz(
 
 
 def _check_choices(**choices: str) -> None:
-    for (name, value), kinds in zip(choices.items(), (DrawsKind, RestartsKind), strict=True):
-        if value not in get_args(kinds):
-            raise ValueError(f"{name}={value!r}; expected one of {list(get_args(kinds))}.")
+    for (name, value), kinds in zip(choices.items(), (get_args(DrawsKind), ("all", "best")), strict=True):
+        if value not in kinds:
+            raise ValueError(f"{name}={value!r}; expected one of {list(kinds)}.")
 
 
 def _check_mappings(**given: Any) -> None:
@@ -196,13 +206,13 @@ def _traces(losses: Any, restarts: int) -> np.ndarray:
     return traces
 
 
-def _best(posteriors: Sequence[Posterior], best: int | None) -> int:
+def _chosen(posteriors: Sequence[Posterior], restarts: RestartsKind) -> int:
     """The given one, or the largest ELBO; for point estimates and MCMC, which have none, the largest joint density."""
-    if best is None:
+    if isinstance(restarts, str):
         return int(np.argmax([(p.elbo if p.has_weights else p.expected_log_prob).value for p in posteriors]))
-    if not 0 <= best < len(posteriors):
-        raise ValueError(f"best={best}; expected one of the {len(posteriors)} restarts, counted from 0.")
-    return best
+    if not 0 <= restarts < len(posteriors):
+        raise ValueError(f"restarts={restarts}; expected one of the {len(posteriors)} restarts, counted from 0.")
+    return restarts
 
 
 def _check_restarts(posteriors: Sequence[Posterior]) -> None:

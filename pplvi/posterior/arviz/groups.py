@@ -18,14 +18,17 @@ from pyro.infer import MCMC
 from torch import Tensor
 
 from pplvi.posterior.arviz.schema import SAMPLE, Group, Groups, Names, equal, stack_chains, to_numpy
-from pplvi.posterior.draws import Draws, predict, score
+from pplvi.posterior.draws import Draws, log_prior, predict, score
 from pplvi.posterior.gather import align
-from pplvi.posterior.posterior import Posterior, name_of
+from pplvi.posterior.posterior import Posterior, name_of, observed_as_before, told_how_to_predict
+from pplvi.programs.calls import checked_call
+from pplvi.programs.inputs import to_inputs
 from pplvi.programs.sites import Plate
 from pplvi.weights.resampling import resample
 
 DrawsKind = Literal["psis", "guide"]
 Dims = Mapping[str, Sequence[str]]
+NewInputs = tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,39 @@ def predictive_groups(chains: Sequence[Chain], dims: Dims) -> Groups:
     return {"posterior_predictive": stack_chains([draws.observed for draws in drawn], Names(drawn[0].plates, dims))}
 
 
+def prior_densities(chains: Sequence[Chain], dims: Dims) -> Groups:
+    """The log density of each latent site at the draws of the posterior; nothing where sites are enumerated."""
+    found = []
+    for chain in chains:
+        source, draws = chain.posterior, chain.draws
+        options: dict[str, Any] = {"num_draws": draws.num_draws, "vectorize": source.vectorize}
+        found.append(log_prior(source.model, draws.latents, source.args, source.kwargs, **options))
+    first = chains[0].draws
+    like = {name: value[0] for name, value in first.latents.items()}
+    return {"log_prior": stack_chains(found, Names(first.plates, dims), like=like)} if found[0] else {}
+
+
+def new_groups(chains: Sequence[Chain], inputs: NewInputs, dims: Dims) -> Groups:
+    """Observed sites drawn for new inputs, one for each draw of the posterior, and these inputs.
+
+    :raises ValueError: if a latent site has another shape for them than it had in the fit.
+    """
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    first = chains[0].posterior
+    call = to_inputs(first.model, *checked_call(args, kwargs, "to_arviz(posterior, predictions=(x_new,))"))
+    drawn = []
+    for chain in chains:
+        source, size = chain.posterior, chain.draws.num_draws
+        with told_how_to_predict():
+            found = predict(source.model, chain.draws.latents, *call, num_draws=size, vectorize=source.vectorize)
+        drawn.append(observed_as_before(found, source.draws))
+    names = Names(drawn[0].plates, dims)
+    return {
+        "predictions": stack_chains([draws.observed for draws in drawn], names),
+        "predictions_constant_data": _constants(first, *call, {}, names),
+    }
+
+
 def prior_groups(posterior: Posterior, num_draws: int, dims: Dims) -> Groups:
     """The sites of the model drawn without the data.
 
@@ -144,9 +180,15 @@ def prior_groups(posterior: Posterior, num_draws: int, dims: Dims) -> Groups:
 
 
 def _constant_data(posterior: Posterior, names: Names) -> Group:
+    return _constants(posterior, posterior.args, posterior.kwargs, posterior.draws.observed, names)
+
+
+def _constants(
+    posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapping[str, Tensor], names: Names
+) -> Group:
     """Array arguments of the model, by the names in its signature, without the observed values among them."""
-    observed = [to_numpy(value).squeeze() for value in posterior.draws.observed.values()]
-    found = dict(_arguments(posterior.model, posterior.args, posterior.kwargs))
+    observed = [to_numpy(value).squeeze() for value in values.values()]
+    found = dict(_arguments(posterior.model, args, kwargs))
     kept = {n: v for n, v in found.items() if not any(equal(v.squeeze(), data) for data in observed)}
     group = {name: (names.of(name, value.shape), value) for name, value in kept.items()}
     taken = {dim for dims, _ in group.values() for dim in dims}

@@ -190,18 +190,25 @@ def _sizes_of(name: str, group: Group) -> dict[str, int]:
 
 
 def _labels(groups: Groups, coords: Mapping[str, Labels]) -> dict[tuple[str, int], np.ndarray]:
+    """Labels of each dimension and size; predictions for new inputs may have another size, which counts from 0."""
     sizes = _sizes(groups)
+    fitted = _sizes({name: group for name, group in groups.items() if not name.startswith("predictions")})
     known = sorted({dim for dim, _ in sizes} - set(SAMPLE))
     for dim, labels in coords.items():
         if dim not in known:
             raise ValueError(f"coords names the dimension {dim!r}; expected one of {known}. Correct its name.")
-        expected = sorted(size for name, size in sizes if name == dim)
+        expected = sorted(size for name, size in fitted or sizes if name == dim)
+        if not expected:
+            expected = sorted(size for name, size in sizes if name == dim)
         if expected != [len(labels)]:
             raise ValueError(
                 f"coords[{dim!r}] has {len(labels)} labels; dimension {dim!r} has size "
                 f"{' and '.join(map(str, expected))}. Give one label to each of its elements."
             )
-    return {(dim, size): np.asarray(coords[dim] if dim in coords else np.arange(size)) for dim, size in sizes}
+    return {
+        (dim, size): np.asarray(coords[dim] if dim in coords and len(coords[dim]) == size else np.arange(size))
+        for dim, size in sizes
+    }
 
 
 def attributes(attrs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""What one run of a model and a guide tells of draws of them: whether they vary, and what they take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pplvi.posterior.draws import Draws
+from pplvi.programs.sites import Site, is_delta, latent_sites, sample_sites
+from pplvi.programs.state import fingerprint
+from pplvi.programs.traces import Run
+
+_BYTES = 100 * 2**20  # of values and densities that one call makes
+
+
+def is_at_a_point(run: Run) -> bool:
+    """Whether all draws of a guide are one and the same, so that one run says it all."""
+    random = (site for site in latent_sites(run.guide).values() if not is_delta(site))
+    return next(random, None) is None and not run.subsampled and run.scale == 1.0
+
+
+@dataclass(frozen=True)
+class MoreDraws:
+    """What more draws of a guide take: a mark of its parameters, a seed, a size of chunks, bytes and seconds."""
+
+    mark: str
+    seed: int
+    chunk: int | None
+    bytes: int
+    seconds: float
+
+
+def mark_of(run: Run) -> str:
+    """What a run that drew from a fixed seed looked like: another one if a parameter has changed."""
+    return fingerprint({name: site["value"] for name, site in sample_sites(run.guide)})
+
+
+def fitting(run: Run) -> int | None:
+    """How many draws one call may have; ``None`` where draws of several calls would belong to different data."""
+    return None if run.subsampled or run.scale != 1.0 else max(1, _BYTES // max(1, bytes_of(run)))
+
+
+def bytes_of(run: Run) -> int:
+    """What one draw takes."""
+    return sum(_size(site) for trace in (run.model, run.guide) for _, site in sample_sites(trace))
+
+
+def _size(site: Site) -> int:
+    """Bytes of a draw of a site: its value, or the mean and such of an observed one, and its density."""
+    value = site["value"]
+    if not isinstance(value, Tensor):
+        return 0
+    events = math.prod(site["fn"].event_shape)
+    return int(value.element_size() * (value.numel() + value.numel() // max(1, events)))
+
+
+def point_sites(draws: Draws, run: Run) -> frozenset[str]:
+    """Latent sites that the guide holds at a point: ``Delta`` there, and the same in every draw."""
+    if not draws.random:
+        return frozenset(draws.latents)
+    same = {name for name, value in draws.latents.items() if bool((value == value[:1]).all())}
+    if not same or draws.num_draws == 1:
+        return frozenset()
+    held = {name for name, site in latent_sites(run.guide).items() if name in same and is_delta(site)}
+    return frozenset(name for name in held if name not in run.model.nodes or not _is_constant(run.model.nodes[name]))
+
+
+def _is_constant(site: Any) -> bool:
+    """Whether a latent has one value only, such as the probability of a single class: any guide is exact there."""
+    try:
+        free = biject_to(site["fn"].support).inverse_shape(site["value"].shape)
+    except NotImplementedError:
+        return False
+    return math.prod(free) == 0 < site["value"].numel()
+
+
+def chunks_of(total: int, chunk_size: int | None, most: int | None) -> list[tuple[int, int]]:
+    """First and last of the draws of each call.
+
+    :param chunk_size: what the user wants a call to have.
+    :param most: what fits into memory, if that is known.
+    :raises ValueError: for less than one draw.
+
+    >>> chunks_of(5, 2, None)
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    if total < 1 or (chunk_size is not None and chunk_size < 1):
+        raise ValueError(f"got num_draws={total} and chunk_size={chunk_size}; expected at least 1 of each.")
+    size = chunk_size or most or total
+    return [(start, min(start + size, total)) for start in range(0, total, size)]
