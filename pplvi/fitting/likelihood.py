@@ -38,11 +38,9 @@ def maximise_likelihood(
     resume: PathLike | None,
 ) -> Fit:
     """Run EM from one or several starts, as :func:`pplvi.fit` trains guides."""
-    with scratch(), environment.active():
-        model = summing(model, *environment.move(call))
     file, steps = Checkpoint.of(checkpoint), num_steps or ITERATIONS
     settings: Mapping[str, Any] = {"guide": repr(algorithm), "seed": str(seed), "data": fingerprint(call)}
-    recipe = Recipe(model, SummedLatents, True, restarts > 1, environment)
+    recipe = recipe_of_likelihood(model, call, restarts, environment)
     plan = TrainingPlan(
         recipe,
         ELBO(),
@@ -66,6 +64,13 @@ def maximise_likelihood(
     found.objective = algorithm
     found.notes = _notes(runs[best].guide)
     return found
+
+
+def recipe_of_likelihood(model: Program, call: Call, restarts: int, environment: Environment) -> Recipe:
+    """How the programs of the restarts are made: all discrete latents of the model are summed over."""
+    with scratch(), environment.active():
+        model = summing(model, *environment.move(call))
+    return Recipe(model, SummedLatents, True, restarts > 1, environment)
 
 
 def _notes(guide: Any) -> dict[str, str]:

@@ -53,6 +53,8 @@ class SearchedStart(Start):
             return True
         if run.step or not (self.init or self.searches(run.guide)):
             return False
+        if isinstance(run.guide, Search) and run.guide.takes_minibatches and not isinstance(trainer.batches, FullData):
+            return False
         start = time.perf_counter()
         call = trainer.call = _full_call(trainer, self.init)
         done = self._search(trainer, call)

@@ -377,6 +377,17 @@ def test_resuming_goes_on_to_the_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(resumed.losses, whole.losses)
 
 
+def test_a_fit_comes_back_from_a_file(tmp_path: Path) -> None:
+    x = torch.tensor([[1.0, 1, 1, 1, 0], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    fit = maximum_likelihood(Coins(), x, restarts=2)
+    fit.save(tmp_path / "em.pplvi")
+    again = pplvi.load(tmp_path / "em.pplvi", model := Coins(), ExpectationMaximization())
+    np.testing.assert_array_equal(again.losses, fit.losses)
+    assert again.summary() == fit.summary()
+    torch.testing.assert_close(again.guide.marginals(x)["z"], fit.guide.marginals(x)["z"])
+    torch.testing.assert_close(model.p.detach(), fit.params[fit.best]["p"])
+
+
 def test_callbacks_see_every_iteration() -> None:
     seen: list[float] = []
 
@@ -400,9 +411,16 @@ def without_parameters(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=x)
 
 
+def subsampled(x: Tensor) -> None:
+    mu = pyro.param("mu", torch.tensor([0.0, 1.0]))
+    with pyro.plate("data", len(x), subsample_size=3) as index:
+        pyro.sample("x", dist.Normal(mu[pyro.sample("z", dist.Bernoulli(0.5)).long()], 1.0), obs=x[index])
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
+        (subsampled, {}, r"plates \['data'\] are subsampled"),
         (continuous, {}, r"latent sites \['z'\] do not have a finite number of values"),
         (without_parameters, {}, "no parameters"),
         (bounded, {"data": [COUNTS]}, r"has no use for \['data'\]"),
