@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pplvi.fitting.options import Checkpoint
 from pplvi.fitting.result import Fit
@@ -44,7 +44,7 @@ def maximise_likelihood(
     plan = TrainingPlan(
         recipe,
         ELBO(),
-        steps=EMSteps(algorithm),
+        steps=EMSteps(algorithm, restarts > 1),
         batches=FullData(*call),
         watch=Watch(steps, callbacks=tuple(callbacks), save_every=Checkpoint.every if file is None else file.every),
         restarts=restarts,
@@ -55,14 +55,14 @@ def maximise_likelihood(
         settings=settings,
     )
     runs = train_restarts(plan)
-    best = best_of(runs, True)
+    best = best_of(_with_a_maximum(runs), True)
     recipe.adopt(runs[best])
     publish(runs[best])
     found = Fit(
         runs, best, guide_name="ExpectationMaximization", args=call[0], kwargs=call[1], seed=seed, is_bound=True
     )
     found.objective = algorithm
-    found.notes = _notes(runs[best].guide)
+    found.notes = _notes(runs, best)
     return found
 
 
@@ -73,6 +73,22 @@ def recipe_of_likelihood(model: Program, call: Call, restarts: int, environment:
     return Recipe(model, SummedLatents, True, restarts > 1, environment)
 
 
-def _notes(guide: Any) -> dict[str, str]:
+def _with_a_maximum(runs: Sequence[Restart]) -> list[Restart]:
+    found = [run for run in runs if not _collapsed(run)]
+    if not found:
+        raise ValueError(f"every restart: {_collapsed(runs[0])}")
+    return found
+
+
+def _collapsed(run: Restart) -> str:
+    why: str = cast(SummedLatents, run.guide).collapsed
+    return why
+
+
+def _notes(runs: Sequence[Restart], best: int) -> dict[str, str]:
+    guide = cast(SummedLatents, runs[best].guide)
     parts = {"closed form": guide.closed, "L-BFGS": guide.searched}
-    return {"M-step": "; ".join(f"{how} for {', '.join(names)}" for how, names in parts.items() if names)}
+    notes = {"M-step": "; ".join(f"{how} for {', '.join(names)}" for how, names in parts.items() if names)}
+    if lost := [str(run.index) for run in runs if _collapsed(run)]:
+        notes["collapsed"] = f"restarts {', '.join(lost)}, where a component closed in on a datum: not counted"
+    return notes

@@ -239,6 +239,25 @@ def test_constraints_without_a_closed_form_are_kept() -> None:
         maximum_likelihood(case("normal")[0], torch.tensor([0.0, 0.0, 0.0, 5.0, 6.0, 7.0]))
 
 
+def test_restarts_that_collapse_are_left_out() -> None:
+    def three(x: Tensor) -> None:
+        w = pyro.param("w", torch.ones(3) / 3, constraint=Q)
+        mu, sd = pyro.param("m", torch.zeros(3)), pyro.param("s", torch.ones(3), constraint=POSITIVE)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Normal(mu[z], sd[z]), obs=x)
+
+    x = torch.tensor([0.0, 0.1, 0.2, 0.3, 3.4, 3.6, 9.0])
+    algorithm = ExpectationMaximization(start="random")
+    fit = maximum_likelihood(three, x, algorithm=algorithm, restarts=8)
+    lost = [run.index for run in fit.runs if run.guide.collapsed]
+    assert 0 < len(lost) < 8
+    assert fit.best not in lost
+    assert f"restarts {', '.join(map(str, lost))}, where a component" in " ".join(fit.summary().split())
+    with pytest.raises(ValueError, match="every restart: the likelihood has no maximum"):
+        maximum_likelihood(three, torch.tensor([0.0, 0.0, 5.0, 5.0, 9.0, 9.0]), restarts=2)
+
+
 @pytest.mark.parametrize("name", ["regressions", "one mean"])
 def test_searched_parameters_end_where_the_likelihood_is_flat(name: str) -> None:
     x = torch.stack([torch.ones(40), torch.randn(40, generator=G)], -1)
