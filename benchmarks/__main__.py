@@ -28,6 +28,7 @@ NAMES = (
     "annealing_ring",
     "bars_and_stripes",
     "boltzmann",
+    "conjugate",
     "deep_boltzmann",
     "deep_boltzmann_large",
     "gradients",
