@@ -40,6 +40,7 @@ NAMES = (
     "posteriors",
     "pyro_examples",
     "restricted_boltzmann",
+    "sparse_coding",
     "speed",
     "wake_sleep",
 )

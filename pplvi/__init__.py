@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from pplvi.samplers import GeometricPath as GeometricPath
     from pplvi.samplers import ProgramPath as ProgramPath
     from pplvi.samplers import StateSpace as StateSpace
+    from pplvi.samplers import TemperedSMC as TemperedSMC
     from pplvi.training import ExpectationMaximization as ExpectationMaximization
     from pplvi.training import PerProgram as PerProgram
     from pplvi.weights import Resampling as Resampling
@@ -168,6 +169,7 @@ _HOMES = {
     "GeometricPath": "samplers",
     "ProgramPath": "samplers",
     "StateSpace": "samplers",
+    "TemperedSMC": "samplers",
     "ExpectationMaximization": "training",
     "PerProgram": "training",
     "Resampling": "weights",

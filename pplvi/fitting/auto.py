@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,8 +12,10 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pplvi.fitting.flow_recipe import flow_recipe
+from pplvi.fitting.clock import cpu_seconds
+from pplvi.fitting.recipes import flow_recipe
 from pplvi.fitting.result import Fit
+from pplvi.fitting.smc import is_gaussian
 from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.deterministic import AutoDeterministicNormal
@@ -41,12 +42,16 @@ FitArguments = Callable[[int], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Rung:
-    """A family of guides: its name, what makes it, and, if trained, arguments of ``fit`` for a number of steps."""
+    """A family of guides: its name, what makes it, and, if trained, arguments of ``fit`` for a number of steps.
+
+    :ivar most: unconstrained dimensions beyond which its parameters times draws are more than memory and time allow.
+    """
 
     name: str
     guide: Any
     recipe: FitArguments | None = None
     steps: int = 2000
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,15 @@ class Attempt:
     verdict: Verdict | None = None
 
     def __str__(self) -> str:
-        word = "" if self.verdict is None else f"{self.verdict.word}, "
-        outcome = self.failure or f"{word}k-hat {self.pareto_k:.2f}"
+        word = [] if self.verdict is None else [self.verdict.word]
+        sampled = self.fit is not None and self.fit.islands is not None
+        outcome = self.failure or ", ".join(word if sampled else [*word, f"k-hat {self.pareto_k:.2f}"])
         return f"{self.title}: {outcome} ({self.seconds:.1f} s)"
 
     @property
     def title(self) -> str:
         """The family and, if it is not as written, the form of the model."""
-        return self.name if self.form == _WRITTEN else f"{self.name}, {self.form}"
+        return self.name if self.form == WRITTEN else f"{self.name}, {self.form}"
 
     @property
     def rank(self) -> int:
@@ -110,21 +116,23 @@ def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
     return {"objective": ELBO(16, estimator="stl"), "init": "pathfinder", "num_steps": num_steps}
 
 
-_WRITTEN = "as written"
+WRITTEN = "as written"
 _FOUND = (
     Rung("AutoPathfinder", AutoPathfinder),
     Rung("AutoStudentMixture", AutoStudentMixture),
     Rung("AutoBatchAndMatch", AutoBatchAndMatch),
     Rung("AutoDeterministicNormal", AutoDeterministicNormal),
 )
-# A search cannot move the parameters of a model.
+# What no Gaussian comes near is sampled, from the best of them.
+_SAMPLED = (Rung("SMC", "smc"),)
+# Neither can move the parameters of a model.
 _TRAINED = (
     Rung("AutoNormal", AutoNormal, _gaussian_recipe, 5000),
     Rung("AutoMultivariateNormal", AutoMultivariateNormal, _gaussian_recipe, 5000),
 )
 _FLOWS = (
-    Rung("AutoFlow('quadratic')", partial(AutoFlow, flow="quadratic"), flow_recipe),
-    Rung("AutoFlow('nsf')", partial(AutoFlow, flow="nsf", passes=2), flow_recipe),
+    Rung("AutoFlow('quadratic')", partial(AutoFlow, flow="quadratic"), flow_recipe, most=200),
+    Rung("AutoFlow('nsf')", partial(AutoFlow, flow="nsf", passes=2), flow_recipe, most=30),
 )
 
 
@@ -146,14 +154,16 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     start = time.perf_counter()
     ladder = _Ladder(fit, originals, cpu_seconds() + budget)
     forms = originals.look(forms_of, model)
-    reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
+    reason = ladder.climb(
+        {WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND + _SAMPLED), *_FLOWS)
+    )
     best = ladder.best
     if best.fit is None:
         raise ladder.errors[0]
     originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
     best.fit.total_seconds = time.perf_counter() - start
-    best.fit.reformed = best.form != _WRITTEN
+    best.fit.reformed = best.form != WRITTEN
     best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
     if forms:
         best.fit.notes["parametrisation"] = ladder.comparison
@@ -245,6 +255,11 @@ class _Ladder:
     def _try(self, rung: Rung, form: str, model: Program, share: float) -> bool:
         """Fit a family, trained for as many steps as its share of the time allows; false if that is too few."""
         make = partial(self.fit, model, rung.guide)
+        if self.dim > rung.most:
+            self._pass_over(rung.name, form, f"not tried in {self.dim:,} dimensions, of at most {rung.most}")
+            return True
+        if rung.guide == "smc":
+            make = partial(make, init=self._start(), budget=max(self.left, 1.0))
         if rung.recipe is None:
             self._note(rung.name, form, make)
             return True
@@ -259,6 +274,24 @@ class _Ladder:
         self._note(rung.name, form, partial(make, **recipe, compile=compile, callbacks=[self._is_over]))
         return True
 
+    @property
+    def dim(self) -> int:
+        """Unconstrained dimensions of the model, where a guide has seen them; 0 before."""
+        found = (getattr(attempt.fit.guide, "latent_dim", 0) for attempt in self.done if attempt.fit is not None)
+        return max(found, default=0)
+
+    def _pass_over(self, name: str, form: str, failure: str) -> None:
+        state = self.originals.state()
+        self.attempts.append(
+            Attempt(name, form, None, math.inf, -math.inf, Estimate(-math.inf, 0.0), 0.0, state, failure)
+        )
+
+    def _start(self) -> Any:
+        """The guide with the largest bound of those that are Gaussian: where particles start."""
+        found = [a for a in self.done if a.form == self.form and is_gaussian(a.fit)]
+        best = max(found, key=lambda attempt: attempt.elbo, default=None)
+        return None if best is None or best.fit is None else best.fit.guide
+
     def _is_over(self, run: Restart) -> bool:
         return self.left <= 0
 
@@ -270,7 +303,8 @@ class _Ladder:
         try:
             found = make()
             posterior = found.posterior(_DRAWS)
-            pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
+            if found.islands is None:
+                pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
             log_evidence = posterior.total_log_evidence
             if self.form is None:
                 self.posteriors[form] = posterior
@@ -300,13 +334,3 @@ class _Ladder:
                 continue
             return compile, (stamps[-1] - stamps[0]) / max(len(stamps) - 1, 1), None
         return False, math.inf, failing
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process, all threads, and of its children that have ended, such as compilers.
-
-    >>> cpu_seconds() >= 0
-    True
-    """
-    times = os.times()
-    return time.process_time() + times.children_user + times.children_system

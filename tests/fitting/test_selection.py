@@ -56,6 +56,7 @@ class Fitted:
     def __init__(self, name, pareto_k, elbo=0.0, log_evidence=0.0):
         self.guide_name, self.pareto_k, self.elbo, self.log_evidence = name, pareto_k, elbo, log_evidence
         self.runs, self.best, self.notes = [None], 0, {}
+        self.guide = self.islands = None
 
     def posterior(self, num_draws):
         estimates = {"elbo": Estimate(self.elbo, 0.0), "total_log_evidence": Estimate(self.log_evidence, 0.01)}
@@ -64,7 +65,7 @@ class Fitted:
 
 
 def name_of(guide):
-    return getattr(guide, "__name__", "flow")
+    return guide if isinstance(guide, str) else getattr(guide, "__name__", "flow")
 
 
 def originals(model):
@@ -72,7 +73,7 @@ def originals(model):
 
 
 def test_richer_families_are_tried_one_after_another_until_one_is_good(monkeypatch):
-    ks = iter([0.9, 0.8, 1.1, 1.2, 0.4])
+    ks = iter([0.9, 0.8, 1.1, 1.2, 1.0, 0.4])
     names = []
     monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
 
@@ -86,11 +87,11 @@ def test_richer_families_are_tried_one_after_another_until_one_is_good(monkeypat
 
     best = select(fake, plain, originals(plain), budget=30.0)
     searches = ["AutoPathfinder", "AutoStudentMixture", "AutoBatchAndMatch", "AutoDeterministicNormal"]
-    assert [name for name, _ in names[:4]] == searches
+    assert [name for name, _ in names[:5]] == [*searches, "smc"]
     assert names[-1] == ("flow", 2000)
     assert best.guide_name == "flow"
     assert best.notes["taken"] == "AutoFlow('quadratic'), as its draws are reliable"
-    assert best.notes["tried"].count("k-hat") == 5
+    assert best.notes["tried"].count("k-hat") == 6
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_good_k_hat_is_not_believed_against_more_evidence(found_later, monkeyp
     )
 
     def fake(model, guide, callbacks=(), **options):
-        if callbacks:
+        if callbacks or guide == "smc":
             raise ValueError("too slow: expected less")
         return next(fits)
 
@@ -255,6 +256,20 @@ def test_a_family_that_fails_is_passed_over_and_all_failing_is_an_error():
     assert len(calls) >= 3
     with pytest.raises(ValueError, match="discrete sample site 'k'"):
         fit(lambda: pyro.sample("k", dist.Poisson(3.0)), "auto", seed=0)
+
+
+def test_flows_are_passed_over_where_they_are_too_large(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+
+    def fake(model, guide, **options):
+        assert name_of(guide) != "flow"
+        found = Fitted(name_of(guide), 0.9)
+        found.guide = type("G", (), {"latent_dim": 503})
+        return found
+
+    best = select(fake, plain, originals(plain), budget=30.0)
+    assert "AutoFlow('quadratic'): not tried in 503 dimensions, of at most 200" in best.notes["tried"]
+    assert best.notes["taken"].endswith("as every family was tried, and it has the best verdict")
 
 
 def test_the_recipe_trains_a_flow():
