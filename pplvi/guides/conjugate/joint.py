@@ -8,6 +8,8 @@ from pplvi.guides.conjugate.expectations import Blocks, same_entry
 from pplvi.guides.conjugate.normal import BlockLayout, differing_axes
 from pplvi.guides.conjugate.reading import Latent
 
+MOST_JOINT = 5_000  # elements of a dense covariance
+
 
 def block_layout(
     block: str, members: Sequence[str], latents: Mapping[str, Latent], blocks: Blocks, named: bool
@@ -19,7 +21,7 @@ def block_layout(
     :param latents: what is known of them.
     :param blocks: with the pairs that expectations use.
     :param named: whether the user named the block, which then may be joint across plates.
-    :raises ValueError: if elements of a plate interact in a block that was not named.
+    :raises ValueError: if elements of a plate interact in a block that was not named, or too many do.
     """
     shapes = {site: tuple(latents[site].start.shape) for site in members}
     axes = _candidates(members, latents)
@@ -29,7 +31,13 @@ def block_layout(
     if not named or blocks.families[members[0]] == "lognormal":
         _refuse_plates(members[0], latents[members[0]], {axes[members[0]][i] for i in found})
     kept = {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members}
-    return BlockLayout(shapes, kept, next((s.name for s in blocks.series if s.members == tuple(members)), None))
+    layout = BlockLayout(shapes, kept, next((s.name for s in blocks.series if s.members == tuple(members)), None))
+    if (size := sum(layout.sizes.values())) > MOST_JOINT:
+        raise ValueError(
+            f"block {block!r} has {size:,} elements that interact, whose joint covariance would have {size**2:,} "
+            f"entries: expected at most {MOST_JOINT:,}. Name smaller blocks, blocks=[...], or use another guide."
+        )
+    return layout
 
 
 def _candidates(members: Sequence[str], latents: Mapping[str, Latent]) -> dict[str, tuple[int, ...]]:
