@@ -50,7 +50,7 @@ from pplvi.weights.algebra import normalize
 from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
 
-class Programs(NamedTuple):
+class ModelCall(NamedTuple):
     """A model, its call, the way of running it, and what a draw takes."""
 
     model: Program
@@ -75,7 +75,7 @@ _MORE, _APART = 0.2, 0.1  # nats of evidence; standard deviations of a mean
 _BAD_K, _NEARLY_EQUAL = 0.7, 0.9
 
 
-def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: Programs) -> Facts:
+def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: ModelCall) -> Facts:
     """What the pool behind some draws says, and what scouts say of it.
 
     :param own: the draws that are handed over.
@@ -209,7 +209,7 @@ def _wanted(pool: WeightedDraws, target: int, most: int) -> int:
 # --- scouts ---------------------------------------------------------------------------------------------------------
 
 
-def scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+def scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
     """Where scouts find more than a guide, and in words how many were sent or why none were.
 
     :param programs: the model and its call.
@@ -222,7 +222,7 @@ def scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...]
         return (), f"scouts could not climb, {type(error).__name__}: {str(error).split(':')[0]}"
 
 
-def _scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+def _scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
     call = programs.model, programs.args, programs.kwargs
     density = UnconstrainedDensity(*call, vectorize=programs.vectorize)
     if density.dim > MOST_DIMENSIONS:
