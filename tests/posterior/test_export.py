@@ -580,6 +580,8 @@ def test_netcdf_keeps_everything(tmp_path, nested_posterior):
         assert again[group].load().equals(data[group])
     assert again.attrs["objective"] == "ELBO"
     assert again.attrs["pareto_k"] == pytest.approx(data.attrs["pareto_k"])
+    assert again.attrs["verdict"] in ("reliable", "usable for means, not for tails", "not reliable")
+    assert "k-hat" in again.attrs["verdict_reasons"]
     for group in again.groups():
         again[group].close()
 
