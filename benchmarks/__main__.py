@@ -28,6 +28,7 @@ NAMES = (
     "annealing_ring",
     "bars_and_stripes",
     "boltzmann",
+    "conjugate",
     "deep_boltzmann",
     "deep_boltzmann_large",
     "gradients",
@@ -39,6 +40,7 @@ NAMES = (
     "posteriors",
     "pyro_examples",
     "restricted_boltzmann",
+    "sparse_coding",
     "speed",
     "wake_sleep",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,8 +12,10 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pplvi.fitting.flow_recipe import flow_recipe
+from pplvi.fitting.clock import cpu_seconds
+from pplvi.fitting.recipes import flow_recipe
 from pplvi.fitting.result import Fit
+from pplvi.fitting.smc import is_gaussian
 from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.deterministic import AutoDeterministicNormal
@@ -84,14 +85,15 @@ class Attempt:
     firm: bool = False
 
     def __str__(self) -> str:
-        word = "" if self.verdict is None else f"{self.verdict.word}, "
-        outcome = self.failure or f"{word}k-hat {self.pareto_k:.2f}"
+        word = [] if self.verdict is None else [self.verdict.word]
+        sampled = self.fit is not None and self.fit.islands is not None
+        outcome = self.failure or ", ".join(word if sampled else [*word, f"k-hat {self.pareto_k:.2f}"])
         return f"{self.title}: {outcome} ({self.seconds:.1f} s)"
 
     @property
     def title(self) -> str:
         """The family and, if it is not as written, the form of the model."""
-        return self.name if self.form == _WRITTEN else f"{self.name}, {self.form}"
+        return self.name if self.form == WRITTEN else f"{self.name}, {self.form}"
 
     @property
     def rank(self) -> int:
@@ -117,14 +119,16 @@ def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
     return {"objective": ELBO(16, estimator="stl"), "init": "pathfinder", "num_steps": num_steps}
 
 
-_WRITTEN = "as written"
+WRITTEN = "as written"
 _FOUND = (
     Rung("AutoPathfinder", AutoPathfinder),
     Rung("AutoStudentMixture", AutoStudentMixture),
     Rung("AutoBatchAndMatch", AutoBatchAndMatch),
     Rung("AutoDeterministicNormal", AutoDeterministicNormal),
 )
-# A search cannot move the parameters of a model.
+# What no Gaussian comes near is sampled, from the best of them.
+_SAMPLED = (Rung("SMC", "smc"),)
+# Neither can move the parameters of a model.
 _TRAINED = (
     Rung("AutoNormal", AutoNormal, _gaussian_recipe, 5000),
     Rung("AutoMultivariateNormal", AutoMultivariateNormal, _gaussian_recipe, 5000),
@@ -153,14 +157,16 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     start = time.perf_counter()
     ladder = _Ladder(fit, originals, cpu_seconds() + budget)
     forms = originals.look(forms_of, model)
-    reason = ladder.climb({_WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
+    reason = ladder.climb(
+        {WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND + _SAMPLED), *_FLOWS)
+    )
     best = ladder.best
     if best.fit is None:
         raise ladder.errors[0]
     originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
     best.fit.total_seconds = time.perf_counter() - start
-    best.fit.reformed = best.form != _WRITTEN
+    best.fit.reformed = best.form != WRITTEN
     best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
     if forms:
         best.fit.notes["parametrisation"] = ladder.comparison
@@ -255,6 +261,8 @@ class _Ladder:
         if self.dim > rung.most:
             self._pass_over(rung.name, form, f"not tried in {self.dim:,} dimensions, of at most {rung.most}")
             return True
+        if rung.guide == "smc":
+            make = partial(make, init=self._start(), budget=max(self.left, 1.0))
         if rung.recipe is None:
             self._note(rung.name, form, make)
             return True
@@ -281,6 +289,12 @@ class _Ladder:
             Attempt(name, form, None, math.inf, -math.inf, Estimate(-math.inf, 0.0), 0.0, state, failure)
         )
 
+    def _start(self) -> Any:
+        """The guide with the largest bound of those that are Gaussian: where particles start."""
+        found = [a for a in self.done if a.form == self.form and is_gaussian(a.fit)]
+        best = max(found, key=lambda attempt: attempt.elbo, default=None)
+        return None if best is None or best.fit is None else best.fit.guide
+
     def _is_over(self, run: Restart) -> bool:
         return self.left <= 0
 
@@ -292,7 +306,8 @@ class _Ladder:
         try:
             found = make()
             posterior = found.posterior(_DRAWS)
-            pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
+            if found.islands is None:
+                pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
             log_evidence = posterior.total_log_evidence
             if self.form is None:
                 self.posteriors[form] = posterior
@@ -328,17 +343,7 @@ def _is_firm(posterior: Posterior) -> bool:
     """Whether draws are reliable by more than chance: k-hat is below 0.7 by two errors, or the weights nearly equal."""
     if posterior.verdict.word != RELIABLE:
         return False
-    if posterior.draws.batch:
+    if posterior.draws.batch or not posterior.has_weights:
         return True
     facts = posterior.facts
     return facts.pareto_k + 2 * facts.pareto_k_error < GOOD_ENOUGH or facts.efficiency > _NEARLY_EQUAL
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process, all threads, and of its children that have ended, such as compilers.
-
-    >>> cpu_seconds() >= 0
-    True
-    """
-    times = os.times()
-    return time.process_time() + times.children_user + times.children_system

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,20 +25,24 @@ from pplvi.fitting.arguments import (
     refuse,
     stopping_rule,
 )
-from pplvi.fitting.auto import select
+from pplvi.fitting.auto import WRITTEN, select
+from pplvi.fitting.clock import Clock
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
+from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import Inputs
-from pplvi.programs.state import Environment, fingerprint
+from pplvi.programs.reparam import forms_of
+from pplvi.programs.state import Environment, fingerprint, random_state
 from pplvi.programs.ways import Vectorize
+from pplvi.samplers.tempered import TemperedSMC
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.describe import describe
@@ -72,7 +77,7 @@ def fit(
     learning_rate: float | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
-    init: Literal["pathfinder", "match"] | None = None,
+    init: Any = None,
     num_steps: int | None = None,
     num_warmup: int | None = None,
     budget: float | None = None,
@@ -113,7 +118,8 @@ def fit(
         family after another until the draws are reliable (:attr:`Fit.verdict`), within ``budget=`` seconds (60), on the
         easiest of the model as written and its non-centered forms (:func:`pplvi.noncentered`); parameters of the model
         are trained anew with each family; ``"nuts"``, or another MCMC kernel class or ``functools.partial`` of one, for
-        MCMC instead of training.
+        MCMC instead of training; ``"smc"``, or a :class:`pplvi.TemperedSMC`, for sequential Monte Carlo from a Gaussian
+        to the posterior, on the easiest form of the model.
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
@@ -127,16 +133,18 @@ def fit(
     :param clip: ``"adaptive"`` cuts gradients of ten times the median norm, a number those of a greater norm.
     :param init: ``"pathfinder"`` starts an automatic guide at the Gaussian that Pathfinder finds, location and spread
         (:func:`pplvi.start_at_pathfinder`), anew for each restart; ``"match"`` at that of batch and match, which is
-        nearer. Both need all data at once.
-    :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given.
+        nearer. Both need all data at once. SMC starts at either (batch and match unless given), or at a fitted guide.
+    :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given;
+        effective draws for SMC, 4,000 unless given.
     :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
-    :param budget: CPU seconds, of this process and its children, after which ``"auto"`` ends what it trains and
-        begins no other family; 60 unless given.
+    :param budget: CPU seconds, of this process and its children, after which ``"auto"`` ends what it trains and begins
+        no other family, 60 unless given, and SMC moves no more.
     :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
         restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for
         ``"max"``) and all data at once, as the rows of one program: then restart ``r`` is what it would be alone with
         ``compile="trace"``, up to rounding. Programs that cannot be vectorised, such as those that draw from gamma
-        distributions, are trained side by side without that. For MCMC, the number of chains.
+        distributions, are trained side by side without that. For MCMC, the number of chains; for SMC, of islands, 4
+        unless it is more than one.
     :param seed: makes the result reproducible to the bit; the global random state stays as it was.
     :param compile: ``True``: a step that is traced once and compiled; ``"trace"``, ``"max"``, ``"auto"`` or ``False``,
         Pyro's handlers at every step: see :class:`pplvi.fitting.Compile`, which can be given whole.
@@ -195,8 +203,9 @@ def fit(
         originals = Originals(model, *call, environment)
         again = partial(fit, args=call[0], kwargs=call[1], progress=progress, **same)
         return select(again, model, originals, BUDGET if budget is None else budget)
-    if budget is not None:
-        raise ValueError(f"budget={budget!r} is for guide='auto': expected that, or num_steps=.")
+    settings = smc_settings(guide)
+    if budget is not None and settings is None:
+        raise ValueError(f"budget={budget!r} is for guide='auto' and 'smc': expected one of them, or num_steps=.")
     if guide is ExpectationMaximization:
         raise ValueError("guide=ExpectationMaximization: pass an instance, ExpectationMaximization().")
     if isinstance(guide, ExpectationMaximization):
@@ -210,6 +219,11 @@ def fit(
         return maximise_likelihood(model, guide, call, environment, progress=progress, **same, **kept)
     if data is None:
         warn_of_no_data(model, *call, environment)
+    if settings is not None:
+        refuse({**unused, "init": None, "num_warmup": num_warmup}, "SMC", "init, num_steps, budget, ")
+        settings = replace(settings, num_draws=num_steps or settings.num_draws)
+        settings = replace(settings, num_islands=restarts) if restarts > 1 else settings
+        return _fit_islands(settings, model, call, environment, init, seed, budget, vectorize)
     if (make_kernel := kernel_factory(guide)) is not None:
         refuse(unused, "MCMC", "num_steps, num_warmup, ")
         recipe = Recipe(model, make_kernel, True, False, environment)
@@ -294,3 +308,34 @@ def _fit_chains(
     run.seconds = time.perf_counter() - start
     name = type(mcmc.kernel).__name__
     return Fit([run], 0, guide_name=name, args=call[0], kwargs=call[1], seed=seed, mcmc=mcmc)
+
+
+def _fit_islands(
+    settings: TemperedSMC,
+    model: Program,
+    call: Call,
+    environment: Environment,
+    init: Any,
+    seed: int | None,
+    budget: float | None,
+    vectorize: Vectorize,
+) -> Fit:
+    clock, start = Clock(budget), time.perf_counter()
+    environment.move_module(model)
+    check_chains(model, *call, environment)
+    run = Restart(0, model, model, environment, seed)
+    with run.scope(), random_state(seed):
+        args, kwargs = environment.move(call)
+        if callable(init):
+            form, guide, named = WRITTEN, init, describe(init)
+        else:
+            check_init(init)
+            forms = {WRITTEN: model, **forms_of(model, args, kwargs)}
+            form, guide, named = found_start(forms, (args, kwargs), init=init, seed=seed, vectorize=vectorize)
+            run.model = forms[form]
+        named = named if form == WRITTEN else f"{named} ({form})"
+        islands = run_islands(settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over)
+    run.seconds, run.reason = time.perf_counter() - start, islands.found.ended
+    fit = Fit([run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize)
+    fit.reformed = form != WRITTEN
+    return fit

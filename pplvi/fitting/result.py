@@ -15,11 +15,13 @@ from torch import Tensor
 
 from pplvi.fitting.mcmc import SavedChains
 from pplvi.fitting.saving import save
+from pplvi.fitting.smc import Islands
 from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts, has_latents
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gathering import disagreements
+from pplvi.posterior.particles import posterior_of_islands
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import report, report_likelihood
 from pplvi.posterior.tables import Summary, to_html
@@ -50,6 +52,7 @@ class Fit:
     :ivar best: index of the best restart.
     :ivar objective: the objective; ``None`` for MCMC.
     :ivar mcmc: the ``pyro.infer.MCMC``, if the fit is one; its draws and diagnostics alone after :func:`pplvi.load`.
+    :ivar islands: the draws of a sequential Monte Carlo run, if the fit is one.
     :ivar origin: what ``fit`` was given as the guide.
     :ivar reformed: whether the model is a form of the user's that ``"auto"`` has found to be easier.
     :ivar seed: the seed of restart 0.
@@ -84,11 +87,13 @@ class Fit:
         objective: Any = None,
         is_bound: bool = False,
         mcmc: MCMC | SavedChains | None = None,
+        islands: Islands | None = None,
         vectorize: Vectorize = None,
         origin: Any = None,
     ) -> None:
         self.runs, self.best, self.objective, self.mcmc, self.seed = runs, best, objective, mcmc, seed
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
+        self.islands = islands
         self.notes: dict[str, str] = {}
         self.origin, self.reformed = origin, False
         self.total_seconds: float | None = None
@@ -98,6 +103,8 @@ class Fit:
     def __repr__(self) -> str:
         if self.mcmc is not None:
             return f"Fit({self.guide_name}, chains={self.mcmc.num_chains})"
+        if self.islands is not None:
+            return f"Fit({self.guide_name}, islands={len(self.islands.found.log_evidence)})"
         ended = ", ".join(self.reasons)
         return f"Fit({self.guide_name}, {self.objective}, restarts={len(self.runs)}, best={self.best}, {ended})"
 
@@ -172,7 +179,7 @@ class Fit:
         chunk_size: int | None = None,
         seed: int | None = None,
     ) -> Posterior:
-        """Weighted draws from the guide of a restart; of MCMC, all its draws, whatever ``num_draws``.
+        """Weighted draws from the guide of a restart; of MCMC and SMC, all its draws, whatever ``num_draws``.
 
         :param num_draws: how many.
         :param restart: its index; the best unless given.
@@ -190,11 +197,19 @@ class Fit:
         options: dict[str, Any] = {"vectorize": at_once, "chunk_size": chunk_size}
         if self.mcmc is not None:
             return Posterior.from_mcmc(cast(MCMC, self.mcmc), model, *call, **options)
+        if self.islands is not None:
+            found = self.islands
+            return posterior_of_islands(found.latents, found.found.log_evidence, model, *call, **options)
         options["seed"] = run.seed if seed is None else seed
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
             posterior = Posterior(model, run.guide, *call, num_draws=num_draws, **options)
         posterior.scope, posterior.converged = run.scope, self._has_converged(run)
         return posterior
+
+    @property
+    def _has_guide(self) -> bool:
+        """Whether a guide was fitted, and not draws made."""
+        return self.mcmc is None and self.islands is None
 
     def _run(self, restart: int) -> Restart:
         if not 0 <= restart < len(self.runs):
@@ -222,7 +237,7 @@ class Fit:
 
     def _best_posterior(self, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> Posterior:
         if args is None and kwargs is None:
-            return self.posteriors[0 if self.mcmc is not None else self.best]
+            return self.posteriors[self.best if self._has_guide else 0]
         return self.posterior(args=args, kwargs=kwargs)
 
     @cached_property
@@ -254,8 +269,13 @@ class Fit:
         :param path: of the file; one that is there is replaced.
         :param data: write the data too: the arguments of the fit, or the last minibatch of one that has only seen
             those.
-        :raises ValueError: for data that are no tensors, arrays, numbers or strings, and where nothing can be written.
+        :raises ValueError: for data that are no tensors, arrays, numbers or strings, where nothing can be written, and
+            for draws of SMC.
         """
+        if self.islands is not None:
+            raise ValueError(
+                "draws of SMC are no parameters: expected a fit of a guide. Use fit.to_arviz().to_netcdf(path)."
+            )
         save(self, path, data)
 
     def predict(self, *args: Any, num_samples: int | None = None, seed: int | None = None, **kwargs: Any) -> Draws:
@@ -302,7 +322,7 @@ class Fit:
         attrs = {"guide": self.guide_name, "objective": self.objective, "seed": self.seed, "runtime": self.seconds}
         options["attrs"] = {**attrs, "steps": self.runs[self.best].step or None, **options.get("attrs", {})}
         options.setdefault("seed", self.seed)
-        if self.mcmc is None:
+        if self._has_guide:
             options.setdefault("losses", self.losses)
         given = args is not None or kwargs is not None
         chains = (
@@ -317,8 +337,10 @@ class Fit:
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
         """
-        run, trained = self.runs[self.best], self.mcmc is None
+        run, trained = self.runs[self.best], self._has_guide
         facts: dict[str, Any] = {"guide": self.guide_name, **self.notes}
+        if self.islands is not None:
+            facts["SMC"] = self.islands.description
         if trained and run.reason != "found":
             facts["objective"] = self.objective
         if len(self.runs) > 1:

@@ -168,6 +168,9 @@ def _quality(posterior: Posterior) -> dict[str, float]:
     """How good the approximation is; NaN for what does not exist."""
     if not posterior.has_weights:
         missing = dict.fromkeys(("pareto_k", "ess", "elbo", "log_evidence", "log_evidence_error"), math.nan)
+        if posterior.evidence is not None:
+            found = posterior.total_log_evidence
+            missing |= {"log_evidence": found.value, "log_evidence_error": found.error}
         return missing | ({"ess": _bulk_ess(posterior)} if posterior.is_mcmc else {})
     return quality(posterior)
 

@@ -90,6 +90,11 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _sites(draws: Draws, var_name: str | Sequence[str] | None) -> list[str]:
     names = sorted(draws.log_likelihood)
+    if not names:
+        raise ValueError(
+            "the model has no observed site with a log likelihood for each datum: they come in by pyro.factor, or are "
+            "joined by a site that is summed out. Expected pyro.sample(..., obs=...) given the latents that are drawn."
+        )
     if var_name is None and len(names) == 1:
         return names
     if var_name is None and names:

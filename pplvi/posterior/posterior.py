@@ -219,6 +219,22 @@ class Posterior(WeightedDraws):
         chains = mcmc.get_samples(group_by_chain=True)
         if not chains:
             raise ValueError("the MCMC run has no draws: expected a finished run. Call mcmc.run(...) first.")
+        return cls.of_chains(chains, model, args, kwargs, vectorize, chunk_size, mcmc=mcmc)
+
+    @classmethod
+    def of_chains(
+        cls,
+        chains: Mapping[str, Tensor],
+        model: Program,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        vectorize: Vectorize,
+        chunk_size: int | None,
+        *,
+        mcmc: MCMC | None = None,
+        evidence: Tensor | None = None,
+    ) -> Posterior:
+        """Draws of equal weight, ``(chains, draws, *plates, *event)`` of each latent site, scored by the model."""
         self = cls.__new__(cls)
         self._remember(model, None, args, kwargs, vectorize, mcmc)
         num_chains, length = next(iter(chains.values())).shape[:2]
@@ -226,11 +242,12 @@ class Posterior(WeightedDraws):
         run = plain_run(self.model, self.args, self.kwargs)
         bounds = chunks_of(num_chains * length, chunk_size, fitting(run))
         scored = stack((self._score(latents, *b) for b in bounds), num_chains * length)
-        super(Posterior, self).__init__(scored, num_chains=num_chains)
+        super(Posterior, self).__init__(scored, num_chains=num_chains, evidence=evidence)
         return self
 
     def __repr__(self) -> str:
-        source = f"MCMC, chains={self.num_chains}" if self.guide is None else name_of(self.guide)
+        kind = f"MCMC, chains={self.num_chains}" if self.evidence is None else f"SMC, islands={self.num_chains}"
+        source = kind if self.guide is None else name_of(self.guide)
         return f"Posterior({name_of(self.model)}, {source}, {self.draws!r})"
 
     def _remember(

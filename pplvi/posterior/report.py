@@ -115,6 +115,10 @@ def _numbers(posterior: WeightedDraws) -> Iterator[tuple[str, str]]:
     yield "draws", _describe_draws(posterior)
     if posterior.is_mcmc or posterior.is_dirac:
         yield "E[log p]", f"{posterior.expected_log_prob} nats"
+        if posterior.evidence is not None:
+            low, high = posterior.evidence.min().item(), posterior.evidence.max().item()
+            yield "log evidence", f"{posterior.total_log_evidence} nats; by islands {low:.3f} to {high:.3f}"
+            yield "ESS", _describe_ess(posterior)
         return
     terms = f"E[log p] {posterior.expected_log_prob} + entropy {posterior.entropy}"
     yield "ELBO", f"{posterior.elbo} nats = {terms}"

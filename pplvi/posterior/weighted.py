@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import take
+from pplvi.posterior.islands import evidence_of_islands, smallest_ess
 from pplvi.posterior.tables import frame_of, to_html
 from pplvi.programs.state import random_state
 from pplvi.weights.algebra import effective_sample_size, log_evidence
@@ -44,7 +45,8 @@ class WeightedDraws:
 
     :param draws: draws of a guide, or of MCMC if they have no ``log_q``.
     :param point_sites: latent sites that the guide holds at a point, where it has no density.
-    :param num_chains: number of MCMC chains that lie one after another in the draws; 1 for a guide.
+    :param num_chains: number of MCMC chains, or of islands, that lie one after another in the draws; 1 for a guide.
+    :param evidence: log evidence by each island of a sequential Monte Carlo run, ``(num_chains,)``, in nats.
     :raises ValueError: if the draws are predictions, without densities.
 
     >>> z = torch.tensor([0.0, 1.0, 3.0])
@@ -53,10 +55,17 @@ class WeightedDraws:
     tensor(3.)
     """
 
-    def __init__(self, draws: Draws, point_sites: frozenset[str] = frozenset(), num_chains: int = 1) -> None:
+    def __init__(
+        self,
+        draws: Draws,
+        point_sites: frozenset[str] = frozenset(),
+        num_chains: int = 1,
+        evidence: Tensor | None = None,
+    ) -> None:
         if draws.log_p is None:
             raise ValueError("these draws are predictions, without densities: expected draws of a guide or of MCMC.")
         self.draws, self.point_sites, self.num_chains, self._log_p = draws, point_sites, num_chains, draws.log_p
+        self.evidence = evidence
 
     @property
     def pool(self) -> WeightedDraws:
@@ -162,18 +171,20 @@ class WeightedDraws:
 
     @property
     def pareto_k(self) -> Tensor:
-        """Pareto k-hat of the weights, shape ``batch``; see :func:`pplvi.weights.pareto_smooth`.
+        """Pareto k-hat of the weights, shape ``batch``; see :func:`pplvi.weights.pareto_smooth`. NaN for islands.
 
         :raises ValueError: where :attr:`log_weight` does.
         """
-        return self._smoothed[1]
+        return torch.tensor(math.nan) if self.evidence is not None else self._smoothed[1]
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size of the raw weights, shape ``batch``, in draws.
+        """Effective sample size of the raw weights, shape ``batch``, in draws; of islands that of the worst latent.
 
         :raises ValueError: where :attr:`log_weight` does.
         """
+        if self.evidence is not None:
+            return smallest_ess(self.draws.latents.values(), self.num_chains)
         return effective_sample_size(self.log_weight)
 
     @property
@@ -186,6 +197,8 @@ class WeightedDraws:
 
         :raises ValueError: where :attr:`log_weight` does.
         """
+        if self.evidence is not None:
+            return evidence_of_islands(self.evidence)
         return self._evidence(self.log_weight)
 
     def _evidence(self, log_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,6 +217,9 @@ class WeightedDraws:
 
         :raises ValueError: where :attr:`log_weight` does.
         """
+        if self.evidence is not None:
+            value, error = evidence_of_islands(self.evidence)
+            return Estimate(value.item(), error.item())
         value, error = self._evidence(self.log_weight.double())
         return Estimate(self._scale * value.sum().item(), self._scale * error.square().sum().sqrt().item())
 

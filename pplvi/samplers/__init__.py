@@ -6,6 +6,7 @@ from pplvi.samplers.importance import Importance
 from pplvi.samplers.mixture import DefensiveMixture
 from pplvi.samplers.paths import DataPath, GeometricPath, ProgramPath
 from pplvi.samplers.state_space import StateSpace
+from pplvi.samplers.tempered import TemperedSMC
 
 __all__ = [
     "Annealed",
@@ -16,4 +17,5 @@ __all__ = [
     "ProgramPath",
     "Request",
     "StateSpace",
+    "TemperedSMC",
 ]

@@ -101,6 +101,8 @@ class FoundGuide(ContinuousGuide, Search):
         return self
 
     _leaves_out_summed = True  # its density sums them out
+    make_density: type[UnconstrainedDensity] = UnconstrainedDensity
+    """What makes the density that is searched."""
 
     @staticmethod
     def _prototype_hide_fn(msg: Any) -> bool:
@@ -132,7 +134,7 @@ class FoundGuide(ContinuousGuide, Search):
 
     def _search(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wrapped, model = self.model, self._target
-        density = UnconstrainedDensity(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize, in_units=True)
+        density = self.make_density(model, args, kwargs, prototype=wrapped, vectorize=self.vectorize, in_units=True)
         found = self._find(density)
         found = found.affine(*(x.to(found.loc) for x in density.units))
         for name, value in zip(self._parts, found, strict=True):

@@ -151,7 +151,7 @@ def to_arviz(
     groups["sample_stats"] |= diagnostics(posteriors) | divergent_transitions(posteriors)
     groups["optimization"] = {"loss": (("chain", "step"), traces)} if traces.size else {}
     _check_dims(groups, dims)
-    kind = "mcmc" if posteriors[0].is_mcmc else draws
+    kind = ("mcmc" if posteriors[0].evidence is None else "smc") if posteriors[0].is_mcmc else draws
     groups, renamed = storable(groups)
     notes = {"renamed": ", ".join(f"{old} is {new}" for old, new in renamed.items())} if renamed else {}
     described = attributes({"draws": kind, **summary(posteriors, chosen), **notes, **(attrs or {})})

@@ -140,8 +140,8 @@ def prior_densities(chains: Sequence[Chain], dims: Dims) -> Groups:
     found = []
     for chain in chains:
         source, draws = chain.posterior, chain.draws
-        options: dict[str, Any] = {"num_draws": draws.num_draws, "vectorize": source.vectorize}
-        found.append(log_prior(source.model, draws.latents, source.args, source.kwargs, **options))
+        call = source.args, source.kwargs
+        found.append(log_prior(source.model, call, draws.latents, draws.num_draws, source.vectorize))
     first = chains[0].draws
     like = {name: value[0] for name, value in first.latents.items()}
     return {"log_prior": stack_chains(found, Names(first.plates, dims), like=like)} if found[0] else {}
@@ -249,6 +249,9 @@ def summary(posteriors: Sequence[Posterior], best: int) -> dict[str, Any]:
     guide = posteriors[0].guide
     names: dict[str, Any] = {} if guide is None else {"guide": name_of(guide)}
     names |= {"verdict": posteriors[best].verdict.word, "verdict_reasons": "; ".join(posteriors[best].verdict.reasons)}
+    if posteriors[best].evidence is not None:
+        value, error = posteriors[best].total_log_evidence
+        return names | {"log_evidence": value, "log_evidence_error": error}
     if not all(posterior.has_weights for posterior in posteriors):
         return names
     numbers = [quality(posterior) for posterior in posteriors]

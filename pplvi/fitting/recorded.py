@@ -1,0 +1,114 @@
+"""The unconstrained density of a model, recorded once where thousands of evaluations follow."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from pplvi.compile import backends
+from pplvi.compile.broadcasting import without_repetition
+from pplvi.compile.tracing import record
+from pplvi.programs.carrying import LOOP
+from pplvi.programs.density import CHUNK, UnconstrainedDensity
+
+_PAYS = 25  # evaluations of as many rows after which recording pays
+_FEW = 16  # rows
+_BYTES = 64 * 2**20  # of what a gradient keeps of the evaluation
+
+Pair = tuple[Tensor, Tensor]
+
+
+class RecordedDensity(UnconstrainedDensity):
+    """As :class:`pplvi.programs.density.UnconstrainedDensity`, quicker where many batches of one size are asked for.
+
+    Value and gradient are recorded as a graph of tensor operations when as many rows were asked for several times, and
+    only that runs from then on. What cannot be recorded is run as before. Rows go through in parts, so that what a
+    gradient keeps of the evaluation stays below 64 MiB.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> density = RecordedDensity(lambda: pyro.sample("x", dist.Exponential(1.0)))
+    >>> rows = torch.zeros(100, 1)
+    >>> [density.value_and_gradient(rows) for _ in range(30)][-1][0][0].item(), list(density.programs)
+    (-1.0, [100])
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.programs: dict[int, Callable[[Tensor], Pair] | None] = {}
+        self._asked: Counter[int] = Counter()
+        self._at_once: int | None = None
+
+    def value_and_gradient(self, u: Tensor) -> Pair:
+        """Log densities ``(S,)`` and their gradients ``(S, dim)``, detached and in float64."""
+        values, gradients = zip(*map(self._part, u.to(self.device, self.dtype).split(self.at_once)), strict=True)
+        return torch.cat(values).double(), torch.cat(gradients).double()
+
+    @property
+    def at_once(self) -> int:
+        """How many rows are evaluated at once."""
+        if self._at_once is None:
+            rows = self.start.expand(_FEW, -1) + 0.01 * torch.linspace(-1.0, 1.0, _FEW).to(self.start)[:, None]
+            self._at_once = max(_FEW, min(CHUNK, _BYTES * _FEW // max(1, self._kept(rows))))
+        return self._at_once
+
+    def _kept(self, rows: Tensor) -> int:
+        """Bytes that a gradient keeps of an evaluation."""
+        kept: dict[int, int] = {}
+
+        def note(value: Tensor) -> Tensor:
+            storage = value.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            self._eagerly(rows)
+        return sum(kept.values())
+
+    def _eagerly(self, u: Tensor) -> Pair:
+        return super().value_and_gradient(u)
+
+    def _part(self, u: Tensor) -> Pair:
+        size = len(u)
+        self._asked[size] += 1
+        if size not in self.programs and self._asked[size] >= _PAYS and size >= _FEW and self.way != LOOP:
+            self.programs[size] = self._recorded(u)
+        if (program := self.programs.get(size)) is None:
+            return self._eagerly(u)
+        self.gradients += size
+        self.rows += size
+        try:
+            return program(u)
+        except LinAlgError:  # a factorisation failed in one row
+            return self._eagerly(u)
+
+    @torch.no_grad()
+    def _recorded(self, u: Tensor) -> Callable[[Tensor], Pair] | None:
+        """Value and gradient of so many rows as one graph; ``None`` where it cannot be recorded, or would be wrong."""
+
+        def both(rows: Tensor) -> Pair:
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                value = self(leaf) + 0.0 * leaf.sum(1)
+                (gradient,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
+            return value.detach(), gradient
+
+        try:
+            with backends.uncollected():
+                traced = record(both, (u,), {})
+            given = (*traced.state, *traced.constants)
+            graph = without_repetition(traced.graph, (u, *given))
+            found, expected = graph(u, *given), self._eagerly(u)
+        except (ValueError, LinAlgError):
+            return None
+        same = all(
+            torch.allclose(
+                a.to(b), b, rtol=1e-2, atol=1e-3 * float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()), equal_nan=True
+            )
+            for a, b in zip(found, expected, strict=True)
+        )
+        return (lambda rows: graph(rows, *given)) if same and not traced.state else None

@@ -1,0 +1,156 @@
+"""``fit(model, "smc")``: tempered sequential Monte Carlo from a Gaussian to the posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pplvi.fitting.recorded import RecordedDensity
+from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
+from pplvi.guides.search.pathfinder import AutoPathfinder
+from pplvi.posterior.draws import draw
+from pplvi.programs.ways import Vectorize
+from pplvi.samplers.metric import GaussianBase
+from pplvi.samplers.tempered import TemperedDraws, TemperedSMC
+from pplvi.types import Call, Program
+
+_WIDER = 1.1  # sds of the base, relative to those of the guide: what is too narrow costs more than what is too wide
+_MOMENT_DRAWS = 4_000
+_MATCHES = 100
+_JUDGE_DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Islands:
+    """Draws of a posterior by sequential Monte Carlo.
+
+    :ivar found: the draws on the unconstrained space, evidences, and what was done.
+    :ivar latents: the draws of each site, constrained, ``(islands, draws, *plates, *event)``.
+    :ivar evaluations: rows that went through the model with their gradient.
+    :ivar start: what the particles started from, in words.
+    """
+
+    found: TemperedDraws
+    latents: dict[str, Tensor]
+    evaluations: int
+    start: str
+
+    @property
+    def description(self) -> str:
+        """What was done, in words."""
+        found, last = self.found, self.found.levels[-1]
+        moves = sum(level.num_moves + level.num_kept for level in found.levels)
+        cut = "" if found.ended == "done" else f"; cut ({found.ended}) when moved up to temperature {found.reached:.3g}"
+        return (
+            f"{len(found.levels)} temperatures from {self.start}, {moves} moves, the last of {last.num_leapfrog} "
+            f"leapfrog steps with acceptance {found.acceptance:.2f}{cut}"
+        )
+
+
+def smc_settings(guide: Any) -> TemperedSMC | None:
+    """What a guide asks for: ``"smc"`` with its defaults, or the settings themselves.
+
+    >>> smc_settings("smc") == TemperedSMC(), smc_settings("nuts")
+    (True, None)
+    """
+    if isinstance(guide, TemperedSMC):
+        return guide
+    return TemperedSMC() if isinstance(guide, str) and guide == "smc" else None
+
+
+def is_gaussian(fit: Any) -> bool:
+    """Whether a fit is of one Gaussian, or an equal mixture of several, that was found by a search."""
+    return isinstance(fit.guide, (AutoPathfinder, AutoBatchAndMatch))
+
+
+def run_islands(
+    settings: TemperedSMC,
+    model: Program,
+    call: Call,
+    guide: Program | None,
+    start: str,
+    *,
+    vectorize: Vectorize = None,
+    stop: Callable[[], str] = lambda: "",
+) -> Islands:
+    """Bring particles from the Gaussian of a guide to the posterior of a model.
+
+    :param guide: a guide that was found or trained; its distribution is taken as Gaussian on the unconstrained space.
+    :param start: what it is called.
+    :param stop: asked before each move.
+    :raises ValueError: for models that have no unconstrained density: subsampled plates, discrete latents that are not
+        enumerated, no latents.
+    """
+    density = RecordedDensity(model, *call, prototype=getattr(guide, "model", None), vectorize=vectorize)
+    base = _base(density, guide, call, vectorize)
+    with torch.no_grad():
+        found = settings.run(density.value_and_gradient, base, stop=stop)
+        flat = found.draws.reshape(-1, density.dim)
+        latents = {n: v.reshape(*found.draws.shape[:2], *v.shape[1:]) for n, v in density.unpack(flat).items()}
+    return Islands(found, latents, density.gradients, start)
+
+
+def _base(density: RecordedDensity, guide: Any, call: Call, vectorize: Vectorize) -> GaussianBase:
+    """The Gaussian with the moments of a guide, a bit wider."""
+    if isinstance(guide, (AutoPathfinder, AutoBatchAndMatch)):
+        mixture = guide.get_posterior()
+        if len(mixture.parts.loc) == 1:
+            return _wider(density, mixture.parts.loc[0], mixture.parts.covariance[0])
+        draws = mixture.sample(torch.Size([_MOMENT_DRAWS]))
+    else:
+        values = draw(density.model, guide, *call, num_draws=_MOMENT_DRAWS, vectorize=vectorize).latents
+        draws = density.pack_rows(values)
+    return _wider(density, draws.mean(0), torch.cov(draws.mT).reshape(density.dim, density.dim))
+
+
+def _wider(density: RecordedDensity, loc: Tensor, covariance: Tensor) -> GaussianBase:
+    return GaussianBase.of(loc.to(density.start), _WIDER**2 * covariance.to(density.start))
+
+
+def found_start(
+    forms: Mapping[str, Program], call: Call, *, init: str | None, seed: int | None, vectorize: Vectorize
+) -> tuple[str, Program, str]:
+    """The easiest form of a model and a guide to start at: a search on each, and one more on the best.
+
+    :param forms: of the model, by name.
+    :param init: ``"pathfinder"``, or ``"match"`` (also ``None``), which takes the better form on to batch and match.
+    :returns: the name of the form, the guide, and what the guide is called.
+    :raises ValueError: the first error if the search fails on every form.
+    """
+    found: dict[str, FoundGuide] = {}
+    errors: list[ValueError] = []
+    options: dict[str, Any] = {"seed": seed, "vectorize": vectorize}
+    plain: dict[str, Any] = {"num_components": 1, "moment_matching": 0, "exact_hessian": False}
+    if len(forms) == 1 and init != "pathfinder":
+        (form,) = forms
+        return form, _matched(forms[form], call, options), "batch and match"
+    for form, model in forms.items():
+        try:
+            found[form] = AutoPathfinder(model, **plain, **options).run(*call[0], **call[1])
+        except ValueError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    best = max(found, key=lambda form: _elbo(found[form], forms[form], call, vectorize))
+    if init == "pathfinder":
+        return best, found[best], "Pathfinder"
+    return best, _matched(forms[best], call, options), "batch and match"
+
+
+def _matched(model: Program, call: Call, options: Mapping[str, Any]) -> FoundGuide:
+    guide = AutoBatchAndMatch(model, num_iterations=_MATCHES, **options)
+    guide.make_density = RecordedDensity
+    return guide.run(*call[0], **call[1])
+
+
+def _elbo(guide: FoundGuide, model: Program, call: Call, vectorize: Vectorize) -> float:
+    draws = draw(model, guide, *call, num_draws=_JUDGE_DRAWS, vectorize=vectorize)
+    assert draws.log_p is not None
+    assert draws.log_q is not None
+    gap = (draws.log_p - draws.log_q).reshape(_JUDGE_DRAWS, -1).sum(1)
+    return float(gap.nan_to_num(-1e30, 1e30, -1e30).mean())

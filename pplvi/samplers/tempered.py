@@ -1,0 +1,385 @@
+"""Tempered sequential Monte Carlo: particles on islands, from a Gaussian to a posterior that is a plain function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pplvi.samplers.metric import GaussianBase, Metric
+from pplvi.weights.algebra import effective_sample_size as effective_weights
+from pplvi.weights.algebra import logmeanexp
+from pplvi.weights.resampling import resample
+
+Target = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+_WANTED_ACCEPTANCE = 0.75
+_JITTER = 0.5  # of step sizes, relative: no trajectory is a period of the dynamics
+_EAGER = 1.5  # how fast the step size follows
+_LONG, _SHORT = 0.5, 0.2  # correlations over one move beyond which trajectories get longer or shorter
+_DECAYED, _FORGOTTEN = 0.5, 0.25  # correlation with the start of a level at which it ends, and the last one keeps draws
+_FIRST_LEAPFROG = 8
+_LARGEST_STEP = 0.25  # of temperature: a heavy tail of the ratio is as much lighter, whatever the particles have seen
+_WORST = 0.25  # of the effective draws that are wanted, of the worst coordinate
+
+
+@dataclass(frozen=True)
+class Level:
+    """What is done at one temperature: draws are weighted for it, resampled, and moved.
+
+    :ivar beta: the temperature, from 0 (the base) to 1 (the target).
+    :ivar metric: of the moves.
+    :ivar step_size: of a leapfrog step; each particle's varies around it.
+    :ivar num_leapfrog: leapfrog steps of a move.
+    :ivar num_moves: how many moves, before any draw is kept.
+    :ivar num_kept: how many moves more, after each of which the particles are draws; at the last temperature.
+    """
+
+    beta: float
+    metric: Metric
+    step_size: float
+    num_leapfrog: int
+    num_moves: int
+    num_kept: int = 0
+
+
+@dataclass
+class Cloud:
+    """Particles with the densities at their places: ``(S, dim)`` and ``(S,)``."""
+
+    position: Tensor
+    target: tuple[Tensor, Tensor]
+    base: tuple[Tensor, Tensor]
+    stale: bool = False
+    """Whether they have left the places that the base was last evaluated at."""
+
+    def tempered(self, beta: float) -> tuple[Tensor, Tensor]:
+        """Value and gradient of the tempered density."""
+        if beta == 1.0:
+            return self.target
+        value, slope = (torch.lerp(b, t, beta) for b, t in zip(self.base, self.target, strict=True))
+        return value, slope
+
+    @property
+    def energies(self) -> Tensor:
+        """Log densities of the target, and of the base while it is looked at, ``(S, 1 or 2)``."""
+        pairs = [self.target] if self.stale else [self.target, self.base]
+        return torch.stack([value for value, _ in pairs], 1)
+
+    def taken(self, chosen: Tensor) -> Cloud:
+        """Some of the particles."""
+        pairs = [(value[chosen], slope[chosen]) for value, slope in (self.target, self.base)]
+        return Cloud(self.position[chosen], pairs[0], pairs[1])
+
+    def where(self, accept: Tensor, other: Cloud) -> Cloud:
+        """These particles where ``accept`` is true, and others elsewhere."""
+        wide = accept.unsqueeze(-1)
+        pairs = [
+            (torch.where(accept, a[0], b[0]), torch.where(wide, a[1], b[1]))
+            for a, b in ((self.target, other.target), (self.base, other.base))
+        ]
+        return Cloud(torch.where(wide, self.position, other.position), pairs[0], pairs[1], self.stale or other.stale)
+
+
+@dataclass(frozen=True)
+class TemperedDraws:
+    """What a run found.
+
+    :ivar draws: of the target, ``(islands, draws, dim)``: the places of a particle after several moves, and copies of
+        one, lie next to each other.
+    :ivar log_evidence: log evidence by each island, ``(islands,)``, in nats.
+    :ivar levels: what was done, which another run can repeat.
+    :ivar ess: effective draws of each coordinate's mean, ``(dim,)``.
+    :ivar acceptance: mean acceptance probability of the last moves.
+    :ivar ended: ``"done"``, or why the run was cut.
+    :ivar reached: the temperature up to which particles were moved; below 1 only for a run that was cut.
+    """
+
+    draws: Tensor
+    log_evidence: Tensor
+    levels: tuple[Level, ...]
+    ess: Tensor
+    acceptance: float
+    ended: str = "done"
+    reached: float = 1.0
+
+
+@dataclass(frozen=True)
+class TemperedSMC:
+    r"""Sequential Monte Carlo along the geometric path from a Gaussian :math:`q` to a target :math:`\gamma`.
+
+    .. math:: \gamma_t(z) = q(z)^{1 - \beta_t} \gamma(z)^{\beta_t}, \qquad
+        \log \hat Z = \sum_t \log \frac1N \sum_{i=1}^N \big(\gamma(z_i) / q(z_i)\big)^{\beta_t - \beta_{t-1}}
+
+    Particles are weighted for the next temperature, which is as far as their conditional effective sample size stays
+    above a fraction of them, resampled, and moved by Hamiltonian Monte Carlo until their autocorrelation has decayed.
+    The inverse mass is their covariance, of few particles in many dimensions drawn towards the one known before; the
+    step size keeps an acceptance of 3/4, and the length of trajectories follows the correlation of the slow
+    coordinates over a move. At the last temperature the particles go on, and all places after the first moves are
+    draws (waste-free), until so many are effective.
+
+    Islands of particles are resampled apart from each other, so that what they agree on is known, and the spread of
+    their log evidences is its error. Adaptation looks at all of them. With levels given, nothing is adapted, and
+    the evidence is unbiased for any number of particles.
+
+    Source: Del Moral, Doucet and Jasra 2006, Sequential Monte Carlo samplers; Zhou, Johansen and Aston 2016, Toward
+    automatic model comparison; Buchholz, Chopin and Jacob 2021, Adaptive tuning of Hamiltonian Monte Carlo within
+    sequential Monte Carlo; Dau and Chopin 2022, Waste-free sequential Monte Carlo.
+
+    :param num_particles: of all islands together.
+    :param num_islands: how many islands.
+    :param num_draws: a run ends when so many draws are effective of the median coordinate, and a quarter of the worst.
+    :param threshold: the fraction of particles that stay effective from one temperature to the next.
+    :param max_moves: most moves at a temperature, and before the first draws are kept.
+    :param max_kept: most moves after each of which the particles are draws.
+    :param max_leapfrog: most leapfrog steps of a move.
+    :raises ValueError: for numbers out of range, or particles that are no multiple of the islands.
+
+    >>> _ = torch.manual_seed(0)
+    >>> def target(z):  # ten times the density of a normal with mean 3 and scale 1/2
+    ...     return -2 * (z[:, 0] - 3) ** 2 - math.log(0.5 * (2 * math.pi) ** 0.5) + math.log(10), -4 * (z - 3)
+    >>> method = TemperedSMC(num_particles=400, num_draws=1000)
+    >>> found = method.run(target, GaussianBase.of(torch.full((1,), 2.0), torch.eye(1)))
+    >>> found.draws.shape[0], round(found.draws.mean().item(), 1), round(found.log_evidence.mean().item(), 1)
+    (4, 3.0, 2.3)
+    """
+
+    num_particles: int = 512
+    num_islands: int = 4
+    num_draws: int = 4000
+    threshold: float = 0.5
+    max_moves: int = 10
+    max_kept: int = 100
+    max_leapfrog: int = 64
+
+    def __post_init__(self) -> None:
+        counts = {n: v for n, v in vars(self).items() if n != "threshold"}
+        for name, value in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold!r}: expected a fraction of the particles between 0 and 1.")
+        if self.num_islands < 2 or self.num_particles % self.num_islands or self.num_particles < 4 * self.num_islands:
+            raise ValueError(
+                f"num_particles={self.num_particles}, num_islands={self.num_islands}: expected at least 2 islands, and "
+                "a multiple of them of at least 4 particles each."
+            )
+
+    def run(
+        self,
+        target: Target,
+        base: GaussianBase,
+        *,
+        levels: Sequence[Level] = (),
+        stop: Callable[[], str] = lambda: "",
+    ) -> TemperedDraws:
+        """Bring particles from the base to the target.
+
+        :param target: positions ``(S, dim)`` to log densities ``(S,)``, in nats, and their gradients ``(S, dim)``.
+        :param base: where particles start.
+        :param levels: those of an earlier run, to be repeated without adaptation.
+        :param stop: asked before each move: why to stop, or an empty word. The rest of the path is then one step
+            without moves, and islands that disagree show what is missing. ``Ctrl-C`` is the reason "interrupted".
+        :returns: draws and evidences.
+        :raises ValueError: if the target is not finite at any particle of an island.
+        """
+        return _Run(self, target, base, stop).all(levels)
+
+
+@dataclass
+class _Run:
+    settings: TemperedSMC
+    target: Target
+    base: GaussianBase
+    stop: Callable[[], str]
+    levels: list[Level] = field(default_factory=list)
+    ended: str = ""
+    acceptance: float = math.nan
+
+    def all(self, levels: Sequence[Level]) -> TemperedDraws:
+        s = self.settings
+        self.cloud = self._at(self.base.draw(s.num_particles))
+        self.log_evidence = torch.zeros(s.num_islands, dtype=torch.float64)
+        self.level = Level(0.0, self.base.metric, _first_step(len(self.base.loc)), _FIRST_LEAPFROG, 0)
+        kept: list[Tensor] = []
+        reached = 0.0
+        for level in levels:
+            self._weigh(level.beta)
+            kept = self._repeat(level)
+            self.levels.append(level)
+        while self.level.beta < 1:
+            self._weigh(self._next_beta())
+            kept = self._move()
+            self.levels.append(self.level)
+            reached = reached if self.ended and not kept else self.level.beta
+        places = torch.stack(kept or [self.cloud.position], 1)
+        return TemperedDraws(
+            places.reshape(s.num_islands, -1, places.shape[-1]),
+            self.log_evidence,
+            tuple(self.levels),
+            effective_draws(places),
+            self.acceptance,
+            self.ended or "done",
+            1.0 if levels else reached,
+        )
+
+    # ------------------------------------------------------------------ weights
+
+    @property
+    def _ratio(self) -> Tensor:
+        """Log ratios of target and base, ``(particles of an island, islands)``."""
+        ratio = (self.cloud.target[0] - self.cloud.base[0]).double().nan_to_num(-math.inf, -math.inf, -math.inf)
+        return ratio.reshape(self.settings.num_islands, -1).mT
+
+    def _next_beta(self) -> float:
+        """The temperature to which as many particles stay effective as are wanted, on the worst island."""
+        ratio, beta, least = self._ratio, self.level.beta, self.settings.threshold
+
+        def enough(to: float) -> bool:
+            return bool((effective_weights((to - beta) * ratio) >= least * len(ratio)).all())
+
+        if self._asked_to_stop():
+            return 1.0
+        low, high = beta, min(beta + _LARGEST_STEP, 1.0)
+        if enough(high):
+            return high
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if enough(middle) else (low, middle)
+        return high  # the smallest step is a step
+
+    def _weigh(self, beta: float) -> None:
+        log_weight = (beta - self.level.beta) * self._ratio
+        if bool((log_weight == -math.inf).all(0).any()):
+            raise ValueError(
+                "the log density is finite at no particle of an island: expected a guide whose draws lie within the "
+                "support of the model. Start from another guide (init=), or use float64."
+            )
+        self.log_evidence = self.log_evidence + logmeanexp(log_weight)
+        size = len(log_weight)
+        chosen = resample(log_weight) + size * torch.arange(self.settings.num_islands).to(log_weight.device)
+        self.cloud = self.cloud.taken(chosen.mT.reshape(-1))
+        self.level = replace(self.level, beta=beta, num_moves=0, num_kept=0)
+
+    # ------------------------------------------------------------------ moves
+
+    def _asked_to_stop(self) -> str:
+        self.ended = self.ended or self.stop()
+        return self.ended
+
+    def _move(self) -> list[Tensor]:
+        """Adapt, and move until the start is forgotten; at the last temperature, go on until there are enough draws."""
+        self.level = replace(
+            self.level, metric=self.level.metric.updated(self.cloud.position, self.settings.num_islands)
+        )
+        last = self.level.beta == 1.0
+        start = self.cloud
+        try:
+            while self.level.num_moves < self.settings.max_moves and not self._asked_to_stop():
+                self._adapting_move()
+                self.level = replace(self.level, num_moves=self.level.num_moves + 1)
+                if _slow(start, self.cloud) < (_FORGOTTEN if last else _DECAYED):
+                    break
+            return self._kept() if last and not self.ended else []
+        except KeyboardInterrupt:
+            self.ended = "interrupted"
+            return []
+
+    def _adapting_move(self) -> None:
+        before = self.cloud
+        self.acceptance = self._once(self.level)
+        size = self.level.step_size * math.exp(_EAGER * (self.acceptance - _WANTED_ACCEPTANCE))
+        correlation, number = _slow(before, self.cloud, energies=False), self.level.num_leapfrog
+        if correlation > _LONG:
+            number = min(math.ceil(1.4 * number), self.settings.max_leapfrog)
+        elif correlation < _SHORT:
+            number = max(round(number / 1.4), 2)
+        self.level = replace(self.level, step_size=size, num_leapfrog=number)
+
+    def _kept(self) -> list[Tensor]:
+        s, kept, look = self.settings, list[Tensor](), 1
+        while len(kept) < s.max_kept and not (kept and self._asked_to_stop()):
+            self.acceptance = self._once(self.level)
+            kept.append(self.cloud.position)
+            if len(kept) >= look and len(kept) * s.num_particles >= s.num_draws:
+                ess = effective_draws(torch.stack(kept, 1))
+                if float(ess.median()) >= s.num_draws and float(ess.min()) >= _WORST * s.num_draws:
+                    break
+                look = math.ceil(1.2 * len(kept))
+        self.level = replace(self.level, num_kept=len(kept))
+        return kept
+
+    def _repeat(self, level: Level) -> list[Tensor]:
+        self.level = level
+        for _ in range(level.num_moves):
+            self.acceptance = self._once(level)
+        kept = []
+        for _ in range(level.num_kept):
+            self.acceptance = self._once(level)
+            kept.append(self.cloud.position)
+        return kept
+
+    def _once(self, level: Level) -> float:
+        """One move of all particles; the mean acceptance probability."""
+        old, metric = self.cloud, level.metric
+        noise = torch.rand(len(old.position), 1, dtype=old.position.dtype).to(old.position)
+        size = level.step_size * (1 - _JITTER + 2 * _JITTER * noise)
+        momentum = metric.momentum(torch.randn_like(old.position))
+        value, slope = old.tempered(level.beta)
+        energy = value - metric.kinetic(momentum)
+        new = old
+        for _ in range(level.num_leapfrog):
+            momentum = momentum + 0.5 * size * slope
+            new = self._at(
+                new.position + size * metric.velocity(momentum), new if level.beta == 1.0 else None
+            )  # the base is of no use there
+            value, slope = new.tempered(level.beta)
+            momentum = momentum + 0.5 * size * slope
+        gain = value - metric.kinetic(momentum) - energy
+        probability = gain.exp().clamp(max=1.0).nan_to_num(0.0)
+        accept = torch.rand_like(probability) < probability
+        self.cloud = new.where(accept, old)
+        return float(probability.mean())
+
+    def _at(self, position: Tensor, known: Cloud | None = None) -> Cloud:
+        value, slope = (x.to(position) for x in self.target(position))
+        if known is not None:
+            return Cloud(position, (value, slope), known.base, stale=True)
+        return Cloud(position, (value, slope), self.base.value_and_gradient(position))
+
+
+def _first_step(dim: int) -> float:
+    return float(1.2 * dim**-0.25)
+
+
+def _slow(before: Cloud, after: Cloud, *, energies: bool = True) -> float:
+    """The largest correlation between what the same particles were and are: coordinates, and log densities."""
+    pairs = [(before.position, after.position)]
+    if energies:
+        width = after.energies.shape[1]
+        pairs.append((before.energies[:, :width], after.energies))
+    x, y = (torch.cat(each, 1) for each in zip(*pairs, strict=True))
+    x, y = x - x.mean(0), y - y.mean(0)
+    tiny = torch.finfo(x.dtype).tiny
+    correlation = (x * y).sum(0) / (x.square().sum(0) * y.square().sum(0)).sqrt().clamp(min=tiny)
+    return float(correlation.nan_to_num(1.0).max())
+
+
+def effective_draws(places: Tensor) -> Tensor:
+    r"""Effective draws of the mean of each coordinate, by the means of the particles, which are independent.
+
+    .. math:: N \frac{\operatorname{var}(z)}{\operatorname{var}_i(\bar z_i)}
+
+    :param places: where ``N`` particles were after several moves, ``(N, moves, dim)``.
+
+    >>> _ = torch.manual_seed(0)
+    >>> still = torch.randn(1000, 1, 1).expand(1000, 5, 1)
+    >>> effective_draws(still).round(), bool(effective_draws(torch.randn(1000, 5, 1)) > 4500)
+    (tensor([1000.]), True)
+    """
+    means, tiny = places.mean(1), torch.finfo(places.dtype).tiny
+    apart = (places - means.mean(0)).square().mean((0, 1))
+    return len(places) * apart / means.var(0, correction=0).clamp(min=tiny)
