@@ -84,7 +84,7 @@ class Facts:
 
     @property
     def is_level(self) -> bool:
-        """Whether weights are so nearly equal that k-hat is that of a few draws which do not matter, as scouts agree."""
+        """Whether weights are nearly equal and scouts agree: k-hat is then that of a few draws that do not matter."""
         agreed = bool(self.missed) and not self.certain
         return agreed and self.efficiency >= _NEARLY_EQUAL and self.shortfall < _NOTHING
 
@@ -242,8 +242,12 @@ def judge_data(facts: DatumFacts) -> Verdict:
     return Verdict(word, (counted, f"median k-hat {facts.median_k:.2f}", *late), (*steps, *more))
 
 
-def judge_chains(rhat: float, ess: float, num_chains: int) -> Verdict:
+def judge_chains(
+    rhat: float, ess: float, num_chains: int, missed: tuple[Missed, ...] = (), scouts: str = ""
+) -> Verdict:
     """The verdict on draws of equal weight in chains, or islands, by their largest R-hat and smallest bulk ESS.
+
+    Chains agree, too, where all of them are in one mode of several: scouts can show that.
 
     Source: Vehtari, Gelman, Simpson, Carpenter and Buerkner 2021, Rank-normalization, folding, and localization: an
     improved R-hat for assessing convergence of MCMC, Bayesian Analysis 16(2).
@@ -255,8 +259,11 @@ def judge_chains(rhat: float, ess: float, num_chains: int) -> Verdict:
         word = RELIABLE
     else:
         word = USABLE if rhat <= _RHAT_USABLE and ess >= _CHAIN_FEW else UNRELIABLE
+    lost = tuple(f"scouts find {each} that no chain has visited enough" for each in missed if each.is_certain)[:1]
+    word = UNRELIABLE if lost else word
     chains = f"{num_chains} chains" if num_chains > 1 else "the halves of one chain"
-    reasons = (f"R-hat {rhat:.3f} of {chains}", f"smallest effective sample size {ess:.0f}")
+    reasons = (*lost, f"R-hat {rhat:.3f} of {chains}", f"smallest effective sample size {ess:.0f}")
+    reasons = (*reasons, scouts) if scouts else reasons
     alone = ("several chains (restarts=4): one cannot show what it misses",) if num_chains == 1 else ()
     more = (CHECK,) if word == RELIABLE else ("more draws (num_steps=) and a longer warm-up (num_warmup=)", EASIER)
     return Verdict(word, reasons, (*alone, *more))

@@ -62,7 +62,7 @@ class Fitted:
         estimates = {"elbo": Estimate(self.elbo, 0.0), "total_log_evidence": Estimate(self.log_evidence, 0.01)}
         verdict = Verdict(RELIABLE if self.pareto_k < 0.7 else UNRELIABLE, (), ())
         facts = Facts(8000, 4000.0, self.pareto_k, 0.01, 0.0)
-        judged = {"verdict": verdict, "facts": facts, "draws": type("D", (), {"batch": ()})}
+        judged = {"verdict": verdict, "facts": facts, "has_weights": True, "draws": type("D", (), {"batch": ()})}
         return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), **judged, **estimates})
 
 

@@ -157,3 +157,16 @@ def test_the_error_of_the_evidence_covers_heavy_tails():
         misses["tail"] += abs(float(value) - truth) > 2 * float(error)
         misses["delta"] += abs(float(value) - truth) > 2 * float(delta)
     assert misses["tail"] <= 9 < misses["delta"]
+
+
+def chains_at(model, where):
+    torch.manual_seed(0)
+    z = torch.tensor(where).repeat_interleave(500)[:, None, None].reshape(len(where), 500, 1) + torch.randn(4, 500, 2)
+    return pplvi.Posterior.of_chains({"z": z}, model, (), None, None, None)
+
+
+def test_chains_that_agree_in_one_mode_of_two_are_not_reliable():
+    alone = chains_at(two_modes, [3.0, 3.0, 3.0, 3.0]).verdict
+    assert alone.word == UNRELIABLE
+    assert "scouts find 50% +- " in alone.reasons[0]
+    assert "R-hat 1.00" in alone.reasons[1]
