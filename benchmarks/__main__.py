@@ -37,6 +37,7 @@ NAMES = (
     "nested_gradients",
     "particle_ways",
     "posteriors",
+    "race",
     "pyro_examples",
     "restricted_boltzmann",
     "speed",

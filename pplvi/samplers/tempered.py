@@ -27,7 +27,7 @@ _WORST = 0.25  # of the effective draws that are wanted, of the worst coordinate
 
 
 @dataclass(frozen=True)
-class Level:
+class TemperedLevel:
     """What is done at one temperature: draws are weighted for it, resampled, and moved.
 
     :ivar beta: the temperature, from 0 (the base) to 1 (the target).
@@ -100,7 +100,7 @@ class TemperedDraws:
 
     draws: Tensor
     log_evidence: Tensor
-    levels: tuple[Level, ...]
+    levels: tuple[TemperedLevel, ...]
     ess: Tensor
     acceptance: float
     ended: str = "done"
@@ -173,7 +173,7 @@ class TemperedSMC:
         target: Target,
         base: GaussianBase,
         *,
-        levels: Sequence[Level] = (),
+        levels: Sequence[TemperedLevel] = (),
         stop: Callable[[], str] = lambda: "",
     ) -> TemperedDraws:
         """Bring particles from the base to the target.
@@ -195,15 +195,15 @@ class _Run:
     target: Target
     base: GaussianBase
     stop: Callable[[], str]
-    levels: list[Level] = field(default_factory=list)
+    levels: list[TemperedLevel] = field(default_factory=list)
     ended: str = ""
     acceptance: float = math.nan
 
-    def all(self, levels: Sequence[Level]) -> TemperedDraws:
+    def all(self, levels: Sequence[TemperedLevel]) -> TemperedDraws:
         s = self.settings
         self.cloud = self._at(self.base.draw(s.num_particles))
         self.log_evidence = torch.zeros(s.num_islands, dtype=torch.float64)
-        self.level = Level(0.0, self.base.metric, _first_step(len(self.base.loc)), _FIRST_LEAPFROG, 0)
+        self.level = TemperedLevel(0.0, self.base.metric, _first_step(len(self.base.loc)), _FIRST_LEAPFROG, 0)
         kept: list[Tensor] = []
         reached = 0.0
         for level in levels:
@@ -312,7 +312,7 @@ class _Run:
         self.level = replace(self.level, num_kept=len(kept))
         return kept
 
-    def _repeat(self, level: Level) -> list[Tensor]:
+    def _repeat(self, level: TemperedLevel) -> list[Tensor]:
         self.level = level
         for _ in range(level.num_moves):
             self.acceptance = self._once(level)
@@ -322,7 +322,7 @@ class _Run:
             kept.append(self.cloud.position)
         return kept
 
-    def _once(self, level: Level) -> float:
+    def _once(self, level: TemperedLevel) -> float:
         """One move of all particles; the mean acceptance probability."""
         old, metric = self.cloud, level.metric
         noise = torch.rand(len(old.position), 1, dtype=old.position.dtype).to(old.position)

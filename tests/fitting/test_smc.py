@@ -17,7 +17,7 @@ from pplvi.fitting.smc import run_islands
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.samplers import TemperedSMC
 from pplvi.samplers.metric import GaussianBase, Metric
-from pplvi.samplers.tempered import Level
+from pplvi.samplers.tempered import TemperedLevel
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -146,9 +146,9 @@ def test_programs_are_properly_weighted(model: Callable[..., None], y: Tensor, e
     base = GaussianBase.of(torch.ones(1), 1.5 * torch.eye(1))
     levels = TemperedSMC(num_particles=64, num_draws=64).run(density.value_and_gradient, base).levels
 
-    def of_all(level: Level) -> Level:
+    def of_all(level: TemperedLevel) -> TemperedLevel:
         one = Metric(level.metric.covariance[:1], level.metric.root[:1])
-        return Level(level.beta, one, level.step_size, min(level.num_leapfrog, 6), level.num_moves)
+        return TemperedLevel(level.beta, one, level.step_size, min(level.num_leapfrog, 6), level.num_moves)
 
     many = TemperedSMC(num_particles=1600, num_islands=200)
     found = many.run(density.value_and_gradient, base, levels=[of_all(level) for level in levels])
