@@ -28,6 +28,7 @@ NAMES = (
     "annealing_ring",
     "bars_and_stripes",
     "boltzmann",
+    "conjugate",
     "deep_boltzmann",
     "deep_boltzmann_large",
     "gradients",
@@ -40,6 +41,7 @@ NAMES = (
     "race",
     "pyro_examples",
     "restricted_boltzmann",
+    "sparse_coding",
     "speed",
     "wake_sleep",
 )

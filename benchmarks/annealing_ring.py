@@ -32,7 +32,7 @@ from torch.distributions import Transform
 from torch.nn.functional import linear, silu, softplus
 
 from benchmarks.reporting import Table, command_line, write
-from pplvi.compile import CompiledSVI, Mode
+from pplvi.compile import CompiledSVI, CompileMode
 from pplvi.guides import AnnealedGuide
 from pplvi.kernels import Coordinates, Kernel, ResidualKernel
 from pplvi.kernels.base import LogDensity, Program
@@ -47,7 +47,7 @@ QUICK = "--targets 2 --methods AVO --steps 2 --batches 2 --mode eager"
 
 BUDGET = 288
 EARLY = (0.02, 0.065, 0.14, 0.25, 0.4, 0.62)
-HOW: dict[str, Mode] = {"compiled": True, "trace": "trace", "eager": False}
+HOW: dict[str, CompileMode] = {"compiled": True, "trace": "trace", "eager": False}
 
 
 class Shear(Transform):
@@ -188,7 +188,7 @@ def annealed(steps: int) -> Schedule:
     return lambda step: min(1.0, (step + 1) / 500) * (cosine(step) + 1e-4)
 
 
-def measure(method: str, num_targets: int, steps: int, batches: int, seed: int, mode: Mode) -> Row:
+def measure(method: str, num_targets: int, steps: int, batches: int, seed: int, mode: CompileMode) -> Row:
     """Train one row of the table and evaluate it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)

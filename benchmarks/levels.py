@@ -24,7 +24,7 @@ from torch.nn.functional import softplus
 
 from benchmarks.annealing_ring import MODES, ring, start
 from benchmarks.reporting import Table, command_line, write
-from pplvi.compile import CompiledSVI, Mode
+from pplvi.compile import CompiledSVI, CompileMode
 from pplvi.guides import AnnealedGuide
 from pplvi.kernels import ResidualKernel
 from pplvi.losses import NestedELBO
@@ -56,7 +56,7 @@ def eager(num_targets: int, num_particles: int, resampling: bool, together: bool
     return step
 
 
-def recorded(resampling: bool, mode: Mode) -> Step:
+def recorded(resampling: bool, mode: CompileMode) -> Step:
     """A step of CompiledSVI, ten at a time."""
     loss = NestedELBO("reverse_kl", 36, resample=resampling)
     svi = CompiledSVI(ring, guide_of(8, f"{mode}_{resampling}"), Adam({"lr": 1e-3}), loss, mode=mode)
@@ -193,7 +193,7 @@ def kept_bytes(step: Step) -> int:
     return kept.most
 
 
-def time_table(rounds: int, modes: Sequence[Mode]) -> list[dict[str, Any]]:
+def time_table(rounds: int, modes: Sequence[CompileMode]) -> list[dict[str, Any]]:
     """Milliseconds of a step at 8 targets and 36 particles."""
     rows = []
     for resampling in (False, True):
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    modes: tuple[Mode, ...] = ("trace",) if options.no_compiler else ("trace", True)
+    modes: tuple[CompileMode, ...] = ("trace",) if options.no_compiler else ("trace", True)
     kept = Table({"targets": "7d", "step": "<15", "MB": "9.2f"})
     spent = Table({"resampling": "<14", "step": "<20", "ms": "8.2f"})
     memory = memory_table(options.targets, options.particles)

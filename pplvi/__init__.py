@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pplvi.guides import AnnealedGuide as AnnealedGuide
     from pplvi.guides import AutoAmortized as AutoAmortized
     from pplvi.guides import AutoBatchAndMatch as AutoBatchAndMatch
+    from pplvi.guides import AutoConjugate as AutoConjugate
     from pplvi.guides import AutoDeterministicNormal as AutoDeterministicNormal
     from pplvi.guides import AutoFlow as AutoFlow
     from pplvi.guides import AutoHierarchical as AutoHierarchical
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pplvi.guides import FilteredGuide as FilteredGuide
     from pplvi.guides import NestedGuide as NestedGuide
     from pplvi.guides import PredictionPenalty as PredictionPenalty
+    from pplvi.guides import RobbinsMonro as RobbinsMonro
     from pplvi.guides import amortization_gap as amortization_gap
     from pplvi.guides import init_to_pathfinder as init_to_pathfinder
     from pplvi.guides import refine as refine
@@ -116,6 +118,7 @@ _HOMES = {
     "AnnealedGuide": "guides",
     "AutoAmortized": "guides",
     "AutoBatchAndMatch": "guides",
+    "AutoConjugate": "guides",
     "AutoDeterministicNormal": "guides",
     "AutoFlow": "guides",
     "AutoHierarchical": "guides",
@@ -127,6 +130,7 @@ _HOMES = {
     "FilteredGuide": "guides",
     "NestedGuide": "guides",
     "PredictionPenalty": "guides",
+    "RobbinsMonro": "guides",
     "amortization_gap": "guides",
     "init_to_pathfinder": "guides",
     "refine": "guides",

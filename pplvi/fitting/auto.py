@@ -42,12 +42,16 @@ FitArguments = Callable[[int], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Rung:
-    """A family of guides: its name, what makes it, and, if trained, arguments of ``fit`` for a number of steps."""
+    """A family of guides: its name, what makes it, and, if trained, arguments of ``fit`` for a number of steps.
+
+    :ivar most: unconstrained dimensions beyond which its parameters times draws are more than memory and time allow.
+    """
 
     name: str
     guide: Any
     recipe: FitArguments | None = None
     steps: int = 2000
+    most: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,8 @@ _TRAINED = (
     Rung("AutoMultivariateNormal", AutoMultivariateNormal, _gaussian_recipe, 5000),
 )
 _FLOWS = (
-    Rung("AutoFlow('quadratic')", partial(AutoFlow, flow="quadratic"), flow_recipe),
-    Rung("AutoFlow('nsf')", partial(AutoFlow, flow="nsf", passes=2), flow_recipe),
+    Rung("AutoFlow('quadratic')", partial(AutoFlow, flow="quadratic"), flow_recipe, most=200),
+    Rung("AutoFlow('nsf')", partial(AutoFlow, flow="nsf", passes=2), flow_recipe, most=30),
 )
 
 
@@ -251,6 +255,9 @@ class _Ladder:
     def _try(self, rung: Rung, form: str, model: Program, share: float) -> bool:
         """Fit a family, trained for as many steps as its share of the time allows; false if that is too few."""
         make = partial(self.fit, model, rung.guide)
+        if self.dim > rung.most:
+            self._pass_over(rung.name, form, f"not tried in {self.dim:,} dimensions, of at most {rung.most}")
+            return True
         if rung.guide == "smc":
             make = partial(make, init=self._start(), budget=max(self.left, 1.0))
         if rung.recipe is None:
@@ -266,6 +273,18 @@ class _Ladder:
         recipe = rung.recipe(max(steps, _LEAST_STEPS))
         self._note(rung.name, form, partial(make, **recipe, compile=compile, callbacks=[self._is_over]))
         return True
+
+    @property
+    def dim(self) -> int:
+        """Unconstrained dimensions of the model, where a guide has seen them; 0 before."""
+        found = (getattr(attempt.fit.guide, "latent_dim", 0) for attempt in self.done if attempt.fit is not None)
+        return max(found, default=0)
+
+    def _pass_over(self, name: str, form: str, failure: str) -> None:
+        state = self.originals.state()
+        self.attempts.append(
+            Attempt(name, form, None, math.inf, -math.inf, Estimate(-math.inf, 0.0), 0.0, state, failure)
+        )
 
     def _start(self) -> Any:
         """The guide with the largest bound of those that are Gaussian: where particles start."""

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from pplvi.programs.checks import check_model_run, has_data
 from pplvi.programs.errors import warn
 from pplvi.programs.inputs import check_finite, to_inputs
@@ -34,8 +36,12 @@ def checked_inputs(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def warn_of_no_data(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], environment: Environment) -> None:
-    """Say at once that a model with parameters for data observes nothing; one without any is a target of its own."""
-    if not _takes_data(model):
+    """Say at once that a model that is given data, or could be, observes nothing; one that takes none is a target.
+
+    It is no error: fitting the prior is a check of model and guide.
+    """
+    given = any(isinstance(value, Tensor) and value.dim() > 0 for value in (*args, *kwargs.values()))
+    if not (given or _takes_data(model)):
         return
     with scratch(), environment.active():
         try:

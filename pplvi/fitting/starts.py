@@ -9,7 +9,8 @@ from typing import Any, cast
 import pyro
 from torch import Tensor
 
-from pplvi.guides.search.base import FoundGuide, Search
+from pplvi.guides.conjugate.auto import AutoConjugate
+from pplvi.guides.search.base import Search
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.guides.search.start import start_at_pathfinder
@@ -54,8 +55,7 @@ class SearchedStart(Start):
         if run.step or not (self.init or self.searches(run.guide)):
             return False
         start = time.perf_counter()
-        call = trainer.call = _full_call(trainer, self.init)
-        done = self._search(trainer, call)
+        done = self._ascend(trainer) if isinstance(run.guide, AutoConjugate) else self._begin_at_full_data(trainer)
         run.seconds = time.perf_counter() - start
         if done:
             _finish(trainer)
@@ -67,11 +67,35 @@ class SearchedStart(Start):
 
     def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
         """Give a guide that finds itself what a checkpoint holds of it, so that it does not search again."""
-        if isinstance(run.guide, FoundGuide) and saved["reason"] == "found":
+        if self.searches(run.guide) and saved["reason"] == "found":
             named = {
                 name.removeprefix("guide."): b for name, b in saved["buffers"].items() if name.startswith("guide.")
             }
-            run.guide.load_state_dict(named)
+            cast(Any, run.guide).load_state_dict(named)
+
+    def _begin_at_full_data(self, trainer: Trainer) -> bool:
+        call = trainer.call = _full_call(trainer, self.init)
+        return self._search(trainer, call)
+
+    def _ascend(self, trainer: Trainer) -> bool:
+        """Sweep to the end, or take one natural-gradient step for each minibatch."""
+        run, guide = trainer.run, cast(AutoConjugate, trainer.run.guide)
+        if guide.rate is None:
+            call = trainer.call = _full_call(trainer, None)
+            guide.run(*call[0], **call[1])
+            if _parameters(run, call):
+                return False
+            run.losses.extend(-bound for bound in guide.bounds)
+            run.monitored.append(-guide.bounds[-1])
+            return True
+        for _ in range(trainer.watch.num_steps):
+            try:
+                call = trainer.call = next(trainer.batches)
+            except StopIteration:
+                break
+            guide.step(*call[0], **call[1])
+            run.losses.append(-guide.bounds[-1])
+        return True
 
     def _search(self, trainer: Trainer, call: Call) -> bool:
         run, guide = trainer.run, cast(Any, trainer.run.guide)

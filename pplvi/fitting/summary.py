@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pplvi.guides.amortized.amortized import AutoAmortized
 from pplvi.guides.amortized.refinement import amortization_gap
+from pplvi.guides.conjugate.auto import AutoConjugate
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import describe_parameters
 from pplvi.programs.handlers import parameters_of
@@ -16,6 +17,7 @@ from pplvi.programs.summing import enumerated_by, is_summed
 from pplvi.training.restart import Restart
 from pplvi.types import Call
 
+_TERMS = 20  # of a bound that a report lists
 _SAMPLE = 1_000  # data on which a report measures what amortisation costs
 _REASONS = {
     "converged": "stopped at step {steps}: the objective no longer improved by more than its Monte Carlo error",
@@ -56,6 +58,10 @@ def describe_guide(run: Restart, posterior: Posterior, call: Call, seed: int | N
     :param seed: for what has to be measured.
     """
     guide, (args, kwargs) = run.guide, call
+    if isinstance(guide, AutoConjugate):
+        terms = {} if guide.rate is not None else guide.terms(*args, **kwargs)
+        listed = {"bound by terms": ", ".join(f"{name} {value:.4g}" for name, value in terms.items())}
+        return {"bound": guide.summary(), **(listed if 0 < len(terms) <= _TERMS else {})}
     amortized = isinstance(guide, AutoAmortized) and guide.amortized
     with run.scope():
         count = sum(leaf.numel() for leaf in parameters_of(lambda: guide(*args, **kwargs)).values())

@@ -6,6 +6,8 @@ from pplvi.guides.amortized.prediction import PredictionPenalty
 from pplvi.guides.amortized.refinement import amortization_gap, refine
 from pplvi.guides.amortized.semi_dais import AutoSemiDAIS
 from pplvi.guides.annealed import AnnealedGuide, NestedGuide
+from pplvi.guides.conjugate.auto import AutoConjugate
+from pplvi.guides.conjugate.rates import RobbinsMonro
 from pplvi.guides.filtered import FilteredGuide
 from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.mixture import AutoMixture
@@ -20,6 +22,7 @@ __all__ = [
     "AnnealedGuide",
     "AutoAmortized",
     "AutoBatchAndMatch",
+    "AutoConjugate",
     "AutoDeterministicNormal",
     "AutoFlow",
     "AutoHierarchical",
@@ -31,6 +34,7 @@ __all__ = [
     "FilteredGuide",
     "NestedGuide",
     "PredictionPenalty",
+    "RobbinsMonro",
     "amortization_gap",
     "init_to_pathfinder",
     "refine",

@@ -15,6 +15,7 @@ from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pplvi.guides.owned import claim_name
 from pplvi.programs.plates import data_plate
 
 __all__ = ["BinaryMeanField", "BinarySparseCoding", "learn_binary_coding"]
@@ -99,6 +100,7 @@ class BinarySparseCoding(PyroModule):
         :param v: data, ``(N, n)``; drawn if left out.
         :param size: how many to draw (one), or how many the data given stand for.
         """
+        claim_name(self)
         weight, bias, scale = self.weight, self.bias, self.precision.rsqrt()
         with data_plate(size or 1, None) if v is None else data_plate(len(v), size):
             h = pyro.sample("h", dist.Bernoulli(logits=bias).to_event(1))
@@ -298,6 +300,7 @@ class BinaryMeanField:
         """
         if self.network is None:
             raise ValueError("this mean field has no network: expected BinaryMeanField(coding, network=...).")
+        claim_name(self.coding)
         pyro.module(f"{self.coding._pyro_name}_recognition", self.network)
         logits: Tensor = self.network(v)
         if tuple(logits.shape) != (len(v), self.coding.num_codes):

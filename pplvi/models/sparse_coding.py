@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam, pyro_method
 from torch import Tensor
 
+from pplvi.guides.owned import claim_name
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
 from pplvi.programs.plates import data_plate
 
@@ -110,6 +111,7 @@ class SparseCoding(PyroModule):
         :param v: data, ``(N, num_visible)``; drawn if left out.
         :param size: how many to draw (one), or how many the data given stand for.
         """
+        claim_name(self)
         atoms = self.atoms
         with data_plate(size or 1, None) if v is None else data_plate(len(v), size):
             zero = atoms.new_zeros(self.num_codes)

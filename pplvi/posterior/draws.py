@@ -34,7 +34,7 @@ from pplvi.programs.sites import (
 from pplvi.programs.traces import Run
 from pplvi.programs.unguided import run_model
 from pplvi.programs.ways import Vectorize
-from pplvi.types import Program
+from pplvi.types import Call, Program
 
 
 @dataclass(frozen=True)
@@ -173,23 +173,17 @@ def score(
 
 @torch.no_grad()
 def log_prior(
-    model: Program,
-    latents: Mapping[str, Tensor],
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    num_draws: int,
-    vectorize: Vectorize = None,
+    model: Program, call: Call, latents: Mapping[str, Tensor], num_draws: int, vectorize: Vectorize = None
 ) -> dict[str, Tensor]:
     """Log density of every latent site given those that it depends on, ``(num_draws, *plates)`` each, in nats.
 
     Nothing where sites are enumerated: what depends on them has no density for one draw.
 
     >>> import pyro, pyro.distributions as dist
-    >>> log_prior(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), {"z": torch.tensor([0.0, 1.0])}, num_draws=2)
+    >>> log_prior(lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), ((), {}), {"z": torch.tensor([0.0, 1.0])}, 2)
     {'z': tensor([-0.9189, -1.4189])}
     """
-    run = run_model(model, args, kwargs or {}, num_particles=num_draws, latents=latents, vectorize=vectorize)
+    run = run_model(model, *call, num_particles=num_draws, latents=latents, vectorize=vectorize)
     sites = {n: s for n, s in sample_sites(run.model) if _kind(s) == "latent" and not is_delta(s)}
     return {} if run.enumerated else _log_likelihoods(run, sites)
 

@@ -50,18 +50,24 @@ from pplvi.weights.algebra import normalize
 from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
 
-class Programs(NamedTuple):
-    """A model, its call, and the way of running it."""
+class ModelCall(NamedTuple):
+    """A model, its call, the way of running it, and what a draw takes."""
 
     model: Program
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     vectorize: Vectorize
+    bytes_of_draw: int = 1
+
+    def affordable(self, number: int, least: int) -> int:
+        """So many rows, or fewer where the model has many data, but not too few."""
+        return max(least, int(number * min(1.0, _DEAR / self.bytes_of_draw)))
 
 
-_PRIOR_SCOUTS, _FAR_SCOUTS, _SCOUT_DRAWS = 64, 16, 2_000
-_SCREENED, _MORE_DRAWS = 5_000, 10_000
-_CHECKED = 10_000  # draws of the guide that are compared with scouts
+_PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 5_000
+_SCOUT_DRAWS, _MORE_DRAWS, _CHECKED = 2_000, 10_000, 10_000  # of the last, those of the guide, to compare with
+_FEW, _FEW_DRAWS = 8, 500
+_DEAR = 2**15  # bytes of a draw from which on fewer are sent
 _MOST_DRAWS, _MOST_BYTES, _MOST_SECONDS = 100_000, 2**28, 2.0
 _K_ERROR = 0.1
 _SURE, _SMALL = 4.0, 0.02
@@ -69,7 +75,7 @@ _MORE, _APART = 0.2, 0.1  # nats of evidence; standard deviations of a mean
 _BAD_K, _NEARLY_EQUAL = 0.7, 0.9
 
 
-def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: Programs) -> Facts:
+def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: ModelCall) -> Facts:
     """What the pool behind some draws says, and what scouts say of it.
 
     :param own: the draws that are handed over.
@@ -203,7 +209,7 @@ def _wanted(pool: WeightedDraws, target: int, most: int) -> int:
 # --- scouts ---------------------------------------------------------------------------------------------------------
 
 
-def scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+def scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
     """Where scouts find more than a guide, and in words how many were sent or why none were.
 
     :param programs: the model and its call.
@@ -212,27 +218,31 @@ def scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...]
     try:
         with random_state(0):
             return _scouted(programs, pool)
-    except ValueError as error:
-        return (), f"no scouts were sent: {str(error).split(':')[0]}"
+    except Exception as error:  # far from the data a program may fail in its own ways
+        return (), f"scouts could not climb, {type(error).__name__}: {str(error).split(':')[0]}"
 
 
-def _scouted(programs: Programs, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
-    call = programs[:3]
+def _scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+    call = programs.model, programs.args, programs.kwargs
     density = UnconstrainedDensity(*call, vectorize=programs.vectorize)
     if density.dim > MOST_DIMENSIONS:
         return (), f"no scouts were sent, in {density.dim:,} dimensions"
     if missing := {block.name for block in density.blocks} ^ set(pool.draws.latents):
         return (), f"no scouts were sent: the guide draws {sorted(missing)}, which has no density to climb"
-    own = _own(density, pool)
-    starts = torch.cat([prior_starts(density, *call, _PRIOR_SCOUTS), spread_starts(own, _FAR_SCOUTS), _tails(own)])
+    own = _own(density, pool, programs.affordable(_CHECKED, _FEW_DRAWS))
+    few = programs.affordable(_FAR_SCOUTS, _FEW)
+    prior = prior_starts(density, *call, programs.affordable(_PRIOR_SCOUTS, _FEW))
+    starts = torch.cat([prior, spread_starts(own, few), _tails(own, few)])
     modes, whole = climbed(density, starts), around(own)
     if (seen := _joined(mixed(modes), whole)) is None:
         return (), f"{len(starts)} scouts met no mode"
-    candidates = torch.cat([prior_starts(density, *call, _SCREENED), wide(seen, _SCREENED)])
-    modes = climbed(density, screened(density, seen, candidates, _FAR_SCOUTS), modes)
+    screening = programs.affordable(_SCREENED, _FEW_DRAWS // 5)
+    candidates = torch.cat([prior_starts(density, *call, screening), wide(seen, screening)])
+    modes = climbed(density, screened(density, seen, candidates, few), modes)
     divided = mixed(modes)
     text = f"{len(starts)} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
-    return _compared(density, divided, _joined(divided, whole) or seen, own), text
+    number = programs.affordable(_SCOUT_DRAWS, _FEW_DRAWS), programs.affordable(_MORE_DRAWS, 2 * _FEW_DRAWS)
+    return _compared(density, divided, _joined(divided, whole) or seen, own, number), text
 
 
 def _joined(*parts: Students | None) -> Students | None:
@@ -241,20 +251,20 @@ def _joined(*parts: Students | None) -> Students | None:
 
 
 def _compared(
-    density: UnconstrainedDensity, modes: Students | None, proposal: Students, own: Weighed
+    density: UnconstrainedDensity, modes: Students | None, proposal: Students, own: Weighed, number: tuple[int, int]
 ) -> tuple[Missed, ...]:
     """What is missed in each region; what seems to be is looked at again with other and more draws."""
-    proposal, scouts = adapted(density, proposal, _SCOUT_DRAWS)
+    proposal, scouts = adapted(density, proposal, number[0])
     regions = Regions.between(modes, scouts)
     found = missed(scouts, own, regions)
     if any(each.is_certain or each.is_open for each in found):
-        found = missed(weighed(density, proposal, _MORE_DRAWS), own, regions)
+        found = missed(weighed(density, proposal, number[1]), own, regions)
     return tuple(found)
 
 
-def _own(density: UnconstrainedDensity, pool: WeightedDraws) -> Weighed:
+def _own(density: UnconstrainedDensity, pool: WeightedDraws, number: int) -> Weighed:
     """The guide's draws in unconstrained space, with their density there."""
-    first = slice(0, _CHECKED)
+    first = slice(0, number)
     values = {name: value[first] for name, value in pool.draws.latents.items()}
     with torch.no_grad():
         position = density.pack_rows(values)
@@ -264,6 +274,6 @@ def _own(density: UnconstrainedDensity, pool: WeightedDraws) -> Weighed:
     return Weighed(position.double().nan_to_num(0.0, 0.0, 0.0), log_p, log_weight)
 
 
-def _tails(own: Weighed) -> Tensor:
+def _tails(own: Weighed, number: int) -> Tensor:
     """Where the weights are largest."""
-    return own.position[own.log_weight.topk(min(_FAR_SCOUTS, len(own.log_weight))).indices]
+    return own.position[own.log_weight.topk(min(number, len(own.log_weight))).indices]

@@ -90,6 +90,11 @@ def _quoted(names: Sequence[str]) -> str:
 
 def _sites(draws: Draws, var_name: str | Sequence[str] | None) -> list[str]:
     names = sorted(draws.log_likelihood)
+    if not names:
+        raise ValueError(
+            "the model has no observed site with a log likelihood for each datum: they come in by pyro.factor, or are "
+            "joined by a site that is summed out. Expected pyro.sample(..., obs=...) given the latents that are drawn."
+        )
     if var_name is None and len(names) == 1:
         return names
     if var_name is None and names:
@@ -159,7 +164,7 @@ def _leave_out(density: Tensor, log_weight: Tensor, posterior: Tensor) -> tuple[
     ratio = log_weight - density
     undefined = ratio.isnan().any(0)
     smoothed, pareto_k = pareto_smooth(ratio.masked_fill(undefined, 0.0))
-    elpd = torch.logsumexp(torch.log_softmax(smoothed, 0) + density, 0)
+    elpd = torch.logsumexp(smoothed + density, 0) - torch.logsumexp(smoothed, 0)
     return elpd.masked_fill(undefined, math.nan), torch.logsumexp(posterior + density, 0), pareto_k
 
 

@@ -21,7 +21,7 @@ from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
-from pplvi.posterior.gathering import Programs, facts_with_scouts, grown, verdict_of
+from pplvi.posterior.gathering import ModelCall, facts_with_scouts, grown, verdict_of
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.verdict import Facts, Verdict, judge
@@ -160,8 +160,9 @@ class Posterior(WeightedDraws):
     @cached_property
     def facts(self) -> Facts:
         """What the verdict is computed from, for draws with weights that are not those of single data."""
+        size = 1 if self._source is None else self._source.bytes
         with self.scope():
-            return facts_with_scouts(self, self.converged, Programs(self.model, *self._call, self.vectorize))
+            return facts_with_scouts(self, self.converged, ModelCall(self.model, *self._call, self.vectorize, size))
 
     @cached_property
     def verdict(self) -> Verdict:

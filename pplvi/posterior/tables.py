@@ -88,7 +88,7 @@ class Summary(str):
     """The words of a report, with the numbers of the posterior as a frame; notebooks show both.
 
     :param text: the words.
-    :param frame: a row for each element of a latent or deterministic site, see :func:`frame_of`; ``None`` without latents.
+    :param frame: a row for each element of a latent or deterministic site (:func:`frame_of`), or ``None``.
 
     >>> summary = Summary("all is well")
     >>> print(summary), summary.frame is None

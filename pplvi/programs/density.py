@@ -322,7 +322,13 @@ def _spread(fn: Any) -> Tensor | None:
 
 
 def _block(name: str, site: Site, units: tuple[Tensor, Tensor] | None) -> _Block:
-    transform = biject_to(site["fn"].support)
+    try:
+        transform = biject_to(site["fn"].support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"site {name!r} has no density to climb, its values are discrete: expected continuous or enumerated sites "
+            "(pyro.infer.config_enumerate)."
+        ) from error
     if units is not None:
         transform = ComposeTransform([AffineTransform(*units), transform])
     batch = tuple(site["fn"].batch_shape)

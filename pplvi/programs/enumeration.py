@@ -243,14 +243,32 @@ def expected_counts(
         them; all other sites then count nothing in the sum, which makes the counts those of given probabilities.
     :returns: a scalar, in nats, and for every site a tensor of the shape of its log density.
     """
-    leaves: dict[str, Tensor] = {}
+    log_factors = {}
+    for site in _sites(model):
+        name, own = site["name"], site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
+        if instead is not None:
+            own = instead.get(name, own.new_zeros(())).to(own).expand_as(own)
+        log_factors[name] = own
+    return factor_marginals(model, guide, log_factors)
+
+
+def factor_marginals(model: Trace, guide: Trace, log_factors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The log normaliser of given factors over a trace's enumerated sites, and the posterior probabilities of each.
+
+    ``log Z = log sum_z exp sum_s f_s(z)`` and ``d log Z / d f_s``, which is the probability of the values that factor
+    ``s`` has in its dimensions, times its scale and mask.
+
+    :param model: an enumerated trace; its values and densities are not looked at.
+    :param guide: the trace of a guide, which may be empty.
+    :param log_factors: one tensor for each site, of the full shape of its density.
+    :returns: ``log Z``, nats, and for each site a tensor of its factor's shape.
+    :raises ValueError: if sites that share an enumerated variable have different scales.
+    """
     with torch.enable_grad():
+        leaves = {name: factor.detach().clone().requires_grad_() for name, factor in log_factors.items()}
         for site in _sites(model):
-            name, own = site["name"], site["fn"].log_prob(without_missing(site), *site["args"], **site["kwargs"])
-            if instead is not None:
-                own = instead.get(name, own.new_zeros(())).to(own).expand_as(own)
-            leaf = leaves[name] = own.detach().clone().requires_grad_()
-            site["unscaled_log_prob"], site["log_prob"] = leaf, scale_and_mask(leaf, site["scale"], site["mask"])
+            site["unscaled_log_prob"] = leaf = leaves[site["name"]]
+            site["log_prob"] = scale_and_mask(leaf, site["scale"], site["mask"])
         _pack(model, guide)
         total = torch.stack([term.sum() for _, term in _model_terms(model, guide, 1.0)]).sum()
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)

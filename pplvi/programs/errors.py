@@ -161,6 +161,18 @@ def _improper(text: str, error: Exception, frames: list[FrameType]) -> str:
     )
 
 
+def _no_coordinates(text: str, error: Exception, frames: list[FrameType]) -> str:
+    if not isinstance(error, NotImplementedError) or "Cannot transform" not in text:
+        return ""
+    held = (f.f_locals.get(name) for f in frames for name in ("site", "node", "msg"))  # as Pyro's frames name it
+    site = next((site for site in held if isinstance(site, dict) and site.get("name")), {})
+    return (
+        f"site {site.get('name', 'unknown')!r}: {text.removesuffix('.')} to real numbers, which this guide needs. "
+        "Expected a support that has coordinates: write a covariance as dist.LKJCholesky and scales, or give the site "
+        "to a guide of your own."
+    )
+
+
 def _whole_parameter(text: str, error: Exception, frames: list[FrameType]) -> str:
     if "floating point" not in text or "require gradients" not in text:
         return ""
@@ -245,6 +257,7 @@ def _signature(text: str, error: Exception, frames: list[FrameType]) -> str:
 
 _EXPLANATIONS: tuple[Callable[[str, Exception, list[FrameType]], str], ...] = (
     _improper,
+    _no_coordinates,
     _whole_parameter,
     _whole_site,
     _twice,

@@ -22,14 +22,24 @@ def seen(site: Site, value: Tensor) -> Tensor:
 
 
 def without_missing(site: Site) -> Tensor:
-    """A site's value with missing data (NaN under a mask) replaced by values inside the support.
+    """A site's value with what no density is for (NaN or a code such as -1, under a mask) replaced by possible values.
 
-    The density there is masked out, but its gradient would be ``0 * NaN``.
+    The density there is masked out, but distributions refuse such values, and its gradient would be ``0 * NaN``.
     """
     value: Tensor = site["value"]
-    if not (site["is_observed"] and _is_masked(site) and isinstance(value, Tensor) and value.is_floating_point()):
+    if not (site["is_observed"] and _is_masked(site) and isinstance(value, Tensor)):
         return value
-    return torch.where(value.isnan() & ~seen(site, value), _inside(site["fn"], value), value)
+    wrong = ~_possible(site["fn"], value) & ~seen(site, value)
+    return torch.where(wrong, _inside(site["fn"], value), value)
+
+
+def _possible(fn: Any, value: Tensor) -> Tensor:
+    """Which entries of a value lie in the support, with as many dimensions as the value."""
+    try:
+        inside: Tensor = fn.support.check(value)
+        return inside.reshape(tuple(inside.shape) + (1,) * fn.support.event_dim)
+    except NotImplementedError:
+        return ~value.isnan()
 
 
 def balance_missing(model: Any, guide: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -320,7 +321,12 @@ class DataPath:
         """The prior at the start, the model on the first data of a level, the model at the end."""
         if level == 0:
             return (self.prior,)
-        return (self.model if level == self.num_steps else _Begun(self, level),)
+        return (self.model if level == self.num_steps else self._begun[level - 1],)
+
+    @cached_property
+    def _begun(self) -> tuple[_Begun, ...]:
+        """The programs of the levels between, made once, so that what has been found of them is remembered."""
+        return tuple(_Begun(self, level) for level in range(1, self.num_steps))
 
     def __call__(self, level: int, densities: Sequence[Tensor]) -> Tensor:
         """``log gamma[level]``: the log density of the level's program."""

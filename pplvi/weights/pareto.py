@@ -10,7 +10,8 @@ from torch import Tensor
 from pplvi.weights.algebra import normalize, particle_dim
 
 _MIN_TAIL = 5
-_MOST_AT_ONCE = 2**20  # numbers of the fit: 8 MiB, a few times over
+_STEEP = 1e30
+_MOST_AT_ONCE = 2**21  # numbers of the fit: 16 MiB, a few times over
 
 
 def pareto_k_threshold(num_draws: int) -> float:
@@ -59,7 +60,7 @@ def pareto_smooth(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     (torch.Size([100000]), True)
     """
     dim = particle_dim(log_weight, dim)
-    columns = log_weight.detach().movedim(dim, -1).cpu()
+    columns = log_weight.detach().movedim(dim, -1).cpu().contiguous()
     if bool((columns.isnan() | columns.isposinf()).any()):
         raise ValueError(
             "log_weight holds NaN or +inf, so its tail cannot be fitted; expected finite numbers or -inf. "
@@ -186,7 +187,7 @@ def _fitted(excess: Tensor) -> tuple[Tensor, Tensor]:
     size, length = excess.shape[1], _grid_length(excess.shape[1])
     grid = 1 - math.sqrt(length) / (torch.arange(1, length + 1, dtype=excess.dtype) - 0.5).sqrt()
     rates = grid / (3 * excess[:, int(size / 4 - 0.5), None]) + 1 / excess[:, -1:]
-    ks = torch.log1p(-rates[:, :, None] * excess[:, None]).mean(2)
+    ks = _mean_log1p(-rates, excess)
     likelihood = size * ((-rates / ks).log() - (ks + 1))
     weight = likelihood.softmax(1).nan_to_num(nan=0.0)
     rate = (weight * rates.nan_to_num()).sum(1)
@@ -194,3 +195,15 @@ def _fitted(excess: Tensor) -> tuple[Tensor, Tensor]:
     k = torch.log1p(-rate[:, None] * excess).mean(1)
     sigma = torch.where(exponential, excess.mean(1), -k / rate)
     return k.masked_fill(exponential, 0.0) * size / (size + 10) + 5 / (size + 10), sigma
+
+
+def _mean_log1p(factor: Tensor, excess: Tensor) -> Tensor:
+    """Means ``(rows, grid)`` of ``log(1 + factor * excess)`` over ``size``: logarithms of products of eight."""
+    terms = factor[:, :, None] * excess[:, None]
+    if bool((excess[:, -1] > _STEEP * excess[:, int(excess.shape[1] / 4 - 0.5)]).any()):
+        return terms.log1p().mean(2)  # products might overflow
+    terms = torch.nn.functional.pad(terms, (0, -excess.shape[1] % 8)).add_(1.0)
+    for _ in range(3):
+        half = terms.shape[2] // 2
+        terms = terms[:, :, :half] * terms[:, :, half:]
+    return terms.log_().sum(2) / excess.shape[1]

@@ -188,6 +188,21 @@ def wake_sleep(run: Command, module: ModuleType) -> None:
     assert [row["method"] for row in run.written["rows"]] == ["WakeSleep", "RWS mixture"]
 
 
+def sparse(run: Command, module: ModuleType) -> None:
+    """EM ends where scikit-learn does; restarts save steps; mean field in turn never falls."""
+    found = run("--rounds 1 --em-steps 45 --images 300 --digits 60 --atoms 20 --steps 8 --lista-steps 30 --starts 1")
+    em, lasso, dictionary, lista, binary = (found[name] for name in ("em", "lasso", "dictionary", "lista", "binary"))
+    assert float(em[1]["log_p"]) == pytest.approx(float(em[0]["log_p"]), abs=1e-7)
+    assert em[1]["iterations"] <= 1.1 * em[0]["iterations"] < em[2]["iterations"]
+    steps = {row["method"]: row["steps"] for row in lasso}
+    assert steps["fista, restarts"] < steps["fista"] < steps["ista"]
+    assert all(row["gap"] <= 1e-6 for row in lasso[1:])
+    assert dictionary[1]["objective"] < 1.1 * dictionary[0]["objective"]
+    assert lista[-1]["excess"] < lista[-2]["excess"]
+    assert all(row["falls_in_turn"] == 0 and row["bound"] < row["log_p"] for row in binary)
+    assert binary[2]["falls_at_once"] > binary[2]["falls_damped"] > 0
+
+
 CASES = [
     Case("annealed_kernels", "ESS/N", "rows", 6, kernels),
     Case("bars_and_stripes", "negative phase", "rows", 7, bars),
@@ -196,6 +211,7 @@ CASES = [
     Case("hmm_heuristics", "log Z (R)", "rows", 3, hidden_markov),
     Case("mixture_vae", "accuracy", "rows", 8, mixture),
     Case("restricted_boltzmann", "times bare torch", "log_likelihood", 1, machine),
+    Case("sparse_coding", "fista, restarts", "binary", 3, sparse),
     Case("annealing_ring", "log Z (R)", "rows", 2, ring),
     Case("levels", "level by level", "memory", 4, levels),
     Case("nested_gradients", "NVI", "rows", 8, nested),

@@ -258,6 +258,20 @@ def test_a_family_that_fails_is_passed_over_and_all_failing_is_an_error():
         fit(lambda: pyro.sample("k", dist.Poisson(3.0)), "auto", seed=0)
 
 
+def test_flows_are_passed_over_where_they_are_too_large(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+
+    def fake(model, guide, **options):
+        assert name_of(guide) != "flow"
+        found = Fitted(name_of(guide), 0.9)
+        found.guide = type("G", (), {"latent_dim": 503})
+        return found
+
+    best = select(fake, plain, originals(plain), budget=30.0)
+    assert "AutoFlow('quadratic'): not tried in 503 dimensions, of at most 200" in best.notes["tried"]
+    assert best.notes["taken"].endswith("as every family was tried, and it has the best verdict")
+
+
 def test_the_recipe_trains_a_flow():
     def banana():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))

@@ -69,6 +69,25 @@ def test_values_of_ten_thousand_are_not_improper(family: Callable[..., Any]) -> 
     assert float(drawn["scale"].mean()) == pytest.approx(float(y.std()), rel=0.1)
 
 
+@pytest.mark.parametrize("family", SEARCHES, ids=name)
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_scales_of_any_size_are_not_improper(family: Callable[..., Any], unit: float) -> None:
+    """What is found has the unit of the data, which the priors tell."""
+
+    def model(y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(torch.tensor(0.0, dtype=y.dtype), 10.0 * unit))
+        scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(unit, dtype=y.dtype)))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mean, scale), obs=y)
+
+    y = 3 + 0.1 * torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
+    posterior = pplvi.fit(model, family, args=(y * unit,), seed=0, progress=False).posterior(num_draws=1000)
+    latents = posterior.draws.latents
+    assert float(latents["mean"].mean() / unit) == pytest.approx(float(y.mean()), abs=0.02)
+    assert float(latents["mean"].std() / unit) == pytest.approx(float(y.std()) / 20**0.5, rel=0.3)
+    assert float(latents["scale"].mean() / unit) == pytest.approx(float(y.std()), rel=0.2)
+
+
 def test_an_improper_prior_of_float64_starts_in_float64() -> None:
     def model(y: Tensor) -> None:
         prior = ImproperUniform(constraints.real, (), ())

@@ -20,6 +20,7 @@ from pplvi import (
     AnnealedGuide,
     AutoAmortized,
     AutoBatchAndMatch,
+    AutoConjugate,
     AutoDeterministicNormal,
     AutoFlow,
     AutoHierarchical,
@@ -85,7 +86,8 @@ FLOWS = {
 WHOLE = {**FOUND, **FLOWS, "mixture": partial(AutoMixture, num_components=2, init_scale=1.0)}
 BY_PLATE = {"amortized": amortized, "hierarchical": partial(AutoHierarchical, plates="group")}
 AUTO = {**WHOLE, **BY_PLATE}
-EVERY = {**AUTO, "annealed": annealed, "semi-annealed": semi_annealed}
+SEARCHED = {**FOUND, "conjugate": partial(AutoConjugate, seed=0)}
+EVERY = {**AUTO, "annealed": annealed, "semi-annealed": semi_annealed, "conjugate": SEARCHED["conjugate"]}
 
 
 EXTENDED = ("annealed", "semi-annealed")  # their bound is that of a larger space
@@ -99,7 +101,7 @@ def one_argument(make):
 def fitted(name, steps=None, args=(Y,)):
     """A fit that has reached the posterior: by a search, from the Gaussian of one, or by training."""
     make = one_argument(EVERY[name])
-    if name in FOUND:
+    if name in SEARCHED:
         return pplvi.fit(model, make, args=args, progress=False, seed=0)
     start = {"init": "match", "num_steps": 20} if name in FLOWS else {"num_steps": 700, "compile": "trace"}
     start |= {"num_steps": 300} if name == "semi-annealed" else {}
@@ -188,7 +190,7 @@ def test_two_of_a_class_side_by_side_share_nothing(name):
     first(Y), second(Y)
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
     before = {key: value.clone() for key, value in first.state_dict().items()}
-    if name not in FOUND:
+    if name not in SEARCHED:
         svi = SVI(model, second, pyro.optim.Adam({"lr": 0.1}), ELBO(3))
         state = copy.deepcopy(second.state_dict())
         svi.step(Y), svi.step(Y)
@@ -200,7 +202,7 @@ def test_two_of_a_class_side_by_side_share_nothing(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_subsampled_plate_of_latents_works_or_is_refused(name):
-    if name in WHOLE:
+    if name in (*WHOLE, "conjugate"):
         with pytest.raises(ValueError, match=r"plate '?group'?.*subsampled"):
             EVERY[name](model)(Y, 2)
         return

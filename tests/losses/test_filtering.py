@@ -533,7 +533,6 @@ def short_guide(ys: Tensor) -> None:
         (lambda: FilteringELBO().loss(Linear(), Other(), YS), r"draws \['x'\].*latent sites are \['z'\]"),
         (lambda: FilteringELBO().loss(loop_model, short_guide, YS), "expected one length"),
         (lambda: WeightedELBO(RenyiBound(0.0), Filtering(), 4).loss(*PAIRS["steps"], YS), "single step"),
-        (lambda: FilteringELBO(4, vectorize_particles=False).loss(*PAIRS["steps"], YS), "in one call"),
     ],
 )
 def test_errors_say_what_to_do(run: Callable[[], Any], message: str) -> None:

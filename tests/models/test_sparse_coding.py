@@ -96,6 +96,18 @@ def test_gradient_steps_learn_too() -> None:
     assert loss == pytest.approx((objective - constant).item(), rel=1e-6)
 
 
+def test_two_models_have_parameters_of_their_own() -> None:
+    v, _ = sparse_data()
+    one, other = SparseCoding(6, 8), SparseCoding(6, 5)
+    for model in (one, other, one):
+        trace = poutine.trace(model.model).get_trace(v)
+        assert trace.nodes["h"]["value"].shape == (300, model.num_codes)
+        loc = trace.nodes["h"]["value"] @ model.dictionary.T
+        torch.testing.assert_close(trace.nodes["v"]["fn"].base_dist.loc, loc)
+    two = (pplvi.BinarySparseCoding(6, size) for size in (3, 4))
+    assert [tuple(model.model(size=2).shape) for model in two] == [(2, 6), (2, 6)]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

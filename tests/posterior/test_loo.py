@@ -220,6 +220,8 @@ def test_several_observed_sites_must_be_told_apart() -> None:
         loo(two)
     with pytest.raises(ValueError, match="var_name='age' names no observed site"):
         loo(two, "age")
+    with pytest.raises(ValueError, match=r"no observed site with a log likelihood for each datum.*pyro.factor"):
+        loo(replace(posterior.draws, log_likelihood={}))
     assert loo(two, "height")["elpd_loo"] > loo(two, "weight")["elpd_loo"]
 
 

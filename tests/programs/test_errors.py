@@ -457,3 +457,13 @@ def test_a_good_run_leaves_no_chained_exception():
     with pytest.raises(ValueError, match="missing in the guide") as info:
         execute(model, lambda y: None, (Y,), {})
     assert info.value.__context__ is None
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample")
+@pytest.mark.parametrize("guide", [AutoNormal, pplvi.AutoPathfinder, "nuts"])
+def test_supports_without_coordinates_are_named(guide):
+    def model():
+        pyro.sample("spread", dist.Wishart(torch.tensor(5.0), torch.eye(2)))
+
+    with pytest.raises(ValueError, match=r"site 'spread': Cannot transform.*LKJCholesky"):
+        pplvi.fit(model, guide, seed=0, progress=False)

@@ -201,6 +201,14 @@ def test_model_that_observes_nothing_is_told() -> None:
     with pytest.warns(UserWarning, match="observes nothing"):
         pplvi.fit(regression, "nuts", args=(TABLE.x, TABLE.group), num_steps=2, **SHORT)
 
+    def forgotten(x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.deterministic("y", mean + 0 * x)
+
+    with pytest.warns(UserWarning, match="observes nothing"):
+        pplvi.fit(forgotten, AutoNormal, args=(torch.zeros(3),), num_steps=1, **SHORT)
+
 
 # --- what guides are checked for is checked for MCMC ------------------------------------------------------------------
 

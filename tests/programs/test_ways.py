@@ -601,9 +601,9 @@ def test_minibatches_that_only_the_guide_draws_in_any_order():
             assert abs(losses.mean() - exact.sum()) < 4 * error + 1e-8
 
 
-def counts(x, y, mask=None):
+def counts(x, y):
     rate = (x @ coefficients()).exp()
-    with pyro.plate("data", len(x)), poutine.mask(mask=True if mask is None else mask):
+    with pyro.plate("data", len(x)):
         pyro.sample("y", dist.Poisson(rate), obs=y)
 
 
@@ -618,3 +618,28 @@ def test_later_data_are_checked_in_every_way(way):
         with pytest.raises(ValueError, match=r"log density at site 'y' cannot be computed.*support"):
             loss.loss(counts, guide, X, bad)
         assert math.isfinite(loss.loss(counts, guide, X, bad, mask=bad == good))
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("way", [None, "vmap", "loop"])
+def test_codes_of_missing_data_under_a_mask_count_for_nothing(summed, way):
+    codes = torch.tensor([0, 2, -1, 1, -1])
+
+    def model(y, there):
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(2, 3)).to_event(1))
+        with pyro.plate("data", len(y)), poutine.mask(mask=there):
+            kind = 0
+            if summed:
+                kind = pyro.sample("kind", dist.Bernoulli(0.3), infer={"enumerate": "parallel"}).long()
+            pyro.sample("y", dist.Categorical(p[kind]), obs=y)
+
+    guide = AutoNormal(poutine.block(model, hide=["kind"]))
+    found = {}
+    for y in (codes, codes[codes >= 0]):
+        loss = pplvi.ELBO(3, vectorize_particles=way)
+        loss.loss(model, guide, y, y >= 0)
+        pyro.set_rng_seed(0)
+        guide.zero_grad()
+        found[len(y)] = loss.loss_and_grads(model, guide, y, y >= 0), guide.locs.p_unconstrained.grad.clone()
+    assert found[5][0] == pytest.approx(found[3][0], abs=1e-10)
+    assert torch.allclose(found[5][1], found[3][1], atol=1e-10)

@@ -18,7 +18,8 @@ def shortened(code: str) -> str:
 
 # Posteriors of so few steps have bad weights, and say so: as they should. Nothing else may be said.
 @pytest.mark.filterwarnings("error", "ignore:Pareto k is above", "ignore:Estimated shape parameter of Pareto")
-def test_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}
     for block in blocks():
         exec(compile(shortened(block), str(README), "exec"), namespace)

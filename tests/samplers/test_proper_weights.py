@@ -182,5 +182,7 @@ def test_data_may_be_named() -> None:
     x = torch.linspace(-1.0, 1.0, 7)
     request = Request(5, routing=Routing(detach=True, local=True))
     guide.plan((x,), {"y": 0.5 * x})
-    list(Annealed()(model, guide, (x,), {"y": 0.5 * x}, request))
-    assert sizes[-3:] == [(3, 3), (5, 5), (7, 7)]
+    for _ in range(2):  # the first time the programs are tried too
+        sizes.clear()
+        list(Annealed()(model, guide, (x,), {"y": 0.5 * x}, request))
+    assert sizes == [(3, 3), (5, 5), (7, 7)]

@@ -17,7 +17,7 @@ from pyro.nn.module import PyroModule, PyroParam, to_pyro_module_
 from torch import Tensor, nn
 
 from pplvi.guides.amortized.elements import Locals
-from pplvi.guides.flows.conditional import CONDITIONALS, Point, build_conditional
+from pplvi.guides.flows.conditional import CONDITIONALS, DeltaConditional, build_conditional
 from pplvi.guides.owned import OwnedGuide
 from pplvi.kernels.coordinates import Coordinates, coordinates
 from pplvi.programs.autoguides import auxiliary_values
@@ -112,7 +112,7 @@ class AutoAmortized(OwnedGuide):
             where = {"device": features.device, "dtype": features.dtype}
             conditional = build_conditional(self._family, structure.size, features.shape[-1], self._init_scale, **where)
             self.conditional = conditional
-            if isinstance(conditional, Point):
+            if isinstance(conditional, DeltaConditional):
                 _check_codes(features, structure.size)
             else:
                 self.head = _head(features, conditional.num_outputs, structure.size)

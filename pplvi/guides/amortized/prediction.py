@@ -11,6 +11,7 @@ from pyro.nn.module import PyroModule, to_pyro_module_
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from pplvi.guides.owned import claim_name
 from pplvi.types import Program
 
 __all__ = ["PredictionPenalty"]
@@ -70,6 +71,7 @@ class PredictionPenalty(PyroModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, with its arguments, and add the penalty where the latent is."""
+        claim_name(self)
         model, inputs = self._parts
         given = inputs(*args, **kwargs) if inputs is not None else next(iter((*args, *kwargs.values())))
         prediction = self.encoder(*given) if isinstance(given, tuple) else self.encoder(given)

@@ -47,7 +47,7 @@ class Conditional(PyroModule):
         return outputs[..., : self.size], softplus(outputs[..., self.size : 2 * self.size] + self.offset)
 
 
-class Point(Conditional):
+class DeltaConditional(Conditional):
     """A point: the outputs are the coordinates themselves."""
 
     @property
@@ -135,7 +135,7 @@ CONDITIONALS: dict[str, type[Conditional]] = {
     "normal": Conditional,
     "multivariate_normal": _FullCovariance,
     "flow": _ConditionalFlow,
-    "delta": Point,
+    "delta": DeltaConditional,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self, get_args
 
@@ -105,11 +105,12 @@ class AutoProximal(OwnedGuide, Search):
         :raises ValueError: see the class.
         """
         with preserved_rng(), poutine.block():
-            self._solve(args, kwargs)
+            self._solve(args, kwargs, _parameters(self.model, args, kwargs))
         return self
 
-    def _solve(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        problem = LassoReading(self.model, self._site, args, kwargs)
+    def _solve(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> Tensor:
+        with _held(leaves.values()):
+            problem = LassoReading(self.model, self._site, args, kwargs)
         self.prototype_trace = problem.plain.model
         start = None if self._found is None else problem.rows_of(self._found[1])
         found = solve(problem.lasso, self._method, start, tol=self._tol, max_iterations=self._most)
@@ -121,15 +122,18 @@ class AutoProximal(OwnedGuide, Search):
                 stacklevel=3,
             )
         codes = problem.codes_of(found.codes)
-        self._found = (_state(self.model, args, kwargs), codes)
+        if self._found is None:  # parameters were made by the first reading
+            leaves = _parameters(self.model, args, kwargs)
+        self._found = (_state(self.model, args, kwargs, leaves), codes)
         return codes
 
     def codes(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mode for these arguments, of the shape of the site; what was found last, if nothing has changed since."""
         with preserved_rng(), poutine.block():
-            if self._found is not None and _same(self._found[0], _state(self.model, args, kwargs)):
+            leaves = _parameters(self.model, args, kwargs)
+            if self._found is not None and _same(self._found[0], _state(self.model, args, kwargs, leaves)):
                 return self._found[1]
-            return self._solve(args, kwargs)
+            return self._solve(args, kwargs, leaves)
 
     # ------------------------------------------------------------------ as a guide
 
@@ -159,7 +163,13 @@ class AutoProximal(OwnedGuide, Search):
         return {**super().__getstate__(), "_found": None, "prototype_trace": None}
 
 
-def _state(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Any, int]]:
+def _parameters(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return parameters_of(lambda: plain_run(model, args, kwargs))
+
+
+def _state(
+    model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Mapping[str, Tensor]
+) -> list[tuple[Any, int]]:
     """The tensors that codes depend on, with the number of times that they were written."""
     found: list[tuple[Any, int]] = []
 
@@ -167,8 +177,7 @@ def _state(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         found.append((x, x._version))
         return x
 
-    map_tree(note, (args, dict(kwargs), buffers_of(model=model)))
-    map_tree(note, parameters_of(lambda: plain_run(model, args, kwargs)))
+    map_tree(note, (args, dict(kwargs), buffers_of(model=model), dict(leaves)))
     return [(Arguments.of(args, kwargs).key, 0), *found]
 
 
@@ -251,17 +260,16 @@ class LassoReading:
         return slope, leaf
 
     def _read(self) -> Lasso:
-        with _detached(self.model, self.call):
-            slope, leaf = self._slope(torch.zeros_like(self.loc))
-            with preserved_rng():
-                elsewhere = torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-            there = self._slope(elsewhere)[0].detach()
-            for rows in (math.prod(self.batch), 1):
-                for shared in (True, False):
-                    found = self._candidate(slope, leaf, rows, shared)
-                    if found is not None and self._fits(found, elsewhere, there):
-                        self.gap_shape = self.batch if rows == math.prod(self.batch) else ()
-                        return found
+        slope, leaf = self._slope(torch.zeros_like(self.loc))
+        with preserved_rng():
+            elsewhere = torch.randn(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+        there = self._slope(elsewhere)[0].detach()
+        for rows in (math.prod(self.batch), 1):
+            for shared in (True, False):
+                found = self._candidate(slope, leaf, rows, shared)
+                if found is not None and self._fits(found, elsewhere, there):
+                    self.gap_shape = self.batch if rows == math.prod(self.batch) else ()
+                    return found
         raise ValueError(
             f"the log density of the rest is not a concave quadratic in site {self.name!r}: expected Gaussian "
             "observations of something linear in it. Use AutoDelta, or a guide with a density."
@@ -309,9 +317,9 @@ class LassoReading:
 
 
 @contextmanager
-def _detached(model: Program, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> Iterator[None]:
+def _held(leaves: Iterable[Tensor]) -> Iterator[None]:
     """Hold parameters fixed, so that the derivatives in codes are all that is worked out."""
-    leaves = parameters_of(lambda: plain_run(model, *call)).values()
+    leaves = list(leaves)
     for leaf in leaves:
         leaf.requires_grad_(False)
     try:

@@ -134,8 +134,8 @@ def prior_densities(chains: Sequence[Chain], dims: Dims) -> Groups:
     found = []
     for chain in chains:
         source, draws = chain.posterior, chain.draws
-        options: dict[str, Any] = {"num_draws": draws.num_draws, "vectorize": source.vectorize}
-        found.append(log_prior(source.model, draws.latents, source.args, source.kwargs, **options))
+        call = source.args, source.kwargs
+        found.append(log_prior(source.model, call, draws.latents, draws.num_draws, source.vectorize))
     first = chains[0].draws
     like = {name: value[0] for name, value in first.latents.items()}
     return {"log_prior": stack_chains(found, Names(first.plates, dims), like=like)} if found[0] else {}

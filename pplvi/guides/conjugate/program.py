@@ -1,0 +1,404 @@
+"""A program read once: its factors as expectations, its latent sites, and which of their elements need joint blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain as flat
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import config_enumerate
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
+from torch import Tensor
+
+import pplvi.guides.conjugate.arrangements  # noqa: F401  registers the rules
+from pplvi.guides.conjugate.chains import MarkovChain, find_chain
+from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, same_entry
+from pplvi.guides.conjugate.expressions import latent, sites_in
+from pplvi.guides.conjugate.families import family_of
+from pplvi.guides.conjugate.loops import LEAST, LoopTurns, alone, stem_of, turns
+from pplvi.guides.conjugate.merging import Series, places_of
+from pplvi.guides.conjugate.normal import BlockLayout, differing_axes
+from pplvi.guides.conjugate.parameters import parameters
+from pplvi.guides.conjugate.tables import expected_log_prob
+from pplvi.programs.handlers import Supply
+from pplvi.programs.sites import (
+    Plate,
+    base_distribution,
+    is_deterministic,
+    is_enumerated,
+    is_subsample,
+    kind_of,
+    latent_sites,
+    sample_sites,
+    site_plates,
+)
+from pplvi.programs.summing import is_summed
+
+_MANY = 5  # sites of a block that its name does not list
+FALLBACKS = ("cvi", "laplace", "delta")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent site of the model.
+
+    :ivar start: its first value, float64.
+    :ivar fn: its distribution in a run of the prior.
+    :ivar plates: around it.
+    :ivar mask: of its density, if it has one.
+    :ivar dtype: of its values in the model.
+    """
+
+    start: Tensor
+    fn: Any
+    plates: tuple[Plate, ...]
+    mask: Any
+    dtype: torch.dtype
+
+    @property
+    def weight(self) -> Tensor | None:
+        """What stands before the entropy, of the batch shape; ``None`` for one."""
+        scale = torch.ones((), dtype=torch.float64, device=self.start.device)
+        for plate in self.plates:
+            scale = scale * plate.scale
+        if self.mask is None and bool(scale == 1):
+            return None
+        shape = self.start.shape[: self.start.dim() - self.fn.event_dim]
+        return scale_and_mask(scale.expand(shape), 1.0, self.mask)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The expected log density of one site, or of several turns of a loop.
+
+    :ivar expected: of a state of the mean field.
+    :ivar turns: the sites, in the enumerated trace.
+    :ivar summed: whether it depends on enumerated sites.
+    """
+
+    expected: Expected
+    turns: LoopTurns
+    summed: bool
+
+    @property
+    def name(self) -> str:
+        """Of the sites."""
+        return self.turns.name
+
+    @property
+    def site(self) -> Any:
+        """The first site."""
+        return self.turns.sites[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the log density in full."""
+        return self.turns.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """Scale and mask, for each element."""
+        one = torch.ones((), dtype=torch.float64, device=self.turns.device)
+        return scale_and_mask(one.expand(self.shape), self.site["scale"], self.site["mask"])
+
+    def at(self, state: Any) -> Tensor:
+        """Its value for each element."""
+        value = self.expected(state).double()
+        return value.expand(torch.broadcast_shapes(value.shape, self.shape))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a program shows.
+
+    :ivar latents: its continuous latent sites.
+    :ivar summed: its discrete ones, which are enumerated.
+    :ivar factors: the expected log density of every site.
+    :ivar layouts: of the normal blocks, by block.
+    :ivar blocks: the sites of each block, in order.
+    :ivar trace: of the sites that depend on enumerated ones.
+    :ivar drawn: discrete sites that do not ask to be summed out.
+    :ivar fallback: blocks without a closed form, and how they are updated.
+    :ivar positive: those of them whose logarithm is normal.
+    :ivar chain: the Markov chain that the enumerated sites are, if they are one.
+    """
+
+    latents: dict[str, Latent]
+    summed: dict[str, Any]
+    factors: list[Factor]
+    layouts: dict[str, BlockLayout]
+    blocks: dict[str, tuple[str, ...]]
+    trace: Any
+    drawn: tuple[str, ...]
+    fallback: dict[str, str]
+    positive: frozenset[str]
+    chain: MarkovChain | None
+
+    @property
+    def empty(self) -> Any:
+        """The trace of no guide."""
+        return poutine.Trace()
+
+    def locals(self) -> tuple[str, ...]:
+        """Blocks that belong to a minibatch: those in subsampled plates."""
+        return tuple(b for b, sites in self.blocks.items() if any(_is_part(self.latents[s]) for s in sites))
+
+
+def _is_part(found: Latent) -> bool:
+    return any(plate.size < plate.full_size for plate in found.plates)
+
+
+def read_program(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    init: Callable[[Any], Any],
+    joint: Sequence[Sequence[str]] = (),
+    fallback: Mapping[str, str] | None = None,
+    indices: Mapping[str, Tensor] | None = None,
+) -> Reading:
+    """Read a program.
+
+    :param model: the program; discrete sites are enumerated, whether they ask for it or not.
+    :param args: its arguments.
+    :param kwargs: its keyword arguments.
+    :param init: the first value of a site, as Pyro's ``init_to_*``.
+    :param joint: sites that share a block.
+    :param fallback: how sites without a closed form are updated.
+    :param indices: of the minibatch, by subsampled plate; drawn unless given.
+    :raises ValueError: for sites that do not exist, have no family, or whose updates have no closed form.
+    """
+    first = InitMessenger(partial(_first_value, init))(Supply(indices or {})(model))
+    prior = poutine.trace(first).get_trace(*args, **kwargs)
+    fallback = dict(fallback or {})
+    sites: dict[str, Any] = latent_sites(prior)
+    summed = {n: s for n, s in sites.items() if s["fn"].has_enumerate_support}
+    latents = {n: _latent(s) for n, s in sites.items() if n not in summed}
+    _check_names([*flat.from_iterable(joint), *fallback], latents)
+    families = {name: _family(name, found, fallback) for name, found in latents.items()}
+    _check_blocks(joint, families)
+    trace = _symbolic_run(model, args, kwargs, prior, latents, bool(summed))
+    joint = [*joint, *_walks(trace, latents, families, {*flat.from_iterable(joint), *fallback})]
+    names = {site: _block_name(group) for group in joint for site in group}
+    series = [Series(f"rows of {_block_name(g)}", tuple(g)) for g in joint if _are_rows(g, latents)]
+    blocks = Blocks({name: names.get(name, name) for name in latents}, families, frozenset(fallback))
+    blocks = blocks.with_series(series)
+    scored, inner, chain = _scored(trace, _nesting(prior), places_of(series))
+    factors = [_factor(blocks, turn, summed) for summed, turn in scored]
+    members: dict[str, tuple[str, ...]] = {}
+    for site in latents:
+        block = blocks.names[site]
+        members[block] = (*members.get(block, ()), site)
+    normal = {b: m for b, m in members.items() if families[m[0]] in ("normal", "lognormal")}
+    layouts = {b: _layout(b, m, latents, blocks, b in names.values()) for b, m in normal.items()}
+    hows = {blocks.names[site]: how for site, how in fallback.items()}
+    drawn = tuple(name for name, site in summed.items() if not is_summed(site))
+    positive = frozenset(b for b, m in members.items() if families[m[0]] == "lognormal")
+    nodes = {name: trace.nodes[name] for name in summed}
+    return Reading(latents, nodes, factors, layouts, members, inner, drawn, hows, positive, chain)
+
+
+def _first_value(init: Callable[[Any], Any], site: Any) -> Any:
+    fn = site["fn"]
+    if fn.has_enumerate_support:
+        return fn.sample()
+    if init is init_to_sample and kind_of(fn) == "Wishart":
+        return fn.mean  # draws may be singular
+    return init(site)
+
+
+def _latent(site: Any) -> Latent:
+    value = site["value"]
+    mask = None if site["name"].endswith("_unobserved") else site["mask"]  # its prior sums to one: see balance_missing
+    return Latent(value.detach().double(), base_distribution_of(site["fn"]), site_plates(site), mask, value.dtype)
+
+
+def base_distribution_of(fn: Any) -> Any:
+    """The distribution of a site with its event dimension, without a mask."""
+    return fn.base_dist if type(fn).__name__ == "MaskedDistribution" else fn
+
+
+def _check_names(names: Sequence[str], latents: Mapping[str, Latent]) -> None:
+    if unknown := [name for name in names if name not in latents]:
+        raise ValueError(
+            f"blocks= and fallback= name {unknown}: expected continuous latent sites of the model, one of "
+            f"{sorted(latents)}"
+        )
+
+
+def _check_blocks(joint: Sequence[Sequence[str]], families: Mapping[str, str]) -> None:
+    for group in joint:
+        if len(group) > 1 and (bad := [site for site in group if families[site] != "normal"]):
+            raise ValueError(
+                f"the block {tuple(group)} holds {bad}, which have {[families[site] for site in bad]} distributions: "
+                "expected normal sites only, which alone have a joint family here. Leave the others out of blocks=."
+            )
+
+
+def _family(name: str, found: Latent, fallback: Mapping[str, str]) -> str:
+    if name in fallback:
+        if fallback[name] not in FALLBACKS:
+            raise ValueError(f"fallback for site {name!r} is {fallback[name]!r}; expected one of {FALLBACKS}")
+        return _fallback_family(name, found)
+    kind = type(base_distribution(found.fn)).__name__
+    if (family := family_of(kind)) is None:
+        raise ValueError(
+            f"latent site {name!r} is {kind}, which has no conjugate family: expected Normal, MultivariateNormal, "
+            f"Gamma, InverseGamma, Exponential, Beta, Dirichlet or Wishart. Name fallback={{{name!r}: 'cvi'}} for a "
+            "normal distribution by natural gradients, or use another guide."
+        )
+    return family
+
+
+def _fallback_family(name: str, found: Latent) -> str:
+    support = base_distribution(found.fn).support
+    kind = str(support)
+    if kind.startswith("Real") or kind.startswith("IndependentConstraint(Real"):
+        return "normal"
+    if "GreaterThan" in kind and getattr(support, "lower_bound", 1) == 0:
+        return "lognormal"
+    raise ValueError(
+        f"fallback for site {name!r}: its support is {kind}, expected real or positive values. Use another guide."
+    )
+
+
+def _nesting(trace: Any) -> int:
+    return max((-f.dim for _, s in sample_sites(trace) for f in s["cond_indep_stack"] if f.vectorized), default=0)
+
+
+def _symbolic_run(
+    model: Callable[..., Any], args: Any, kwargs: Any, prior: Any, latents: Mapping[str, Latent], enumerated: bool
+) -> Any:
+    values: dict[str, Any] = {name: latent(name, found.start) for name, found in latents.items()}
+    values |= {name: site["value"] for name, site in prior.nodes.items() if is_subsample(site)}
+    program: Any = Supply(values)(config_enumerate(model) if enumerated else model)
+    if enumerated:
+        dims = max(_nesting(prior), _batch_dims(prior))
+        program = poutine.enum(program, first_available_dim=-1 - dims)
+    with pyro.validation_enabled(False):
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def _batch_dims(trace: Any) -> int:
+    return max((len(site["fn"].batch_shape) for _, site in sample_sites(trace)), default=0)
+
+
+def _scored(trace: Any, nesting: int, rows: Any) -> tuple[list[tuple[bool, LoopTurns]], Any, MarkovChain | None]:
+    """What is scored, and whether it depends on enumerated sites: sites, those of a loop at once.
+
+    Also a trace of the sites that depend on enumerated ones, and the chain that they are.
+    """
+    sites = [site for _, site in sample_sites(trace) if not is_deterministic(site)]
+    for site in sites:
+        if site["name"].endswith("_unobserved"):
+            site["mask"] = None
+    summed = [site for site in sites if is_enumerated(site) or _beyond(site["fn"].batch_shape, nesting)]
+    plain = [site for site in sites if not any(site is other for other in summed)]
+    inner: Any = poutine.Trace()
+    for site in summed:
+        inner.nodes[site["name"]] = site
+    found_chain = find_chain(summed, inner, nesting)
+    inside = [alone(site) for site in summed] if found_chain is None else [part.turns for part in found_chain.parts]
+    found = [(False, turn) for turn in turns(plain, rows)] + [(True, turn) for turn in inside]
+    order = {site["name"]: i for i, site in enumerate(sites)}
+    return sorted(found, key=lambda item: order[item[1].sites[0]["name"]]), inner, found_chain
+
+
+def _beyond(shape: Sequence[int], nesting: int) -> bool:
+    return any(size > 1 for size in shape[: max(0, len(shape) - nesting)])
+
+
+def _factor(blocks: Blocks, turn: LoopTurns, summed: bool) -> Factor:
+    try:
+        return Factor(expected_log_prob(blocks, turn.fn, turn.value), turn, summed)
+    except NotConjugate as error:
+        raise refusal(turn.name, error) from error
+
+
+def _block_name(group: Sequence[str]) -> str:
+    """Of a block: its sites', or the first and the last of many."""
+    return "+".join(group) if len(group) < _MANY else f"{group[0]} to {group[-1]}"
+
+
+def _are_rows(group: Sequence[str], latents: Mapping[str, Latent]) -> bool:
+    """Whether sites are the rows of one array: of one shape, in the same plates."""
+    kinds = {(tuple(latents[s].start.shape), latents[s].fn.event_dim, latents[s].plates) for s in group}
+    return len(group) > 1 and len(kinds) == 1
+
+
+def _walks(
+    trace: Any, latents: Mapping[str, Latent], families: Mapping[str, str], taken: set[str]
+) -> list[tuple[str, ...]]:
+    """Numbered normal sites each of which depends on one before it: a chain, which is one block."""
+    stems: dict[str, list[str]] = {}
+    for name in latents:
+        if families[name] == "normal" and name not in taken and stem_of(name) != name:
+            stems.setdefault(stem_of(name), []).append(name)
+    return [tuple(g) for g in stems.values() if len(g) >= LEAST and _are_rows(g, latents) and _is_walk(trace, g)]
+
+
+def _is_walk(trace: Any, group: Sequence[str]) -> bool:
+    inside = set(group)
+    for name in group[1:]:
+        above = {s for v in parameters(base_distribution(trace.nodes[name]["fn"])).values() for s in sites_in(v)}
+        if not above & (inside - {name}):
+            return False
+    return True
+
+
+def refusal(name: str, error: NotConjugate) -> ValueError:
+    """What is said of a factor without a closed form."""
+    sites = ", ".join(f"{site!r}: 'cvi'" for site in sorted(error.sites))
+    return ValueError(
+        f"site {name!r} is not conjugate: {error}. Expected a form whose updates are closed (a precision with a Gamma "
+        "prior, scale=tau.rsqrt(); a linear map; one product in a logarithm). Rewrite it, or name "
+        f"fallback={{{sites}}} for updates by natural gradients, or use another guide."
+    )
+
+
+# ---------------------------------------------------------------------- which elements are joint
+
+
+def _layout(
+    block: str, members: Sequence[str], latents: Mapping[str, Latent], blocks: Blocks, named: bool
+) -> BlockLayout:
+    shapes = {site: tuple(latents[site].start.shape) for site in members}
+    axes = _candidates(members, latents)
+    every = axes | {s.name: tuple(d + 1 for d in axes[members[0]]) for s in blocks.series if s.members[0] in axes}
+    own = [(a, b) for a, b in blocks.pairs if a.site in every and b.site in every]
+    found = set().union(*(differing_axes(a, b, every, same_entry) for a, b in own)) if own else set()
+    if not named or blocks.families[members[0]] == "lognormal":
+        _refuse_plates(members[0], latents[members[0]], {axes[members[0]][i] for i in found})
+    kept = {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members}
+    return BlockLayout(shapes, kept, next((s.name for s in blocks.series if s.members == tuple(members)), None))
+
+
+def _candidates(members: Sequence[str], latents: Mapping[str, Latent]) -> dict[str, tuple[int, ...]]:
+    """Dimensions along which elements may be independent: all of a single site's, the common plates of several."""
+    if len(members) == 1:
+        return {members[0]: tuple(range(latents[members[0]].start.dim()))}
+    names = set.intersection(*({p.name for p in latents[s].plates} for s in members))
+    found = {}
+    for site in members:
+        start, plates = latents[site].start, [p for p in latents[site].plates if p.name in names]
+        batch = start.dim() - latents[site].fn.event_dim
+        found[site] = tuple(batch + p.dim for p in plates)
+    return found
+
+
+def _refuse_plates(name: str, found: Latent, interacting: set[int]) -> None:
+    batch = found.start.dim() - found.fn.event_dim
+    plates = {batch + p.dim: p.name for p in found.plates}
+    if bad := [plates.get(d, f"batch dimension {d - batch}") for d in interacting if d < batch]:
+        raise ValueError(
+            f"the elements of site {name!r} along {bad} interact in the model (a sum over them meets one datum), so "
+            f"independent updates of them would not rise: expected independent elements of a plate. Name the joint "
+            f"block, blocks=[({name!r},)], or declare the dimension with .to_event() in place of the plate."
+        )
