@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pplvi.posterior.islands import evidence_of_islands
 from pplvi.samplers.metric import GaussianBase, Metric
-from pplvi.samplers.tempered import TemperedLevel, Target, TemperedDraws, TemperedSMC
+from pplvi.samplers.tempered import Target, TemperedDraws, TemperedLevel, TemperedSMC
 
 Density = Callable[[Tensor], Tensor]
 
