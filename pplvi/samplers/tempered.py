@@ -23,7 +23,7 @@ _LONG, _SHORT = 0.5, 0.2  # correlations over one move beyond which trajectories
 _DECAYED, _FORGOTTEN = 0.5, 0.25  # correlation with the start of a level at which it ends, and the last one keeps draws
 _FIRST_LEAPFROG = 8
 _LARGEST_STEP = 0.25  # of temperature: a heavy tail of the ratio is as much lighter, whatever the particles have seen
-_WORST = 0.25  # of the effective draws that are wanted, of the worst coordinate
+_WORST = 0.5  # of the effective draws that are wanted, of the worst coordinate
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class TemperedSMC:
 
     :param num_particles: of all islands together.
     :param num_islands: how many islands.
-    :param num_draws: a run ends when so many draws are effective of the median coordinate, and a quarter of the worst.
+    :param num_draws: a run ends when so many draws are effective of the median coordinate, half as many of the worst.
     :param threshold: the fraction of particles that stay effective from one temperature to the next.
     :param max_moves: most moves at a temperature, and before the first draws are kept.
     :param max_kept: most moves after each of which the particles are draws.
