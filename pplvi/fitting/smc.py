@@ -12,6 +12,7 @@ from torch import Tensor
 from pplvi.fitting.recorded import RecordedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
+from pplvi.guides.search.gaussians import Gaussian
 from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.posterior.draws import draw
 from pplvi.programs.ways import Vectorize
@@ -22,7 +23,8 @@ from pplvi.types import Call, Program
 _WIDER = 1.1  # sds of the base, relative to those of the guide: what is too narrow costs more than what is too wide
 _MOMENT_DRAWS = 4_000
 _MATCHES = 60
-_PATHS, _ITERATIONS = 2, 150
+_PATHS, _ITERATIONS = 4, 150
+_APART, _AS_HIGH = 5.0, 10.0  # standard deviations; nats
 _JUDGE_DRAWS = 500
 
 
@@ -132,16 +134,15 @@ def found_start(
             errors.append(error)
     if not found:
         raise errors[0]
-    named = "Pathfinder" if init == "pathfinder" else "batch and match"
     if len(found) == 1:
         (best,) = found
     else:
         best = max(found, key=lambda form: _elbo(found[form], forms[form], call, vectorize))
-    return best, found[best], named
+    return best, found[best], "Pathfinder" if isinstance(found[best], AutoPathfinder) else "batch and match"
 
 
 def _searched(model: Program, call: Call, init: str | None, options: Mapping[str, Any]) -> FoundGuide:
-    guide: FoundGuide = AutoPathfinder(
+    paths: AutoPathfinder = AutoPathfinder(
         model,
         num_paths=_PATHS,
         num_components=1,
@@ -150,11 +151,20 @@ def _searched(model: Program, call: Call, init: str | None, options: Mapping[str
         lbfgs={"max_iterations": _ITERATIONS},
         **options,
     ).run(*call[0], **call[1])
-    if init != "pathfinder":
-        guide = AutoBatchAndMatch(model, num_iterations=_MATCHES, start=guide, **options)
-        guide.make_density = RecordedDensity
-        guide.run(*call[0], **call[1])
-    return guide
+    if init == "pathfinder":
+        return paths
+    guide = AutoBatchAndMatch(model, num_iterations=_MATCHES, start=paths, **options)
+    guide.make_density = RecordedDensity
+    guide.run(*call[0], **call[1])
+    return paths if _are_modes_apart(paths, guide) else guide
+
+
+def _are_modes_apart(paths: AutoPathfinder, guide: AutoBatchAndMatch) -> bool:
+    """Whether a path has ended as high as a Gaussian is, but where that one never goes."""
+    parts, one = paths.gaussians, Gaussian(*(part[0] for part in guide.gaussians))
+    far = one.pull(parts.loc).square().sum(1).sqrt() > one.loc.shape[0] ** 0.5 + _APART
+    elbos = sorted((path.elbo for path in paths.paths), reverse=True)
+    return any(bool(f) and elbo > guide.elbo - _AS_HIGH for f, elbo in zip(far, elbos, strict=False))
 
 
 def _elbo(guide: FoundGuide, model: Program, call: Call, vectorize: Vectorize) -> float:

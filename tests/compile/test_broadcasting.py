@@ -1,6 +1,6 @@
 """Graphs in which nothing is computed twice along a dimension are the graphs that they were."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -9,6 +9,15 @@ from torch.distributions import Normal, StudentT
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pplvi.compile.broadcasting import without_repetition
+
+
+@pytest.fixture(autouse=True)
+def unchecked() -> Iterator[None]:
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    yield
+    torch.distributions.Distribution.set_default_validate_args(before)
+
 
 DATA = torch.linspace(-2.0, 2.0, 30, dtype=torch.float64)
 
@@ -25,16 +34,16 @@ def with_gradient(log_density: Callable[[Tensor], Tensor]) -> Callable[[Tensor],
 
 
 def normal(z: Tensor) -> Tensor:
-    return Normal(z[:, :1], z[:, 1:2].exp(), validate_args=False).log_prob(DATA).sum(-1)
+    return Normal(z[:, :1], z[:, 1:2].exp()).log_prob(DATA).sum(-1)
 
 
 def student(z: Tensor) -> Tensor:
-    return StudentT(1 + z[:, 2:].exp(), z[:, :1], z[:, 1:2].exp(), validate_args=False).log_prob(DATA).sum(-1)
+    return StudentT(1 + z[:, 2:].exp(), z[:, :1], z[:, 1:2].exp()).log_prob(DATA).sum(-1)
 
 
 def one_by_one(z: Tensor) -> Tensor:
     def single(row: Tensor) -> Tensor:
-        return Normal(row[0], torch.nn.functional.softplus(row[1]), validate_args=False).log_prob(DATA).sum()
+        return Normal(row[0], torch.nn.functional.softplus(row[1])).log_prob(DATA).sum()
 
     return torch.func.vmap(single)(z)
 

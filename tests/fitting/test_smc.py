@@ -168,6 +168,16 @@ def test_it_starts_at_any_fitted_guide() -> None:
     assert islands.latents["rate"].shape[0] == 4
 
 
+def test_modes_that_paths_find_are_all_visited() -> None:
+    def apart() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
+        pyro.factor("modes", torch.logaddexp(*(-50 * ((x - m) ** 2).sum(-1) for m in (-1.5, 1.5))))
+
+    found = pplvi.fit(apart, TemperedSMC(num_particles=400, num_draws=800), seed=0).posterior()
+    share = (found.draws.latents["x"][:, 0] > 0).double().mean()
+    assert 0.4 < share < 0.6
+
+
 def test_one_seed_has_one_result_and_leaves_the_global_state() -> None:
     method = TemperedSMC(num_particles=32, num_draws=64)
     before = torch.get_rng_state()
