@@ -67,9 +67,9 @@ plt.tight_layout()
 plt.savefig(OUT / "coordinate_ascent.png")
 
 # %% [markdown]
-# It is a Pyro guide: it draws `mu`, `tau`, `weights` and `z`, and all that follows from draws is there. A site that asks
-# for it (`infer={"enumerate": "parallel"}`, or `config_enumerate`) is left to the model to be summed out, which makes
-# weights less noisy.
+# It is a Pyro guide: it draws `mu`, `tau`, `weights` and `z`, and all that follows from draws is there. A site that
+# asks for it (`infer={"enumerate": "parallel"}`, or `config_enumerate`) is left to the model to be summed out, which
+# makes weights less noisy.
 
 # %%
 summed = pplvi.fit(pyro.infer.config_enumerate(mixture), AutoConjugate, args=(x,), restarts=3, seed=0, progress=False)
@@ -79,8 +79,8 @@ print("log evidence", posterior.total_log_evidence, "above the bound", summed.gu
 # %% [markdown]
 # ## EM: parameters instead of latents
 #
-# With `pyro.param` in the place of priors there is nothing to be Bayesian about but `z`: the E-step is exact, the M-step
-# too, and `losses` is `-log p(x)`, which never rises.
+# With `pyro.param` in the place of priors there is nothing to be Bayesian about but `z`: the E-step is exact, the
+# M-step too, and `losses` is `-log p(x)`, which never rises.
 
 
 # %%
@@ -127,8 +127,8 @@ print(f"apart {apart.bounds[-1]:.4f}, one block {joint.bounds[-1]:.4f}, log p(y)
 # %% [markdown]
 # ## Time
 #
-# A loop over time is merged: one factor for all steps. A random walk of normal sites is one block, so that its update is
-# a smoother, and a chain of discrete sites has its exact posterior.
+# A loop over time is merged: one factor for all steps. A random walk of normal sites is one block, so that its update
+# is a smoother, and a chain of discrete sites has its exact posterior.
 
 # %%
 level = torch.randn(NUM_TIMES).cumsum(0) * 0.3 + torch.randn(NUM_TIMES)

@@ -1,9 +1,9 @@
 """One call from a model to a posterior. Imports ``training`` and what stands below."""
 
 from pplvi.fitting.entry import fit
-from pplvi.fitting.flow_recipe import flow_recipe, search_learning_rate
 from pplvi.fitting.loading import load
 from pplvi.fitting.options import Checkpoint, Compile, Minibatches
+from pplvi.fitting.recipes import flow_recipe, search_learning_rate
 from pplvi.fitting.result import Fit
 
 __all__ = [

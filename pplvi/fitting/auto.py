@@ -13,7 +13,7 @@ import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pplvi.fitting.clock import cpu_seconds
-from pplvi.fitting.flow_recipe import flow_recipe
+from pplvi.fitting.recipes import flow_recipe
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import is_gaussian
 from pplvi.guides.flows.flow import AutoFlow
