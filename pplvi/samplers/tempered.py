@@ -23,6 +23,7 @@ _LONG, _SHORT = 0.5, 0.2  # correlations over one move beyond which trajectories
 _DECAYED, _FORGOTTEN = 0.5, 0.25  # correlation with the start of a level at which it ends, and the last one keeps draws
 _FIRST_LEAPFROG = 8
 _LARGEST_STEP = 0.25  # of temperature: a heavy tail of the ratio is as much lighter, whatever the particles have seen
+_STALLED, _GROWING = 20, 1.02  # moves after which, and growth without which, more moves make no draws effective
 _WORST = 0.5  # of the effective draws that are wanted, of the worst coordinate
 
 
@@ -300,14 +301,18 @@ class _Run:
         self.level = replace(self.level, step_size=size, num_leapfrog=number)
 
     def _kept(self) -> list[Tensor]:
-        s, kept, look = self.settings, list[Tensor](), 1
+        s, kept, look, before = self.settings, list[Tensor](), 1, 0.0
         while len(kept) < s.max_kept and not (kept and self._asked_to_stop()):
             self.acceptance = self._once(self.level)
             kept.append(self.cloud.position)
             if len(kept) >= look and len(kept) * s.num_particles >= s.num_draws:
                 ess = effective_draws(torch.stack(kept, 1))
-                if float(ess.median()) >= s.num_draws and float(ess.min()) >= _WORST * s.num_draws:
+                median, least = float(ess.median()), float(ess.min())
+                if median >= s.num_draws and least >= _WORST * s.num_draws:
                     break
+                if len(kept) >= _STALLED and least < _GROWING * before:
+                    break  # particles stay where they are, as at modes that are far apart
+                before = least
                 look = math.ceil(1.2 * len(kept))
         self.level = replace(self.level, num_kept=len(kept))
         return kept
