@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.draws import Draws, stack
+from pplvi.posterior.looking import work_of_draw
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
     Missed,
@@ -68,7 +68,7 @@ _PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 5_000
 _SCOUT_DRAWS, _MORE_DRAWS, _CHECKED = 2_000, 10_000, 10_000  # of the last, those of the guide, to compare with
 _FEW, _FEW_DRAWS = 8, 500
 _DEAR = 2**15  # bytes of a draw from which on fewer are sent
-_MOST_DRAWS, _MOST_BYTES, _MOST_SECONDS = 100_000, 2**28, 2.0
+_MOST_DRAWS, _MOST_BYTES, _MOST_WORK = 100_000, 2**28, 5e8
 _K_ERROR = 0.1
 _SURE, _SMALL = 4.0, 0.02
 _MORE, _APART = 0.2, 0.1  # nats of evidence; standard deviations of a mean
@@ -183,22 +183,25 @@ def _mean(pool: WeightedDraws, name: str) -> tuple[Tensor, Tensor, float]:
 # --- more draws -----------------------------------------------------------------------------------------------------
 
 
-def grown(
-    posterior: WeightedDraws, more: Callable[[int, int], Draws], bytes_of_draw: int, seconds_of_draw: float
-) -> WeightedDraws:
+def grown(posterior: WeightedDraws, more: Callable[[int, int], Draws], bytes_of_draw: int) -> WeightedDraws:
     """A pool of draws of the same guide with as many effective ones as are handed over, and a k-hat of error 0.1.
+
+    It ends at 100,000 draws, 256 MiB, or 500 million elements computed: all are counted, so that a seed has one pool.
 
     :param posterior: the draws that are handed over; the pool begins with them.
     :param more: a number of draws and a seed to draws.
     :param bytes_of_draw: what one takes.
-    :param seconds_of_draw: what one costs; the pool ends where two seconds are spent, at 100,000 draws, or 256 MiB.
     """
     pool: WeightedDraws = posterior
-    most = min(_MOST_DRAWS, _MOST_BYTES // max(1, bytes_of_draw), int(_MOST_SECONDS / max(seconds_of_draw, 1e-9)))
-    start, number = time.process_time(), 0
-    while (wanted := _wanted(pool, posterior.num_draws, most)) and time.process_time() - start < _MOST_SECONDS:
+    most, number = min(_MOST_DRAWS, _MOST_BYTES // max(1, bytes_of_draw)), 0
+    while wanted := _wanted(pool, posterior.num_draws, most):
         number += 1
         try:
+            if number == 1:
+                most = min(most, int(_MOST_WORK / work_of_draw(more)))
+                wanted = min(wanted, most - pool.num_draws)
+            if wanted < 1:
+                break
             draws = stack([pool.draws, more(wanted, number)], pool.num_draws + wanted)
             new = WeightedDraws(draws, posterior.point_sites)
             new.log_weight  # noqa: B018

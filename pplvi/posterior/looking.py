@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pplvi.posterior.draws import Draws
 from pplvi.programs.sites import Site, is_delta, latent_sites, sample_sites
@@ -15,6 +17,10 @@ from pplvi.programs.state import fingerprint
 from pplvi.programs.traces import Run
 
 _BYTES = 100 * 2**20  # of values and densities that one call makes
+_CALL = 5_000  # elements that take as long as the call of an operation
+_CUBIC = ("mm", "linalg", "cholesky", "triangular", "inverse")  # in names of operations: rows times columns
+_PRODUCTS = 32  # of theirs take as long as one element elsewhere
+_FEW = (2, 6)
 
 
 def is_at_a_point(run: Run) -> bool:
@@ -25,13 +31,12 @@ def is_at_a_point(run: Run) -> bool:
 
 @dataclass(frozen=True)
 class MoreDraws:
-    """What more draws of a guide take: a mark of its parameters, a seed, a size of chunks, bytes and seconds."""
+    """What more draws of a guide take: a mark of its parameters, a seed, a size of chunks, and bytes."""
 
     mark: str
     seed: int
     chunk: int | None
     bytes: int
-    seconds: float
 
 
 def mark_of(run: Run) -> str:
@@ -56,6 +61,38 @@ def _size(site: Site) -> int:
         return 0
     events = math.prod(site["fn"].event_shape)
     return int(value.element_size() * (value.numel() + value.numel() // max(1, events)))
+
+
+class _Work(TorchDispatchMode):
+    """Counts elements computed, and calls of operations as so many elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [each for each in (found, *args) if isinstance(each, Tensor)]
+        inner = 1
+        if any(part in func.__name__ for part in _CUBIC):
+            inner += max((each.shape[-1] for each in tensors if each.dim()), default=0) // _PRODUCTS
+        self.total += _CALL + inner * max((each.numel() for each in tensors), default=0)
+        return found
+
+
+def work_of_draw(more: Callable[[int, int], Draws]) -> float:
+    """How many elements one draw more has the programs compute, counted in a few: a number and no time.
+
+    :param more: a number of draws and a seed to draws.
+    """
+    counts = []
+    for size in (_FEW[0], *_FEW):  # the first call may look for a way of running draws
+        with _Work() as work:
+            more(size, 0)
+        counts.append(work.total)
+    return max(1.0, (counts[2] - counts[1]) / (_FEW[1] - _FEW[0]))
 
 
 def point_sites(draws: Draws, run: Run) -> frozenset[str]:

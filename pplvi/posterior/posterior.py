@@ -10,7 +10,6 @@ weights of its own.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -116,15 +115,13 @@ class Posterior(WeightedDraws):
         chunks = chunks_of(num_draws, chunk_size, fitting(run))
         if at_a_point := is_at_a_point(run):
             chunks = [(0, 1)]
-        start = time.process_time()
         draws = self._drawn(chunks, seed)
         draws = repeated(draws, num_draws) if at_a_point else draws
         _check_latents(draws)
         if chunk_size is not None and len(chunks) > 1:
             _check_same_data(draws)
         super().__init__(draws, point_sites(draws, run))
-        spent = (time.process_time() - start) / num_draws
-        self._source = MoreDraws(mark_of(run), seed or 0, chunk_size or fitting(run), bytes_of(run), spent)
+        self._source = MoreDraws(mark_of(run), seed or 0, chunk_size or fitting(run), bytes_of(run))
 
     def _look(self) -> Run:
         """A run for inspection, the same as long as the programs and their parameters are."""
@@ -142,8 +139,8 @@ class Posterior(WeightedDraws):
     def pool(self) -> WeightedDraws:
         """These draws and more of the same guide, until as many are effective as these are, at little cost.
 
-        Up to 100,000 draws, 256 MiB and two seconds; none where every datum has weights of its own, for MCMC, and where
-        the guide's parameters have changed since.
+        Up to 100,000 draws, 256 MiB and 500 million elements computed, so that a seed has one pool; none where every
+        datum has weights of its own, for MCMC, and where the guide's parameters have changed since.
         """
         source = self._source
         if source is None or not self.has_weights or self.draws.batch:
@@ -155,7 +152,7 @@ class Posterior(WeightedDraws):
             def more(size: int, number: int) -> Draws:
                 return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
 
-            return grown(self, more, source.bytes, source.seconds)
+            return grown(self, more, source.bytes)
 
     @cached_property
     def facts(self) -> Facts:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import pplvi
-from pplvi.posterior.draws import Draws
+from pplvi.posterior.draws import Draws, draw
 from pplvi.posterior.gathering import disagreements, verdict_of
+from pplvi.posterior.looking import work_of_draw
 from pplvi.posterior.scouts import Missed
 from pplvi.posterior.verdict import RELIABLE, UNRELIABLE, USABLE, DatumFacts, Facts, judge, judge_data
 from pplvi.posterior.weighted import WeightedDraws
@@ -94,7 +95,9 @@ def test_a_verdict_is_the_same_again_and_leaves_the_random_state():
     state = torch.get_rng_state()
     first = posterior.verdict
     assert torch.equal(torch.get_rng_state(), state)
-    assert pplvi.Posterior(two_modes, both, num_draws=1000, seed=0).verdict == first
+    again = pplvi.Posterior(two_modes, both, num_draws=1000, seed=0)
+    assert again.verdict == first
+    assert again.facts == posterior.facts
 
 
 def heavy():
@@ -118,6 +121,28 @@ def test_the_pool_has_as_many_effective_draws_as_are_handed_over():
     z = posterior.resample(1000, seed=0)["z"]
     assert z.shape == (1000, 2)
     assert len(z.unique(dim=0)) > len(posterior.draws.latents["z"][posterior.log_weight.exp() > 0.9])
+
+
+def test_one_seed_has_one_pool_however_busy_the_machine_is(monkeypatch):
+    def looped():
+        return pplvi.Posterior(heavy, light, num_draws=300, seed=3, vectorize="loop")
+
+    one = looped()
+    assert 300 < one.pool.num_draws < 2_000  # bounded by the work, not by the number of draws
+    clock = iter(range(0, 10**9, 100))  # each look at it finds that 100 seconds have gone by
+    for name in ("process_time", "perf_counter", "monotonic", "time"):
+        monkeypatch.setattr(f"time.{name}", lambda: float(next(clock)))
+    other = looped()
+    assert torch.equal(other.pool.log_weight, one.pool.log_weight)
+    assert verdict_of(other.pool) == verdict_of(one.pool)
+
+
+@pytest.mark.parametrize("vectorize", ["broadcast", "vmap"])
+def test_a_draw_in_a_loop_is_counted_as_more_work(vectorize):
+    def work(way):
+        return work_of_draw(lambda size, seed: draw(two_modes, one_of_two, num_draws=size, vectorize=way))
+
+    assert work("loop") == work("loop") > 100 * work(vectorize)
 
 
 def test_a_guide_that_has_changed_since_gives_no_more_draws():
