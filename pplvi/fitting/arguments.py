@@ -16,7 +16,7 @@ import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
 from pplvi.losses.base import Loss
-from pplvi.programs.calls import to_call
+from pplvi.programs.calls import check_counts, to_call
 from pplvi.programs.handlers import sized
 from pplvi.programs.inputs import to_inputs
 from pplvi.programs.state import Environment
@@ -194,13 +194,11 @@ def check_model(model: Any) -> None:
 
 
 def check_numbers(**numbers: Any) -> None:
-    """Check that what is given is a whole number of at least 1.
+    """Check that what is given, and not ``None``, is a whole number of at least 1.
 
     :raises ValueError: with the name, if not.
     """
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
+    check_counts(**{name: value for name, value in numbers.items() if value is not None})
 
 
 def check_seed(seed: Any, restarts: int) -> None:

@@ -199,7 +199,7 @@ class Fit:
             return Posterior.from_mcmc(cast(MCMC, self.mcmc), model, *call, **options)
         if self.islands is not None:
             found = self.islands
-            return posterior_of_islands(found.latents, found.found.log_evidence, model, *call, **options)
+            return posterior_of_islands(found.latents, found.found.log_evidence, model, call, **options)
         options["seed"] = run.seed if seed is None else seed
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
             posterior = Posterior(model, run.guide, *call, num_draws=num_draws, **options)

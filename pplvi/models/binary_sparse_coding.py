@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pplvi.guides.owned import claim_name
+from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate
 from pplvi.programs.running import is_recording
 
@@ -71,9 +72,7 @@ class BinarySparseCoding(PyroModule):
         name: str = "binary_sparse_coding",
     ) -> None:
         super().__init__(name)
-        for what, value in (("num_visible", num_visible), ("num_codes", num_codes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{what}={value!r}: expected a whole number of at least 1.")
+        check_counts(num_visible=num_visible, num_codes=num_codes)
         self.num_visible, self.num_codes = num_visible, num_codes
         start = torch.randn(num_visible, num_codes) / math.sqrt(num_visible) if weight is None else weight
         parameters: dict[str, tuple[Tensor, tuple[int, ...], Any]] = {
@@ -253,9 +252,8 @@ class BinaryMeanField:
         tol: float = 1e-8,
         network: torch.nn.Module | None = None,
     ) -> None:
-        for what, value, least in (("sweeps", sweeps, int(network is None)), ("restarts", restarts, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{what}={value!r}: expected a whole number of at least {least}.")
+        check_counts(int(network is None), sweeps=sweeps)
+        check_counts(0, restarts=restarts)
         if update not in ("in turn", "at once"):
             raise ValueError(f"update={update!r}: expected 'in turn' or 'at once'.")
         if not 0 <= damping < 1 or (damping and update == "in turn"):

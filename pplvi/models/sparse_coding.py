@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pplvi.guides.owned import claim_name
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
+from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate
 
 __all__ = ["SparseCoding", "learn_dictionary"]
@@ -64,9 +65,7 @@ class SparseCoding(PyroModule):
         name: str = "sparse_coding",
     ) -> None:
         super().__init__(name)
-        for what, value in (("num_visible", num_visible), ("num_codes", num_codes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{what}={value!r}: expected a whole number of at least 1.")
+        check_counts(num_visible=num_visible, num_codes=num_codes)
         for what, number in (("penalty", penalty), ("noise", noise)):
             if not 0 < number < math.inf:
                 raise ValueError(f"{what}={number!r}: expected a positive number.")

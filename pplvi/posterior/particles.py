@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from pplvi.posterior.posterior import Posterior
-from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.ways import Vectorize
-from pplvi.types import Program
+from pplvi.types import Call, Program
 
 
 @explained()
@@ -19,9 +17,7 @@ def posterior_of_islands(
     islands: Mapping[str, Tensor],
     evidence: Tensor,
     model: Program,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
+    call: Call,
     vectorize: Vectorize = None,
     chunk_size: int | None = None,
 ) -> Posterior:
@@ -34,8 +30,7 @@ def posterior_of_islands(
     :param islands: draws of the latent sites, constrained, ``(islands, draws, *plates, *event)`` each.
     :param evidence: log evidence by each island, ``(islands,)``, in nats.
     :param model: the model it was run on.
-    :param args: positional arguments of the model.
-    :param kwargs: its keyword arguments.
+    :param call: its positional and keyword arguments.
     :param vectorize: the way of running draws, as for a guide.
     :param chunk_size: score at most so many draws in one call; chosen as for a guide unless given.
     :raises ValueError: if there are no draws, or another number of islands than of evidences.
@@ -44,15 +39,14 @@ def posterior_of_islands(
     >>> def model(y):
     ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
     >>> y, z = torch.tensor(0.5), 0.25 + 0.5**0.5 * torch.randn(4, 100)
-    >>> posterior = posterior_of_islands({"z": z}, torch.full((4,), -1.328), model, (y,))
+    >>> posterior = posterior_of_islands({"z": z}, torch.full((4,), -1.328), model, ((y,), {}))
     >>> round(posterior.total_log_evidence.value, 3), posterior.pareto_k
     (-1.328, tensor(nan))
     """
-    checked_call(args, kwargs, "posterior_of_islands(islands, evidence, model, (x, y))")
     sizes = {name: tuple(value.shape[:2]) for name, value in islands.items()}
     if not sizes or len(set(sizes.values())) > 1 or {size[0] for size in sizes.values()} != set(evidence.shape):
         raise ValueError(
             f"islands has draws of {sizes} and evidence the shape {tuple(evidence.shape)}: expected draws (islands, "
             "draws, ...) of every latent site, and an evidence of each island."
         )
-    return Posterior.of_chains(islands, model, args, kwargs, vectorize, chunk_size, evidence=evidence)
+    return Posterior.of_chains(islands, model, *call, vectorize, chunk_size, evidence=evidence)

@@ -57,6 +57,20 @@ def checked_call(args: Any, kwargs: Any, example: str) -> Call:
     return tuple(args), dict(kwargs or {})
 
 
+def check_counts(least: int = 1, /, **counts: Any) -> None:
+    """Check that arguments are whole numbers of at least 1, or of another least one.
+
+    :param counts: values by the names under which they were given.
+    :raises ValueError: with the first that is not.
+
+    >>> check_counts(num_codes=3), check_counts(0, sweeps=0)
+    (None, None)
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
+
+
 @dataclass(frozen=True, eq=False)
 class Arguments:
     """A call, taken apart.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pplvi.programs.calls import check_counts
 from pplvi.samplers.metric import GaussianBase, Metric
 from pplvi.weights.algebra import effective_sample_size as effective_weights
 from pplvi.weights.algebra import logmeanexp
@@ -157,10 +158,7 @@ class TemperedSMC:
     max_leapfrog: int = 64
 
     def __post_init__(self) -> None:
-        counts = {n: v for n, v in vars(self).items() if n != "threshold"}
-        for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
+        check_counts(**{n: v for n, v in vars(self).items() if n != "threshold"})
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold={self.threshold!r}: expected a fraction of the particles between 0 and 1.")
         if self.num_islands < 2 or self.num_particles % self.num_islands or self.num_particles < 4 * self.num_islands:

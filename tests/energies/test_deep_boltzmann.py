@@ -312,8 +312,8 @@ def test_guide_is_pickled_with_its_machine() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"iterations": -1}, "whole number of sweeps"),
-        ({"iterations": 2.5}, "whole number of sweeps"),
+        ({"iterations": -1}, "iterations=-1: expected a whole number of at least 0"),
+        ({"iterations": 2.5}, "iterations=2.5: expected a whole number"),
         ({"damping": 0.5}, "parallel=True"),
         ({"damping": 1.0, "parallel": True}, r"\[0, 1\)"),
         ({"tol": 0.0}, "positive"),

@@ -74,5 +74,5 @@ def test_the_search_is_reproducible():
 def test_many_dimensions_are_refused():
     with pytest.raises(ValueError, match=r"of 101 unconstrained dimensions: expected at most 100"):
         AutoStudentMixture(lambda: pyro.sample("z", dist.Normal(torch.zeros(101), 1.0).to_event(1))).run()
-    with pytest.raises(ValueError, match="num_scouts is 0"):
+    with pytest.raises(ValueError, match="num_scouts=0"):
         AutoStudentMixture(lambda: None, num_scouts=0)

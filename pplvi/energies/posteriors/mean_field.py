@@ -22,6 +22,7 @@ from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.measures import PartlyObserved
 from pplvi.energies.machines.training_step import active_step
 from pplvi.energies.posteriors.problem import MeanField, Problem
+from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate
 from pplvi.types import Values
 
@@ -48,23 +49,21 @@ class FactorisedInference:
         self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
     ) -> Factorised:
         """The posterior for the arguments of the model, without gradient."""
-        tol = self._tolerance()
+        found = self._answer(v, mask, num_draws)
         with torch.no_grad():
-            found = self.posterior(v, num_draws, mask=mask, tol=tol)
             return Factorised(found.means(), self.entropy(found))
 
     def __call__(
         self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
     ) -> None:
         """Sample sites of the layers that are not, or only partly, observed, in plate ``"data"``."""
-        tol = self._tolerance()
-        with torch.no_grad():
-            found = self.posterior(v, num_draws, mask=mask, tol=tol)
-        self.emit(found, size)
+        self.emit(self._answer(v, mask, num_draws), size)
 
-    def _tolerance(self) -> float | None:
+    def _answer(self, v: Tensor | Values | None, mask: Mask, num_draws: int) -> MeanField:
+        """The posterior without gradient; in training all sweeps are made."""
         training = torch.is_grad_enabled() or active_step() is not None
-        return None if training else self.tol
+        with torch.no_grad():
+            return self.posterior(v, num_draws, mask=mask, tol=None if training else self.tol)
 
     def emit(self, found: MeanField, size: int | None) -> None:
         """Sample sites of a posterior's layers, in plate ``"data"``."""
@@ -154,8 +153,7 @@ class MeanFieldGuide(FactorisedInference):
         parallel: bool = False,
         damping: float = 0.0,
     ) -> None:
-        if not isinstance(iterations, int) or iterations < 0:
-            raise ValueError(f"iterations={iterations!r}: expected a whole number of sweeps, 0 or more.")
+        check_counts(0, iterations=iterations)
         if not 0 <= damping < 1:
             raise ValueError(f"damping={damping}: expected a number in [0, 1).")
         if tol is not None and not tol > 0:

@@ -95,14 +95,39 @@ def _per_weight(gradient: Tensor, weight: Tensor | None, event_dim: int = 0) -> 
     return torch.where(weight > 0, gradient / weight.clamp(min=1e-300), gradient.new_zeros(()))
 
 
-class GammaFamily(BlockFamily):
+class ElementaryFamily(BlockFamily):
+    """Independent distributions of a class that Pyro has.
+
+    :cvar law: the class.
+    :cvar names: its parameters, which are the canonical ones.
+    :cvar validate_args: whether draws are of a distribution that checks its arguments; ``None`` as Pyro does.
+    """
+
+    law: ClassVar[Any]
+    names: ClassVar[tuple[str, ...]]
+    validate_args: ClassVar[bool | None] = False
+
+    def __init__(self, *parameters: Tensor) -> None:
+        self.canonical = dict(zip(self.names, parameters, strict=True))
+        self.refresh()
+
+    def entropy(self) -> Tensor:
+        """Of each element, vector or matrix."""
+        found: Tensor = type(self).law(**self.canonical, validate_args=False).entropy()
+        return found
+
+    def distribution(self) -> Any:
+        """Of each element, vector or matrix."""
+        return type(self).law(**self.canonical, validate_args=self.validate_args)
+
+
+class GammaFamily(ElementaryFamily):
     """Independent gamma distributions."""
 
     kind = "gamma"
-
-    def __init__(self, concentration: Tensor, rate: Tensor) -> None:
-        self.canonical = {"concentration": concentration, "rate": rate}
-        self.refresh()
+    law = dist.Gamma
+    names = ("concentration", "rate")
+    validate_args = None
 
     def mean_parameters(self) -> Parameters:
         """``E[z], E[log z]``."""
@@ -114,19 +139,12 @@ class GammaFamily(BlockFamily):
         mean, log = (_per_weight(g, weight) for g in gradients)
         return 1 + log, -mean if weight is None else torch.where(weight > 0, -mean, 1.0)
 
-    def entropy(self) -> Tensor:
-        """Of each element."""
-        return dist.Gamma(**self.canonical, validate_args=False).entropy()
-
-    def distribution(self) -> Any:
-        """Of each element."""
-        return dist.Gamma(**self.canonical)
-
 
 class InverseGammaFamily(GammaFamily):
     """Independent inverse gamma distributions."""
 
     kind = "inverse gamma"
+    law = dist.InverseGamma
 
     def mean_parameters(self) -> Parameters:
         """``E[1 / z], E[log z]``."""
@@ -143,19 +161,13 @@ class InverseGammaFamily(GammaFamily):
         a, b = self.canonical.values()
         return a + b.log() + torch.lgamma(a) - (1 + a) * torch.digamma(a)
 
-    def distribution(self) -> Any:
-        """Of each element."""
-        return dist.InverseGamma(**self.canonical)
 
-
-class BetaFamily(BlockFamily):
+class BetaFamily(ElementaryFamily):
     """Independent beta distributions."""
 
     kind = "beta"
-
-    def __init__(self, first: Tensor, second: Tensor) -> None:
-        self.canonical = {"concentration1": first, "concentration0": second}
-        self.refresh()
+    law = dist.Beta
+    names = ("concentration1", "concentration0")
 
     def mean_parameters(self) -> Parameters:
         """``E[log(1 - z)], E[log z]``."""
@@ -172,23 +184,13 @@ class BetaFamily(BlockFamily):
         """``E[log(1 - z)]``."""
         return self.leaves[0]
 
-    def entropy(self) -> Tensor:
-        """Of each element."""
-        return self.distribution().entropy()
 
-    def distribution(self) -> Any:
-        """Of each element."""
-        return dist.Beta(**self.canonical, validate_args=False)
-
-
-class DirichletFamily(BlockFamily):
+class DirichletFamily(ElementaryFamily):
     """Independent Dirichlet distributions."""
 
     kind = "Dirichlet"
-
-    def __init__(self, concentration: Tensor) -> None:
-        self.canonical = {"concentration": concentration}
-        self.refresh()
+    law = dist.Dirichlet
+    names = ("concentration",)
 
     def mean_parameters(self) -> Parameters:
         """``E[log z]``."""
@@ -199,23 +201,12 @@ class DirichletFamily(BlockFamily):
         """One plus the gradient."""
         return (1 + _per_weight(gradients[0], weight, 1),)
 
-    def entropy(self) -> Tensor:
-        """Of each vector."""
-        return self.distribution().entropy()
 
-    def distribution(self) -> Any:
-        """Of each vector."""
-        return dist.Dirichlet(**self.canonical, validate_args=False)
-
-
-class WishartFamily(BlockFamily):
+class WishartFamily(ElementaryFamily):
     """Independent Wishart distributions."""
 
     kind = "Wishart"
-
-    def __init__(self, df: Tensor, inverse_scale: Tensor) -> None:
-        self.canonical = {"df": df, "inverse_scale": inverse_scale}
-        self.refresh()
+    names = ("df", "inverse_scale")
 
     def mean_parameters(self) -> Parameters:
         """``E[z], E[log |z|]``."""

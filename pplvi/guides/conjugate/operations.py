@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -96,30 +96,6 @@ def rdiv(a: Any, b: Any) -> Any:
     return div(b, a)
 
 
-@rule("reciprocal")
-def reciprocal(a: Any) -> Any:
-    """``1 / a``."""
-    return power(a, -1.0)
-
-
-@rule("sqrt")
-def sqrt(a: Any) -> Any:
-    """The square root of one term."""
-    return power(a, 0.5)
-
-
-@rule("rsqrt")
-def rsqrt(a: Any) -> Any:
-    """One over the square root of one term."""
-    return power(a, -0.5)
-
-
-@rule("square")
-def square(a: Any) -> Any:
-    """``a a``."""
-    return power(a, 2.0)
-
-
 @rule("pow")
 def power(a: Any, exponent: Any) -> Any:
     """One term to a power, or a polynomial to a whole one of at most three."""
@@ -135,6 +111,14 @@ def power(a: Any, exponent: Any) -> Any:
     if exponent not in (1, 2, 3):
         return NotImplemented
     return a if exponent == 1 else mul(a, power(a, exponent - 1))
+
+
+def _to_the(exponent: float) -> Callable[[Any], Any]:
+    return lambda a: power(a, exponent)
+
+
+for _name, _exponent in {"reciprocal": -1.0, "sqrt": 0.5, "rsqrt": -0.5, "square": 2.0}.items():
+    rule(_name)(_to_the(_exponent))
 
 
 def _is_elementwise(a: Expression) -> bool:

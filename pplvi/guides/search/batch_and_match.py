@@ -12,7 +12,7 @@ from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import elbos, explore
 from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
-from pplvi.guides.search.pathfinder import check_counts
+from pplvi.programs.calls import check_counts
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
 

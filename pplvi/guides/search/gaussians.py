@@ -16,13 +16,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
+from pplvi.guides.search.constant import ConstantMixture
 from pplvi.guides.search.lbfgs import Point, Trail, is_curved
 
 
@@ -176,7 +175,7 @@ def _padded(part: Gaussian, rank: int) -> Gaussian:
     return Gaussian(part.loc, part.root, basis, tril)
 
 
-class GaussianMixture(TorchDistribution):
+class GaussianMixture(ConstantMixture):
     """Equal mixture of a batch of :class:`Gaussian`; its components are constants, so draws carry no gradient.
 
     :param parts: the components, one leading dimension.
@@ -187,25 +186,13 @@ class GaussianMixture(TorchDistribution):
     tensor([1., 1., 1.])
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-    support = constraints.real_vector
-    has_rsample = True
+    parts: Gaussian
 
-    def __init__(self, parts: Gaussian, batch_shape: Sequence[int] = (), validate_args: bool | None = None) -> None:
-        self.parts = parts
-        super().__init__(torch.Size(batch_shape), parts.loc.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> GaussianMixture:
-        """Independent copies."""
-        return GaussianMixture(self.parts, batch_shape, validate_args=self._validate_args)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draws of shape ``(*sample_shape, *batch_shape, dim)``."""
-        shape = self._extended_shape(sample_shape)
+    def rows(self, number: int) -> Tensor:
+        """Draws ``(number, dim)``."""
         loc = self.parts.loc
-        noise = torch.randn(shape[:-1].numel(), shape[-1], dtype=loc.dtype, device=loc.device)
-        chosen = torch.randint(len(loc), noise.shape[:1], device=loc.device)
-        return self.transport(noise, chosen).reshape(shape)
+        noise = torch.randn(number, loc.shape[-1], dtype=loc.dtype, device=loc.device)
+        return self.transport(noise, torch.randint(len(loc), (number,), device=loc.device))
 
     def transport(self, noise: Tensor, chosen: Tensor) -> Tensor:
         """Noise ``(S, dim)`` to draws, each of its own component."""
@@ -214,13 +201,9 @@ class GaussianMixture(TorchDistribution):
             draws[chosen == index] = Gaussian(*(p[index] for p in self.parts)).push(noise[chosen == index])
         return draws
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``(..., dim)``, in nats."""
-        if self._validate_args:
-            self._validate_sample(value)
-        rows = value.reshape(-1, value.shape[-1])
-        density = torch.logsumexp(self.parts.log_prob(rows), 0) - math.log(len(self.parts.loc))
-        return density.reshape(value.shape[:-1]).expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+    def log_prob_of_rows(self, rows: Tensor) -> Tensor:
+        """Log densities ``(S,)`` of ``(S, dim)``, in nats."""
+        return torch.logsumexp(self.parts.log_prob(rows), 0) - math.log(len(self.parts.loc))
 
     @property
     def mean(self) -> Tensor:

@@ -15,6 +15,7 @@ from pplvi.guides.search.explore import OptimizationPath, explore
 from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
+from pplvi.programs.calls import check_counts
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
 
@@ -150,13 +151,3 @@ def _options(history: int, lbfgs: Mapping[str, float]) -> dict[str, Any]:
         raise ValueError(f"lbfgs has {wrong}; expected numbers of at least 0 for some of {sorted(known)}")
     check_counts(max_iterations=lbfgs.get("max_iterations", Options.max_iterations))
     return {"history": history, **lbfgs}
-
-
-def check_counts(**counts: Any) -> None:
-    """Check that settings are whole numbers of at least 1.
-
-    :raises ValueError: with the first that is not.
-    """
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")

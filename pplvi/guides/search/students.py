@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 import pyro
 import torch
-from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.constant import ConstantMixture
 from pplvi.guides.search.explore import check_proper
 from pplvi.guides.search.gaussians import full_gaussian
-from pplvi.guides.search.pathfinder import check_counts
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
     Weighed,
@@ -27,6 +26,7 @@ from pplvi.posterior.scouts import (
     wide,
 )
 from pplvi.posterior.students import Students, joined
+from pplvi.programs.calls import check_counts
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
@@ -139,7 +139,7 @@ class AutoStudentMixture(FoundGuide):
             return self._students.sample(self.quantile_draws)
 
 
-class StudentMixture(TorchDistribution):
+class StudentMixture(ConstantMixture):
     """A mixture of multivariate t distributions; its components are constants, so draws carry no gradient.
 
     :param parts: the components.
@@ -150,29 +150,15 @@ class StudentMixture(TorchDistribution):
     tensor([1., 1., 1.])
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-    support = constraints.real_vector
-    has_rsample = True
+    parts: Students
 
-    def __init__(self, parts: Students, batch_shape: Any = (), validate_args: bool | None = None) -> None:
-        self.parts = parts
-        super().__init__(torch.Size(batch_shape), parts.loc.shape[-1:], validate_args=validate_args)
+    def rows(self, number: int) -> Tensor:
+        """Draws ``(number, dim)``."""
+        return self.parts.sample(number)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> StudentMixture:
-        """Independent copies."""
-        return StudentMixture(self.parts, batch_shape, validate_args=self._validate_args)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draws of shape ``(*sample_shape, *batch_shape, dim)``."""
-        shape = self._extended_shape(sample_shape)
-        return self.parts.sample(shape[:-1].numel()).reshape(shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``(..., dim)``, in nats."""
-        if self._validate_args:
-            self._validate_sample(value)
-        density = self.parts.log_prob(value.reshape(-1, value.shape[-1])).reshape(value.shape[:-1])
-        return density.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape))
+    def log_prob_of_rows(self, rows: Tensor) -> Tensor:
+        """Log densities ``(S,)`` of ``(S, dim)``, in nats."""
+        return self.parts.log_prob(rows)
 
 
 def _check_proper(density: UnconstrainedDensity, start: Students) -> None:

@@ -129,24 +129,23 @@ class _Mean(ExponentialFamily):
         return mean
 
 
-def _probabilities(role: str, mean: Tensor, simplex: bool) -> Tensor:
-    """Kept off zero by the smallest number, whose logarithm is one."""
-    tiny = torch.finfo(mean.dtype).tiny
-    if simplex:
-        return mean.clamp(min=tiny) if role == "probs" else mean.clamp(min=tiny).log()
-    mean = mean.clamp(tiny, 1 - torch.finfo(mean.dtype).eps / 2)
-    return mean if role == "probs" else torch.logit(mean)
-
-
 class Bernoulli(_Mean):
-    """Share of ones."""
+    """Share of ones.
+
+    :cvar simplex: whether shares are those of classes, which sum to one.
+    """
 
     alternatives: ClassVar[Alternatives] = (("probs", "logits"),)
+    simplex: ClassVar[bool] = False
 
     @classmethod
     def placed(cls, role: str, mean: Tensor) -> Tensor:
-        """Probabilities or their log odds."""
-        return _probabilities(role, mean, False)
+        """Probabilities or their log odds, of classes their logarithms; off zero by the smallest number."""
+        tiny = torch.finfo(mean.dtype).tiny
+        if cls.simplex:
+            return mean.clamp(min=tiny) if role == "probs" else mean.clamp(min=tiny).log()
+        mean = mean.clamp(tiny, 1 - torch.finfo(mean.dtype).eps / 2)
+        return mean if role == "probs" else torch.logit(mean)
 
 
 class Binomial(Bernoulli):
@@ -175,15 +174,10 @@ class Geometric(Bernoulli):
         return 1 + cells.value
 
 
-class OneHot(_Mean):
+class OneHot(Bernoulli):
     """Shares of classes."""
 
-    alternatives: ClassVar[Alternatives] = (("probs", "logits"),)
-
-    @classmethod
-    def placed(cls, role: str, mean: Tensor) -> Tensor:
-        """Probabilities or their logarithms."""
-        return _probabilities(role, mean, True)
+    simplex: ClassVar[bool] = True
 
 
 class Multinomial(OneHot):
