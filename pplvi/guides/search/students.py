@@ -34,7 +34,7 @@ from pplvi.weights.pareto import pareto_smooth
 
 __all__ = ["AutoStudentMixture"]
 
-_SCREENED, _CLIMBING = 5_000, 16
+_SCREENED, _CLIMBING = 80, 16  # far points looked at for each scout, and those that climb
 _GOOD, _GAIN, _ROUNDS = 0.9, 1.02, 40
 _LEAST_DRAWS, _MOST_DRAWS, _DRAWS_OF_DIM = 4_000, 20_000, 200
 _ENOUGH = 10  # effective draws for each dimension and component, below which weights are tempered
@@ -63,7 +63,7 @@ class AutoStudentMixture(FoundGuide):
 
     :param model: a Pyro model in up to 100 unconstrained dimensions; its latent sites are continuous or enumerated, its
         plates are not subsampled.
-    :param num_scouts: how many points climb from the prior.
+    :param num_scouts: how many points climb from the prior; 160 times as many far ones are looked at, for narrow modes.
     :param num_components: the most components; modes beyond it, those of the least mass, are left out.
     :param init_radius: as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`: from there four
         more scouts climb.
@@ -113,7 +113,8 @@ class AutoStudentMixture(FoundGuide):
         modes = climbed(density, torch.cat([near, prior]))
         if (seen := mixed(modes)) is None:
             return _spread(torch.cat([near, prior]))
-        candidates = torch.cat([prior_starts(density, *call, _SCREENED), wide(seen, _SCREENED)])
+        far = _SCREENED * self._num_scouts
+        candidates = torch.cat([prior_starts(density, *call, far), wide(seen, far)])
         found = mixed(climbed(density, screened(density, seen, candidates, _CLIMBING), modes)) or seen
         return found.heaviest(self._num_components)
 
