@@ -38,6 +38,7 @@ NAMES = (
     "nested_gradients",
     "particle_ways",
     "posteriors",
+    "race",
     "pyro_examples",
     "restricted_boltzmann",
     "sparse_coding",

@@ -122,8 +122,20 @@ class _Pass:
         return self.whole[arg]
 
 
+def _drop_trivial(graph: fx.Graph, shapes: dict[fx.Node, tuple[int, ...]]) -> None:
+    """Leave out operations that change nothing: views of the same shape, powers of one."""
+    for node in list(graph.nodes):
+        source: Any = node.args[0] if node.args else None
+        if node.op != "call_function" or source not in shapes or shapes[source] != shapes.get(node):
+            continue
+        same = node.target in _VIEWS or node.target is aten.expand.default
+        if same or (node.target is aten.pow.Tensor_Scalar and node.args[1] == 1.0):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
 def without_repetition(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
-    """The same function, in which what repeats along a dimension is computed once.
+    """The same function, in which what repeats along a dimension is computed once, without what changes nothing.
 
     :param graph: a recorded graph of tensor operations; it is changed in place.
     :param inputs: tensors of the shapes that it is run with.
@@ -137,6 +149,7 @@ def without_repetition(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.Gr
     """
     seen = _Shapes(graph)
     seen.run(*inputs)
+    _drop_trivial(graph.graph, seen.shapes)
     work = _Pass(graph, seen.shapes)
     for node in list(graph.graph.nodes):
         work.visit(node)

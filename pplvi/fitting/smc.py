@@ -12,6 +12,7 @@ from torch import Tensor
 from pplvi.fitting.recorded import RecordedDensity
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
+from pplvi.guides.search.gaussians import Gaussian
 from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.posterior.draws import draw
 from pplvi.programs.ways import Vectorize
@@ -21,8 +22,10 @@ from pplvi.types import Call, Program
 
 _WIDER = 1.1  # sds of the base, relative to those of the guide: what is too narrow costs more than what is too wide
 _MOMENT_DRAWS = 4_000
-_MATCHES = 100
-_JUDGE_DRAWS = 200
+_MATCHES = 60
+_PATHS, _ITERATIONS = 4, 150
+_APART, _AS_HIGH = 5.0, 10.0  # standard deviations; nats
+_JUDGE_DRAWS = 500
 
 
 @dataclass(frozen=True)
@@ -115,37 +118,53 @@ def _wider(density: RecordedDensity, loc: Tensor, covariance: Tensor) -> Gaussia
 def found_start(
     forms: Mapping[str, Program], call: Call, *, init: str | None, seed: int | None, vectorize: Vectorize
 ) -> tuple[str, Program, str]:
-    """The easiest form of a model and a guide to start at: a search on each, and one more on the best.
+    """The easiest form of a model, where a search has the largest bound on the evidence, and the guide that it found.
 
     :param forms: of the model, by name.
-    :param init: ``"pathfinder"``, or ``"match"`` (also ``None``), which takes the better form on to batch and match.
+    :param init: ``"pathfinder"``, or ``"match"`` (also ``None``), which goes on from there by batch and match.
     :returns: the name of the form, the guide, and what the guide is called.
     :raises ValueError: the first error if the search fails on every form.
     """
     found: dict[str, FoundGuide] = {}
     errors: list[ValueError] = []
-    options: dict[str, Any] = {"seed": seed, "vectorize": vectorize}
-    plain: dict[str, Any] = {"num_components": 1, "moment_matching": 0, "exact_hessian": False}
-    if len(forms) == 1 and init != "pathfinder":
-        (form,) = forms
-        return form, _matched(forms[form], call, options), "batch and match"
     for form, model in forms.items():
         try:
-            found[form] = AutoPathfinder(model, **plain, **options).run(*call[0], **call[1])
+            found[form] = _searched(model, call, init, {"seed": seed, "vectorize": vectorize})
         except ValueError as error:
             errors.append(error)
     if not found:
         raise errors[0]
-    best = max(found, key=lambda form: _elbo(found[form], forms[form], call, vectorize))
+    if len(found) == 1:
+        (best,) = found
+    else:
+        best = max(found, key=lambda form: _elbo(found[form], forms[form], call, vectorize))
+    return best, found[best], "Pathfinder" if isinstance(found[best], AutoPathfinder) else "batch and match"
+
+
+def _searched(model: Program, call: Call, init: str | None, options: Mapping[str, Any]) -> FoundGuide:
+    paths: AutoPathfinder = AutoPathfinder(
+        model,
+        num_paths=_PATHS,
+        num_components=1,
+        moment_matching=0,
+        exact_hessian=False,
+        lbfgs={"max_iterations": _ITERATIONS},
+        **options,
+    ).run(*call[0], **call[1])
     if init == "pathfinder":
-        return best, found[best], "Pathfinder"
-    return best, _matched(forms[best], call, options), "batch and match"
-
-
-def _matched(model: Program, call: Call, options: Mapping[str, Any]) -> FoundGuide:
-    guide = AutoBatchAndMatch(model, num_iterations=_MATCHES, **options)
+        return paths
+    guide = AutoBatchAndMatch(model, num_iterations=_MATCHES, start=paths, **options)
     guide.make_density = RecordedDensity
-    return guide.run(*call[0], **call[1])
+    guide.run(*call[0], **call[1])
+    return paths if _are_modes_apart(paths, guide) else guide
+
+
+def _are_modes_apart(paths: AutoPathfinder, guide: AutoBatchAndMatch) -> bool:
+    """Whether a path has ended as high as a Gaussian is, but where that one never goes."""
+    parts, one = paths.gaussians, Gaussian(*(part[0] for part in guide.gaussians))
+    far = one.pull(parts.loc).square().sum(1).sqrt() > one.loc.shape[0] ** 0.5 + _APART
+    elbos = sorted((path.elbo for path in paths.paths), reverse=True)
+    return any(bool(f) and elbo > guide.elbo - _AS_HIGH for f, elbo in zip(far, elbos, strict=False))
 
 
 def _elbo(guide: FoundGuide, model: Program, call: Call, vectorize: Vectorize) -> float:

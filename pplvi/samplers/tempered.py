@@ -23,11 +23,12 @@ _LONG, _SHORT = 0.5, 0.2  # correlations over one move beyond which trajectories
 _DECAYED, _FORGOTTEN = 0.5, 0.25  # correlation with the start of a level at which it ends, and the last one keeps draws
 _FIRST_LEAPFROG = 8
 _LARGEST_STEP = 0.25  # of temperature: a heavy tail of the ratio is as much lighter, whatever the particles have seen
-_WORST = 0.25  # of the effective draws that are wanted, of the worst coordinate
+_STALLED, _GROWING = 20, 1.02  # moves after which, and growth without which, more moves make no draws effective
+_WORST = 0.5  # of the effective draws that are wanted, of the worst coordinate
 
 
 @dataclass(frozen=True)
-class Level:
+class TemperedLevel:
     """What is done at one temperature: draws are weighted for it, resampled, and moved.
 
     :ivar beta: the temperature, from 0 (the base) to 1 (the target).
@@ -100,7 +101,7 @@ class TemperedDraws:
 
     draws: Tensor
     log_evidence: Tensor
-    levels: tuple[Level, ...]
+    levels: tuple[TemperedLevel, ...]
     ess: Tensor
     acceptance: float
     ended: str = "done"
@@ -131,7 +132,7 @@ class TemperedSMC:
 
     :param num_particles: of all islands together.
     :param num_islands: how many islands.
-    :param num_draws: a run ends when so many draws are effective of the median coordinate, and a quarter of the worst.
+    :param num_draws: a run ends when so many draws are effective of the median coordinate, half as many of the worst.
     :param threshold: the fraction of particles that stay effective from one temperature to the next.
     :param max_moves: most moves at a temperature, and before the first draws are kept.
     :param max_kept: most moves after each of which the particles are draws.
@@ -173,7 +174,7 @@ class TemperedSMC:
         target: Target,
         base: GaussianBase,
         *,
-        levels: Sequence[Level] = (),
+        levels: Sequence[TemperedLevel] = (),
         stop: Callable[[], str] = lambda: "",
     ) -> TemperedDraws:
         """Bring particles from the base to the target.
@@ -195,15 +196,15 @@ class _Run:
     target: Target
     base: GaussianBase
     stop: Callable[[], str]
-    levels: list[Level] = field(default_factory=list)
+    levels: list[TemperedLevel] = field(default_factory=list)
     ended: str = ""
     acceptance: float = math.nan
 
-    def all(self, levels: Sequence[Level]) -> TemperedDraws:
+    def all(self, levels: Sequence[TemperedLevel]) -> TemperedDraws:
         s = self.settings
         self.cloud = self._at(self.base.draw(s.num_particles))
         self.log_evidence = torch.zeros(s.num_islands, dtype=torch.float64)
-        self.level = Level(0.0, self.base.metric, _first_step(len(self.base.loc)), _FIRST_LEAPFROG, 0)
+        self.level = TemperedLevel(0.0, self.base.metric, _first_step(len(self.base.loc)), _FIRST_LEAPFROG, 0)
         kept: list[Tensor] = []
         reached = 0.0
         for level in levels:
@@ -300,19 +301,23 @@ class _Run:
         self.level = replace(self.level, step_size=size, num_leapfrog=number)
 
     def _kept(self) -> list[Tensor]:
-        s, kept, look = self.settings, list[Tensor](), 1
+        s, kept, look, before = self.settings, list[Tensor](), 1, 0.0
         while len(kept) < s.max_kept and not (kept and self._asked_to_stop()):
             self.acceptance = self._once(self.level)
             kept.append(self.cloud.position)
             if len(kept) >= look and len(kept) * s.num_particles >= s.num_draws:
                 ess = effective_draws(torch.stack(kept, 1))
-                if float(ess.median()) >= s.num_draws and float(ess.min()) >= _WORST * s.num_draws:
+                median, least = float(ess.median()), float(ess.min())
+                if median >= s.num_draws and least >= _WORST * s.num_draws:
                     break
+                if len(kept) >= _STALLED and least < _GROWING * before:
+                    break  # particles stay where they are, as at modes that are far apart
+                before = least
                 look = math.ceil(1.2 * len(kept))
         self.level = replace(self.level, num_kept=len(kept))
         return kept
 
-    def _repeat(self, level: Level) -> list[Tensor]:
+    def _repeat(self, level: TemperedLevel) -> list[Tensor]:
         self.level = level
         for _ in range(level.num_moves):
             self.acceptance = self._once(level)
@@ -322,7 +327,7 @@ class _Run:
             kept.append(self.cloud.position)
         return kept
 
-    def _once(self, level: Level) -> float:
+    def _once(self, level: TemperedLevel) -> float:
         """One move of all particles; the mean acceptance probability."""
         old, metric = self.cloud, level.metric
         noise = torch.rand(len(old.position), 1, dtype=old.position.dtype).to(old.position)

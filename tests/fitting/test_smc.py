@@ -17,7 +17,7 @@ from pplvi.fitting.smc import run_islands
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.samplers import TemperedSMC
 from pplvi.samplers.metric import GaussianBase, Metric
-from pplvi.samplers.tempered import Level
+from pplvi.samplers.tempered import TemperedLevel
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,7 +80,7 @@ EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 
 @pytest.fixture(scope="module")
 def fitted() -> pplvi.Fit:
-    return pplvi.fit(schools, "smc", args=(SIGMA, EFFECTS), num_steps=2000, seed=0)
+    return pplvi.fit(schools, TemperedSMC(num_particles=400), args=(SIGMA, EFFECTS), num_steps=2000, seed=0)
 
 
 def test_the_easiest_form_is_taken_and_the_posterior_is_right(fitted: pplvi.Fit) -> None:
@@ -96,6 +96,7 @@ def test_the_easiest_form_is_taken_and_the_posterior_is_right(fitted: pplvi.Fit)
     assert abs(draws["theta"][:, 0].mean() - 6.2) < 0.5
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape")
 def test_islands_are_chains(fitted: pplvi.Fit) -> None:
     posterior = fitted.posterior()
     assert posterior.num_chains == 4
@@ -146,9 +147,9 @@ def test_programs_are_properly_weighted(model: Callable[..., None], y: Tensor, e
     base = GaussianBase.of(torch.ones(1), 1.5 * torch.eye(1))
     levels = TemperedSMC(num_particles=64, num_draws=64).run(density.value_and_gradient, base).levels
 
-    def of_all(level: Level) -> Level:
+    def of_all(level: TemperedLevel) -> TemperedLevel:
         one = Metric(level.metric.covariance[:1], level.metric.root[:1])
-        return Level(level.beta, one, level.step_size, min(level.num_leapfrog, 6), level.num_moves)
+        return TemperedLevel(level.beta, one, level.step_size, min(level.num_leapfrog, 6), level.num_moves)
 
     many = TemperedSMC(num_particles=1600, num_islands=200)
     found = many.run(density.value_and_gradient, base, levels=[of_all(level) for level in levels])
@@ -168,6 +169,16 @@ def test_it_starts_at_any_fitted_guide() -> None:
     assert islands.latents["rate"].shape[0] == 4
 
 
+def test_modes_that_paths_find_are_all_visited() -> None:
+    def apart() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
+        pyro.factor("modes", torch.logaddexp(*(-50 * ((x - m) ** 2).sum(-1) for m in (-1.5, 1.5))))
+
+    found = pplvi.fit(apart, TemperedSMC(num_particles=400, num_draws=400, max_leapfrog=8), seed=0).posterior()
+    share = (found.draws.latents["x"][:, 0] > 0).double().mean()
+    assert 0.4 < share < 0.6
+
+
 def test_one_seed_has_one_result_and_leaves_the_global_state() -> None:
     method = TemperedSMC(num_particles=32, num_draws=64)
     before = torch.get_rng_state()
@@ -178,7 +189,9 @@ def test_one_seed_has_one_result_and_leaves_the_global_state() -> None:
 
 def test_a_budget_that_is_too_short_is_told_and_not_called_reliable() -> None:
     """The clock ends the path at once; what is handed over are few draws many times."""
-    found = pplvi.fit(schools, "smc", args=(SIGMA, EFFECTS), seed=0, budget=1e-3)
+    far = 1000.0 * COUNTS
+    guide = pplvi.fit(rates, AutoNormal, args=(far,), num_steps=1, seed=0, progress=False).guide
+    found = pplvi.fit(rates, "smc", args=(far,), seed=0, budget=1e-9, init=guide)
     assert found.reasons == ["budget"]
     assert "cut (budget)" in found.summary()
     assert found.posterior().verdict.word != "reliable"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pplvi.posterior.islands import evidence_of_islands
 from pplvi.samplers.metric import GaussianBase, Metric
-from pplvi.samplers.tempered import Level, Target, TemperedDraws, TemperedSMC
+from pplvi.samplers.tempered import Target, TemperedDraws, TemperedLevel, TemperedSMC
 
 Density = Callable[[Tensor], Tensor]
 
@@ -79,7 +79,7 @@ def test_frozen_levels_give_an_unbiased_evidence(name: str) -> None:
     assert ratio.std() > 0.02  # there was something to be unbiased about
 
 
-def shared(level: Level) -> Level:
+def shared(level: TemperedLevel) -> TemperedLevel:
     """A level of a pilot run whose first metric all islands of another one take, and whose moves are few."""
     metric = Metric(level.metric.covariance[:1], level.metric.root[:1])
     return replace(level, metric=metric, num_kept=0, num_leapfrog=min(level.num_leapfrog, 8))

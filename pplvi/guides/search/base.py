@@ -32,10 +32,12 @@ class Search:
     """What guides that find themselves have in common: there is nothing to train in them.
 
     :cvar score_draws: draws by which the best of several searches is chosen.
+    :cvar takes_minibatches: whether a search for each minibatch is of use, where the model is trained.
     :ivar vectorize: the way of running draws.
     """
 
     score_draws: ClassVar[int] = 1000
+    takes_minibatches: ClassVar[bool] = False
     vectorize: Vectorize = None
 
     def run(self, *args: Any, **kwargs: Any) -> Self:
@@ -181,15 +183,19 @@ class FoundGuide(ContinuousGuide, Search):
 
         :raises ValueError: the guide has not run yet.
         """
-        return GaussianMixture(self._gaussians)
+        return GaussianMixture(self.gaussians)
 
     @property
-    def _gaussians(self) -> Gaussian:
+    def gaussians(self) -> Gaussian:
+        """What was found: Gaussians of equal weight over the packed unconstrained latents, the best first.
+
+        :raises ValueError: the guide has not run yet.
+        """
         self._need_prototype("density")
         return Gaussian(*(self._buffers[name] for name in self._parts))  # type: ignore[arg-type]
 
     def _latent_draws(self, *args: Any, **kwargs: Any) -> Tensor:
-        mixture = GaussianMixture(self._gaussians)
+        mixture = GaussianMixture(self.gaussians)
         noise = torch.cat(list(self._base_draws()))
         pairs = torch.arange(len(noise) // 2, device=noise.device) % len(self.loc)  # both of a pair in one component
         return mixture.transport(noise, pairs.repeat(2))

@@ -56,6 +56,7 @@ class AutoBatchAndMatch(FoundGuide):
         dimensions, and 128 in more.
     :param num_iterations: how many updates.
     :param num_paths: paths of Pathfinder, of which the best Gaussian is the start.
+    :param start: a guide that was found for the same model and data, whose best Gaussian is the start, without paths.
     :param init_radius: of the paths, as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`.
     :raises ValueError: where :class:`pplvi.AutoPathfinder` does.
 
@@ -73,6 +74,7 @@ class AutoBatchAndMatch(FoundGuide):
         batch_size: int | None = None,
         num_iterations: int = 200,
         num_paths: int = 4,
+        start: FoundGuide | None = None,
         init_radius: float = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: int | None = None,
@@ -85,16 +87,25 @@ class AutoBatchAndMatch(FoundGuide):
         check_counts(num_iterations=num_iterations, num_paths=num_paths)
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._batch_size, self._num_iterations, self._num_paths = batch_size, num_iterations, num_paths
+        self._begin = start
         self.elbo = float("nan")
 
     def _find(self, density: UnconstrainedDensity) -> Gaussian:
-        options = Options(precision=torch.finfo(density.dtype).eps)
-        _, starts = explore(density, self._starts(density, self._num_paths), options, _SCOUT_DRAWS)
-        found = self._matched(density, starts[0].loc, starts[0].covariance)
-        choices = [starts[0]] if found is None else [found, starts[0]]
+        start = self._first(density)
+        found = self._matched(density, start.loc, start.covariance)
+        choices = [start] if found is None else [found, start]
         judged = elbos(density, choices, _JUDGE_DRAWS)
         self.elbo = max(judged)
         return stack_gaussians([choices[judged.index(self.elbo)]])
+
+    def _first(self, density: UnconstrainedDensity) -> Gaussian:
+        """The best Gaussian of the paths, or that of the guide to start at."""
+        if self._begin is None:
+            options = Options(precision=torch.finfo(density.dtype).eps)
+            return explore(density, self._starts(density, self._num_paths), options, _SCOUT_DRAWS)[1][0]
+        best = Gaussian(*(part[0].double() for part in self._begin.gaussians))
+        zero, one = density.units
+        return best.affine(-zero / one, 1 / one)
 
     def _matched(self, density: UnconstrainedDensity, loc: Tensor, covariance: Tensor) -> Gaussian | None:
         size = self._batch_size or _default_batch(density.dim)

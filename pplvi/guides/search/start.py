@@ -30,7 +30,7 @@ class _Found:
     """A Gaussian over packed latents, by site."""
 
     def __init__(self, guide: FoundGuide) -> None:
-        gaussian = guide._gaussians
+        gaussian = guide.gaussians
         self.loc, self.covariance = gaussian.loc[0], type(gaussian)(*(part[0] for part in gaussian)).covariance
         sizes = {name: shape.numel() for name, shape in guide._unconstrained_shapes.items()}
         places = torch.arange(len(self.loc)).split(list(sizes.values()))

@@ -1,0 +1,194 @@
+"""CPU seconds to a usable posterior, on fourteen problems: the methods of this package, and NUTS where it is installed.
+
+    python -m benchmarks.race --data ../shared/data/race --methods auto smc
+    python -m benchmarks.race --problems hs10 sv --methods smc numpyro --seeds 0 1 2
+
+A posterior is usable where means are off by at most .1 sd and sds by at most 15 %, the worst of all scalars, on the
+draws that are handed over and against long reference runs. Each run is a process of its own with one thread and an
+empty folder for what compilers keep; CPU seconds are those of the process and its children, from the call of the method
+to draws by name, imports apart.
+
+Methods: "auto", "smc", "nuts" or a guide of pplvi by its name, such as AutoPathfinder, whose draws are resampled;
+"numpyro", whose draws are those of 4 chains of 500 after 500 steps, takes part where it is installed
+(pip install -c constraints.txt -e '.[bench]'), on problems that have a program for it.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pplvi
+from benchmarks.race_peers import PEERS
+from benchmarks.race_problems import NAMES, Draws, Problem, load
+from benchmarks.reporting import Table, command_line, rows_of, write
+
+QUICK = "--problems schools --methods AutoPathfinder --seeds 0"
+
+RESULTS = Path(__file__).parent / "results" / "race.json"
+MEAN, SD = 0.1, 0.15  # what is usable
+DRAWS = 4_000
+COLUMNS = {
+    "problem": "<16",
+    "method": "<16",
+    "seed": "4",
+    "usable": "<6",
+    "mean error": "10.3f",
+    "sd error": "8.3f",
+    "CPU s": "7.1f",
+    "MB": "6.0f",
+    "verdict": "<30",
+}
+Row = dict[str, Any]
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children."""
+    return sum(os.times()[:4])
+
+
+def ours(problem: Problem, method: str, seed: int, budget: float | None) -> tuple[Draws, str]:
+    """Draws by a method of this package, of equal weight, and its verdict."""
+    guide = method if method in ("auto", "smc", "nuts") else getattr(pplvi, method)
+    options: dict[str, Any] = {"budget": budget} if method in ("auto", "smc") and budget is not None else {}
+    if method == "nuts":
+        options = {"num_steps": 500, "num_warmup": 500, "restarts": 4}
+    fit = pplvi.fit(problem.model, guide, args=problem.args, seed=seed, progress=False, **options)
+    posterior = fit.posterior(DRAWS)
+    if posterior.is_mcmc:
+        return {**posterior.draws.latents, **posterior.draws.deterministics}, posterior.verdict.word
+    return posterior.resample(seed=seed, deterministics=True), posterior.verdict.word
+
+
+def errors(problem: Problem, draws: Draws) -> tuple[float, float]:
+    """The largest error of a mean, in sds, and of an sd, relative."""
+    scalars: Tensor = problem.scalars(draws)
+    found = scalars.double().numpy()
+    mean = np.abs(found.mean(0) - problem.mean) / problem.sd
+    return float(mean.max()), float(np.abs(found.std(0) / problem.sd - 1).max())
+
+
+def work(problem: str, method: str, seed: int, data: str, budget: float | None) -> Row:
+    """One run, in this process."""
+    torch.set_num_threads(1)
+    given = load(Path(data), problem)
+    torch.set_default_dtype(given.dtype)
+    run: Callable[..., tuple[Draws, str]] = PEERS.get(method, ours)
+    row: Row = {"problem": problem, "method": method, "seed": seed}
+    start, wall = cpu_seconds(), time.perf_counter()
+    try:
+        draws, verdict = run(given, method, seed, budget)
+    except ValueError as error:
+        return {**row, "failure": str(error), "cpu_seconds": cpu_seconds() - start}
+    spent = cpu_seconds() - start
+    mean, sd = errors(given, draws)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        **row,
+        "mean_error": mean,
+        "sd_error": sd,
+        "usable": mean <= MEAN and sd <= SD,
+        "cpu_seconds": spent,
+        "wall_seconds": time.perf_counter() - wall,
+        "memory_mb": memory,
+        "verdict": verdict,
+    }
+
+
+def apart(order: dict[str, Any], limit: float) -> Row:
+    """One run, in a process of its own; killed after so many seconds."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "benchmarks.race", "--worker", json.dumps(order)]
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **kept, "JAX_PLATFORMS": "cpu", "NUMBA_CACHE_DIR": folder}
+        try:
+            run = subprocess.run(
+                command, cwd=root, capture_output=True, text=True, env=environment, check=False, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            return {**order, "failure": f"not done after {limit:.0f} s"}
+    if run.returncode:
+        return {**order, "failure": run.stderr.strip().splitlines()[-1]}
+    found: Row = json.loads(run.stdout.strip().splitlines()[-1])
+    return found
+
+
+def merged(options: argparse.Namespace, row: Row) -> None:
+    """Write a row into the file of results, in the place of an older one."""
+    key = ("problem", "method", "seed")
+    kept = [r for r in rows_of(options.out) if [r[k] for k in key] != [row[k] for k in key]] if options.out else []
+    write(options, rows=sorted([*kept, row], key=lambda r: (NAMES.index(r["problem"]), r["method"], r["seed"])))
+
+
+def cells(row: Row) -> list[Any]:
+    """A row of the table."""
+    first = [row[k] for k in ("problem", "method", "seed")]
+    if "failure" in row:
+        return [*first, "failed", None, None, row.get("cpu_seconds"), None, row["failure"]]
+    shown = [row[k] for k in ("mean_error", "sd_error", "cpu_seconds", "memory_mb", "verdict")]
+    return [*first, "yes" if row["usable"] else "no", *shown]
+
+
+def medians(rows: Sequence[Row]) -> str:
+    """CPU seconds of each method on each problem, medians over seeds; in brackets where not all were usable."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = []
+    for problem in [name for name in NAMES if any(row["problem"] == name for row in rows)]:
+        line: list[str] = [problem]
+        for method in methods:
+            found = [row for row in rows if (row["problem"], row["method"]) == (problem, method)]
+            seconds = [row["cpu_seconds"] for row in found if "cpu_seconds" in row]
+            good = sum(row.get("usable", False) for row in found)
+            text = f"{statistics.median(seconds):.1f}" if seconds else "-"
+            line.append(text if good == len(found) else f"({text}: {good} of {len(found)})")
+        lines.append(line)
+    return Table({"problem": "<16", **dict.fromkeys(methods, "<20")}).text(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Run the race, or a part of it."""
+    parser = command_line(__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/race"))
+    parser.add_argument("--problems", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--methods", nargs="+", default=["auto", "smc", "numpyro"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget", type=float, help="CPU seconds of auto and smc")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a run is killed")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    parser.set_defaults(out=RESULTS)
+    options = parser.parse_args(arguments)
+    if options.worker:
+        print(json.dumps(work(**options.worker)))
+        return []
+    table, rows = Table(COLUMNS), list[Row]()
+    for problem in options.problems:
+        for method in options.methods:
+            if method in PEERS and find_spec(method) is None:
+                continue
+            for seed in options.seeds:
+                order = {"problem": problem, "method": method, "seed": seed}
+                order |= {"data": str(options.data.resolve()), "budget": options.budget}
+                row = apart(order, options.limit)
+                rows.append(row)
+                table.show(*cells(row))
+                merged(options, row)
+    print("\n" + medians(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
