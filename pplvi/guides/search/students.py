@@ -35,7 +35,7 @@ from pplvi.weights.pareto import pareto_smooth
 __all__ = ["AutoStudentMixture"]
 
 _SCREENED, _CLIMBING = 80, 16  # far points looked at for each scout, and those that climb
-_GOOD, _GAIN, _ROUNDS = 0.9, 1.02, 40
+_GOOD, _GAIN, _ROUNDS, _TRIES = 0.9, 1.02, 60, 2
 _LEAST_DRAWS, _MOST_DRAWS, _DRAWS_OF_DIM = 4_000, 20_000, 200
 _ENOUGH = 10  # effective draws for each dimension and component, below which weights are tempered
 _TOPS = (0.0, 0.1, 0.3, 0.03, 0.2)  # of the weight, that of the largest weights, which a new component is fitted to
@@ -209,9 +209,9 @@ def _adapted(density: UnconstrainedDensity, start: Students, most: int) -> Stude
         return start
     attempt, least = 0, _efficiency(found)
     for _ in range(_ROUNDS):
-        if _efficiency(found) > _GOOD or attempt == len(_TOPS):
+        if _efficiency(found) > _GOOD or attempt == _TRIES * len(_TOPS):
             break
-        new = _refitted(best, found, _TOPS[attempt] if len(best.loc) < most else 0.0)
+        new = _refitted(best, found, _TOPS[attempt % len(_TOPS)] if len(best.loc) < most else 0.0)
         if not bool(found.log_weight.isfinite().all()):
             new = _lighter(new)
         draws = weighed(density, new, min(size + size * len(new.loc) // 4, _MOST_DRAWS))
@@ -221,6 +221,7 @@ def _adapted(density: UnconstrainedDensity, start: Students, most: int) -> Stude
             least = max(least, _efficiency(draws))
         else:
             attempt += 1
+            found = weighed(density, best, len(found.log_weight))  # what a fit to the old draws led to is known
     return best
 
 
