@@ -13,13 +13,17 @@ QUICK := pplvi/types.py pplvi/weights pplvi/objectives pplvi/programs \
 	tests/weights tests/objectives tests/programs \
 	tests/fitting/test_fit.py::test_equal_to_a_loop_by_hand_to_the_bit
 
-.PHONY: demo test test-quick lint format clean
+.PHONY: demo test test-all test-quick lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pplvi.examples.demo --out out
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 20
+
+# With the rest of the tables of which `make test` runs a part.
+test-all: lint
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m ""
 
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(QUICK)

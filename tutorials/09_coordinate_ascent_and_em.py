@@ -74,6 +74,7 @@ plt.savefig(OUT / "coordinate_ascent.png")
 # %%
 summed = pplvi.fit(pyro.infer.config_enumerate(mixture), AutoConjugate, args=(x,), restarts=3, seed=0, progress=False)
 posterior = summed.posterior(NUM_DRAWS)
+print(f"Pareto k-hat {float(posterior.pareto_k):.2f}")
 print("log evidence", posterior.total_log_evidence, "above the bound", summed.guide.bounds[-1])
 
 # %% [markdown]

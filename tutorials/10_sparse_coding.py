@@ -49,7 +49,7 @@ print(f"mean objective {trace[0]:.4f} after the first codes, {trace[-1]:.4f} at 
 
 fig, axes = plt.subplots(4, 10, figsize=(8, 3.4))
 for axis, atom in zip(axes.flat, coding.dictionary.detach().T[:40], strict=False):
-    axis.imshow(atom.reshape(8, 8), cmap="gray")
+    axis.imshow(atom.reshape(8, 8).numpy(), cmap="gray")
 for axis in axes.flat:
     axis.set_axis_off()
 fig.savefig(OUT / "sparse_coding_atoms.png")

@@ -33,6 +33,7 @@ from pplvi.types import Program
 GOOD_ENOUGH = 0.7
 _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
+_NEARLY_EQUAL = 0.9  # part of the draws that is effective
 _NO_MATTER = 0.5  # below that, k-hats differ by chance
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
 
@@ -68,6 +69,7 @@ class Attempt:
     :ivar state: what the model's parameters are worth after it.
     :ivar failure: why there is no fit, or empty.
     :ivar verdict: on these draws; ``None`` without a fit.
+    :ivar firm: whether it is reliable, and other draws would say so too.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Attempt:
     state: list[torch.Tensor]
     failure: str = ""
     verdict: Verdict | None = None
+    firm: bool = False
 
     def __str__(self) -> str:
         word = [] if self.verdict is None else [self.verdict.word]
@@ -196,7 +199,7 @@ class _Ladder:
     @property
     def best(self) -> Attempt:
         """The attempt that has a fit, in the form that was chosen, with the best verdict and the least k-hat."""
-        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.rank, a.pareto_k))
+        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.rank, not a.firm, a.pareto_k))
 
     @property
     def comparison(self) -> str:
@@ -228,7 +231,7 @@ class _Ladder:
                     return f"{self.left:.0f} s were too short for {rung.name}, and it has the best verdict"
             if self.form is None:
                 self._choose(self._easiest())
-            if self.done and self.best.rank == WORDS.index(RELIABLE) and not self.doubt:
+            if self.done and self.best.firm and not self.doubt:
                 return "its draws are reliable"
             if self.left <= 0:
                 return "the time was over, and it has the best verdict"
@@ -238,9 +241,9 @@ class _Ladder:
         """Go on with this form of the model, and judge what was found on it, which costs more than comparing forms."""
         self.form, start = easiest.form, cpu_seconds()
         if (posterior := self.posteriors.get(easiest.form)) is not None:
-            verdict = posterior.verdict
+            verdict, firm = posterior.verdict, _is_firm(posterior)
             spent = easiest.seconds + cpu_seconds() - start
-            self.attempts[self.attempts.index(easiest)] = replace(easiest, verdict=verdict, seconds=spent)
+            self.attempts[self.attempts.index(easiest)] = replace(easiest, verdict=verdict, firm=firm, seconds=spent)
         self.posteriors.clear()
 
     def _easiest(self) -> Attempt:
@@ -299,7 +302,7 @@ class _Ladder:
         start = cpu_seconds()
         self.originals.restore()
         found, pareto_k, failure = None, math.inf, ""
-        elbo, log_evidence, verdict = -math.inf, Estimate(-math.inf, 0.0), None
+        elbo, log_evidence, verdict, firm = -math.inf, Estimate(-math.inf, 0.0), None, False
         try:
             found = make()
             posterior = found.posterior(_DRAWS)
@@ -309,12 +312,12 @@ class _Ladder:
             if self.form is None:
                 self.posteriors[form] = posterior
             else:
-                verdict = posterior.verdict
+                verdict, firm = posterior.verdict, _is_firm(posterior)
         except ValueError as error:
             found, failure = None, str(error).split(":")[0].split(";")[0]
             self.errors.append(error)
         judged = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
-        self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure, verdict))
+        self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure, verdict, firm))
 
     def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float, Callable[[], Fit] | None]:
         """How to run the steps, the CPU seconds that one of them takes, and, if they fail, what raises why."""
@@ -334,3 +337,13 @@ class _Ladder:
                 continue
             return compile, (stamps[-1] - stamps[0]) / max(len(stamps) - 1, 1), None
         return False, math.inf, failing
+
+
+def _is_firm(posterior: Posterior) -> bool:
+    """Whether draws are reliable by more than chance: k-hat is below 0.7 by two errors, or the weights nearly equal."""
+    if posterior.verdict.word != RELIABLE:
+        return False
+    if posterior.draws.batch or not posterior.has_weights:
+        return True
+    facts = posterior.facts
+    return facts.pareto_k + 2 * facts.pareto_k_error < GOOD_ENOUGH or facts.efficiency > _NEARLY_EQUAL

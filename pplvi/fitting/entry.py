@@ -115,11 +115,11 @@ def fit(
     :param guide: a guide class; a function from the model to a guide (its only argument is named ``model``, or what it
         returns for the model can be called); a guide, which, if it is a module, takes one restart;
         :class:`pplvi.ExpectationMaximization` for maximum likelihood with discrete latents; ``"auto"``: one
-        family after another until k-hat is below 0.7, within ``budget=`` seconds (60), on whichever is easier of the
-        model as written and its non-centered forms (:func:`pplvi.noncentered`); parameters of the model are trained
-        anew with each family; ``"nuts"``, or another MCMC kernel class or ``functools.partial`` of one, for MCMC
-        instead of training; ``"smc"``, or a :class:`pplvi.TemperedSMC`, for sequential Monte Carlo from a Gaussian to
-        the posterior, on the easiest form of the model.
+        family after another until the draws are reliable (:attr:`Fit.verdict`), within ``budget=`` seconds (60), on the
+        easiest of the model as written and its non-centered forms (:func:`pplvi.noncentered`); parameters of the model
+        are trained anew with each family; ``"nuts"``, or another MCMC kernel class or ``functools.partial`` of one, for
+        MCMC instead of training; ``"smc"``, or a :class:`pplvi.TemperedSMC`, for sequential Monte Carlo from a Gaussian
+        to the posterior, on the easiest form of the model.
     :param args: arguments of model and guide. With ``data=`` they are the full data for the posterior.
     :param kwargs: their keyword arguments.
     :param data: minibatches: a ``DataLoader`` or another iterable, each item what the model is called with: a tuple of
@@ -137,7 +137,8 @@ def fit(
     :param num_steps: the most steps to take, 5,000 unless given; draws of each chain for MCMC, 1,000 unless given;
         effective draws for SMC, 4,000 unless given.
     :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
-    :param budget: CPU seconds after which ``"auto"`` begins no other family, 60 unless given, and SMC moves no more.
+    :param budget: CPU seconds, of this process and its children, after which ``"auto"`` ends what it trains and begins
+        no other family, 60 unless given, and SMC moves no more.
     :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
         restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for
         ``"max"``) and all data at once, as the rows of one program: then restart ``r`` is what it would be alone with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pplvi.fitting.options import Checkpoint
 from pplvi.fitting.result import Fit
@@ -38,15 +38,13 @@ def maximise_likelihood(
     resume: PathLike | None,
 ) -> Fit:
     """Run EM from one or several starts, as :func:`pplvi.fit` trains guides."""
-    with scratch(), environment.active():
-        model = summing(model, *environment.move(call))
     file, steps = Checkpoint.of(checkpoint), num_steps or ITERATIONS
     settings: Mapping[str, Any] = {"guide": repr(algorithm), "seed": str(seed), "data": fingerprint(call)}
-    recipe = Recipe(model, SummedLatents, True, restarts > 1, environment)
+    recipe = recipe_of_likelihood(model, call, restarts, environment)
     plan = TrainingPlan(
         recipe,
         ELBO(),
-        steps=EMSteps(algorithm),
+        steps=EMSteps(algorithm, restarts > 1),
         batches=FullData(*call),
         watch=Watch(steps, callbacks=tuple(callbacks), save_every=Checkpoint.every if file is None else file.every),
         restarts=restarts,
@@ -57,17 +55,40 @@ def maximise_likelihood(
         settings=settings,
     )
     runs = train_restarts(plan)
-    best = best_of(runs, True)
+    best = best_of(_with_a_maximum(runs), True)
     recipe.adopt(runs[best])
     publish(runs[best])
     found = Fit(
         runs, best, guide_name="ExpectationMaximization", args=call[0], kwargs=call[1], seed=seed, is_bound=True
     )
     found.objective = algorithm
-    found.notes = _notes(runs[best].guide)
+    found.notes = _notes(runs, best)
     return found
 
 
-def _notes(guide: Any) -> dict[str, str]:
+def recipe_of_likelihood(model: Program, call: Call, restarts: int, environment: Environment) -> Recipe:
+    """How the programs of the restarts are made: all discrete latents of the model are summed over."""
+    with scratch(), environment.active():
+        model = summing(model, *environment.move(call))
+    return Recipe(model, SummedLatents, True, restarts > 1, environment)
+
+
+def _with_a_maximum(runs: Sequence[Restart]) -> list[Restart]:
+    found = [run for run in runs if not _collapsed(run)]
+    if not found:
+        raise ValueError(f"every restart: {_collapsed(runs[0])}")
+    return found
+
+
+def _collapsed(run: Restart) -> str:
+    why: str = cast(SummedLatents, run.guide).collapsed
+    return why
+
+
+def _notes(runs: Sequence[Restart], best: int) -> dict[str, str]:
+    guide = cast(SummedLatents, runs[best].guide)
     parts = {"closed form": guide.closed, "L-BFGS": guide.searched}
-    return {"M-step": "; ".join(f"{how} for {', '.join(names)}" for how, names in parts.items() if names)}
+    notes = {"M-step": "; ".join(f"{how} for {', '.join(names)}" for how, names in parts.items() if names)}
+    if lost := [str(run.index) for run in runs if _collapsed(run)]:
+        notes["collapsed"] = f"restarts {', '.join(lost)}, where a component closed in on a datum: not counted"
+    return notes

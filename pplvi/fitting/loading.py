@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pplvi.fitting.arguments import check_model, recipe_of
 from pplvi.fitting.inputs import checked_inputs
+from pplvi.fitting.likelihood import recipe_of_likelihood
 from pplvi.fitting.mcmc import SavedChains
 from pplvi.fitting.result import Fit
 from pplvi.fitting.saving import guide_of_recipe, signature_of
@@ -25,6 +26,7 @@ from pplvi.programs.state import Environment, preserved_rng, set_rng_state
 from pplvi.training import checkpoint
 from pplvi.training.batches import make_batches
 from pplvi.training.checkpoint import PathLike
+from pplvi.training.em.algorithm import ExpectationMaximization
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Ended, Restart, copy_into, publish
 from pplvi.training.resume import check_equal, shapes
@@ -126,9 +128,16 @@ class _Loaded:
         """The restarts of a guide."""
         guide, facts = self._guide(guide), self.facts
         batches = make_batches(None, *self.call, False, "compile")
-        recipe = recipe_of(self.model, guide, batches, len(facts["runs"]), self.environment)
+        number, exact = len(facts["runs"]), isinstance(guide, ExpectationMaximization)
+        recipe = (
+            recipe_of_likelihood(self.model, self.call, number, self.environment)
+            if exact
+            else recipe_of(self.model, guide, batches, number, self.environment)
+        )
         with preserved_rng():
-            runs = [self._restart(number, recipe) for number in range(len(facts["runs"]))]
+            runs = [self._restart(number, recipe) for number in range(number)]
+        for run in runs:
+            run.exact = exact
         recipe.adopt(runs[facts["best"]])
         publish(runs[facts["best"]])
         return self._fit(runs, guide)

@@ -54,6 +54,8 @@ class SearchedStart(Start):
             return True
         if run.step or not (self.init or self.searches(run.guide)):
             return False
+        if isinstance(run.guide, Search) and run.guide.takes_minibatches and not isinstance(trainer.batches, FullData):
+            return False
         start = time.perf_counter()
         done = self._ascend(trainer) if isinstance(run.guide, AutoConjugate) else self._begin_at_full_data(trainer)
         run.seconds = time.perf_counter() - start

@@ -46,7 +46,7 @@ from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.state import random_state
 from pplvi.programs.ways import Vectorize
 from pplvi.types import Program
-from pplvi.weights.algebra import normalize
+from pplvi.weights.algebra import logmeanexp, normalize
 from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
 
@@ -93,7 +93,7 @@ def facts_with_scouts(own: WeightedDraws, converged: bool | None, programs: Mode
 def verdict_of(draws: WeightedDraws, converged: bool | None = None) -> Verdict:
     """The verdict on draws by themselves, without scouts: see :func:`pplvi.posterior.verdict.judge`."""
     if draws.is_mcmc:
-        return _verdict_on_chains(draws)
+        return verdict_on_chains(draws, None)
     if draws.is_dirac:
         return POINT
     if not draws.has_weights:
@@ -120,7 +120,20 @@ def _facts_of_data(draws: WeightedDraws, converged: bool | None) -> DatumFacts:
     return DatumFacts(len(pareto_k), tuple(worst), float(pareto_k.median()), converged)
 
 
-def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
+def verdict_on_chains(draws: WeightedDraws, programs: ModelCall | None) -> Verdict:
+    """The verdict on chains, or islands: by R-hat and ESS, and by modes that scouts meet and no chain has visited.
+
+    :param programs: the model and its call; without it no scouts are sent.
+    """
+    rhat, ess = _rhat_and_ess(draws)
+    if programs is None or ess < 1:
+        return judge_chains(rhat, ess, draws.num_chains)
+    lost, text = scouted(programs, draws, thin=math.ceil(draws.num_draws / ess))
+    return judge_chains(rhat, ess, draws.num_chains, lost, text)
+
+
+def _rhat_and_ess(draws: WeightedDraws) -> tuple[float, float]:
+    """The largest R-hat and the smallest bulk ESS of all scalars."""
     arviz = arviz_itself()
     chains = {
         name: value.reshape(draws.num_chains, -1, *value.shape[1:]).cpu().numpy()
@@ -134,7 +147,7 @@ def _verdict_on_chains(draws: WeightedDraws) -> Verdict:
         [float(each) for name in chains for each in found[name].values.flatten() if math.isfinite(float(each))]
         for found in tables
     )
-    return judge_chains(max(rhat, default=math.inf), min(ess, default=0.0), draws.num_chains)
+    return max(rhat, default=math.inf), min(ess, default=0.0)
 
 
 def disagreements(best: WeightedDraws, others: Sequence[WeightedDraws]) -> tuple[str, ...]:
@@ -209,27 +222,28 @@ def _wanted(pool: WeightedDraws, target: int, most: int) -> int:
 # --- scouts ---------------------------------------------------------------------------------------------------------
 
 
-def scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+def scouted(programs: ModelCall, pool: WeightedDraws, thin: int = 1) -> tuple[tuple[Missed, ...], str]:
     """Where scouts find more than a guide, and in words how many were sent or why none were.
 
     :param programs: the model and its call.
-    :param pool: the guide's draws.
+    :param pool: the guide's draws, or those of chains.
+    :param thin: take every so many of them, as chains are correlated.
     """
     try:
         with random_state(0):
-            return _scouted(programs, pool)
+            return _scouted(programs, pool, thin)
     except Exception as error:  # far from the data a program may fail in its own ways
         return (), f"scouts could not climb, {type(error).__name__}: {str(error).split(':')[0]}"
 
 
-def _scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ...], str]:
+def _scouted(programs: ModelCall, pool: WeightedDraws, thin: int) -> tuple[tuple[Missed, ...], str]:
     call = programs.model, programs.args, programs.kwargs
     density = UnconstrainedDensity(*call, vectorize=programs.vectorize)
     if density.dim > MOST_DIMENSIONS:
         return (), f"no scouts were sent, in {density.dim:,} dimensions"
     if missing := {block.name for block in density.blocks} ^ set(pool.draws.latents):
         return (), f"no scouts were sent: the guide draws {sorted(missing)}, which has no density to climb"
-    own = _own(density, pool, programs.affordable(_CHECKED, _FEW_DRAWS))
+    own = _own(density, pool, thin, programs.affordable(_CHECKED, _FEW_DRAWS))
     few = programs.affordable(_FAR_SCOUTS, _FEW)
     prior = prior_starts(density, *call, programs.affordable(_PRIOR_SCOUTS, _FEW))
     starts = torch.cat([prior, spread_starts(own, few), _tails(own, few)])
@@ -242,7 +256,8 @@ def _scouted(programs: ModelCall, pool: WeightedDraws) -> tuple[tuple[Missed, ..
     divided = mixed(modes)
     text = f"{len(starts)} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
     number = programs.affordable(_SCOUT_DRAWS, _FEW_DRAWS), programs.affordable(_MORE_DRAWS, 2 * _FEW_DRAWS)
-    return _compared(density, divided, _joined(divided, whole) or seen, own, number), text
+    compare = _missed_by_chains if pool.is_mcmc else missed
+    return _compared(density, (divided, _joined(divided, whole) or seen), own, number, compare), text
 
 
 def _joined(*parts: Students | None) -> Students | None:
@@ -251,27 +266,40 @@ def _joined(*parts: Students | None) -> Students | None:
 
 
 def _compared(
-    density: UnconstrainedDensity, modes: Students | None, proposal: Students, own: Weighed, number: tuple[int, int]
+    density: UnconstrainedDensity,
+    mixtures: tuple[Students | None, Students],
+    own: Weighed,
+    number: tuple[int, int],
+    compare: Callable[[Weighed, Weighed, Regions], list[Missed]],
 ) -> tuple[Missed, ...]:
-    """What is missed in each region; what seems to be is looked at again with other and more draws."""
-    proposal, scouts = adapted(density, proposal, number[0])
-    regions = Regions.between(modes, scouts)
-    found = missed(scouts, own, regions)
+    """What is missed in each region; what seems to be is looked at again with other and more draws.
+
+    :param mixtures: the modes, and the proposal of the scouts.
+    """
+    proposal, scouts = adapted(density, mixtures[1], number[0])
+    regions = Regions.between(mixtures[0], scouts)
+    found = compare(scouts, own, regions)
     if any(each.is_certain or each.is_open for each in found):
-        found = missed(weighed(density, proposal, number[1]), own, regions)
+        found = compare(weighed(density, proposal, number[1]), own, regions)
     return tuple(found)
 
 
-def _own(density: UnconstrainedDensity, pool: WeightedDraws, number: int) -> Weighed:
-    """The guide's draws in unconstrained space, with their density there."""
-    first = slice(0, number)
+def _missed_by_chains(scouts: Weighed, own: Weighed, regions: Regions) -> list[Missed]:
+    """Chains know no evidence: their parts of the whole are compared, in the basins of the modes."""
+    whole = torch.full_like(own.log_weight, float(logmeanexp(scouts.log_weight)))
+    return [each for each in missed(scouts, own._replace(log_weight=whole), regions) if not each.tail]
+
+
+def _own(density: UnconstrainedDensity, pool: WeightedDraws, thin: int, number: int) -> Weighed:
+    """Draws in unconstrained space, with their density there."""
+    first = slice(0, number * thin, thin)
     values = {name: value[first] for name, value in pool.draws.latents.items()}
     with torch.no_grad():
         position = density.pack_rows(values)
         log_p = density(position).double().nan_to_num(-math.inf, -math.inf, -math.inf)
     good = position.isfinite().all(1)
-    log_weight = pool.log_weight[first].double().masked_fill(~good, -math.inf)
-    return Weighed(position.double().nan_to_num(0.0, 0.0, 0.0), log_p, log_weight)
+    log_weight = torch.zeros_like(log_p) if pool.is_mcmc else pool.log_weight[first].double()
+    return Weighed(position.double().nan_to_num(0.0, 0.0, 0.0), log_p, log_weight.masked_fill(~good, -math.inf))
 
 
 def _tails(own: Weighed, number: int) -> Tensor:

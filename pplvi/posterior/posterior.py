@@ -21,7 +21,7 @@ from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
-from pplvi.posterior.gathering import ModelCall, facts_with_scouts, grown, verdict_of
+from pplvi.posterior.gathering import ModelCall, facts_with_scouts, grown, verdict_of, verdict_on_chains
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.verdict import Facts, Verdict, judge
@@ -160,9 +160,8 @@ class Posterior(WeightedDraws):
     @cached_property
     def facts(self) -> Facts:
         """What the verdict is computed from, for draws with weights that are not those of single data."""
-        size = 1 if self._source is None else self._source.bytes
         with self.scope():
-            return facts_with_scouts(self, self.converged, ModelCall(self.model, *self._call, self.vectorize, size))
+            return facts_with_scouts(self, self.converged, self._model_call)
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -170,13 +169,21 @@ class Posterior(WeightedDraws):
 
         It looks at the :attr:`pool`, and sends scouts from the prior, from far away and from the guide's tails up the
         posterior, to see whether the guide misses what they find: :func:`pplvi.posterior.verdict.judge`. Where every
-        datum has weights of its own it counts the data that are badly approximated; MCMC is judged by R-hat and ESS.
+        datum has weights of its own it counts the data that are badly approximated; chains are judged by R-hat, ESS,
+        and modes that none has visited.
 
         Source: Yao, Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
         """
+        if self.is_mcmc:
+            return verdict_on_chains(self, self._model_call)
         if not self.has_weights or self.draws.batch:
             return verdict_of(self, self.converged)
         return judge(self.facts)
+
+    @property
+    def _model_call(self) -> ModelCall:
+        size = 1 if self._source is None else self._source.bytes
+        return ModelCall(self.model, *self._call, self.vectorize, size)
 
     @classmethod
     @explained()

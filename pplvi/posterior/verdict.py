@@ -18,7 +18,7 @@ WORDS: tuple[Word, ...] = (RELIABLE, USABLE, UNRELIABLE)
 
 _NEARLY_EQUAL = 0.9  # part of the draws that is effective
 _MOST_K, _CERTAIN_K = 0.7, 0.5
-_TAILS, _MEANS = 0.02, 0.1  # parts of the evidence that may lie beyond the draws
+_NOTHING, _TAILS, _MEANS = 0.005, 0.02, 0.1  # parts of the evidence that may lie beyond the draws
 _LEAST_ESS, _FEW_ESS = 200.0, 50.0
 _RARE, _TAIL = 0.03, 0.1  # part of the draws that is effective; part of the evidence in a tail
 _SOME, _MANY = 0.01, 0.1  # parts of the data that are badly approximated
@@ -83,6 +83,12 @@ class Facts:
         return tuple(each for each in self.missed if each.is_certain)
 
     @property
+    def is_level(self) -> bool:
+        """Whether weights are nearly equal and scouts agree: k-hat is then that of a few draws that do not matter."""
+        agreed = bool(self.missed) and not self.certain
+        return agreed and self.efficiency >= _NEARLY_EQUAL and self.shortfall < _NOTHING
+
+    @property
     def efficiency(self) -> float:
         """Effective part of the draws."""
         return self.ess / self.num_draws
@@ -105,7 +111,8 @@ def judge(facts: Facts) -> Verdict:
     r"""The verdict on draws with importance weights.
 
     Reliable are draws whose k-hat is below 0.7 by more than its error, or whose weights are nearly equal (nine tenths
-    of the draws effective) up to a k-hat of 0.7, with less than 2 % of the evidence beyond the largest weight, 200
+    of the draws effective) up to a k-hat of 0.7, or of any k-hat if half a percent of the evidence at most lies beyond
+    the largest and scouts have found nothing, with less than 2 % of the evidence beyond the largest weight, 200
     effective draws, no restart and no scout that contradicts them, from a guide that had converged or has every second
     draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal weights of any k-hat are usable for means.
 
@@ -153,7 +160,9 @@ def _limits(facts: Facts) -> Iterator[str]:
     if facts.efficiency < _RARE:
         yield f"only {facts.efficiency:.1%} of the draws are effective"
     sure = facts.pareto_k + facts.pareto_k_error
-    if facts.pareto_k >= _MOST_K or (sure >= _MOST_K and facts.efficiency < _NEARLY_EQUAL):
+    if facts.is_level:
+        pass
+    elif facts.pareto_k >= _MOST_K or (sure >= _MOST_K and facts.efficiency < _NEARLY_EQUAL):
         yield f"k-hat may be {_MOST_K} or more, so that the tails of the guide are too light"
     elif facts.pareto_k > pareto_k_threshold(facts.num_draws):
         needed = math.ceil(10 ** (1 / (1 - facts.pareto_k)))
@@ -233,8 +242,12 @@ def judge_data(facts: DatumFacts) -> Verdict:
     return Verdict(word, (counted, f"median k-hat {facts.median_k:.2f}", *late), (*steps, *more))
 
 
-def judge_chains(rhat: float, ess: float, num_chains: int) -> Verdict:
+def judge_chains(
+    rhat: float, ess: float, num_chains: int, missed: tuple[Missed, ...] = (), scouts: str = ""
+) -> Verdict:
     """The verdict on draws of equal weight in chains, or islands, by their largest R-hat and smallest bulk ESS.
+
+    Chains agree, too, where all of them are in one mode of several: scouts can show that.
 
     Source: Vehtari, Gelman, Simpson, Carpenter and Buerkner 2021, Rank-normalization, folding, and localization: an
     improved R-hat for assessing convergence of MCMC, Bayesian Analysis 16(2).
@@ -246,8 +259,11 @@ def judge_chains(rhat: float, ess: float, num_chains: int) -> Verdict:
         word = RELIABLE
     else:
         word = USABLE if rhat <= _RHAT_USABLE and ess >= _CHAIN_FEW else UNRELIABLE
+    lost = tuple(f"scouts find {each} that no chain has visited enough" for each in missed if each.is_certain)[:1]
+    word = UNRELIABLE if lost else word
     chains = f"{num_chains} chains" if num_chains > 1 else "the halves of one chain"
-    reasons = (f"R-hat {rhat:.3f} of {chains}", f"smallest effective sample size {ess:.0f}")
+    reasons = (*lost, f"R-hat {rhat:.3f} of {chains}", f"smallest effective sample size {ess:.0f}")
+    reasons = (*reasons, scouts) if scouts else reasons
     alone = ("several chains (restarts=4): one cannot show what it misses",) if num_chains == 1 else ()
     more = (CHECK,) if word == RELIABLE else ("more draws (num_steps=) and a longer warm-up (num_warmup=)", EASIER)
     return Verdict(word, reasons, (*alone, *more))

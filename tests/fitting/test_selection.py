@@ -11,7 +11,7 @@ import torch
 import pplvi
 from pplvi import AutoFlow
 from pplvi.fitting.auto import Attempt, flow_recipe, select
-from pplvi.posterior.verdict import RELIABLE, UNRELIABLE, Verdict
+from pplvi.posterior.verdict import RELIABLE, UNRELIABLE, Facts, Verdict
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.state import Environment
 from pplvi.training.replicas import Originals
@@ -61,7 +61,9 @@ class Fitted:
     def posterior(self, num_draws):
         estimates = {"elbo": Estimate(self.elbo, 0.0), "total_log_evidence": Estimate(self.log_evidence, 0.01)}
         verdict = Verdict(RELIABLE if self.pareto_k < 0.7 else UNRELIABLE, (), ())
-        return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), "verdict": verdict, **estimates})
+        facts = Facts(8000, 4000.0, self.pareto_k, 0.01, 0.0)
+        judged = {"verdict": verdict, "facts": facts, "has_weights": True, "draws": type("D", (), {"batch": ()})}
+        return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), **judged, **estimates})
 
 
 def name_of(guide):

@@ -258,6 +258,14 @@ def test_training_the_model_has_the_gradient_of_the_minimum() -> None:
     assert (ends[0] - ends[1]) / 2e-4 == pytest.approx(float((gradient * direction).sum()), rel=1e-4)
 
 
+def test_a_search_is_not_recorded() -> None:
+    v, atoms = call_of(coding)
+    model = lambda v: coding(v, pyro.param("atoms", lambda: atoms.clone()))  # noqa: E731
+    make = lambda model: AutoProximal(model, "h")  # noqa: E731
+    with pytest.raises(ValueError, match="expected compile=False"):
+        pplvi.fit(model, make, args=(v,), compile="trace", num_steps=3, progress=False)
+
+
 def test_copies_find_the_same() -> None:
     call = call_of(coding)
     guide = AutoProximal(coding, "h")

@@ -168,7 +168,7 @@ def test_bounds_of_independent_data_add() -> None:
 
 def subsampled_programs(index: Tensor | None) -> tuple[Callable, Callable]:
     """Local latents in a subsampled plate, inside replicas; three elements of data, two to a minibatch."""
-    replicas, data = 20_000, torch.tensor([0.5, 2.0, -1.0])
+    replicas, data = 5_000, torch.tensor([0.5, 2.0, -1.0])
 
     def model() -> None:
         prior = pyro.param("prior", torch.full((replicas, 1), 0.3))

@@ -99,10 +99,10 @@ def within(found: Tensor, exact: Any, errors: float = 4.0) -> None:
 @pytest.mark.parametrize("resample", RESAMPLE)
 @pytest.mark.parametrize("form", PAIRS)
 def test_evidence_is_the_kalman_filters(form: str, resample: bool | float) -> None:
-    loss = FilteringELBO(300, resample=resample)
-    ratios = torch.stack([(-torch.tensor(loss.loss(*PAIRS[form], YS)) - kalman(YS)).exp() for _ in range(60)])
+    loss = FilteringELBO(900, resample=resample)
+    ratios = torch.stack([(-torch.tensor(loss.loss(*PAIRS[form], YS)) - kalman(YS)).exp() for _ in range(20)])
     within(ratios, 1.0)
-    assert ratios.std() < 0.6
+    assert ratios.std() < 0.35
 
 
 def test_kalman_filter_is_the_joint_normal() -> None:
@@ -275,7 +275,7 @@ def forward_algorithm(ys: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("resample", RESAMPLE)
 def test_evidence_of_each_sequence_is_the_forward_algorithms(resample: bool | float) -> None:
-    loss = FilteringELBO(200, "forward_kl", resample=resample)
+    loss = FilteringELBO(600, "forward_kl", resample=resample)
     exact = torch.stack([forward_algorithm(ys) for ys in SEQUENCES.T])
 
     def ratio() -> Tensor:
@@ -284,7 +284,7 @@ def test_evidence_of_each_sequence_is_the_forward_algorithms(resample: bool | fl
         assert values[0].shape == (3,)
         return (-torch.stack(values).sum(0) - exact).exp()
 
-    within(torch.stack([ratio() for _ in range(60)]), 1.0)
+    within(torch.stack([ratio() for _ in range(20)]), 1.0)
 
 
 def test_discrete_proposals_are_learned_by_the_forward_divergence() -> None:
@@ -423,8 +423,8 @@ def test_any_look_ahead_factor_leaves_the_evidence_alone() -> None:
             return 0.3 * state["z"].sin() - ys[0]
 
     for resample in (True, 0.5):
-        loss = FilteringELBO(300, resample=resample)
-        ratios = [(-torch.tensor(loss.loss(Linear(), Wrong(), YS)) - kalman(YS)).exp() for _ in range(40)]
+        loss = FilteringELBO(800, resample=resample)
+        ratios = [(-torch.tensor(loss.loss(Linear(), Wrong(), YS)) - kalman(YS)).exp() for _ in range(15)]
         within(torch.stack(ratios), 1.0)
 
 
@@ -449,7 +449,7 @@ def test_training_steps_can_be_traced(form: str, objective: Any) -> None:
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         svi = engine(*PAIRS[form], Adam({"lr": 0.01}), FilteringELBO(10, objective, resample=0.7), **options)
-        losses.append([svi.step(YS) for _ in range(4)])
+        losses.append([svi.step(YS[:3]) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-10)
 
 

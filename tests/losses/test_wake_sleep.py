@@ -577,7 +577,7 @@ def test_a_discrete_model_is_learned(loss: Loss) -> None:
     c = torch.bernoulli(torch.full((300,), 0.7))
     x = torch.bernoulli((0.1 + 0.8 * c)[:, None].expand(300, 3))
     fit = pplvi.fit(model, guide, args=(x,), objective=loss, num_steps=250, seed=1, progress=False,
-                    optim=pyro.optim.Adam({"lr": 0.15}), stop=None)  # fmt: skip
+                    optim=pyro.optim.Adam({"lr": 0.15}), stop=None, compile="trace")  # fmt: skip
     found = fit.params[0]
     share = torch.sigmoid(found["logit"]).item()
     assert share == pytest.approx(c.mean().item(), abs=0.04)

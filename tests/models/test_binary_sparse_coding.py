@@ -147,6 +147,19 @@ def test_gradient_steps_on_the_mean_field_bound() -> None:
     assert fit.reasons == ["num_steps"]
 
 
+def test_recorded_steps_are_those_of_pyro() -> None:
+    losses = []
+    for compile in (False, "trace"):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        coding, v = coding_with_data(6, 3, 1.0, 20)
+        guide = BinaryMeanField(coding, 8, tol=0.0, network=torch.nn.Linear(6, 3))
+        options: dict[str, Any] = {"num_steps": 5, "schedule": None, "clip": None, "seed": 0, "progress": False}
+        fit = pplvi.fit(coding.model, guide, args=(v,), objective=pplvi.RecognitionLoss(), compile=compile, **options)
+        losses.append(torch.tensor(fit.losses))
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -96,6 +96,23 @@ def test_gradient_steps_learn_too() -> None:
     assert loss == pytest.approx((objective - constant).item(), rel=1e-6)
 
 
+def test_gradient_steps_learn_from_minibatches() -> None:
+    v, _ = sparse_data()
+    model = SparseCoding.from_data(v, 8, penalty=0.1)
+    before = model.objective(v, model.codes(v)).mean().item()
+    batches = torch.utils.data.DataLoader(v, batch_size=50, shuffle=True)
+    pplvi.fit(
+        model.model,
+        lambda model: AutoProximal(model, "h"),
+        data=batches,
+        num_steps=30,
+        learning_rate=0.02,
+        seed=0,
+        progress=False,
+    )
+    assert model.objective(v, model.codes(v)).mean().item() < before - 0.005
+
+
 def test_two_models_have_parameters_of_their_own() -> None:
     v, _ = sparse_data()
     one, other = SparseCoding(6, 8), SparseCoding(6, 5)

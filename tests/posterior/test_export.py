@@ -132,15 +132,17 @@ def test_groups_are_aligned_draw_by_draw(draws):
     np.testing.assert_allclose(data.sample_stats.log_q, log_q, rtol=1e-12)
     np.testing.assert_allclose(data.sample_stats.log_weight, log_p - log_q, rtol=1e-10)
     source = data.sample_stats.source_draw.values[0] if draws == "psis" else np.arange(1000)
-    np.testing.assert_array_equal(data.posterior.z[0], posterior.draws.latents["z"][source])
-    np.testing.assert_array_equal(data.sample_stats.psis_log_weight[0], posterior.psis_log_weight[source])
+    pool = posterior.pool if draws == "psis" else posterior
+    np.testing.assert_array_equal(data.posterior.z[0], pool.draws.latents["z"][source])
+    np.testing.assert_array_equal(data.sample_stats.psis_log_weight[0], pool.psis_log_weight[source])
 
 
 def test_draws_are_taken_in_proportion_to_their_smoothed_weights():
     posterior = posterior_of_mean(MEAN, 0.65 * SD)
     source = small(posterior).sample_stats.source_draw.values[0]
-    counts = torch.bincount(torch.from_numpy(source), minlength=1000)
-    expected, raw = (1000 * torch.softmax(each, 0) for each in (posterior.psis_log_weight, posterior.log_weight))
+    pool = posterior.pool
+    counts = torch.bincount(torch.from_numpy(source), minlength=pool.num_draws)
+    expected, raw = (1000 * torch.softmax(each, 0) for each in (pool.psis_log_weight, pool.log_weight))
     assert (counts - expected).abs().max() < 1 < (counts - raw).abs().max()
 
 
@@ -578,6 +580,8 @@ def test_netcdf_keeps_everything(tmp_path, nested_posterior):
         assert again[group].load().equals(data[group])
     assert again.attrs["objective"] == "ELBO"
     assert again.attrs["pareto_k"] == pytest.approx(data.attrs["pareto_k"])
+    assert again.attrs["verdict"] in ("reliable", "usable for means, not for tails", "not reliable")
+    assert "k-hat" in again.attrs["verdict_reasons"]
     for group in again.groups():
         again[group].close()
 

@@ -30,6 +30,8 @@ GOOD = Facts(num_draws=8000, ess=4000.0, pareto_k=0.2, pareto_k_error=0.07, shor
         ({"pareto_k": 0.85, "pareto_k_error": 0.1, "shortfall": 0.2}, UNRELIABLE, "20% of the evidence"),
         ({"pareto_k": 1.1, "shortfall": math.inf}, UNRELIABLE, "no finite mean"),
         ({"pareto_k": 1.1, "shortfall": math.inf, "ess": 7900.0}, USABLE, "k-hat may be 0.7 or more"),
+        ({"pareto_k": 0.8, "ess": 7900.0, "missed": (Missed(0.01, 0.01, "everywhere"),)}, RELIABLE, "k-hat 0.80"),
+        ({"pareto_k": 0.8, "ess": 7900.0}, USABLE, "k-hat may be 0.7 or more"),
         ({"ess": 30.0}, UNRELIABLE, "30 effective draws"),
         ({"ess": 150.0, "num_draws": 1000}, USABLE, "150 effective draws, too few for tails"),
         ({"converged": False, "ess": 6000.0}, RELIABLE, "k-hat 0.20"),
@@ -155,3 +157,16 @@ def test_the_error_of_the_evidence_covers_heavy_tails():
         misses["tail"] += abs(float(value) - truth) > 2 * float(error)
         misses["delta"] += abs(float(value) - truth) > 2 * float(delta)
     assert misses["tail"] <= 9 < misses["delta"]
+
+
+def chains_at(model, where):
+    torch.manual_seed(0)
+    z = torch.tensor(where).repeat_interleave(500)[:, None, None].reshape(len(where), 500, 1) + torch.randn(4, 500, 2)
+    return pplvi.Posterior.of_chains({"z": z}, model, (), None, None, None)
+
+
+def test_chains_that_agree_in_one_mode_of_two_are_not_reliable():
+    alone = chains_at(two_modes, [3.0, 3.0, 3.0, 3.0]).verdict
+    assert alone.word == UNRELIABLE
+    assert "scouts find 50% +- " in alone.reasons[0]
+    assert "R-hat 1.00" in alone.reasons[1]

@@ -239,6 +239,25 @@ def test_constraints_without_a_closed_form_are_kept() -> None:
         maximum_likelihood(case("normal")[0], torch.tensor([0.0, 0.0, 0.0, 5.0, 6.0, 7.0]))
 
 
+def test_restarts_that_collapse_are_left_out() -> None:
+    def three(x: Tensor) -> None:
+        w = pyro.param("w", torch.ones(3) / 3, constraint=Q)
+        mu, sd = pyro.param("m", torch.zeros(3)), pyro.param("s", torch.ones(3), constraint=POSITIVE)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Normal(mu[z], sd[z]), obs=x)
+
+    x = torch.tensor([0.0, 0.1, 0.2, 0.3, 3.4, 3.6, 9.0])
+    algorithm = ExpectationMaximization(start="random")
+    fit = maximum_likelihood(three, x, algorithm=algorithm, restarts=8)
+    lost = [run.index for run in fit.runs if run.guide.collapsed]
+    assert 0 < len(lost) < 8
+    assert fit.best not in lost
+    assert f"restarts {', '.join(map(str, lost))}, where a component" in " ".join(fit.summary().split())
+    with pytest.raises(ValueError, match="every restart: the likelihood has no maximum"):
+        maximum_likelihood(three, torch.tensor([0.0, 0.0, 5.0, 5.0, 9.0, 9.0]), restarts=2)
+
+
 @pytest.mark.parametrize("name", ["regressions", "one mean"])
 def test_searched_parameters_end_where_the_likelihood_is_flat(name: str) -> None:
     x = torch.stack([torch.ones(40), torch.randn(40, generator=G)], -1)
@@ -317,6 +336,54 @@ def test_a_markov_chain_against_all_its_paths() -> None:
     assert falls(whole) < 1e-12
 
 
+def test_networks_are_searched_for() -> None:
+    """A mixture of experts: parameters of modules beside those in closed form."""
+    experts = torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(2)])
+
+    def model(x: Tensor, y: Tensor) -> None:
+        pyro.module("experts", experts)
+        w = pyro.param("w", torch.ones(2) / 2, constraint=Q)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            loc = pyro.deterministic("loc", torch.cat([expert(x[:, None]) for expert in experts], -1))
+            pyro.sample("y", dist.Normal(torch.where(z == 0, loc[:, 0], loc[:, 1]), 0.1), obs=y)
+
+    pyro.set_rng_seed(0)
+    x = torch.randn(60)
+    y = torch.where(torch.arange(60) < 30, 2 * x + 1, -x - 1) + 0.1 * torch.randn(60)
+    fit = maximum_likelihood(model, x, y)
+    assert fit.guide.closed == ["w"]
+    assert len(fit.guide.searched) == 4
+    assert falls(fit) < 1e-12
+    slopes = sorted(expert.weight.item() for expert in experts)
+    assert slopes == pytest.approx([-1.0, 2.0], abs=0.1)
+
+
+def tree(x: Tensor) -> None:
+    g = pyro.param("g", torch.tensor([0.4, 0.6]), constraint=Q)
+    t = pyro.param("t", torch.tensor([[0.8, 0.2], [0.3, 0.7]]), constraint=Q)
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("groups", x.shape[0], dim=-2):
+        c = pyro.sample("c", dist.Categorical(g))
+        with pyro.plate("people", x.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Categorical(t[c]))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+
+def test_latents_of_latents_in_nested_plates() -> None:
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    fit = maximum_likelihood(tree, x, algorithm=ExpectationMaximization(start="program"), num_steps=1)
+    g, t, mu = torch.tensor([0.4, 0.6]), torch.tensor([[0.8, 0.2], [0.3, 0.7]]), torch.tensor([-1.0, 1.0])
+    joint = t.log()[:, None, None] + dist.Normal(mu, 1.0).log_prob(x[..., None])  # (c, groups, people, z)
+    groups = g.log() + joint.logsumexp(-1).sum(-1).T
+    assert -fit.losses[0, 0] == pytest.approx(float(groups.logsumexp(-1).sum()), abs=1e-10)
+    members = torch.einsum("gc,cgpz->gpz", groups.softmax(-1), joint.softmax(-1))
+    found = fit.params[0]  # after one M-step
+    torch.testing.assert_close(found["g"], groups.softmax(-1).mean(0))
+    torch.testing.assert_close(found["mu"], (members * x[..., None]).sum((0, 1)) / members.sum((0, 1)))
+    assert fit.guide.closed == ["g", "mu", "t"]
+
+
 class Coins(PyroModule):
     def __init__(self) -> None:
         super().__init__()
@@ -377,6 +444,17 @@ def test_resuming_goes_on_to_the_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(resumed.losses, whole.losses)
 
 
+def test_a_fit_comes_back_from_a_file(tmp_path: Path) -> None:
+    x = torch.tensor([[1.0, 1, 1, 1, 0], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
+    fit = maximum_likelihood(Coins(), x, restarts=2)
+    fit.save(tmp_path / "em.pplvi")
+    again = pplvi.load(tmp_path / "em.pplvi", model := Coins(), ExpectationMaximization())
+    np.testing.assert_array_equal(again.losses, fit.losses)
+    assert again.summary() == fit.summary()
+    torch.testing.assert_close(again.guide.marginals(x)["z"], fit.guide.marginals(x)["z"])
+    torch.testing.assert_close(model.p.detach(), fit.params[fit.best]["p"])
+
+
 def test_callbacks_see_every_iteration() -> None:
     seen: list[float] = []
 
@@ -400,9 +478,16 @@ def without_parameters(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=x)
 
 
+def subsampled(x: Tensor) -> None:
+    mu = pyro.param("mu", torch.tensor([0.0, 1.0]))
+    with pyro.plate("data", len(x), subsample_size=3) as index:
+        pyro.sample("x", dist.Normal(mu[pyro.sample("z", dist.Bernoulli(0.5)).long()], 1.0), obs=x[index])
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
+        (subsampled, {}, r"plates \['data'\] are subsampled"),
         (continuous, {}, r"latent sites \['z'\] do not have a finite number of values"),
         (without_parameters, {}, "no parameters"),
         (bounded, {"data": [COUNTS]}, r"has no use for \['data'\]"),

@@ -15,7 +15,7 @@ from pplvi.guides.conjugate.families import BlockFamily, start_of
 from pplvi.guides.conjugate.lognormal import LogNormalFamily, PointFamily, PositivePointFamily
 from pplvi.guides.conjugate.normal import NormalFamily
 from pplvi.guides.conjugate.parameters import parameters
-from pplvi.guides.conjugate.program import Factor, Reading
+from pplvi.guides.conjugate.reading import Factor, Reading
 from pplvi.programs.enumeration import factor_marginals
 from pplvi.programs.sites import base_distribution
 

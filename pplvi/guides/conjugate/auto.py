@@ -18,9 +18,10 @@ from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, started
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
 from pplvi.guides.conjugate.families import BlockFamily
-from pplvi.guides.conjugate.program import Reading, read_program
+from pplvi.guides.conjugate.program import read_program
 from pplvi.guides.conjugate.quantiles import medians, site_quantiles
 from pplvi.guides.conjugate.rates import RobbinsMonro
+from pplvi.guides.conjugate.reading import Reading
 from pplvi.guides.conjugate.shapes import Structure
 from pplvi.guides.owned import OwnedGuide
 from pplvi.guides.search.base import Search

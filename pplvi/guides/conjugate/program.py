@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain as flat
 from typing import Any
 
 import pyro
-import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_sample
 from torch import Tensor
 
 import pplvi.guides.conjugate.arrangements  # noqa: F401  registers the rules
 from pplvi.guides.conjugate.chains import MarkovChain, find_chain
-from pplvi.guides.conjugate.expectations import Blocks, Expected, NotConjugate, same_entry
+from pplvi.guides.conjugate.expectations import Blocks, NotConjugate
 from pplvi.guides.conjugate.expressions import latent, sites_in
 from pplvi.guides.conjugate.families import family_of
+from pplvi.guides.conjugate.joint import block_layout
 from pplvi.guides.conjugate.loops import LEAST, LoopTurns, alone, stem_of, turns
 from pplvi.guides.conjugate.merging import Series, places_of
-from pplvi.guides.conjugate.normal import BlockLayout, differing_axes
 from pplvi.guides.conjugate.parameters import parameters
+from pplvi.guides.conjugate.reading import Factor, Latent, Reading
 from pplvi.guides.conjugate.tables import expected_log_prob
 from pplvi.programs.handlers import Supply
 from pplvi.programs.sites import (
-    Plate,
     base_distribution,
     is_deterministic,
     is_enumerated,
@@ -42,116 +39,6 @@ from pplvi.programs.summing import is_summed
 
 _MANY = 5  # sites of a block that its name does not list
 FALLBACKS = ("cvi", "laplace", "delta")
-
-
-@dataclass(frozen=True)
-class Latent:
-    """A latent site of the model.
-
-    :ivar start: its first value, float64.
-    :ivar fn: its distribution in a run of the prior.
-    :ivar plates: around it.
-    :ivar mask: of its density, if it has one.
-    :ivar dtype: of its values in the model.
-    """
-
-    start: Tensor
-    fn: Any
-    plates: tuple[Plate, ...]
-    mask: Any
-    dtype: torch.dtype
-
-    @property
-    def weight(self) -> Tensor | None:
-        """What stands before the entropy, of the batch shape; ``None`` for one."""
-        scale = torch.ones((), dtype=torch.float64, device=self.start.device)
-        for plate in self.plates:
-            scale = scale * plate.scale
-        if self.mask is None and bool(scale == 1):
-            return None
-        shape = self.start.shape[: self.start.dim() - self.fn.event_dim]
-        return scale_and_mask(scale.expand(shape), 1.0, self.mask)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The expected log density of one site, or of several turns of a loop.
-
-    :ivar expected: of a state of the mean field.
-    :ivar turns: the sites, in the enumerated trace.
-    :ivar summed: whether it depends on enumerated sites.
-    """
-
-    expected: Expected
-    turns: LoopTurns
-    summed: bool
-
-    @property
-    def name(self) -> str:
-        """Of the sites."""
-        return self.turns.name
-
-    @property
-    def site(self) -> Any:
-        """The first site."""
-        return self.turns.sites[0]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the log density in full."""
-        return self.turns.shape
-
-    @property
-    def weight(self) -> Tensor:
-        """Scale and mask, for each element."""
-        one = torch.ones((), dtype=torch.float64, device=self.turns.device)
-        return scale_and_mask(one.expand(self.shape), self.site["scale"], self.site["mask"])
-
-    def at(self, state: Any) -> Tensor:
-        """Its value for each element."""
-        value = self.expected(state).double()
-        return value.expand(torch.broadcast_shapes(value.shape, self.shape))
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a program shows.
-
-    :ivar latents: its continuous latent sites.
-    :ivar summed: its discrete ones, which are enumerated.
-    :ivar factors: the expected log density of every site.
-    :ivar layouts: of the normal blocks, by block.
-    :ivar blocks: the sites of each block, in order.
-    :ivar trace: of the sites that depend on enumerated ones.
-    :ivar drawn: discrete sites that do not ask to be summed out.
-    :ivar fallback: blocks without a closed form, and how they are updated.
-    :ivar positive: those of them whose logarithm is normal.
-    :ivar chain: the Markov chain that the enumerated sites are, if they are one.
-    """
-
-    latents: dict[str, Latent]
-    summed: dict[str, Any]
-    factors: list[Factor]
-    layouts: dict[str, BlockLayout]
-    blocks: dict[str, tuple[str, ...]]
-    trace: Any
-    drawn: tuple[str, ...]
-    fallback: dict[str, str]
-    positive: frozenset[str]
-    chain: MarkovChain | None
-
-    @property
-    def empty(self) -> Any:
-        """The trace of no guide."""
-        return poutine.Trace()
-
-    def locals(self) -> tuple[str, ...]:
-        """Blocks that belong to a minibatch: those in subsampled plates."""
-        return tuple(b for b, sites in self.blocks.items() if any(_is_part(self.latents[s]) for s in sites))
-
-
-def _is_part(found: Latent) -> bool:
-    return any(plate.size < plate.full_size for plate in found.plates)
 
 
 def read_program(
@@ -197,7 +84,7 @@ def read_program(
         block = blocks.names[site]
         members[block] = (*members.get(block, ()), site)
     normal = {b: m for b, m in members.items() if families[m[0]] in ("normal", "lognormal")}
-    layouts = {b: _layout(b, m, latents, blocks, b in names.values()) for b, m in normal.items()}
+    layouts = {b: block_layout(b, m, latents, blocks, b in names.values()) for b, m in normal.items()}
     hows = {blocks.names[site]: how for site, how in fallback.items()}
     drawn = tuple(name for name, site in summed.items() if not is_summed(site))
     positive = frozenset(b for b, m in members.items() if families[m[0]] == "lognormal")
@@ -361,44 +248,3 @@ def refusal(name: str, error: NotConjugate) -> ValueError:
         "prior, scale=tau.rsqrt(); a linear map; one product in a logarithm). Rewrite it, or name "
         f"fallback={{{sites}}} for updates by natural gradients, or use another guide."
     )
-
-
-# ---------------------------------------------------------------------- which elements are joint
-
-
-def _layout(
-    block: str, members: Sequence[str], latents: Mapping[str, Latent], blocks: Blocks, named: bool
-) -> BlockLayout:
-    shapes = {site: tuple(latents[site].start.shape) for site in members}
-    axes = _candidates(members, latents)
-    every = axes | {s.name: tuple(d + 1 for d in axes[members[0]]) for s in blocks.series if s.members[0] in axes}
-    own = [(a, b) for a, b in blocks.pairs if a.site in every and b.site in every]
-    found = set().union(*(differing_axes(a, b, every, same_entry) for a, b in own)) if own else set()
-    if not named or blocks.families[members[0]] == "lognormal":
-        _refuse_plates(members[0], latents[members[0]], {axes[members[0]][i] for i in found})
-    kept = {s: tuple(d for i, d in enumerate(axes[s]) if i not in found) for s in members}
-    return BlockLayout(shapes, kept, next((s.name for s in blocks.series if s.members == tuple(members)), None))
-
-
-def _candidates(members: Sequence[str], latents: Mapping[str, Latent]) -> dict[str, tuple[int, ...]]:
-    """Dimensions along which elements may be independent: all of a single site's, the common plates of several."""
-    if len(members) == 1:
-        return {members[0]: tuple(range(latents[members[0]].start.dim()))}
-    names = set.intersection(*({p.name for p in latents[s].plates} for s in members))
-    found = {}
-    for site in members:
-        start, plates = latents[site].start, [p for p in latents[site].plates if p.name in names]
-        batch = start.dim() - latents[site].fn.event_dim
-        found[site] = tuple(batch + p.dim for p in plates)
-    return found
-
-
-def _refuse_plates(name: str, found: Latent, interacting: set[int]) -> None:
-    batch = found.start.dim() - found.fn.event_dim
-    plates = {batch + p.dim: p.name for p in found.plates}
-    if bad := [plates.get(d, f"batch dimension {d - batch}") for d in interacting if d < batch]:
-        raise ValueError(
-            f"the elements of site {name!r} along {bad} interact in the model (a sum over them meets one datum), so "
-            f"independent updates of them would not rise: expected independent elements of a plate. Name the joint "
-            f"block, blocks=[({name!r},)], or declare the dimension with .to_event() in place of the plate."
-        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pplvi.guides.conjugate.normal import BlockLayout
-from pplvi.guides.conjugate.program import Latent, Reading
+from pplvi.guides.conjugate.reading import Latent, Reading
 from pplvi.programs.sites import Plate
 
 

@@ -32,10 +32,12 @@ class Search:
     """What guides that find themselves have in common: there is nothing to train in them.
 
     :cvar score_draws: draws by which the best of several searches is chosen.
+    :cvar takes_minibatches: whether a search for each minibatch is of use, where the model is trained.
     :ivar vectorize: the way of running draws.
     """
 
     score_draws: ClassVar[int] = 1000
+    takes_minibatches: ClassVar[bool] = False
     vectorize: Vectorize = None
 
     def run(self, *args: Any, **kwargs: Any) -> Self:

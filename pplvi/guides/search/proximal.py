@@ -19,7 +19,7 @@ from pplvi.guides.search.base import Search
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
 from pplvi.programs.calls import Arguments
 from pplvi.programs.handlers import parameters_of
-from pplvi.programs.running import plain_run
+from pplvi.programs.running import is_recording, plain_run
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import base_distribution, is_deterministic, latent_sites, sample_sites, site_plates
 from pplvi.programs.state import buffers_of, map_tree, preserved_rng
@@ -73,6 +73,7 @@ class AutoProximal(OwnedGuide, Search):
     """
 
     score_draws = 1
+    takes_minibatches = True
 
     def __init__(
         self,
@@ -129,6 +130,10 @@ class AutoProximal(OwnedGuide, Search):
 
     def codes(self, *args: Any, **kwargs: Any) -> Tensor:
         """The mode for these arguments, of the shape of the site; what was found last, if nothing has changed since."""
+        if is_recording():
+            raise ValueError(
+                "AutoProximal ends its search when it is done, which a recorded step cannot: expected compile=False."
+            )
         with preserved_rng(), poutine.block():
             leaves = _parameters(self.model, args, kwargs)
             if self._found is not None and _same(self._found[0], _state(self.model, args, kwargs, leaves)):

@@ -21,6 +21,7 @@ from pplvi.posterior.arviz.schema import SAMPLE, Group, Groups, Names, equal, st
 from pplvi.posterior.draws import Draws, log_prior, predict, score
 from pplvi.posterior.gather import align
 from pplvi.posterior.posterior import Posterior, name_of, observed_as_before, told_how_to_predict
+from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
 from pplvi.programs.inputs import to_inputs
 from pplvi.programs.sites import Plate
@@ -47,7 +48,8 @@ def chains_of(posterior: Posterior, kind: DrawsKind) -> list[Chain]:
         return [_chain(posterior, part) for part in parts]
     if kind == "psis":
         _check_weights(posterior)
-        return [_chain(posterior, resample(posterior.psis_log_weight))]
+        pool = posterior.pool
+        return [_chain(posterior, resample(pool.psis_log_weight, posterior.num_draws), pool)]
     return [Chain(posterior, posterior.draws, _stats(posterior))]
 
 
@@ -59,32 +61,36 @@ def _check_weights(posterior: Posterior) -> None:
         )
 
 
-def _stats(posterior: Posterior) -> dict[str, Tensor]:
+def _stats(posterior: WeightedDraws) -> dict[str, Tensor]:
     if posterior.is_mcmc:
         return {"log_p": posterior.log_p}
     names = ("log_p", "log_q", "log_weight", "psis_log_weight") if posterior.has_weights else ()
     return {name: getattr(posterior, name) for name in names}
 
 
-def _chain(posterior: Posterior, index: Tensor) -> Chain:
-    """The draws at ``index``, ``(num_draws, *batch)`` or ``(num_draws,)``: everything of a draw is taken together."""
+def _chain(posterior: Posterior, index: Tensor, pool: WeightedDraws | None = None) -> Chain:
+    """The draws at ``index``, ``(num_draws, *batch)`` or ``(num_draws,)``: everything of a draw is taken together.
+
+    :param pool: what they are taken from, if there are more than those of the posterior.
+    """
+    source = posterior if pool is None else pool
     batch = posterior.draws.batch if index.dim() > 1 else ()
 
     def pick(values: Mapping[str, Tensor], plates: Mapping[str, tuple[Plate, ...]]) -> dict[str, Tensor]:
         return {name: _pick(value, index, batch, plates[name]) for name, value in values.items()}
 
-    draws, stats = posterior.draws, _stats(posterior)
+    draws, stats = source.draws, _stats(source)
     latents = pick(draws.latents, draws.plates)
     taken = dataclasses.replace(
         draws,
         latents=latents,
-        deterministics=_deterministics(posterior, latents, index),
+        deterministics=_deterministics(posterior, draws, latents, index),
         log_likelihood=pick(draws.log_likelihood, draws.plates),
         log_p=None,
         log_q=None,
     )
-    source = {} if posterior.is_mcmc else {"source_draw": index}
-    return Chain(posterior, taken, pick(stats, dict.fromkeys(stats, draws.batch)) | source)
+    origin = {} if posterior.is_mcmc else {"source_draw": index}
+    return Chain(posterior, taken, pick(stats, dict.fromkeys(stats, draws.batch)) | origin)
 
 
 def _pick(values: Tensor, index: Tensor, batch: Sequence[Plate], plates: Sequence[Plate]) -> Tensor:
@@ -93,9 +99,9 @@ def _pick(values: Tensor, index: Tensor, batch: Sequence[Plate], plates: Sequenc
     return torch.take_along_dim(values, aligned.to(values.device), 0)
 
 
-def _deterministics(posterior: Posterior, latents: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+def _deterministics(posterior: Posterior, draws: Draws, latents: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
     """Deterministic sites of the picked draws; run anew where one may mix batch elements that were picked apart."""
-    found = posterior.draws.deterministics
+    found = draws.deterministics
     if index.dim() == 1 or not found:
         return {name: value[index.to(value.device)] for name, value in found.items()}
     return _run(score, posterior, latents, len(index)).deterministics

@@ -17,7 +17,8 @@ from pplvi.programs.running import isolated
 from pplvi.programs.sites import is_enumerated, latent_sites
 from pplvi.programs.summing import summing
 from pplvi.training.batches import Batches
-from pplvi.training.em.complete import CompleteData
+from pplvi.training.em.complete import CompleteData, Counts
+from pplvi.training.em.families import CollapseError
 from pplvi.training.em.maximisation import Maximisation
 from pplvi.training.em.starts import kmeans_start, random_start, tells_apart
 from pplvi.training.optimizers import Update
@@ -95,12 +96,14 @@ class SummedLatents:
     :param model: the program.
     :ivar closed: parameters that the M-step has in closed form.
     :ivar searched: parameters that it searches for by L-BFGS.
+    :ivar collapsed: why the likelihood has no maximum on this way; empty if it has.
     """
 
     def __init__(self, model: Program) -> None:
         self.model = model
         self.closed: list[str] = []
         self.searched: list[str] = []
+        self.collapsed = ""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is drawn."""
@@ -158,16 +161,23 @@ class EMStepper(Stepper):
 
     :param algorithm: how.
     :param restart: which restart these are the steps of.
+    :param several: whether there are others, so that this one may end without a maximum.
     """
 
     exact: ClassVar[bool] = True
     update: EMUpdate
 
     def __init__(
-        self, algorithm: ExpectationMaximization, model: Program, guide: Any, before_first: BeforeFirst, restart: int
+        self,
+        algorithm: ExpectationMaximization,
+        model: Program,
+        guide: Any,
+        before_first: BeforeFirst,
+        restart: int = 0,
+        several: bool = False,
     ) -> None:
         self.algorithm, self.model, self.guide = algorithm, model, guide
-        self.before_first, self.restart = before_first, restart
+        self.before_first, self.restart, self.several = before_first, restart, several
         self.update = EMUpdate()
         self.problem: CompleteData | None = None
         self.maximise: Maximisation
@@ -186,8 +196,17 @@ class EMStepper(Stepper):
         self.update.converged = rise <= max(self.algorithm.tol, self._rounding * abs(evidence))
         self.update.last, self.update.count = evidence, self.update.count + 1
         if not self.update.converged:
-            self.maximise(counts)
+            self._raise_bound(counts)
         return -evidence
+
+    def _raise_bound(self, counts: Counts) -> None:
+        """An M-step; a restart whose likelihood has no maximum ends, if there are others."""
+        try:
+            self.maximise(counts)
+        except CollapseError as error:
+            if not self.several:
+                raise
+            self.guide.collapsed, self.update.converged = str(error), True
 
     @property
     def _problem(self) -> CompleteData:
@@ -234,25 +253,27 @@ class EMStepper(Stepper):
         raise Apart("EM is not recorded")
 
     def get_state(self) -> dict[str, Any]:
-        """The pace."""
-        return self.update.pace()
+        """The pace, and whether there is a maximum."""
+        return {**self.update.pace(), "collapsed": self.guide.collapsed}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Give it back."""
+        """Give both back."""
         self.update.set_pace(state)
+        self.guide.collapsed = state["collapsed"]
 
 
 class EMSteps(Steps):
     """Makes the iterations of each restart.
 
     :param algorithm: how.
+    :param several: whether there are several.
     """
 
-    def __init__(self, algorithm: ExpectationMaximization) -> None:
+    def __init__(self, algorithm: ExpectationMaximization, several: bool = False) -> None:
         super().__init__(None, 1, None, None)
-        self.algorithm, self.made = algorithm, 0
+        self.algorithm, self.several, self.made = algorithm, several, 0
 
     def __call__(self, model: Program, guide: Program, objective: Any, before_first: BeforeFirst) -> Stepper:
         """The iterations of the next restart."""
         self.made += 1
-        return EMStepper(self.algorithm, model, guide, before_first, self.made - 1)
+        return EMStepper(self.algorithm, model, guide, before_first, self.made - 1, self.several)

@@ -55,7 +55,7 @@ class Block:
         try:
             new = self.family.solve(list(self.cells.values()), weights, old)
         except CollapseError:
-            raise ValueError(
+            raise CollapseError(
                 f"the likelihood has no maximum: a spread in {sorted(self.roles)} went to zero, as a component that "
                 "closes in on a single datum does. Expected a bound, such as constraint=constraints.greater_than(0.01) "
                 "of a scale, fewer components, or another start (seed=)."

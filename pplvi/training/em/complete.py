@@ -13,7 +13,7 @@ from torch.distributions import transform_to
 
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.joint import execute
-from pplvi.programs.sites import is_deterministic, sample_sites
+from pplvi.programs.sites import is_deterministic, sample_sites, site_plates
 from pplvi.programs.summing import summing
 from pplvi.programs.traces import Run, unscaled_log_prob
 from pplvi.types import Call, Program
@@ -32,12 +32,17 @@ class CompleteData:
     :param model: the program; discrete latents that do not ask for enumeration are enumerated too.
     :param guide: a guide without sites.
     :param call: its arguments.
-    :raises ValueError: for latents without a finite number of values, and a program without parameters.
+    :raises ValueError: for latents without a finite number of values, subsampled plates, and a program without
+        parameters.
     """
 
     def __init__(self, model: Program, guide: Program, call: Call) -> None:
         self.model, self.guide, self.call = summing(model, *call), guide, call
         self.leaves = parameters_of(lambda: self.model(*call[0], **call[1]))
+        if cut := _subsampled(self.run()):
+            raise ValueError(
+                f"plates {cut} are subsampled, so that log p(x) would change by itself: expected whole plates."
+            )
         if not self.leaves:
             raise ValueError("the model has no parameters, so there is nothing to maximise: expected pyro.param.")
 
@@ -84,6 +89,10 @@ class CompleteData:
         finally:
             for name, leaf in self.leaves.items():
                 leaf.data = before[name]
+
+
+def _subsampled(run: Run) -> list[str]:
+    return sorted({p.name for _, s in sample_sites(run.model) for p in site_plates(s) if p.size != p.full_size})
 
 
 def _weighted(counts: Tensor, density: Tensor) -> Tensor:

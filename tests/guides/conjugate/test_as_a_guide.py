@@ -267,16 +267,16 @@ def test_local_continuous_sites_of_a_minibatch_are_at_their_maximisers() -> None
             pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
     guide = pplvi.AutoConjugate(model, rate=pplvi.RobbinsMonro(1, 0.55), seed=0)
-    for _ in range(20):
+    for _ in range(10):
         for part in y.split(50):
             guide.step(part)
-    full = pplvi.AutoConjugate(model, seed=0, tolerance=1e-14).run(y)
+    full = pplvi.AutoConjugate(model, seed=0).run(y)
     part = y[:50]
     pyro.set_rng_seed(0)
-    draws = torch.stack([guide(part)["z"] for _ in range(500)])
+    draws = torch.stack([guide(part)["z"] for _ in range(60)])
     mu = guide.median(part)["mu"]
-    assert mu.item() == pytest.approx(full.median(y)["mu"].item(), abs=0.1)
-    assert torch.allclose(draws.mean(0), (mu + part) / 2, atol=4 * 0.5**0.5 / 500**0.5)
+    assert mu.item() == pytest.approx(full.median(y)["mu"].item(), abs=0.15)
+    assert torch.allclose(draws.mean(0), (mu + part) / 2, atol=4 * 0.5**0.5 / 60**0.5)
 
 
 def test_a_model_that_draws_its_minibatch_gives_the_guide_the_same_one() -> None:

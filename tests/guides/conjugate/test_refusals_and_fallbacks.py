@@ -70,7 +70,13 @@ def branch() -> None:
     data(dist.Normal(0.0 if a > 0 else 1.0, 1.0))
 
 
+def too_many() -> None:
+    x = pyro.sample("x", dist.Normal(torch.zeros(6000), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.tensor(0.0))
+
+
 REFUSED = {
+    too_many: r"block 'x' has 6,000 elements that interact.*blocks=",
     gamma_scale: r"'y' is not conjugate.*standard deviation.*power -2 of site 'sd'.*gamma.*fallback=\{'sd': 'cvi'\}",
     power: r"'y' is not conjugate.*\(a\^1 a\^1 a\^1|site 'a'",
     exponential: r"'y' is not conjugate: the loc of Normal is torch.exp of 'a'.*fallback=\{'a': 'cvi'\}",
