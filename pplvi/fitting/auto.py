@@ -125,6 +125,7 @@ _FOUND = (
     Rung("AutoStudentMixture", AutoStudentMixture),
     Rung("AutoBatchAndMatch", AutoBatchAndMatch),
     Rung("AutoDeterministicNormal", AutoDeterministicNormal),
+    Rung("AutoStudentMixture(num_scouts=512)", partial(AutoStudentMixture, num_scouts=512)),
 )
 # What no Gaussian comes near is sampled, from the best of them.
 _SAMPLED = (Rung("SMC", "smc"),)

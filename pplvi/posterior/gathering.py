@@ -60,14 +60,16 @@ class ModelCall(NamedTuple):
     bytes_of_draw: int = 1
 
     def affordable(self, number: int, least: int) -> int:
-        """So many rows, or fewer where the model has many data, but not too few."""
-        return max(least, int(number * min(1.0, _DEAR / self.bytes_of_draw)))
+        """So many rows, or fewer where the model has many data or runs them one after another, but not too few."""
+        one_by_one = _LOOPED if self.vectorize in (False, "loop") else 1
+        return max(least, int(number * min(1.0, _DEAR / (self.bytes_of_draw * one_by_one))))
 
 
 _PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 5_000
 _SCOUT_DRAWS, _MORE_DRAWS, _CHECKED = 2_000, 10_000, 10_000  # of the last, those of the guide, to compare with
 _FEW, _FEW_DRAWS = 8, 500
 _DEAR = 2**15  # bytes of a draw from which on fewer are sent
+_LOOPED = 2**20  # times dearer is a draw of a program that is run for each draw
 _MOST_DRAWS, _MOST_BYTES, _MOST_WORK = 100_000, 2**28, 5e8
 _K_ERROR = 0.1
 _SURE, _SMALL = 4.0, 0.02

@@ -241,8 +241,12 @@ def test_global_latents_predict_data_of_any_size(name):
     if name in FLOWS:
         options["init"] = "match"
     if name == "mixture":
-        options |= {"num_steps": 400, "optim": partial(torch.optim.Adam, lr=0.05)}
-        options |= {"objective": ELBO(8), "compile": "trace"}
+        options |= {
+            "num_steps": 400,
+            "optim": partial(torch.optim.Adam, lr=0.05),
+            "objective": ELBO(8),
+            "compile": "trace",
+        }
     if name in ("iaf", "coupling"):  # these need two coordinates
         pytest.skip("flows of one coordinate are those of maf")
     result = pplvi.fit(regression, one_argument(WHOLE[name]), args=(X, 2 * X), seed=0, progress=False, **options)

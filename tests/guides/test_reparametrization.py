@@ -223,7 +223,8 @@ def test_data_that_are_left_out_later_stay_a_site_of_their_own():
 
 def test_a_learned_centering_is_a_parameter_that_trains_below_the_evidence():
     other = noncentered(gaussian, centered=None)
-    result = fit(other, AutoNormal, args=(Y,), num_steps=600, objective=ELBO(8), optim=FAST)
+    options = {"num_steps": 600, "objective": ELBO(8), "optim": FAST, "compile": "trace"}
+    result = fit(other, AutoNormal, args=(Y,), **options)
     (name,) = [name for name in result.params[0] if name == "x_centered"]
     learned = float(result.params[0][name])
     assert 0.0 < learned < 1.0
@@ -231,7 +232,7 @@ def test_a_learned_centering_is_a_parameter_that_trains_below_the_evidence():
     # Mean field is exact where no coordinate depends on another: cov(mu, x - c mu | y) = 0 at c = 1 / 2 here.
     posterior = result.posterior(4000)
     assert posterior.log_evidence[0] == pytest.approx(EVIDENCE, abs=0.02)
-    written = fit(gaussian, AutoNormal, args=(Y,), num_steps=600, objective=ELBO(8), optim=FAST).posterior(4000)
+    written = fit(gaussian, AutoNormal, args=(Y,), **options).posterior(4000)
     assert 0 <= posterior.gap[0] + 0.01 < 0.5 * written.gap[0]
 
 
@@ -254,7 +255,7 @@ def test_modules_are_trained_and_keep_the_names_of_their_parameters(restarts):
     other = noncentered(module)
     assert module_of(other) is module
     assert module_of(noncentered(module.forward)) is module
-    result = fit(other, AutoNormal, args=(Y + 3,), num_steps=300, restarts=restarts, optim=FAST)
+    result = fit(other, AutoNormal, args=(Y + 3,), num_steps=300, restarts=restarts, optim=FAST, compile="trace")
     assert "offset" in result.params[0]
     assert module.offset.item() == pytest.approx(3.4, abs=0.7)
 

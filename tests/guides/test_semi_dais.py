@@ -98,7 +98,7 @@ def log_evidence() -> float:
 def test_weights_estimate_the_evidence_and_draws_the_posterior(name: str) -> None:
     guide = AutoSemiDAIS(hierarchical(conjugate, init_scale=0.8), 3, KERNELS[name])
     svi = SVI(conjugate, guide, pyro.optim.Adam({"lr": 0.03}), ELBO(20))
-    for _ in range(60):
+    for _ in range(30):
         svi.step()
     posterior = Posterior(conjugate, guide, num_draws=4000, seed=0)
     log_z, error = posterior.log_evidence

@@ -34,8 +34,8 @@ from pplvi.weights.pareto import pareto_smooth
 
 __all__ = ["AutoStudentMixture"]
 
-_SCREENED, _CLIMBING = 5_000, 16
-_GOOD, _GAIN, _ROUNDS = 0.9, 1.02, 40
+_SCREENED, _CLIMBING = 80, 16  # far points looked at for each scout, and those that climb
+_GOOD, _GAIN, _ROUNDS, _TRIES = 0.9, 1.02, 60, 2
 _LEAST_DRAWS, _MOST_DRAWS, _DRAWS_OF_DIM = 4_000, 20_000, 200
 _ENOUGH = 10  # effective draws for each dimension and component, below which weights are tempered
 _TOPS = (0.0, 0.1, 0.3, 0.03, 0.2)  # of the weight, that of the largest weights, which a new component is fitted to
@@ -63,7 +63,7 @@ class AutoStudentMixture(FoundGuide):
 
     :param model: a Pyro model in up to 100 unconstrained dimensions; its latent sites are continuous or enumerated, its
         plates are not subsampled.
-    :param num_scouts: how many points climb from the prior.
+    :param num_scouts: how many points climb from the prior; 160 times as many far ones are looked at, for narrow modes.
     :param num_components: the most components; modes beyond it, those of the least mass, are left out.
     :param init_radius: as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`: from there four
         more scouts climb.
@@ -113,7 +113,8 @@ class AutoStudentMixture(FoundGuide):
         modes = climbed(density, torch.cat([near, prior]))
         if (seen := mixed(modes)) is None:
             return _spread(torch.cat([near, prior]))
-        candidates = torch.cat([prior_starts(density, *call, _SCREENED), wide(seen, _SCREENED)])
+        far = _SCREENED * self._num_scouts
+        candidates = torch.cat([prior_starts(density, *call, far), wide(seen, far)])
         found = mixed(climbed(density, screened(density, seen, candidates, _CLIMBING), modes)) or seen
         return found.heaviest(self._num_components)
 
@@ -194,9 +195,9 @@ def _adapted(density: UnconstrainedDensity, start: Students, most: int) -> Stude
         return start
     attempt, least = 0, _efficiency(found)
     for _ in range(_ROUNDS):
-        if _efficiency(found) > _GOOD or attempt == len(_TOPS):
+        if _efficiency(found) > _GOOD or attempt == _TRIES * len(_TOPS):
             break
-        new = _refitted(best, found, _TOPS[attempt] if len(best.loc) < most else 0.0)
+        new = _refitted(best, found, _TOPS[attempt % len(_TOPS)] if len(best.loc) < most else 0.0)
         if not bool(found.log_weight.isfinite().all()):
             new = _lighter(new)
         draws = weighed(density, new, min(size + size * len(new.loc) // 4, _MOST_DRAWS))
@@ -206,6 +207,7 @@ def _adapted(density: UnconstrainedDensity, start: Students, most: int) -> Stude
             least = max(least, _efficiency(draws))
         else:
             attempt += 1
+            found = weighed(density, best, len(found.log_weight))  # what a fit to the old draws led to is known
     return best
 
 
