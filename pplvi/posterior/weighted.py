@@ -193,7 +193,7 @@ class WeightedDraws:
 
         The error is that of :func:`pplvi.weights.log_evidence` and, added in quadrature, twice what a Pareto tail would
         add beyond the largest draw (:func:`pplvi.weights.pareto.tail_shortfall`, at half an error above k-hat): from a
-        k-hat of 0.5 on weights have no finite variance, from 1 on no mean, and the error is infinite.
+        k-hat of 0.5 on weights have no finite variance, and the spread of the draws at hand says little.
 
         :raises ValueError: where :attr:`log_weight` does.
         """

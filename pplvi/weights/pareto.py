@@ -100,22 +100,23 @@ def pareto_k_error(pareto_k: Tensor, num_draws: int) -> Tensor:
 def tail_shortfall(log_weight: Tensor, pareto_k: Tensor, dim: int = 0) -> Tensor:
     r"""What the weights beyond the largest of these draws would add to their sum, as a part of it.
 
-    .. math:: \frac{\sum_{s \in \text{tail}} (w_s - u)}{\sum_s w_s} M^{\hat k - 1}
+    .. math:: \frac{\sum_{s \in \text{tail}} (w_s - u)}{\sum_s w_s} M^{\min(\hat k, 1) - 1}
 
     with the ``M`` largest weights as the tail above ``u``. The excess of a generalised Pareto distribution above its
     quantile of ``1 - 1/M`` is on average so much of its mean: the sample has not been there. Where k-hat is large, this
-    and not the variance is the error of an estimated evidence.
+    and not the variance is the error of an estimated evidence. Importance weights have a finite mean, the evidence, so
+    that no more than a k-hat of 1 is believed: the tail weighs as much again.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72), section 3.
 
     :param log_weight: log-weights of shape ``(num_particles, *batch)``, in nats.
     :param pareto_k: their k-hat, of shape ``batch``.
     :param dim: the particle dimension.
-    :returns: of shape ``batch``; infinite for a finite k-hat of 1 or more, 0 where there is no tail to fit.
+    :returns: of shape ``batch``; 0 where there is no tail to fit.
 
     >>> log_weight = torch.distributions.Pareto(1.0, 1 / 0.5).icdf(torch.linspace(0, 1, 1002)[1:-1]).log()
     >>> tail_shortfall(log_weight, torch.tensor(0.5)), tail_shortfall(log_weight, torch.tensor(1.0))
-    (tensor(0.0138), tensor(inf))
+    (tensor(0.0139), tensor(0.1357))
     """
     dim = particle_dim(log_weight, dim)
     if (num_tail := _tail_length(log_weight.shape[dim])) < _MIN_TAIL:
@@ -123,8 +124,7 @@ def tail_shortfall(log_weight: Tensor, pareto_k: Tensor, dim: int = 0) -> Tensor
     weight = normalize(log_weight, dim)
     top = weight.topk(num_tail + 1, dim).values
     tail = (top - top.amin(dim, keepdim=True)).sum(dim)
-    missing = tail * num_tail ** (pareto_k - 1)
-    missing = torch.where(pareto_k < 1, missing, math.inf)
+    missing = tail * num_tail ** (pareto_k.clamp(max=1.0) - 1)
     return missing.masked_fill(pareto_k.isinf() | (tail == 0), 0.0)
 
 
