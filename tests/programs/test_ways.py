@@ -601,9 +601,9 @@ def test_minibatches_that_only_the_guide_draws_in_any_order():
             assert abs(losses.mean() - exact.sum()) < 4 * error + 1e-8
 
 
-def counts(x, y):
+def counts(x, y, mask=True):
     rate = (x @ coefficients()).exp()
-    with pyro.plate("data", len(x)):
+    with pyro.plate("data", len(x)), poutine.mask(mask=mask):
         pyro.sample("y", dist.Poisson(rate), obs=y)
 
 
