@@ -47,6 +47,21 @@ def _is_own(leaf: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class Broadcasting:
+    """A program that is known to broadcast over particles, so that no other way of running it is tried.
+
+    >>> Broadcasting(lambda: 3)()
+    3
+    """
+
+    program: Program
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        return self.program(*args, **kwargs)
+
+
+@dataclass(frozen=True)
 class Alone:
     """How one program is run by itself; see :func:`pplvi.programs.single.run_alone`.
 
@@ -157,7 +172,7 @@ class Lone:
         key = dimensions(self.args, self.kwargs), word
         if (known := _WAYS.recall((self.program,), key)) is not None:
             return known
-        if is_recording():  # nothing can be tried now
+        if isinstance(self.program, Broadcasting) or is_recording():  # nothing can be tried while recording
             return BROADCAST
         for way in ways_of_rows(word):
             if way == LOOP or self._failure(alone, way) is None:

@@ -336,6 +336,8 @@ def test_a_gradient_that_is_no_number_is_found_too():
         if bad["left"] and training_step() == 3:
             bad["left"] -= 1
             pyro.factor("sqrt", 0.0 * torch.sqrt(loc - loc.detach()))  # value 0, gradient not a number
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
     calls = []
     training_step = lambda: len(calls)  # noqa: E731

@@ -21,6 +21,7 @@ from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.kernels.invariant import Frame, InvariantMove
 from pplvi.objectives.step import Routing
+from pplvi.programs.lone import Broadcasting
 from pplvi.programs.plates import data_plate
 from pplvi.samplers.annealed import Annealed
 from pplvi.samplers.base import Request
@@ -153,12 +154,12 @@ class MachineWalk:
 
     def programs(self, level: int) -> tuple[Callable[[], None], ...]:
         """The level's own program."""
-        return (self.start if level == 0 else self.target(level),)
+        return (Broadcasting(self.start) if level == 0 else self.target(level),)
 
     def target(self, level: int) -> Callable[[], None]:
         """The machine that a level reaches, as a program."""
         between, beta = self.levels[level - 1]
-        return partial(between.program, beta, self.count)
+        return Broadcasting(partial(between.program, beta, self.count))
 
     def plan(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
         """Path and moves."""

@@ -60,10 +60,15 @@ class FactorisedInference:
         self.emit(self._answer(v, mask, num_draws), size)
 
     def _answer(self, v: Tensor | Values | None, mask: Mask, num_draws: int) -> MeanField:
-        """The posterior without gradient; in training all sweeps are made."""
-        training = torch.is_grad_enabled() or active_step() is not None
+        """The posterior without gradient."""
+        tol = self._tolerance()
         with torch.no_grad():
-            return self.posterior(v, num_draws, mask=mask, tol=None if training else self.tol)
+            return self.posterior(v, num_draws, mask=mask, tol=tol)
+
+    def _tolerance(self) -> float | None:
+        """In training all sweeps are made."""
+        training = torch.is_grad_enabled() or active_step() is not None
+        return None if training else self.tol
 
     def emit(self, found: MeanField, size: int | None) -> None:
         """Sample sites of a posterior's layers, in plate ``"data"``."""
