@@ -10,6 +10,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent / ".p
 
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 
 import pyro
@@ -29,9 +30,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         import arviz  # noqa: F401
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first: workers that are done then share what is left of the short ones."""
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Of each test marked ``table(n)`` every n-th case is for ``make test``, all are for ``make test-all``; what is to
+    run is sorted, the slow ones first: workers that are done then share what is left of the short ones."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if (table := item.get_closest_marker("table")) is not None:
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % table.args[0]:
+                item.add_marker("exhaustive")
+            cases[test] += 1
+    yield
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -38,6 +38,7 @@ from pplvi.training.schedules import Cosine
 SINGLE = ("nested plates", "enumeration", "constrained supports")  # in float32 too
 
 
+@pytest.mark.table(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),

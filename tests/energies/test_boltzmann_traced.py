@@ -105,6 +105,7 @@ def trained(case: str, kind: Callable[..., Any]) -> tuple[list[float], dict[str,
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.table(2)
 def test_a_recorded_step_is_the_step_of_svi(case: str) -> None:
     losses, state = trained(case, SVI)
     recorded_losses, recorded = trained(case, partial(CompiledSVI, mode="trace"))

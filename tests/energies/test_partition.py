@@ -51,6 +51,7 @@ def with_biases(machine: BoltzmannMachine) -> BoltzmannMachine:
 
 @pytest.mark.parametrize("kind", ["rbm", "gaussian", "categorical", "dbm", "deeper"])
 @pytest.mark.parametrize("betas", [None, "adaptive"])
+@pytest.mark.table(2)
 def test_log_z_is_inside_three_standard_errors_of_the_exact_one(kind: str, betas: Any) -> None:
     machine = with_biases(machines()[kind])
     exact = machine.log_partition().item()

@@ -409,6 +409,7 @@ def test_resume_is_to_the_bit_for_every_source_of_data(tmp_path, source, at):
     check_resume(tmp_path / "run.pt", lambda: {"seed": 1, **SOURCES[source]()}, at)
 
 
+@pytest.mark.table(3)
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("optim", OPTIMISERS)
 def test_resume_is_to_the_bit_for_every_guide_and_optimiser(tmp_path, guide, optim):
@@ -428,6 +429,7 @@ def test_resume_without_a_seed_leaves_the_random_state_of_the_whole_run(tmp_path
     assert now["numpy"][1].tolist() == rng["numpy"][1].tolist()
 
 
+@pytest.mark.table(2)
 @pytest.mark.parametrize(
     ("at", "index", "seed"), [(3, 1, 1), (12, 1, 1), (24, 0, 1), (1, 2, 1), (12, 1, None), (1, 2, None)]
 )

@@ -67,6 +67,7 @@ GUIDES = {
 GIVEN_AGAIN = {"a function of the model", "by hand"}
 
 
+@pytest.mark.table(2)
 @pytest.mark.parametrize("restarts", [1, 2])
 @pytest.mark.parametrize("kind", GUIDES)
 def test_a_loaded_fit_is_the_saved_one(tmp_path: Path, kind: str, restarts: int) -> None:

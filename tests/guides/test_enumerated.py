@@ -69,6 +69,7 @@ SPREAD = [
 ]
 
 
+@pytest.mark.table(2)
 @pytest.mark.parametrize("guide", SPREAD, ids=lambda guide: guide.__name__)
 def test_a_guide_leaves_out_what_the_model_sums_out(guide: Callable[..., Any]) -> None:
     result = fitted(guide)

@@ -256,6 +256,7 @@ def mean_field(program: Callable) -> float:
     return svi_steps(program, AutoDiagonalNormal(program, init_scale=0.5), 300)
 
 
+@pytest.mark.table(3)
 @pytest.mark.parametrize(
     ("program", "flow"),
     [(correlated, "iaf"), (correlated, "maf"), (banana, "nsf"), (banana, "nice"), (funnel, "nsf"), (funnel, "iaf")],

@@ -65,6 +65,7 @@ def made(name: str, model) -> object:
 
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.table(2)
 def test_the_density_integrates_to_one_with_the_jacobian_counted_once(name, support):
     """The model is normalised, so E_q[p / q] = 1 for a normalised q; a Jacobian left out or counted twice is seen."""
     model = SUPPORTS[support]

@@ -65,6 +65,7 @@ def base() -> None:
 
 @pytest.mark.parametrize("resample", [False, True, 0.7])
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.table(2)
 def test_weights_are_proper(kernel: HamiltonianKernel, resample: bool | float) -> None:
     guide, squares = AnnealedGuide(bimodal, base, 4, kernel), []
 

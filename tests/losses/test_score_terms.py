@@ -95,6 +95,7 @@ def exact_gradient(y: Tensor) -> Tensor:
     ],
     ids=repr,
 )
+@pytest.mark.table(2)
 def test_gradients_are_unbiased_beside_global_latents(loss: ELBO) -> None:
     assert_unbiased(gradients(loss, mixture, mixture_guide, Y, repeat=200), exact_gradient(Y))
 

@@ -399,6 +399,7 @@ def uniform(y: Tensor) -> None:
 @pytest.mark.parametrize("component", [None, uniform])
 @pytest.mark.parametrize("weight", [0.2, 0.37])
 @pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.table(2)
 def test_mixtures_are_properly_weighted(component: Callable | None, weight: float, vectorize: bool) -> None:
     """E[w f(z)] = Z E_p[f] per datum, hence E[w] = p(y), E[w c] and E[w z]."""
     y = torch.linspace(-1.0, 5.0, 20_000)

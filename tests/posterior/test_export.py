@@ -91,8 +91,8 @@ def test_summary_of_a_wrong_guide_is_right(shift, ratio):
 
 
 def test_standard_errors_of_arviz_allow_for_copies():
-    """Over 200 seeds, mean minus truth over ArviZ's standard error has variance 1, with an error of 0.1."""
-    posteriors = [posterior_of_mean(MEAN + 0.5, 1.5 * SD, num_draws=400, seed=seed) for seed in range(200)]
+    """Over 100 seeds, mean minus truth over ArviZ's standard error has variance 1, with an error of 0.14."""
+    posteriors = [posterior_of_mean(MEAN + 0.5, 1.5 * SD, num_draws=400, seed=seed) for seed in range(100)]
     chains = [z.expand_dims("chain") for z in small(posteriors).posterior.z]
     scores = [(float(z.mean()) - MEAN) / float(az.mcse(z).z) for z in chains]
     assert np.mean(np.square(scores)) == pytest.approx(1.0, abs=0.3)  # 1.4 if copies were counted apart

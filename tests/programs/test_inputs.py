@@ -104,6 +104,7 @@ def values(table: Any) -> tuple[Any, Any]:
     return torch.tensor(table["x"].values).float(), torch.tensor(table["y"].to_numpy()).float()
 
 
+@pytest.mark.table(3)
 @pytest.mark.parametrize("guide", [AutoNormal, "nuts", "auto"], ids=["AutoNormal", "nuts", "auto"])
 @pytest.mark.parametrize("read", [matrix, columns, values])
 def test_table_is_what_the_program_reads_it_as(read: Callable[[Any], Any], guide: Any) -> None:

@@ -457,6 +457,7 @@ def test_batch_is_the_plates_common_to_every_site(pair):
     assert run.log_target().shape == run.log_forward().shape == (3, *(size for _, size in pair.batch))
 
 
+@pytest.mark.table(2)
 def test_looped_and_vectorised_losses_agree_in_expectation(pair):
     """Different draws, one expectation: within five standard errors of the two means."""
     means, errors = [], []
@@ -930,6 +931,7 @@ TRACED = [
 
 @pytest.mark.parametrize("programs", [plain_pair, plates_pair, enumerated_pair], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("loss", TRACED, ids=str)
+@pytest.mark.table(3)
 def test_a_training_step_is_a_pure_function_that_can_be_traced(programs, loss):
     """The graph has nothing baked in: it gives the loss and gradients of other parameters, data and noise."""
     current = {}

@@ -233,6 +233,7 @@ def test_densities_of_most_of_them_are_carried(name):
 
 
 @pytest.mark.parametrize("name", ["Beta", "Dirichlet", "Gamma", "HalfCauchy", "Normal", "StudentT"])
+@pytest.mark.table(2)
 def test_gradients_of_draws_are_those_of_the_loop(name):
     """The mean derivative of a function of the draws, with respect to a parameter that all share."""
 

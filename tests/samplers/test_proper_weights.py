@@ -123,6 +123,7 @@ CASES += [("gaussian", "programs", "shift"), ("bimodal", "programs", "shift")]
 KERNELS: dict[str, Any] = {**CONTINUOUS, "gibbs": GibbsKernel(), "hop": hop, "shift": shift}
 
 
+@pytest.mark.table(4)
 @pytest.mark.parametrize("resample", [False, True, 0.7])
 @pytest.mark.parametrize(("target", "path", "kernel"), CASES)
 def test_weights_are_proper(target: str, path: str, kernel: str, resample: bool | float) -> None:
