@@ -38,7 +38,7 @@ from pplvi.training.schedules import Cosine
 SINGLE = ("nested plates", "enumeration", "constrained supports")  # in float32 too
 
 
-@pytest.mark.table(4)
+@pytest.mark.table(6)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -74,6 +74,7 @@ def test_looped_steps_equal_eager_ones(inductor_noise):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.table(2)
 def test_noise_is_fresh_and_follows_the_seed(mode):
     """The losses of all steps differ; one seed gives one run; another seed another."""
     losses = schools(mode).run(250, *SCHOOLS)
