@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import init_to_sample, init_to_value
-from sklearn.datasets import load_digits, load_iris
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 import pplvi
+from benchmarks.conjugate import iris
 from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, started
 from pplvi.guides.conjugate.program import read_program
 
@@ -40,29 +41,12 @@ def expected_log(c: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- mixtures
 
 
-def iris() -> tuple[Any, Tensor]:
-    x, k = torch.tensor(load_iris().data), 5
-    mean, variance = x.mean(0), x.var(0, unbiased=False)
-
-    def model(x: Tensor) -> None:
-        weights = pyro.sample("weights", dist.Dirichlet(torch.full((k,), 1.0 / k)))
-        tau = pyro.sample("tau", dist.Gamma(torch.full((k, 4), 2.0), 2.0 * variance).to_event(2))
-        mu = pyro.sample("mu", dist.Normal(mean, tau.rsqrt()).to_event(2))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Categorical(weights))
-            pyro.sample("x", dist.Normal(mu[z], tau[z].rsqrt()).to_event(1), obs=x)
-
-    return model, x
-
-
 def test_a_mixture_of_iris_has_the_known_bound() -> None:
-    model, x = iris()
-    pyro.set_rng_seed(1)
-    start = init_to_value(values={"mu": x[torch.randperm(len(x))[:5]]})
-    guide = pplvi.AutoConjugate(model, init_loc_fn=start).run(x)
+    problem = iris()
+    guide = pplvi.AutoConjugate(problem.model, init_loc_fn=problem.init).run(*problem.args)
     assert guide.bounds[-1] == pytest.approx(-509.861728, abs=1e-5)
     assert never_falls(guide.bounds)
-    terms = guide.terms(x)
+    terms = guide.terms(*problem.args)
     assert sum(terms.values()) == pytest.approx(guide.bounds[-1], abs=1e-9)
     assert list(terms) == [
         *(f"E log p({site})" for site in ("weights", "tau", "mu", "z", "x")),

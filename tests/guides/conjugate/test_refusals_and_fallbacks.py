@@ -7,10 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 import pplvi
+from benchmarks.conjugate import logistic
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -222,16 +222,8 @@ def test_predictors_that_no_fallback_covers_are_refused() -> None:
 
 @pytest.mark.slow
 def test_logistic_regression_with_a_gamma_precision_of_breast_cancer() -> None:
-    x, y = (torch.tensor(part, dtype=torch.float64) for part in load_breast_cancer(return_X_y=True))
-    x = torch.cat([(x - x.mean(0)) / x.std(0, unbiased=False), torch.ones(len(x), 1)], 1)
-
-    def model(x: Tensor, y: Tensor) -> None:
-        alpha = pyro.sample("alpha", dist.Gamma(1.0, 1.0))
-        w = pyro.sample("w", dist.Normal(torch.zeros(31), alpha.rsqrt()).to_event(1))
-        with pyro.plate("data", len(x)):
-            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
-
-    cvi = pplvi.AutoConjugate(model, fallback={"w": "cvi"}, seed=0).run(x, y)
-    laplace = pplvi.AutoConjugate(model, fallback={"w": "laplace"}, seed=0).run(x, y)
+    problem = logistic("cvi")
+    cvi = pplvi.AutoConjugate(problem.model, fallback={"w": "cvi"}, seed=0).run(*problem.args)
+    laplace = pplvi.AutoConjugate(problem.model, fallback={"w": "laplace"}, seed=0).run(*problem.args)
     assert cvi.bounds[-1] > -56.54
     assert laplace.bounds[-1] == pytest.approx(-58.44, abs=0.01)
