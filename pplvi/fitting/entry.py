@@ -34,6 +34,7 @@ from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
+from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
@@ -74,15 +75,15 @@ def fit(
     data: Iterable[Any] | Minibatches | None = None,
     objective: Any = None,
     optim: OptimLike = None,
-    learning_rate: float | None = None,
+    learning_rate: Positive | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
     init: Any = None,
-    num_steps: int | None = None,
-    num_warmup: int | None = None,
-    budget: float | None = None,
-    restarts: int = 1,
-    seed: int | None = None,
+    num_steps: Count | None = None,
+    num_warmup: Count | None = None,
+    budget: Positive | None = None,
+    restarts: Count = 1,
+    seed: Seed | None = None,
     compile: CompileMode | Compile = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,

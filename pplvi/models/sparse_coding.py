@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Self
 
 import pyro
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from pplvi.guides.owned import claim_name
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
-from pplvi.programs.calls import check_counts
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 from pplvi.programs.plates import data_plate
 
 __all__ = ["SparseCoding", "learn_dictionary"]
@@ -22,6 +22,7 @@ __all__ = ["SparseCoding", "learn_dictionary"]
 _TINY = 1e-12
 
 
+@checked
 class SparseCoding(PyroModule):
     r"""Linear sparse coding with a Laplace prior.
 
@@ -56,19 +57,15 @@ class SparseCoding(PyroModule):
 
     def __init__(
         self,
-        num_visible: int,
-        num_codes: int,
+        num_visible: Count,
+        num_codes: Count,
         *,
-        penalty: float = 0.1,
-        noise: float = 1.0,
+        penalty: Positive = 0.1,
+        noise: Positive = 1.0,
         dictionary: Tensor | None = None,
         name: str = "sparse_coding",
     ) -> None:
         super().__init__(name)
-        check_counts(num_visible=num_visible, num_codes=num_codes)
-        for what, number in (("penalty", penalty), ("noise", noise)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{what}={number!r}: expected a positive number.")
         self.num_visible, self.num_codes = num_visible, num_codes
         self.penalty, self.noise = float(penalty), float(noise)
         start: Any = PyroParam(self._start(dictionary), constraint=constraints.sphere)
@@ -153,14 +150,15 @@ def _unit(rows: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- learning
 
 
+@checked
 @torch.no_grad()
 def learn_dictionary(
     coding: SparseCoding,
     v: Tensor,
     *,
-    num_steps: int = 60,
-    batch_size: int | None = None,
-    code_steps: int = 20,
+    num_steps: Count = 60,
+    batch_size: Count | None = None,
+    code_steps: Count = 20,
     forget: float = 0.75,
 ) -> Tensor:
     r"""Learn a dictionary, in place: codes by FISTA, and columns one after another, each at its minimum.
@@ -191,9 +189,6 @@ def learn_dictionary(
     >>> bool(trace[-1] < 0.9 * trace[0])
     True
     """
-    for what, number in (("num_steps", num_steps), ("code_steps", code_steps), ("batch_size", batch_size)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{what}={number!r}: expected a whole number of at least 1.")
     if not 0.5 < forget <= 1:
         raise ValueError(f"forget={forget!r}: expected a number above 0.5 and at most 1.")
     if _checked(v).shape[1] != coding.num_visible:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
 from pplvi.posterior.arviz.schema import to_numpy
@@ -27,8 +29,9 @@ _LIGHTEST = 0.01
 _TEXT = 10
 
 
+@checked
 def plot_objective(
-    source: Any, *, window: int | None = None, labels: Sequence[str] | None = None, ax: Axes | None = None
+    source: Any, *, window: Count | None = None, labels: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
     r"""Trace of the objective, one colour for each restart: every step, and a moving average on top.
 
@@ -105,6 +108,7 @@ def _fit_axis(ax: Axes, averages: np.ndarray) -> None:
         ax.set_ylim(late.min() - margin, late.max() + margin)
 
 
+@checked
 @its_own_affairs()
 def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarray:
     r"""Importance weights of a guide: their density on the left, Pareto k-hat on the right.
@@ -185,6 +189,7 @@ def _plot_pareto_k(posteriors: Sequence[Posterior], ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+@checked
 @its_own_affairs()
 def plot_against_reference(
     source: Any,

@@ -13,6 +13,8 @@ from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, TransformedDistribution, constraints
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Fraction
 from pplvi.programs.handlers import Supply, aside, rewritten
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.sites import latent_sites
@@ -71,7 +73,10 @@ class Reparametrized:
         return LocScaleReparam(self.centered)
 
 
-def noncentered(model: Program, *, sites: Iterable[str] | None = None, centered: float | None = 0.0) -> Reparametrized:
+@checked
+def noncentered(
+    model: Program, *, sites: Iterable[str] | None = None, centered: Fraction | None = 0.0
+) -> Reparametrized:
     r"""The same model with the latents of its hierarchies standardised, a plain Pyro program as before.
 
     A latent :math:`x \sim \mu + \sigma \varepsilon` whose location or scale depends on other latents becomes
@@ -109,11 +114,6 @@ def noncentered(model: Program, *, sites: Iterable[str] | None = None, centered:
     >>> model().shape, sorted(model.sites)
     (torch.Size([8]), ['effect'])
     """
-    if not callable(model) or isinstance(model, type):
-        raise ValueError(f"model={model!r}: expected a Pyro program, a callable with pyro.sample statements.")
-    known = isinstance(centered, (int, float)) and not isinstance(centered, bool)
-    if centered is not None and not (known and 0 <= centered < 1):
-        raise ValueError(f"centered={centered!r}: expected a number from 0 to below 1, or None to learn it.")
     if isinstance(sites, str):
         raise ValueError(f"sites={sites!r}: expected a list of names, [{sites!r}].")
     found = None if sites is None else frozenset(sites)

@@ -431,11 +431,11 @@ def test_compiled_steps_move_chains_and_learn() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BoltzmannELBO(negative="gibbs"), "expected one of"),
+        (lambda: BoltzmannELBO(negative="gibbs"), "negative='gibbs': expected 'persistent'"),
         (lambda: BoltzmannELBO(num_chains=0), "num_chains=0"),
         (lambda: BoltzmannELBO(sweeps=0), "sweeps=0"),
         (lambda: BoltzmannELBO(offset_rate=0.0), "offset_rate"),
-        (lambda: TemperedChains(num_temperatures=1), "at least 2 temperatures"),
+        (lambda: TemperedChains(num_temperatures=1), "num_temperatures=1: expected a whole number of at least 2"),
         (lambda: FastPersistentChains(decay=1.0), "decay"),
     ],
 )

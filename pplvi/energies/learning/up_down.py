@@ -9,9 +9,12 @@ from torch import Tensor
 
 from pplvi.energies.machines.dbn import DeepBeliefGuide, DeepBeliefNetwork
 from pplvi.energies.machines.training_step import training_step
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Rate
 from pplvi.losses.base import Loss
 
 
+@checked
 class UpDown(Loss):
     r"""Fine-tuning of a deep belief network: up with the data, some sweeps in the top machine, down from there.
 
@@ -33,10 +36,8 @@ class UpDown(Loss):
     >>> loss = svi.step(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     """
 
-    def __init__(self, sweeps: int = 10, *, offset_rate: float = 0.01) -> None:
+    def __init__(self, sweeps: Count = 10, *, offset_rate: Rate = 0.01) -> None:
         super().__init__(num_particles=1, vectorize_particles=True)
-        if not isinstance(sweeps, int) or sweeps < 1:
-            raise ValueError(f"sweeps={sweeps!r}: expected a whole number of at least 1.")
         self.sweeps, self.offset_rate = sweeps, offset_rate
 
     def __repr__(self) -> str:

@@ -23,12 +23,15 @@ from pplvi.energies.machines.couplings import DenseCoupling, Edge, Products, che
 from pplvi.energies.machines.energy import Clamped, EnergyModel
 from pplvi.energies.machines.training_step import active_step
 from pplvi.energies.machines.units import Beta, Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import NonNegative
 from pplvi.types import Values
 
 MAX_BITS = 20
 _CHUNK = 2**13
 
 
+@checked
 class BoltzmannMachine(EnergyModel):
     r"""A pairwise Boltzmann machine over named layers.
 
@@ -59,7 +62,7 @@ class BoltzmannMachine(EnergyModel):
         *,
         centered: bool = True,
         name: str = "",
-        init_scale: float = 0.01,
+        init_scale: NonNegative = 0.01,
     ) -> None:
         check_graph(layers, connections)
         super().__init__(layers, centered=centered, name=name)

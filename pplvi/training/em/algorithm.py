@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pplvi.compile.svi import CompiledSVI
 from pplvi.compile.vectorized import Apart
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated
 from pplvi.programs.sites import is_enumerated, latent_sites
@@ -32,6 +34,7 @@ EMStart = Literal["program", "kmeans", "random"]
 _ROUNDING = 10.0  # rounding errors of the log evidence
 
 
+@checked
 @dataclass(frozen=True)
 class ExpectationMaximization:
     r"""Maximum likelihood with discrete latents: exact E-steps, M-steps exact or complete.
@@ -76,18 +79,9 @@ class ExpectationMaximization:
     tensor([1., 1., 1., 1., 1.])
     """
 
-    m_steps: int | None = None
-    tol: float = 1e-9
+    m_steps: Count | None = None
+    tol: NonNegative = 1e-9
     start: EMStart | None = None
-
-    def __post_init__(self) -> None:
-        steps, tol = self.m_steps, self.tol
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"m_steps={steps!r}: expected a whole number of at least 1, or None for a whole M-step.")
-        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
-            raise ValueError(f"tol={tol!r}: expected nats, a number of at least 0.")
-        if self.start not in (None, "program", "kmeans", "random"):
-            raise ValueError(f"start={self.start!r}: expected 'program', 'kmeans', 'random', or None.")
 
 
 class SummedLatents:
