@@ -19,7 +19,7 @@ from pplvi.guides.owned import claim_name
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Fraction, Natural, Positive
 from pplvi.programs.calls import check_counts
-from pplvi.programs.plates import data_plate
+from pplvi.programs.plates import data_plate, full_size
 from pplvi.programs.running import is_recording
 
 __all__ = ["BinaryMeanField", "BinarySparseCoding", "learn_binary_coding"]
@@ -104,7 +104,7 @@ class BinarySparseCoding(PyroModule):
         """
         claim_name(self)
         weight, bias, scale = self.weight, self.bias, self.precision.rsqrt()
-        with data_plate(size or 1, None) if v is None else data_plate(len(v), size):
+        with data_plate(full_size(1, size), None) if v is None else data_plate(len(v), size):
             h = pyro.sample("h", dist.Bernoulli(logits=bias).to_event(1))
             found: Tensor = pyro.sample("v", dist.Normal(h @ weight.T, scale).to_event(1), obs=v)
         return found

@@ -15,7 +15,7 @@ from pplvi.guides.owned import claim_name
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Positive
-from pplvi.programs.plates import data_plate
+from pplvi.programs.plates import data_plate, full_size
 
 __all__ = ["SparseCoding", "learn_dictionary"]
 
@@ -109,7 +109,7 @@ class SparseCoding(PyroModule):
         """
         claim_name(self)
         atoms = self.atoms
-        with data_plate(size or 1, None) if v is None else data_plate(len(v), size):
+        with data_plate(full_size(1, size), None) if v is None else data_plate(len(v), size):
             zero = atoms.new_zeros(self.num_codes)
             h = pyro.sample("h", dist.Laplace(zero, self.noise**2 / self.penalty).to_event(1))
             found: Tensor = pyro.sample("v", dist.Normal(h @ atoms, self.noise).to_event(1), obs=v)

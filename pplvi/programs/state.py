@@ -139,11 +139,13 @@ class Environment:
             torch.set_default_dtype(old)
 
     def move(self, tree: Any) -> Any:
-        """Tensors on the device; floating point ones in the dtype."""
-        return tree if self.dtype is None and self.device is None else map_tree(self._move, tree)
+        """Tensors on the device, floating point ones in the dtype; data, which get no gradient of their own."""
+        live: list[Tensor] = []
+        map_tree(lambda x: live.append(x) if x.requires_grad else None, tree)
+        return map_tree(self._move, tree) if live or (self.dtype, self.device) != (None, None) else tree
 
     def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
+        return tensor.detach().to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
 
     def move_module(self, program: Any) -> None:
         """Move the parameters and buffers of a program that is, or is a method of, a module (in place)."""

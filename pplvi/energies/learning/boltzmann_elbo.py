@@ -23,6 +23,7 @@ from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import LogPartition
 from pplvi.objectives.step import Estimator, Objective, Step
 from pplvi.programs.joint import execute
+from pplvi.programs.plates import full_size
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites
 from pplvi.programs.state import preserved_rng
@@ -138,7 +139,7 @@ class BoltzmannELBO(Loss):
         draws = self.negative.move(machine, data, torch.is_grad_enabled())
         log_data, log_draws = joint_log_densities(machine, [data, draws])
         self._follow(machine, data)
-        scale = 1.0 if size is None else size / len(log_data)
+        scale = full_size(len(log_data), size) / len(log_data)
         positive = Step.from_proposal(log_data.unsqueeze(0), -posterior.entropy.unsqueeze(0), scale=scale)
         num_data = scale * len(log_data)
         total = scale * _differentiable(self.objective, positive).sum()

@@ -16,6 +16,7 @@ from pplvi.energies.posteriors.problem import MeanField
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Fraction, Rate
 from pplvi.losses.base import Loss
+from pplvi.programs.plates import full_size
 from pplvi.types import Values
 
 
@@ -79,6 +80,7 @@ class MultiPrediction(Loss):
         machine = guide.machine
         machine.announce()
         observed = machine.checked(v, mask)
+        full_size(len(next(iter(observed.values()))), size)  # the mean over the data is that of any number
         seen = {n: torch.ones_like(x, dtype=torch.bool) for n, x in observed.items()} | machine.masks(mask, observed)
         keep = {n: self._mask(machine.layers[n], value, n == machine.visible) for n, value in observed.items()}
         found = guide.solve(observed, mask={n: seen[n] & keep[n] for n in observed})

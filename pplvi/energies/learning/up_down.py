@@ -12,6 +12,7 @@ from pplvi.energies.machines.training_step import training_step
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Rate
 from pplvi.losses.base import Loss
+from pplvi.programs.plates import full_size
 
 
 @checked
@@ -60,6 +61,7 @@ class UpDown(Loss):
         network.announce()
         guide.recognition.announce()
         network.layers[network.visible].validate(v, network.visible)
+        full_size(len(v), size)  # the mean over the data is that of any number of them
         wake, top = guide.upward(v), network.top
         start = {top.visible: wake[top.visible]}
         start[top.hidden[0]] = top.redrawn(top.hidden[0], start)

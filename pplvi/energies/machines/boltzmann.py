@@ -22,9 +22,9 @@ from torch import Tensor
 from pplvi.energies.machines.couplings import DenseCoupling, Edge, Products, check_graph, colour_classes
 from pplvi.energies.machines.energy import Clamped, EnergyModel
 from pplvi.energies.machines.training_step import active_step
-from pplvi.energies.machines.units import Beta, Units
+from pplvi.energies.machines.units import Beta, Units, check_beta
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import NonNegative
+from pplvi.kinds.kinds import Natural, NonNegative, Positive
 from pplvi.types import Values
 
 MAX_BITS = 20
@@ -110,7 +110,8 @@ class BoltzmannMachine(EnergyModel):
         step = active_step()
         return self._raw(f"weight_{edge[0]}_{edge[1]}") if step is None else step.live(self).parameters[edge]
 
-    def limit_norms(self, limit: float) -> None:
+    @checked
+    def limit_norms(self, limit: Positive) -> None:
         """Shrink, in place, the weights into each unit of the upper layer of a pair to a norm of at most ``limit``.
 
         The max-norm constraint: call it after a training step, such as ``fit(..., callbacks=[lambda run:
@@ -120,8 +121,6 @@ class BoltzmannMachine(EnergyModel):
 
         Source: Srebro & Shraibman (2005); Srivastava et al. (2014).
         """
-        if not limit > 0:
-            raise ValueError(f"limit={limit!r}: expected a positive number.")
         with torch.no_grad():
             for edge, weight in self.edges().items():
                 self.couplings[edge].limit(weight, limit)
@@ -194,6 +193,7 @@ class BoltzmannMachine(EnergyModel):
 
         :raises ValueError: if more than 20 bits would have to be enumerated.
         """
+        check_beta(beta)
         missing = tuple(layer for layer in self.layers if layer not in values)
         listed = self.to_enumerate(missing)
         if not listed:
@@ -270,8 +270,9 @@ class BoltzmannMachine(EnergyModel):
 
     # ------------------------------------------------------------------ Gibbs sampling
 
+    @checked
     def gibbs(
-        self, values: Values, num_sweeps: int = 1, *, clamped: Clamped = (), beta: Beta = 1.0
+        self, values: Values, num_sweeps: Natural = 1, *, clamped: Clamped = (), beta: Beta = 1.0
     ) -> dict[str, Tensor]:
         """Sweeps of block Gibbs sampling, one colour class after another; the first one is drawn first.
 
@@ -280,8 +281,10 @@ class BoltzmannMachine(EnergyModel):
             ``(width,)``; a mask of ``None`` is all units.
         :param beta: inverse temperature, a number or ``(*batch)``.
         :returns: new values of every layer; the given tensors are not changed.
+        :raises ValueError: for unknown layers among the clamped ones, or another beta.
         """
-        held: Mapping[str, Tensor | None] = clamped if isinstance(clamped, Mapping) else dict.fromkeys(clamped)
+        check_beta(beta)
+        held = self._held(clamped)
         state = dict(values)
         with torch.no_grad():
             for _ in range(num_sweeps):
@@ -289,6 +292,12 @@ class BoltzmannMachine(EnergyModel):
                     if not (layer in held and held[layer] is None):
                         state[layer] = self.redrawn(layer, state, beta, held=held.get(layer))
         return state
+
+    def _held(self, clamped: Clamped) -> Mapping[str, Tensor | None]:
+        held: Mapping[str, Tensor | None] = clamped if isinstance(clamped, Mapping) else dict.fromkeys(clamped)
+        if unknown := [layer for layer in held if layer not in self.layers]:
+            raise ValueError(f"clamped={unknown}: expected some of the layers {list(self.layers)}.")
+        return held
 
     def redrawn(self, layer: str, values: Values, beta: Beta = 1.0, *, held: Tensor | None = None) -> Tensor:
         """A draw of one layer given the values of the others, ``(*batch, width)``, without gradient.

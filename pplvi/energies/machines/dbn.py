@@ -165,7 +165,8 @@ class DeepBeliefNetwork(PyroModule):
                 found[layer] = self.layers[layer].sample(field)
         return found
 
-    def generate(self, num_draws: int, *, num_sweeps: int = 1000) -> dict[str, Tensor]:
+    @checked
+    def generate(self, num_draws: Count, *, num_sweeps: Count = 1000) -> dict[str, Tensor]:
         """Ancestral draws of all layers, ``(num_draws, width)`` each, from Gibbs chains in the top machine."""
         return self.downward(self.top.gibbs(self.top.draw((num_draws,)), num_sweeps))
 
@@ -178,7 +179,8 @@ class DeepBeliefNetwork(PyroModule):
             total = total + self.layers[layer].conditional(field).log_prob(values[layer])
         return total
 
-    def bound(self, v: Tensor, *, log_z: Tensor | float = 0.0, num_particles: int = 100) -> Tensor:
+    @checked
+    def bound(self, v: Tensor, *, log_z: Tensor | float = 0.0, num_particles: Count = 100) -> Tensor:
         """A lower bound of ``log p(v)``, ``(num_data,)``, in nats: the mean over draws of the guide; without gradient.
 
         .. math:: E_q[\\log p(v, h_1, .., h_{L-1}) - \\log q(h_1, .., h_{L-1} \\mid v)]

@@ -21,9 +21,23 @@ from torch.nn.functional import one_hot, softplus
 
 from pplvi.energies.machines.one_hot import OneHots
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Plural, Positive
+from pplvi.kinds.kinds import Count, Plural, Positive, is_number
+from pplvi.programs.running import is_recording
 
 Beta = float | Tensor
+
+
+def check_beta(beta: Beta) -> None:
+    """Check that inverse temperatures are numbers of at least 0, where a step is not being recorded.
+
+    :raises ValueError: if they are not.
+    """
+    if isinstance(beta, Tensor):
+        wrong = not is_recording() and bool((beta.isnan() | (beta < 0)).any())
+    else:
+        wrong = not (is_number(beta) and beta >= 0)
+    if wrong:
+        raise ValueError(f"beta={beta}: expected an inverse temperature, a number of at least 0.")
 
 
 def _times(beta: Beta, x: Tensor) -> Tensor:

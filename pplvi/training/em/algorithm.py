@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +24,7 @@ from pplvi.training.em.families import CollapseError
 from pplvi.training.em.maximisation import Maximisation
 from pplvi.training.em.starts import kmeans_start, random_start, tells_apart
 from pplvi.training.optimizers import Update
-from pplvi.training.steps import BeforeFirst, Stepper, Steps
+from pplvi.training.steps import BeforeFirst, Find, Stepper, Steps
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
 
@@ -228,9 +228,9 @@ class EMStepper(Stepper):
         """One: every iteration may be the last."""
         return 1
 
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """Nothing to replay."""
-        return find()
+        return find(*calls[0])
 
     def prepare(self, call: Call) -> None:
         """Read the program: which latents are summed, which parameters have a closed form."""
