@@ -34,6 +34,7 @@ from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
+from pplvi.kinds.checked import check_values
 from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
@@ -190,6 +191,9 @@ def fit(
     environment = Environment(dtype, device)
     check_numbers(num_steps=num_steps, num_warmup=num_warmup, restarts=restarts)
     check_budget(budget)
+    check_values(bool, progress=progress)
+    check_values(CompileMode | Compile, compile=compile)
+    check_values(Sequence[Callable[..., Any]], callbacks=callbacks)
     check_seed(seed, restarts)
     ways.named(vectorize)
     if data is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pplvi.compile.svi import CompileMode
-from pplvi.kinds.checked import check_values, checked
+from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count
 from pplvi.programs.calls import LastBatch, check_last_batch
 from pplvi.training.checkpoint import PathLike
@@ -70,7 +70,6 @@ class Compile:
         >>> Compile.of("trace")
         Compile(mode='trace', chunk=50)
         """
-        check_values(CompileMode | Compile, compile=compile)
         return compile if isinstance(compile, cls) else cls(compile)
 
     def steps(self, *options: Any) -> Steps:

@@ -85,6 +85,8 @@ def search_learning_rate(
     for rate in rates:
         try:
             fit = train(rate)
+            if not hasattr(fit, "posterior"):
+                raise TypeError(f"train({rate:g}) returned a {type(fit).__name__}: expected what pplvi.fit returns.")
             elbo = float(fit.posterior(_DRAWS, seed=0).elbo.value)
         except ValueError as error:
             failures[rate] = error

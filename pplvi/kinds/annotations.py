@@ -8,7 +8,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from pplvi.kinds.kinds import Condition, is_number, is_whole
 
@@ -51,11 +51,13 @@ def _of_class(kind: type) -> Condition | None:
 
 
 def _of_protocol(kind: type) -> Condition:
-    wanted = [name for name in vars(kind) if callable(vars(kind)[name]) and (name == "__call__" or name[0] != "_")]
-    words = "a callable" if wanted == ["__call__"] else f"an object with {', '.join(sorted(wanted))}"
+    """An object that has what the protocol names."""
+    named = {*vars(kind), *getattr(kind, "__annotations__", {})}
+    wanted = sorted(name for name in named if name == "__call__" or name[0] != "_")
+    words = "a callable" if wanted == ["__call__"] else f"an object with {', '.join(wanted)}"
     return Condition(
         f"{words}, as {kind.__name__}",
-        lambda x: not isinstance(x, type) and all(callable(getattr(x, n, None)) for n in wanted),
+        lambda x: not isinstance(x, type) and all(hasattr(x, name) for name in wanted),
     )
 
 
@@ -96,7 +98,7 @@ def _sequence(item: Any = Any) -> Condition:
     kind = condition_of(item)
     return Condition(
         f"a sequence, each {kind.words}" if kind else "a sequence",
-        lambda x: _is_sequence(x) and all(_holds(kind, y) for y in _items(x, kind)),
+        lambda x: _is_sequence(x) and all(_holds(kind, y) for y in x),
     )
 
 
@@ -132,15 +134,7 @@ def _holds(kind: Condition | None, value: Any) -> bool:
 
 
 def _is_sequence(value: Any) -> bool:
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.ndim > 0
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def _items(value: Any, kind: Condition | None) -> Any:
-    """What is in a sequence: of an array of numbers, numbers."""
-    numbers = kind is not None and not kind.holds(value[:1]) and isinstance(value, (Tensor, np.ndarray))
-    return value.tolist() if numbers else value
 
 
 def _plural(kind: Condition | None) -> str:

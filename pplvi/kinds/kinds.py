@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
+from torch import Tensor
+
 HUGE = 2**32
 """Whole numbers of this size count nothing: they overflow, or ask for more memory than there is."""
 
@@ -45,10 +47,9 @@ def is_number(value: Any) -> bool:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    try:
-        return not math.isnan(float(value))
-    except OverflowError:
+    if isinstance(value, numbers.Integral) and not -HUGE < int(value) < HUGE:
         return False
+    return not math.isnan(float(value))
 
 
 Count: TypeAlias = Annotated[int, Condition("a whole number of at least 1", lambda n: n >= 1)]
@@ -80,3 +81,11 @@ Rate: TypeAlias = Annotated[float, Condition("a number above 0 and at most 1", l
 
 Fraction: TypeAlias = Annotated[float, Condition("a number in [0, 1)", lambda x: 0 <= x < 1)]
 """The share of something old, which is never all."""
+
+Floats: TypeAlias = Annotated[Tensor, Condition("a tensor of floating point numbers", Tensor.is_floating_point)]
+"""Real numbers, of any shape."""
+
+Matrix: TypeAlias = Annotated[
+    Tensor, Condition("a matrix of floating point numbers", lambda x: x.is_floating_point() and x.dim() == 2)
+]
+"""Real numbers in rows and columns."""

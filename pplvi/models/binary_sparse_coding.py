@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from pplvi.guides.owned import claim_name
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Fraction, Natural, Positive
+from pplvi.kinds.kinds import Count, Floats, Fraction, Natural, Positive
 from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate, full_size
 from pplvi.programs.running import is_recording
@@ -69,9 +69,9 @@ class BinarySparseCoding(PyroModule):
         num_visible: Count,
         num_codes: Count,
         *,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        precision: Tensor | None = None,
+        weight: Floats | None = None,
+        bias: Floats | None = None,
+        precision: Floats | None = None,
         name: str = "binary_sparse_coding",
     ) -> None:
         super().__init__(name)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pplvi.guides.search.lasso import soft_threshold
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Natural, Positive
+from pplvi.kinds.kinds import Matrix, Natural, Positive
 
 __all__ = ["LISTA"]
 
@@ -34,10 +34,8 @@ class LISTA(nn.Module):
     tensor([[2., 0.]])
     """
 
-    def __init__(self, dictionary: Tensor, num_layers: Natural, penalty: Positive = 0.1) -> None:
+    def __init__(self, dictionary: Matrix, num_layers: Natural, penalty: Positive = 0.1) -> None:
         super().__init__()
-        if dictionary.dim() != 2:
-            raise ValueError(f"dictionary of shape {tuple(dictionary.shape)}: expected (num_visible, num_codes).")
         atoms = dictionary.detach().T
         gram = atoms @ atoms.T
         largest = torch.linalg.eigvalsh(gram)[-1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from pplvi.guides.owned import claim_name
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Positive
+from pplvi.kinds.kinds import Count, Floats, Positive
 from pplvi.programs.plates import data_plate, full_size
 
 __all__ = ["SparseCoding", "learn_dictionary"]
@@ -62,7 +62,7 @@ class SparseCoding(PyroModule):
         *,
         penalty: Positive = 0.1,
         noise: Positive = 1.0,
-        dictionary: Tensor | None = None,
+        dictionary: Floats | None = None,
         name: str = "sparse_coding",
     ) -> None:
         super().__init__(name)

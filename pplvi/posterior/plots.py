@@ -58,6 +58,8 @@ def plot_objective(
     losses = _losses(source)
     window = max(1, losses.shape[1] // 50) if window is None else window
     names = [f"restart {i}" for i in range(len(losses))] if labels is None else list(labels)
+    if ax is not None and not hasattr(ax, "plot"):
+        raise ValueError(f"ax is {type(ax).__name__}; expected axes of matplotlib, or None for new ones.")
     if window < 1 or len(names) != len(losses):
         raise ValueError(
             f"window={window} and {len(names)} labels for {len(losses)} restarts; expected a window of at least 1 step "
@@ -139,7 +141,7 @@ def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarr
 
     posteriors = _posteriors(source)
     pair = np.asarray(pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")[1] if axes is None else axes)
-    if pair.shape != (2,):
+    if pair.shape != (2,) or not all(hasattr(ax, "plot") for ax in pair):
         raise ValueError(f"axes has shape {pair.shape}; expected two axes, as pyplot.subplots(1, 2) makes them.")
     for index, posterior in enumerate(posteriors):
         name = f"restart {index}: " if len(posteriors) > 1 else ""
@@ -236,6 +238,10 @@ def _draws(source: Any) -> xarray.Dataset:
         source = to_arviz(source, num_prior=0, posterior_predictive=False)
     elif isinstance(source, Mapping) and "posterior" not in source:
         return _arviz().convert_to_dataset({name: to_numpy(value)[None] for name, value in source.items()})
+    elif not isinstance(source, Mapping):
+        raise ValueError(
+            f"source is {type(source).__name__}; expected a fit, a posterior, what to_arviz returns, or draws by name."
+        )
     return source["posterior"]
 
 

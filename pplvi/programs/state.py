@@ -114,7 +114,7 @@ def fingerprint(tree: Any) -> str:
 class Environment:
     """Default dtype and device of a run; ``None`` leaves them alone.
 
-    :raises ValueError: if ``dtype`` is not a floating point dtype.
+    :raises ValueError: if ``dtype`` is not a floating point dtype, or ``device`` none.
     """
 
     dtype: torch.dtype | None = None
@@ -123,6 +123,13 @@ class Environment:
     def __post_init__(self) -> None:
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"dtype={self.dtype!r}: expected a floating point dtype such as torch.float64, or None.")
+        try:
+            torch.device("cpu" if self.device is None else self.device)
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"device={self.device!r}: expected a device such as 'cpu' or 'cuda:0' ({reason})."
+            ) from error
 
     @contextmanager
     def active(self) -> Iterator[None]:

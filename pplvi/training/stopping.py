@@ -50,6 +50,9 @@ def improvement(losses: Sequence[float] | NDArray[np.float64]) -> tuple[float, f
     return early[0] - late[0], math.hypot(early[1], late[1])
 
 
+_SHORTEST = 16
+
+
 @checked
 def has_settled(losses: Sequence[float] | NDArray[np.float64]) -> bool:
     """A verdict on a finished trace: the last gain is below three standard errors, or below a tenth of a nat.
@@ -63,6 +66,8 @@ def has_settled(losses: Sequence[float] | NDArray[np.float64]) -> bool:
     >>> has_settled(falling), has_settled(spikes), has_settled(np.zeros(400))
     (False, False, True)
     """
+    if len(losses) < _SHORTEST:
+        raise ValueError(f"a trace of {len(losses)} losses: expected at least {_SHORTEST}.")
     return _is_small(*improvement(losses)) and _is_small(*improvement(_without_outliers(losses)))
 
 

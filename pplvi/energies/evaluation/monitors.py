@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Seed
+from pplvi.kinds.kinds import Count, Matrix, Seed
 from pplvi.programs.state import random_state
 
 __all__ = ["FreeEnergyGap", "Mixing", "Neighbours", "chain_mixing", "free_energy_gap", "inpaint", "nearest_neighbours"]
@@ -114,7 +114,7 @@ class Neighbours(NamedTuple):
 
 
 @checked
-def nearest_neighbours(samples: Tensor, data: Tensor) -> Neighbours:
+def nearest_neighbours(samples: Matrix, data: Matrix) -> Neighbours:
     """The training datum that is nearest to each sample: a machine that copies its data has distances near 0.
 
     :param samples: ``(num_samples, width)``.

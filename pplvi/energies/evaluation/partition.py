@@ -183,7 +183,9 @@ def _betas(between: Between, num_betas: int, given: Tensor | str | None) -> tupl
     if isinstance(given, str):
         return _adapted(between, num_betas)
     found = torch.linspace(0, 1, num_betas, dtype=torch.float64) if given is None else torch.as_tensor(given).double()
-    if len(found) < 2 or found[0] != 0 or found[-1] != 1 or not bool((found.diff() > 0).all()):
+    if found.dim() != 1 or len(found) < 2:
+        raise ValueError(f"betas of shape {tuple(found.shape)}: expected two numbers at least, from 0 to 1.")
+    if found[0] != 0 or found[-1] != 1 or not bool((found.diff() > 0).all()):
         raise ValueError(f"betas from {found[0]:g} to {found[-1]:g}: expected increasing numbers from 0 to 1.")
     return tuple(found.tolist())
 

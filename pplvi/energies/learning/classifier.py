@@ -14,7 +14,7 @@ from pplvi.energies.machines.dbn import DeepBeliefNetwork
 from pplvi.energies.machines.units import Units
 from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Natural, Plural
+from pplvi.kinds.kinds import Floats, Matrix, Natural, Plural
 
 
 @checked
@@ -39,15 +39,19 @@ class BoltzmannClassifier(nn.Module):
 
     def __init__(
         self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
+        weights: Sequence[Matrix],
+        biases: Sequence[Floats],
         units: Sequence[Units],
         num_classes: Plural,
         *,
         guide: FactorisedInference | None = None,
-        feedback: Sequence[Tensor] = (),
+        feedback: Sequence[Matrix] = (),
     ) -> None:
         super().__init__()
+        if not weights or not len(weights) == len(biases) == len(units):
+            raise ValueError(
+                f"{len(weights)} weights, {len(biases)} biases, units of {len(units)} layers: expected as many of each."
+            )
         self.up = nn.ParameterList([nn.Parameter(w.detach().clone()) for w in weights])
         self.down = nn.ParameterList([nn.Parameter(w.detach().clone()) for w in feedback])
         self.biases = nn.ParameterList([nn.Parameter(b.detach().clone()) for b in biases])

@@ -281,10 +281,12 @@ class BoltzmannMachine(EnergyModel):
             ``(width,)``; a mask of ``None`` is all units.
         :param beta: inverse temperature, a number or ``(*batch)``.
         :returns: new values of every layer; the given tensors are not changed.
-        :raises ValueError: for unknown layers among the clamped ones, or another beta.
+        :raises ValueError: for layers without values, unknown ones among the clamped, or another beta.
         """
         check_beta(beta)
         held = self._held(clamped)
+        if missing := sorted(self.layers.keys() - values.keys()):
+            raise ValueError(f"no values for the layers {missing}: expected {list(self.layers)}. See draw().")
         state = dict(values)
         with torch.no_grad():
             for _ in range(num_sweeps):

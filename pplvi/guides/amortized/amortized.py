@@ -328,7 +328,10 @@ class AutoAmortized(OwnedGuide):
 
 
 def _first(*args: Any, **kwargs: Any) -> Any:
-    return next(iter((*args, *kwargs.values())))
+    given = (*args, *kwargs.values())
+    if not given:
+        raise ValueError("an amortised guide got no data: expected the model's arguments. Call guide(*args).")
+    return given[0]
 
 
 def _head(features: Tensor, num_outputs: int, size: int) -> nn.Module:

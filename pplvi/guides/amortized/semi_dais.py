@@ -123,10 +123,9 @@ class AutoSemiDAIS(OwnedGuide):
         learn_path: bool = True,
         betas: Sequence[Probability] | None = None,
     ) -> None:
-        if not isinstance(base, AutoAmortized):
+        if base._pyro_context.used:
             raise ValueError(
-                f"base is a {type(base).__name__}: expected an AutoHierarchical or AutoAmortized of the model, whose "
-                "local draws are annealed. For models without plates use AnnealedGuide."
+                "base has been run by itself, and its parameters have their names: expected one that is new."
             )
         if base.is_point:
             raise ValueError("base has family='delta', a point without a density: expected a family to anneal from.")
