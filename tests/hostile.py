@@ -182,7 +182,6 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "CompiledSVI loss": lambda: pplvi.ELBO(),
     "Condition words": lambda: "a number",
     "Condition holds": lambda: callable,
-    "check_values hint": lambda: int,
     "Coordinates shape": tuple,
     "Coordinates transform": lambda: torch.distributions.transforms.identity_transform,
     "Coordinates plates": tuple,
@@ -297,15 +296,9 @@ _UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, ins
 def _is_walked(thing: Any) -> bool:
     if inspect.isfunction(thing):
         return True
-    tuples = isinstance(thing, type) and issubclass(thing, tuple)
-    protocol = getattr(thing, "_is_protocol", False)
-    if (
-        not inspect.isclass(thing)
-        or inspect.isabstract(thing)
-        or protocol
-        or tuples
-        or issubclass(thing, BaseException)
-    ):
+    if not inspect.isclass(thing) or inspect.isabstract(thing) or getattr(thing, "_is_protocol", False):
+        return False
+    if issubclass(thing, (tuple, BaseException)):
         return False
     maker = getattr(thing.__init__, "__module__", "")
     return maker.startswith("pplvi") or "__dataclass_fields__" in vars(thing)  # and no constructor that Pyro has
@@ -324,10 +317,7 @@ def valid(name: str, thing: Any, without: str) -> dict[str, Any]:
     """
     found = dict(SHORT.get(name, {}))
     for parameter in inspect.signature(thing).parameters.values():
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
+        required = parameter.default is parameter.empty and parameter.kind not in _UNNAMED
         if not required or parameter.name in found or parameter.name == without:
             continue
         if f"{name} {parameter.name}" in EXAMPLES:
