@@ -22,6 +22,7 @@ from pplvi.posterior.scouts import (
     adapted,
     around,
     climbed,
+    climbed_once,
     missed,
     mixed,
     prior_starts,
@@ -251,15 +252,16 @@ def _scouted(programs: ModelCall, pool: WeightedDraws, thin: int) -> tuple[tuple
     own = _own(density, pool, thin, programs.affordable(_CHECKED, _FEW_DRAWS))
     few = programs.affordable(_FAR_SCOUTS, _FEW)
     prior = prior_starts(density, *call, programs.affordable(_PRIOR_SCOUTS, _FEW))
-    starts = torch.cat([prior, spread_starts(own, few), _tails(own, few)])
-    modes, whole = climbed(density, starts), around(own)
+    beside = torch.cat([spread_starts(own, few), _tails(own, few)])
+    modes, whole = climbed(density, beside, climbed_once(density, prior)), around(own)
+    number_of_starts = len(prior) + len(beside)
     if (seen := _joined(mixed(modes), whole)) is None:
-        return (), f"{len(starts)} scouts met no mode"
+        return (), f"{number_of_starts} scouts met no mode"
     screening = programs.affordable(_SCREENED, _FEW_DRAWS // 5)
     candidates = torch.cat([prior_starts(density, *call, screening), wide(seen, screening)])
     modes = climbed(density, screened(density, seen, candidates, few), modes)
     divided = mixed(modes)
-    text = f"{len(starts)} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
+    text = f"{number_of_starts} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
     number = programs.affordable(_SCOUT_DRAWS, _FEW_DRAWS), programs.affordable(_MORE_DRAWS, 2 * _FEW_DRAWS)
     compare = _missed_by_chains if pool.is_mcmc else missed
     return _compared(density, (divided, _joined(divided, whole) or seen), own, number, compare), text
