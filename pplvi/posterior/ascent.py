@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pplvi.programs.deadline import is_time_over
+
 _HISTORY, _BACKTRACKS = 8, 8
 _ARMIJO, _SHRINK = 1e-4, 0.25
 _GAIN = 1e-3  # nats; a point that gains less, twice in a row, stays where it is
@@ -55,7 +57,7 @@ def ascend(function: ValueAndGradient, starts: Tensor, iterations: int) -> Climb
     at = Climb(starts[kept].double(), value[kept], gradient[kept])
     search = _Search(at)
     search.aim(rows := torch.arange(len(at.value)))
-    while len(rows):
+    while len(rows) and not is_time_over():
         ended = search.take(function, rows)
         going = (search.steps < iterations) & (search.idle < _PATIENCE)
         search.aim(ended[going[ended]])

@@ -43,6 +43,7 @@ from pplvi.posterior.verdict import (
     judge_data,
 )
 from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.state import random_state
 from pplvi.programs.ways import Vectorize
@@ -203,7 +204,7 @@ def grown(posterior: WeightedDraws, more: Callable[[int, int], Draws], bytes_of_
             if number == 1:
                 most = min(most, int(_MOST_WORK / work_of_draw(more)))
                 wanted = min(wanted, most - pool.num_draws)
-            if wanted < 1:
+            if wanted < 1 or is_time_over():
                 break
             draws = stack([pool.draws, more(wanted, number)], pool.num_draws + wanted)
             new = WeightedDraws(draws, posterior.point_sites)

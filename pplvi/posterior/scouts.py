@@ -17,6 +17,7 @@ from torch import Tensor
 from pplvi.posterior.ascent import ascend
 from pplvi.posterior.draws import predict
 from pplvi.posterior.students import Students
+from pplvi.programs.deadline import ending
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.memo import Recent
 from pplvi.weights.algebra import effective_sample_size, normalize
@@ -163,7 +164,8 @@ def climbed_once(density: UnconstrainedDensity, starts: Tensor) -> list[Mode]:
 
     The prior is the same for every guide of a model and its data, and so are the ends of climbs from it.
     """
-    return _CLIMBS.find((starts, *density.value_and_gradient(starts)), lambda: climbed(density, starts))
+    with ending(lambda: ""):  # what is remembered is whole
+        return _CLIMBS.find((starts, *density.value_and_gradient(starts)), lambda: climbed(density, starts))
 
 
 _CLIMBS = Recent[list[Mode]](most=8)

@@ -102,6 +102,10 @@ _FACTORIES = frozenset(
 )
 
 _FACTORISATIONS = frozenset({torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky})
+_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_OTHERWISE = frozenset(
+    {*_DRAWS, *_FACTORIES, *_FACTORISATIONS, _DATA, torch.Tensor.clamp_, torch.binomial, torch.Tensor.new}
+)
 
 
 class OutOfPlace(TorchFunctionMode):
@@ -120,6 +124,8 @@ class OutOfPlace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch in its own or in another way."""
         kwargs = kwargs or {}
+        if func not in _OTHERWISE:  # most by far
+            return func(*args, **kwargs)
         if func in _DRAWS and not (is_batched(args[0]) and self.token is not None):
             return self._drawn(func, args, kwargs)
         if func is torch.Tensor.clamp_:
@@ -128,7 +134,7 @@ class OutOfPlace(TorchFunctionMode):
             return torch.binomial(*_alike(*args), **kwargs)
         if func in _FACTORISATIONS:
             return self._factor(*args, **kwargs)
-        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func == _DATA:
             return args[0].detach()
         if func is torch.Tensor.new:
             return self._of_each(_renewed(*args, **kwargs))

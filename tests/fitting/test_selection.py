@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -55,14 +56,20 @@ class Fitted:
 
     def __init__(self, name, pareto_k, elbo=0.0, log_evidence=0.0):
         self.guide_name, self.pareto_k, self.elbo, self.log_evidence = name, pareto_k, elbo, log_evidence
-        self.runs, self.best, self.notes = [None], 0, {}
+        self.runs, self.best, self.notes = [SimpleNamespace(reason="found")], 0, {}
         self.guide = self.islands = None
 
     def posterior(self, num_draws):
         estimates = {"elbo": Estimate(self.elbo, 0.0), "total_log_evidence": Estimate(self.log_evidence, 0.01)}
         verdict = Verdict(RELIABLE if self.pareto_k < 0.7 else UNRELIABLE, (), ())
-        facts = Facts(8000, 4000.0, self.pareto_k, 0.01, 0.0)
-        judged = {"verdict": verdict, "facts": facts, "has_weights": True, "draws": type("D", (), {"batch": ()})}
+        facts = Facts(8000, 3000.0, self.pareto_k, 0.01, 0.0)
+        judged = {
+            "verdict": verdict,
+            "facts": facts,
+            "facts_without_scouts": facts,
+            "has_weights": True,
+            "draws": type("D", (), {"batch": ()}),
+        }
         return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), **judged, **estimates})
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture, full_gaussian, stack_gaussians
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
 from pplvi.weights.pareto import pareto_smooth
@@ -62,7 +63,7 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, c
     best = current = _judge(density, start)
     wasted = 0
     for _ in range(rounds):
-        if (proposal := _moments(current)) is None or wasted == 2:
+        if wasted == 2 or is_time_over() or (proposal := _moments(current)) is None:
             break
         current = _judge(density, proposal)
         better = _is_better(current, best)
@@ -78,6 +79,8 @@ def _mixed(density: UnconstrainedDensity, best: _Judged, components: int) -> _Ju
     size, least = 2, best.elbo - _DEAR
     while size <= components:
         for _ in range(_EM_ROUNDS):
+            if is_time_over():
+                return best
             current = _judge(density, _fitted(best, size), _LEAST_MIXED)
             light = current.pareto_k < max(_HEAVY, best.pareto_k) and current.elbo > least
             if (light and _is_better(current, best)) or _gains(current, best) > _MORE:
