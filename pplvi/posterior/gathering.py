@@ -53,24 +53,27 @@ from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
 
 class ModelCall(NamedTuple):
-    """A model, its call, the way of running it, and what a draw takes."""
+    """A model, its call, the way of running it, and what a draw takes: bytes, and elements computed."""
 
     model: Program
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     vectorize: Vectorize
     bytes_of_draw: int = 1
+    work_of_draw: float = 1.0
 
     def affordable(self, number: int, least: int) -> int:
-        """So many rows, or fewer where the model has many data or runs them one after another, but not too few."""
+        """So many rows, or fewer where they are dear or run one after another, but not too few."""
         one_by_one = _LOOPED if self.vectorize in (False, "loop") else 1
-        return max(least, int(number * min(1.0, _DEAR / (self.bytes_of_draw * one_by_one))))
+        part = min(1.0, _DEAR / (self.bytes_of_draw * one_by_one), _DEAR_WORK / self.work_of_draw)
+        return max(least, int(number * part))
 
 
 _PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 5_000
 _SCOUT_DRAWS, _MORE_DRAWS, _CHECKED = 2_000, 10_000, 10_000  # of the last, those of the guide, to compare with
 _FEW, _FEW_DRAWS = 8, 500
 _DEAR = 2**15  # bytes of a draw from which on fewer are sent
+_DEAR_WORK = 3e4  # elements
 _LOOPED = 2**20  # times dearer is a draw of a program that is run for each draw
 _MOST_DRAWS, _MOST_BYTES, _MOST_WORK = 100_000, 2**28, 5e8
 _K_ERROR = 0.1
@@ -250,6 +253,8 @@ def _scouted(programs: ModelCall, pool: WeightedDraws, thin: int) -> tuple[tuple
         return (), f"no scouts were sent, in {density.dim:,} dimensions"
     if missing := {block.name for block in density.blocks} ^ set(pool.draws.latents):
         return (), f"no scouts were sent: the guide draws {sorted(missing)}, which has no density to climb"
+    rows = density.start.expand(_FEW, -1)
+    programs = programs._replace(work_of_draw=work_of_draw(lambda size, seed: density(rows[:size])))
     own = _own(density, pool, thin, programs.affordable(_CHECKED, _FEW_DRAWS))
     few = programs.affordable(_FAR_SCOUTS, _FEW)
     prior = prior_starts(density, *call, programs.affordable(_PRIOR_SCOUTS, _FEW))

@@ -45,7 +45,8 @@ def minibatch(fn: Any) -> Tensor:
     """The draw of Pyro's distribution of a plate's indices; of a large plate, :func:`some_of` them."""
     number, size = fn.subsample_size, fn.size
     if number is None or fn.use_cuda or size <= _MANY or number >= size:
-        return fn()  # type: ignore[no-any-return]
+        whole: Tensor = fn()
+        return whole
     return some_of(size, number, fn.device)
 
 

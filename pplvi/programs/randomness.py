@@ -157,8 +157,11 @@ class OutOfPlace(TorchFunctionMode):
         bad = (info != 0).reshape(-1).any()
         self.failed = bad if self.failed is None else self.failed | bad
         unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        sound = torch.where((info != 0)[..., None, None], unit, matrix)
-        factor = torch.linalg.cholesky_ex(sound)[0]
+        failed = (info != 0)[..., None, None]
+        if torch.is_grad_enabled():  # no gradient through a factor that is none
+            factor = torch.linalg.cholesky_ex(torch.where(failed, unit, matrix))[0]
+        else:
+            factor = torch.where(failed, unit, factor)
         return factor.mH if upper else factor
 
 
