@@ -50,7 +50,7 @@ def minibatch(fn: Any) -> Tensor:
     return some_of(size, number, fn.device)
 
 
-class Minibatches(Messenger):
+class FewIndices(Messenger):
     """Draw minibatches of large plates without a permutation of all their elements."""
 
     def _pyro_sample(self, msg: Any) -> None:

