@@ -20,7 +20,7 @@ from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
-from pplvi.posterior.gathering import ModelCall, facts_with_scouts, grown, verdict_of, verdict_on_chains
+from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.verdict import Facts, Verdict, judge
@@ -164,6 +164,13 @@ class Posterior(WeightedDraws):
                 return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
 
             return grown(self, more, source.bytes)
+
+    @cached_property
+    def facts_without_scouts(self) -> Facts | None:
+        """What is known of the :attr:`pool` before scouts are sent; ``None`` for chains and weights of single data."""
+        if self.is_mcmc or not self.has_weights or self.draws.batch:
+            return None
+        return facts_of(self.pool, self.converged)
 
     @cached_property
     def facts(self) -> Facts:
