@@ -267,7 +267,7 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint(call),
         },
-        start=SearchedStart(init),
+        start=SearchedStart(init, compiled.mode),
     )
     runs = train_restarts(plan)
     best = best_of(runs, bound)

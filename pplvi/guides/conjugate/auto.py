@@ -14,7 +14,7 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
 from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
-from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, started
+from pplvi.guides.conjugate.ascent import BlockMeanField, Recorder, ascend_bound, started
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
 from pplvi.guides.conjugate.families import BlockFamily
@@ -115,6 +115,7 @@ class AutoConjugate(OwnedGuide, Search):
         self._locals: tuple[str, ...] = ()
         self._around: list[Plate] = []
         self._last: tuple[Any, BlockMeanField] | None = None
+        self.recorder: Recorder | None = None
 
     # ------------------------------------------------------------------ running
 
@@ -134,7 +135,7 @@ class AutoConjugate(OwnedGuide, Search):
             if self.rate is not None:
                 return self.step(*args, **kwargs)
             field = started(reading, _named(self._init_loc_fn))
-            bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance)
+            bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance, recorder=self.recorder)
             self._keep(field, bounds)
         return self
 
@@ -330,7 +331,7 @@ class AutoConjugate(OwnedGuide, Search):
     # ------------------------------------------------------------------ copies and files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_init_loc_fn": None, "_last": None, "rate": None}
+        return {**super().__getstate__(), "_init_loc_fn": None, "_last": None, "rate": None, "recorder": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnedGuide:
         self._last = None
@@ -377,11 +378,11 @@ def _subsampled(reading: Reading) -> tuple[str, ...]:
 
 def _settled(field: BlockMeanField) -> float:
     """Bring local blocks to their maximisers given the others; the bound there, nats."""
-    bound = field.bound()
+    bound = float(field.bound())
     for _ in range(_LOCAL_SWEEPS if field.reading.locals() else 0):
         for block in field.reading.locals():
             field.update(block)
-        before, bound = bound, field.bound()
+        before, bound = bound, float(field.bound())
         if math.isclose(before, bound, rel_tol=_LOCAL_TOLERANCE):
             break
     return bound
