@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pplvi.compile.iterating import RecordedMap
 from pplvi.compile.svi import CompileMode
+from pplvi.guides.conjugate.ascent import Recorder
 from pplvi.guides.conjugate.auto import AutoConjugate
 from pplvi.guides.search.base import Search
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
@@ -88,7 +89,7 @@ class SearchedStart(Start):
         run, guide = trainer.run, cast(AutoConjugate, trainer.run.guide)
         if guide.rate is None:
             call = trainer.call = _full_call(trainer, None)
-            guide.recorder = None if self.compile is False else partial(RecordedMap, mode=self.compile)
+            guide.recorder = None if self.compile is False else cast(Recorder, partial(RecordedMap, mode=self.compile))
             guide.run(*call[0], **call[1])
             if _parameters(run, call):
                 return False
@@ -97,8 +98,8 @@ class SearchedStart(Start):
             return True
         if self.compile not in (False, "auto"):
             raise ValueError(
-                f"compile={self.compile!r} of AutoConjugate with minibatches: expected compile=False, since the program "
-                "is read anew for each of them. Sweeps over all data at once are recorded."
+                f"compile={self.compile!r} of AutoConjugate with minibatches: expected compile=False, since the "
+                "program is read anew for each of them. Sweeps over all data at once are recorded."
             )
         for _ in range(trainer.watch.num_steps):
             try:

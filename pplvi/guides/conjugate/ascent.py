@@ -20,6 +20,8 @@ from pplvi.programs.enumeration import factor_marginals
 from pplvi.programs.running import is_recording
 from pplvi.programs.sites import base_distribution
 
+_LOCAL_SWEEPS, _LOCAL_TOLERANCE = 100, 1e-8
+
 
 @dataclass
 class BlockMeanField:
@@ -102,8 +104,8 @@ class BlockMeanField:
         if (how := self.reading.fallback.get(block)) is not None:
             if is_recording():
                 raise ValueError(
-                    f"block {block!r} has no closed form, and the search of fallback={how!r} ends when it is done, which "
-                    "a recorded sweep cannot: expected compile=False."
+                    f"block {block!r} has no closed form, and the search of fallback={how!r} ends when it is done, "
+                    "which a recorded sweep cannot: expected compile=False."
                 )
             UPDATES[how](self, block, rate)
         else:
@@ -209,6 +211,18 @@ def started(reading: Reading, given: Mapping[str, Any] | None = None) -> BlockMe
             numbers = numbers if own.expected.sites == {sites[0]} and not own.summed else {}
             families[block] = start_of(fn, reading.latents[sites[0]].start, numbers, sites[0] in known)
     return BlockMeanField(reading, families)
+
+
+def settled(field_: BlockMeanField) -> float:
+    """Bring local blocks to their maximisers given the others; the bound there, nats."""
+    bound = float(field_.bound())
+    for _ in range(_LOCAL_SWEEPS if field_.reading.locals() else 0):
+        for block in field_.reading.locals():
+            field_.update(block)
+        before, bound = bound, float(field_.bound())
+        if math.isclose(before, bound, rel_tol=_LOCAL_TOLERANCE):
+            break
+    return bound
 
 
 class Recording(Protocol):
