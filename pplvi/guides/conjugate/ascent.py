@@ -213,7 +213,7 @@ def started(reading: Reading, given: Mapping[str, Any] | None = None) -> BlockMe
     return BlockMeanField(reading, families)
 
 
-def settled(field_: BlockMeanField) -> float:
+def settle_locals(field_: BlockMeanField) -> float:
     """Bring local blocks to their maximisers given the others; the bound there, nats."""
     bound = float(field_.bound())
     for _ in range(_LOCAL_SWEEPS if field_.reading.locals() else 0):

@@ -13,7 +13,7 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
 from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
-from pplvi.guides.conjugate.ascent import BlockMeanField, Recorder, ascend_bound, settled, started
+from pplvi.guides.conjugate.ascent import BlockMeanField, Recorder, ascend_bound, settle_locals, started
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
 from pplvi.guides.conjugate.families import BlockFamily
@@ -151,7 +151,7 @@ class AutoConjugate(OwnedGuide, Search):
             )
         with random_state(None), outside_of_handlers(), explained():
             field = self._field(self._read(args, kwargs), _WALK)
-            bounds = [*self.bounds, settled(field)]
+            bounds = [*self.bounds, settle_locals(field)]
             rate = self.rate(len(self.bounds))
             for block in field.families:
                 if block not in field.reading.locals():
@@ -278,7 +278,7 @@ class AutoConjugate(OwnedGuide, Search):
         ):
             with random_state(0), outside_of_handlers():
                 field = self._field(self._read(args, kwargs, indices))
-                settled(field)
+                settle_locals(field)
             self._last = (key, field)
         return self._last[1]
 
