@@ -268,7 +268,7 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint(call),
         },
-        start=SearchedStart(init),
+        start=SearchedStart(init, compiled.mode),
     )
     runs = train_restarts(plan)
     best = best_of(runs, bound)
