@@ -13,7 +13,7 @@ QUICK := pplvi/types.py pplvi/weights pplvi/objectives pplvi/programs \
 	tests/weights tests/objectives tests/programs \
 	tests/fitting/test_fit.py::test_equal_to_a_loop_by_hand_to_the_bit
 
-.PHONY: demo test test-all test-quick lint format clean
+.PHONY: demo test test-all test-quick fuzz mutants lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pplvi.examples.demo --out out
@@ -24,6 +24,10 @@ test: lint
 # With the rest of the tables of which `make test` runs a part.
 test-all: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m ""
+
+# Hostile values, 22,000 of them, for every argument of every public name.
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "" tests/project/test_hostile_values.py
 
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not exhaustive" $(QUICK)

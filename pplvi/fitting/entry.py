@@ -34,6 +34,8 @@ from pplvi.fitting.options import Checkpoint, Compile, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
+from pplvi.kinds.checked import check_values
+from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
@@ -74,15 +76,15 @@ def fit(
     data: Iterable[Any] | Minibatches | None = None,
     objective: Any = None,
     optim: OptimLike = None,
-    learning_rate: float | None = None,
+    learning_rate: Positive | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
     init: Any = None,
-    num_steps: int | None = None,
-    num_warmup: int | None = None,
-    budget: float | Timing | None = None,
-    restarts: int = 1,
-    seed: int | None = None,
+    num_steps: Count | None = None,
+    num_warmup: Count | None = None,
+    budget: Positive | Timing | None = None,
+    restarts: Count = 1,
+    seed: Seed | None = None,
     compile: CompileMode | Compile = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
@@ -190,6 +192,9 @@ def fit(
     environment = Environment(dtype, device)
     check_numbers(num_steps=num_steps, num_warmup=num_warmup, restarts=restarts)
     check_budget(budget)
+    check_values(bool, progress=progress)
+    check_values(CompileMode | Compile, compile=compile)
+    check_values(Sequence[Callable[..., Any]], callbacks=callbacks)
     check_seed(seed, restarts)
     ways.named(vectorize)
     if data is None:

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pplvi.compile.svi import MODES, CompileMode
-from pplvi.fitting.arguments import check_numbers
+from pplvi.compile.svi import CompileMode
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.programs.calls import LastBatch, check_last_batch
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.steps import CompiledSteps, EagerSteps, Steps
 
 
+@checked
 @dataclass(frozen=True)
 class Minibatches:
     """Data of ``fit`` whose last batch may be shorter; the iterable itself for short.
@@ -27,7 +29,7 @@ class Minibatches:
     'drop'
     """
 
-    data: Iterable[Any]
+    data: Iterable[Any] | None
     last_batch: LastBatch = "compile"
 
     def __post_init__(self) -> None:
@@ -39,6 +41,7 @@ class Minibatches:
         return data if isinstance(data, cls) else cls(data)
 
 
+@checked
 @dataclass(frozen=True)
 class Compile:
     """How ``fit`` compiles its steps; the mode for short.
@@ -54,12 +57,9 @@ class Compile:
     """
 
     mode: CompileMode = True
-    chunk: int = 50
+    chunk: Count = 50
 
     def __post_init__(self) -> None:
-        check_numbers(chunk=self.chunk)
-        if self.mode not in MODES:
-            raise ValueError(f"compile={self.mode!r}: expected one of {MODES}.")
         if self.chunk > 50:
             raise ValueError(f"chunk={self.chunk}: expected at most 50, after which the loop looks at the losses.")
 
@@ -82,6 +82,7 @@ class Compile:
         return CompiledSteps(*options, mode=self.mode, chunk=self.chunk)
 
 
+@checked
 @dataclass(frozen=True)
 class Checkpoint:
     """A file that ``fit`` writes now and then, and at the end of every restart; its path for short.
@@ -95,10 +96,7 @@ class Checkpoint:
     """
 
     path: PathLike
-    every: int = 500
-
-    def __post_init__(self) -> None:
-        check_numbers(every=self.every)
+    every: Count = 500
 
     @classmethod
     def of(cls, checkpoint: Any) -> Checkpoint | None:

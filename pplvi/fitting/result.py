@@ -18,6 +18,8 @@ from pplvi.fitting.mcmc import SavedChains
 from pplvi.fitting.saving import save
 from pplvi.fitting.smc import Islands
 from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts, has_latents
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Natural, Seed
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     import arviz
 
 
+@checked
 class Fit:
     r"""The result of :func:`pplvi.fit`: every restart with its parameters, and the best one.
 
@@ -80,12 +83,12 @@ class Fit:
     def __init__(
         self,
         runs: list[Restart],
-        best: int,
+        best: Natural,
         *,
         guide_name: str,
         args: tuple[Any, ...] | None,
         kwargs: Mapping[str, Any],
-        seed: int | None,
+        seed: Seed | None,
         objective: Any = None,
         is_bound: bool = False,
         mcmc: MCMC | SavedChains | None = None,

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Seed
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
 from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
 from pplvi.posterior.leave_one_out import loo
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 _FAR_SEED = 1_000_003
 
 
+@checked
 class Posterior(WeightedDraws):
     r"""Draws of a trained guide with the importance weights that correct them.
 
@@ -100,10 +103,10 @@ class Posterior(WeightedDraws):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        num_draws: int = 1000,
+        num_draws: Count = 1000,
         vectorize: Vectorize = None,
-        chunk_size: int | None = None,
-        seed: int | None = None,
+        chunk_size: Count | None = None,
+        seed: Seed | None = None,
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from pplvi.kinds.checked import checked
 from pplvi.posterior.scouts import Missed
 from pplvi.weights.pareto import pareto_k_threshold
 
@@ -25,6 +26,7 @@ _SOME, _MANY = 0.01, 0.1  # parts of the data that are badly approximated
 _RHAT, _RHAT_USABLE, _CHAIN_ESS, _CHAIN_FEW = 1.01, 1.05, 400.0, 100.0
 
 
+@checked
 @dataclass(frozen=True)
 class Verdict:
     """How far a posterior can be believed.

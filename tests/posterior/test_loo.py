@@ -336,3 +336,11 @@ def test_arviz_1_gets_its_own_data_class(monkeypatch: pytest.MonkeyPatch, recent
     monkeypatch.setitem(sys.modules, "arviz_stats", types.SimpleNamespace(utils=utils))
     result: Any = loo(mean_model(0.5, 0.5, 500))
     assert result.elpd == pytest.approx(result.elpd_i.sum().item())
+
+
+def test_an_observation_that_is_certain_under_some_draws_counts() -> None:
+    """A log likelihood of 0 says that an observation was masked only where every draw has it."""
+    posterior = mean_model(0.3, 0.6, 500)
+    likelihood = posterior.draws.log_likelihood["y"].clone()
+    likelihood[:7, 2] = 0.0
+    assert loo(replace(posterior.draws, log_likelihood={"y": likelihood}))["n_data_points"] == 5
