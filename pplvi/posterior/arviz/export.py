@@ -29,7 +29,8 @@ from pplvi.posterior.arviz.groups import (
     prior_groups,
     summary,
 )
-from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, storable, to_numpy, wrap
+from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, storable, to_numpy
+from pplvi.posterior.arviz.versions import wrap
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
 from pplvi.programs.errors import explained
@@ -112,7 +113,7 @@ def to_arviz(
     :param seed: makes the export reproducible and leaves the global random state as it was.
     :param args: the arguments of an MCMC run of its kernel's model; for another model, or keyword arguments, export
         ``Posterior.from_mcmc(mcmc, model, args, kwargs)``.
-    :returns: ``arviz.InferenceData``; with ArviZ 1.x an :class:`xarray.DataTree` of the same groups. Its attributes,
+    :returns: an :class:`xarray.DataTree` of these groups; before ArviZ 1.0 its ``InferenceData``. Its attributes,
         and those of ``posterior``, are ``attrs``, ``pareto_k`` (the largest of the batch), ``ess`` (the smallest),
         ``elbo``, ``log_evidence``, ``log_evidence_error`` (nats), for each chain, the ``verdict`` on the best of them
         with its reasons, and the versions of the libraries.
