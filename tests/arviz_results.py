@@ -31,16 +31,11 @@ def from_dict(groups: dict[str, dict[str, np.ndarray]]) -> Any:
 
 
 def psislw(log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Smoothed weights, on the scale that their largest is at most 0, and k-hat; draws in the last dimension."""
+    """Logarithms of smoothed weights that sum to one, and k-hat; draws in the last dimension."""
     if is_legacy():
         import arviz
 
-        return arviz.psislw(log_weight, normalize=False)
+        return arviz.psislw(log_weight, normalize=True)
     from arviz_stats.base import array_stats
 
     return array_stats.psislw(-log_weight)
-
-
-def variable(table: Any, name: str) -> float:
-    """One number of what ``az.rhat``, ``az.ess`` and ``az.mcse`` return."""
-    return float(table[name])

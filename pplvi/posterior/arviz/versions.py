@@ -7,6 +7,7 @@ an :class:`xarray.DataTree`, and the parts are arviz-base, arviz-stats and arviz
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,11 @@ def group_names(data: Any) -> list[str]:
     return list(data.groups()) if callable(data.groups) else list(data.children)
 
 
+def group_of(data: Any, name: str) -> xarray.Dataset:
+    """One of the groups."""
+    return data[name] if is_legacy() else data[name].to_dataset()
+
+
 # --- leave-one-out --------------------------------------------------------------------------------------------------
 
 
@@ -80,15 +86,19 @@ class Pointwise:
         """How many observations have a k-hat above the threshold."""
         return int((self.pareto_k > self.good_k).sum())
 
+    def _error(self) -> float:
+        """Standard error of the sum; ArviZ 1.x divides by one observation less."""
+        lost, size = 0 if is_legacy() else 1, self.elpd_i.size
+        return float((size * self.elpd_i.values.var(ddof=lost)) ** 0.5) if size > lost else math.nan
+
     def elpd_data(self) -> ELPDData:
         """The same as ArviZ has it: a pandas series before 1.0, a data class with shorter names from then on."""
-        size = self.elpd_i.size
         fields: dict[str, Any] = {
             "elpd": float(self.elpd_i.sum()),
-            "se": float((size * self.elpd_i.var()) ** 0.5),
+            "se": self._error(),
             "p": float(self.p_i.sum()),
             "n_samples": self.num_draws,
-            "n_data_points": size,
+            "n_data_points": self.elpd_i.size,
             "warning": self.num_high > 0,
             "elpd_i": self.elpd_i,
             "pareto_k": self.pareto_k,
@@ -151,9 +161,19 @@ def plot_densities(data: Sequence[xarray.Dataset], labels: Sequence[str], **opti
     """Marginal densities on top of each other, a panel for each scalar: ``plot_density``, or ``plot_dist`` in 1.x."""
     if is_legacy():
         return np.asarray(arviz_itself().plot_density(list(data), data_labels=list(labels), **options))
-    models = {label: wrap({"posterior": each}, {}) for label, each in zip(labels, data, strict=True)}
+    most = max(each.sizes["chain"] * each.sizes["draw"] for each in data)
+    models = {
+        label: wrap({"posterior": _as_one_chain(each, most)}, {}) for label, each in zip(labels, data, strict=True)
+    }
     drawn = arviz_itself().plot_dist(models, backend="matplotlib", **options)
     panels = drawn.viz["plot"].to_dataset()
     axes = np.concatenate([np.ravel(panels[name].values) for name in panels.data_vars])
     drawn.add_legend("model")
     return axes
+
+
+def _as_one_chain(data: xarray.Dataset, length: int) -> xarray.Dataset:
+    """All draws in one chain of a length, some more than once: ArviZ 1.x puts models side by side, draw by draw."""
+    flat = data.drop_vars(["chain", "draw"], errors="ignore").stack(sample=["chain", "draw"], create_index=False)
+    flat = flat.isel(sample=np.arange(length) * flat.sizes["sample"] // length)
+    return flat.rename(sample="draw").expand_dims("chain").transpose("chain", "draw", ...)
