@@ -298,8 +298,5 @@ def _loo_of_mcmc(posterior: WeightedDraws, likelihood: Tensor, counted: Tensor, 
 
     coords = _coordinates(counted.cpu().numpy(), members)
     likelihood = likelihood[:, counted].reshape(posterior.num_draws, *coords.shape)
-    groups = {
-        "posterior": {name: chains(value) for name, value in posterior.draws.latents.items()},
-        "log_likelihood": {"observed": chains(likelihood)},
-    }
-    return loo_of_chains(groups, {"observed": [str(dim) for dim in coords.dims]})
+    latents = {name: chains(value) for name, value in posterior.draws.latents.items()}
+    return loo_of_chains(latents, chains(likelihood), coords)

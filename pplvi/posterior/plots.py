@@ -15,7 +15,7 @@ import torch
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
 from pplvi.posterior.arviz.schema import to_numpy
-from pplvi.posterior.arviz.versions import density, group_names, group_of, plot_densities
+from pplvi.posterior.arviz.versions import density, group_of, plot_densities
 from pplvi.posterior.posterior import Posterior
 from pplvi.weights.pareto import pareto_k_threshold
 
@@ -75,7 +75,7 @@ def plot_objective(
 def _losses(source: Any) -> np.ndarray:
     found = getattr(source, "losses", source)
     if hasattr(source, "groups"):
-        found = source["optimization"]["loss"].values if "optimization" in group_names(source) else []
+        found = source["optimization"]["loss"].values if "optimization" in source else []
     losses = np.atleast_2d(to_numpy(found))
     if losses.dtype.kind not in "fiu" or losses.ndim != 2 or losses.size == 0:
         raise ValueError(

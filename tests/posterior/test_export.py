@@ -19,7 +19,7 @@ from pyro.nn import PyroModule, PyroSample
 import pplvi
 from pplvi.examples import load
 from pplvi.posterior.arviz.export import to_arviz
-from pplvi.posterior.arviz.versions import group_names, is_legacy, predictive_plot
+from pplvi.posterior.arviz.versions import is_legacy, predictive_plot
 from pplvi.posterior.posterior import Posterior
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -385,7 +385,7 @@ def test_factors_and_missing_groups_are_left_out():
         pyro.factor("penalty", -(z**2))
 
     data = to_arviz(Posterior(model, normal_guide(0.0, 0.5), num_draws=100, seed=0), num_prior=10)
-    assert set(group_names(data)) == {"posterior", "log_prior", "sample_stats", "prior"}
+    assert set(data) == {"posterior", "log_prior", "sample_stats", "prior"}
 
 
 def test_enumerated_sites_are_drawn_in_the_prior_only():
@@ -503,7 +503,7 @@ def test_point_estimates_have_draws_but_no_weights():
     with pytest.raises(ValueError, match=r"holds \['z'\] at a point.*draws='guide'"):
         to_arviz(posterior)
     data = to_arviz(posterior, draws="guide", num_prior=10)
-    assert "sample_stats" not in group_names(data)
+    assert "sample_stats" not in data
     assert data.posterior.z.shape == (1, 20)
     assert data.posterior_predictive.y.shape == (1, 20, 3)
     assert "pareto_k" not in data.attrs
@@ -531,7 +531,7 @@ def test_mcmc_has_the_same_groups(mcmc):
     np.testing.assert_allclose(data.log_likelihood.y, likelihood, rtol=1e-12)
     assert set(data.sample_stats.data_vars) == {"log_p", "diverging"}
     assert data.sample_stats.diverging.dtype == bool
-    assert set(group_names(data)) == set(group_names(to_arviz(posterior_of_mean(), num_prior=10)))
+    assert set(data) == set(to_arviz(posterior_of_mean(), num_prior=10))
     assert data.attrs["draws"] == "mcmc"
 
 
@@ -549,7 +549,7 @@ def test_seed_reproduces_and_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     first, second = (to_arviz(posterior, num_prior=20, seed=3) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
-    for group in group_names(first):
+    for group in first:
         assert first[group].equals(second[group])
     assert not to_arviz(posterior, num_prior=20, seed=4).prior.equals(first.prior)
 
@@ -580,15 +580,15 @@ def test_netcdf_keeps_everything(tmp_path, nested_posterior):
     )
     data.to_netcdf(str(tmp_path / "fit.nc"), engine="h5netcdf")
     again = az.from_netcdf(str(tmp_path / "fit.nc"), engine="h5netcdf")
-    assert set(group_names(again)) == set(group_names(data)) == {
+    assert set(again) == set(data) == {
         "posterior", "posterior_predictive", "log_likelihood", "log_prior", "sample_stats", "prior", "prior_predictive",
         "observed_data", "constant_data", "optimization",
     }  # fmt: skip
-    for group in group_names(data):
+    for group in data:
         assert again[group].load().equals(data[group])
     assert again.attrs["objective"] == "ELBO"
     assert again.attrs["pareto_k"] == pytest.approx(data.attrs["pareto_k"])
     assert again.attrs["verdict"] in ("reliable", "usable for means, not for tails", "not reliable")
     assert "k-hat" in again.attrs["verdict_reasons"]
-    for group in group_names(again):
+    for group in again:
         again[group].close()

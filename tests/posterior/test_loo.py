@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -332,3 +333,124 @@ def test_mcmc_draws_are_left_to_arviz_with_their_chains() -> None:
     np.testing.assert_allclose(result.pareto_k.values, expected.pareto_k.values, atol=1e-10)
     assert field(result, "p_loo") == pytest.approx(field(expected, "p_loo"))
     assert result.pareto_k.dims == ("data",)
+
+
+# --- factors and groups ---------------------------------------------------------------------------------------------
+
+
+def counts(y: Tensor, censored: Tensor) -> None:
+    """Data of a mean, some of which are only known to be above 1: their likelihood is a factor."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("penalty", -0.5 * z**2)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(z, 1.0).mask(~censored), obs=y)
+        above = Normal(0.0, 1.0).cdf(z - 1).log()
+        pyro.factor("above", torch.where(censored, above, torch.zeros(())))
+
+
+def wide_guide(*args: Any) -> None:
+    pyro.sample("z", dist.Normal(0.5, 0.6))
+
+
+CENSORED = torch.tensor([False, True, False, True, False])
+
+
+@pytest.fixture(scope="module")
+def censored() -> Posterior:
+    return Posterior(counts, wide_guide, (Y, CENSORED), num_draws=10_000, seed=0)
+
+
+def exact_leave_out(groups: list[list[int]]) -> list[float]:
+    """On a grid: log p(y of a group given the others), of the model with the penalty and the factors."""
+    z = torch.linspace(-5, 5, 4001, dtype=torch.float64)[:, None]
+    each = torch.where(CENSORED, Normal(0.0, 1.0).cdf(z - 1).log(), Normal(z, 1.0).log_prob(Y))
+    joint = -(z[:, 0] ** 2) + each.sum(1)
+    return [(joint.logsumexp(0) - (joint - each[:, group].sum(1)).logsumexp(0)).item() for group in groups]
+
+
+def test_a_factor_in_the_plate_belongs_to_its_data(censored: Posterior) -> None:
+    found = censored.loo(["y", "above"])
+    np.testing.assert_allclose(pointwise(found), exact_leave_out([[i] for i in range(5)]), atol=0.03)
+    observed = censored.loo("y")
+    assert observed["n_data_points"] == 3  # of the others the site is masked
+    np.testing.assert_allclose(pointwise(observed), pointwise(found)[~CENSORED.numpy()], atol=1e-12)
+    np.testing.assert_allclose(pointwise(censored.loo("above")), pointwise(found)[CENSORED.numpy()], atol=1e-12)
+
+
+def test_factors_that_may_or_may_not_belong_to_the_data_are_told_apart(censored: Posterior) -> None:
+    with pytest.raises(
+        ValueError, match=r"factors \['above'\] are in plates of 'y'.*var_name=\['y', 'above'\] if they"
+    ):
+        censored.loo()
+    with pytest.raises(ValueError, match="the factor 'penalty' is in no plate"):
+        censored.loo(["y", "penalty"])
+    with pytest.raises(ValueError, match=r"expected one of \['y', 'above', 'penalty'\]"):
+        censored.loo("below")
+
+
+def test_a_likelihood_that_is_all_factors_is_left_out_by_its_plate() -> None:
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.factor("likelihood", Normal(z, 1.0).log_prob(y))
+
+    found = Posterior(model, wide_guide, (Y,), num_draws=10_000, seed=0).loo()
+    np.testing.assert_allclose(pointwise(found), exact_mean_loo(), atol=0.03)
+
+
+def exact_groups(labels: Sequence[str]) -> list[float]:
+    """log p(y of a group given the others) of :func:`mean_program`."""
+    found = []
+    for label in sorted(set(labels)):
+        out = torch.tensor([each == label for each in labels])
+        precision = 1.0 + (~out).sum()
+        joint = torch.eye(int(out.sum()), dtype=torch.float64) + 1 / precision
+        mean = (Y[~out].sum() / precision).expand(int(out.sum()))
+        found.append(dist.MultivariateNormal(mean, joint).log_prob(Y[out]).item())
+    return found
+
+
+@pytest.mark.parametrize("mcmc", [False, True])
+def test_groups_of_data_are_left_out_by_their_labels(mcmc: bool) -> None:
+    labels = ["b", "a", "b", "a", "c"]
+    torch.manual_seed(4)
+    z = Normal(Y.sum() / 6, 6**-0.5).sample((4, 2500))
+    source = (
+        Posterior.from_mcmc(Chains(z=z), mean_program, (Y,))  # type: ignore[arg-type]
+        if mcmc
+        else Posterior(mean_program, wide_guide, (Y,), num_draws=10_000, seed=0)
+    )
+    found = source.loo(groups={"data": labels})
+    assert found.pareto_k.coords["data"].values.tolist() == ["a", "b", "c"]
+    assert found["n_data_points"] == 3
+    np.testing.assert_allclose(pointwise(found), exact_groups(labels), atol=0.06)
+    numbers = source.loo(groups={"data": torch.tensor([1, 0, 1, 0, 2])})
+    np.testing.assert_allclose(pointwise(numbers), pointwise(found), rtol=1e-12)
+
+
+def test_a_plate_is_left_out_element_by_element() -> None:
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil", 5, dim=-1), pyro.plate("visit", 2, dim=-2):
+            pyro.sample("y", dist.Normal(z, 2**0.5), obs=y)
+
+    both = torch.stack([Y - 0.5, Y + 0.5])  # of two halves with a mean of Y, which is known to 1
+    posterior = Posterior(model, wide_guide, (both,), num_draws=10_000, seed=0)
+    found, constant = posterior.loo(groups="pupil"), Normal(0.0, 2**0.5).log_prob(torch.tensor([-0.5, 0.5])).sum()
+    inner = pointwise(found) - constant.item() + Normal(0.0, 1.0).log_prob(torch.tensor(0.0)).item()
+    assert found.pareto_k.dims == ("pupil",)
+    np.testing.assert_allclose(inner, exact_mean_loo(), atol=0.03)
+    with pytest.raises(ValueError, match=r"groups='school'; expected a plate of site 'y', one of \['visit', 'pupil'\]"):
+        posterior.loo(groups="school")
+    with pytest.raises(ValueError, match=r"groups\['pupil'\] has shape \(2,\); expected one label for each of the 5"):
+        posterior.loo(groups={"pupil": [0, 1]})
+
+
+def test_elements_with_weights_of_their_own_are_independent_in_a_group(amortised: Amortised) -> None:
+    """Each of the four data has its own latent: what a pair of them predicts is the sum, and not of joint weights."""
+    each = loo(amortised.posterior, groups="data")
+    pairs = loo(amortised.posterior, groups={"data": ["u", "u", "v", "v"]})
+    np.testing.assert_allclose(pointwise(pairs), pointwise(each).reshape(2, 2).sum(1), rtol=1e-12)
+    np.testing.assert_allclose(pairs.pareto_k.values, each.pareto_k.values.reshape(2, 2).max(1))
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1).log_prob(amortised.y.T)
+    np.testing.assert_allclose(pointwise(each), exact.numpy(), atol=0.08)

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pplvi
-from pplvi.posterior.arviz.versions import group_names, is_legacy
+from pplvi.posterior.arviz.versions import is_legacy
 
 X, NEW = torch.linspace(-1.0, 1.0, 8), torch.tensor([10.0, -10.0, 0.0])
 Y = 2 * X + 0.1 * torch.sin(9 * X)
@@ -54,7 +54,7 @@ def test_predictions_go_with_the_exported_draws(fit: pplvi.Fit, inputs: Any) -> 
 def test_predictions_of_chains_and_for_wrong_inputs(fit: pplvi.Fit) -> None:
     chains = pplvi.fit(line, "nuts", args=(X, Y), num_steps=20, restarts=2, seed=0, progress=False)
     assert chains.to_arviz(num_prior=0, predictions=(NEW,)).predictions.y.shape == (2, 20, 3)
-    assert "predictions" not in group_names(fit.to_arviz(num_prior=0))
+    assert "predictions" not in fit.to_arviz(num_prior=0)
     with pytest.raises(ValueError, match=r"expected a tuple"):
         fit.to_arviz(predictions=NEW)
 
@@ -137,7 +137,7 @@ def test_enumerated_models_have_no_densities_of_the_prior() -> None:
             pyro.sample("y", dist.Normal(loc + k, 1.0), obs=y)
 
     fit = pplvi.fit(mixture, AutoNormal, args=(Y,), num_steps=3, seed=0, progress=False)
-    assert "log_prior" not in group_names(fit.to_arviz(num_prior=0, posterior_predictive=False))
+    assert "log_prior" not in fit.to_arviz(num_prior=0, posterior_predictive=False)
 
 
 # ---------------------------------------------------------------------- several sites left out together

@@ -51,11 +51,6 @@ def wrap(found: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> Any:
     return tree
 
 
-def group_names(data: Any) -> list[str]:
-    """Names of the groups of either."""
-    return list(data.groups()) if callable(data.groups) else list(data.children)
-
-
 def group_of(data: Any, name: str) -> xarray.Dataset:
     """One of the groups."""
     return data[name] if is_legacy() else data[name].to_dataset()
@@ -116,10 +111,18 @@ class Pointwise:
         return ELPDDataLOO(**fields, p_loo_i=self.p_i, approx_posterior=True)
 
 
-def loo_of_chains(groups: dict[str, dict[str, np.ndarray]], dims: dict[str, list[str]]) -> ELPDData:
-    """ArviZ's own leave-one-out of draws that have no weights, with chain and draw as the first dimensions."""
+def loo_of_chains(latents: dict[str, np.ndarray], likelihood: np.ndarray, like: xarray.DataArray) -> ELPDData:
+    """ArviZ's own leave-one-out of draws that have no weights, with chain and draw as the first dimensions.
+
+    :param like: an array with the dimensions and labels of the observations.
+    """
     arviz = arviz_itself()
-    data = arviz.from_dict(**groups, dims=dims) if is_legacy() else arviz.from_dict(groups, dims=dims)
+    groups = {"posterior": latents, "log_likelihood": {"observed": likelihood}}
+    names: dict[str, Any] = {
+        "dims": {"observed": list(like.dims)},
+        "coords": {dim: like.coords[dim].values for dim in like.dims if dim in like.coords},
+    }
+    data = arviz.from_dict(**groups, **names) if is_legacy() else arviz.from_dict(groups, **names)
     return arviz.loo(data, pointwise=True)
 
 
