@@ -114,8 +114,16 @@ def sample(job: Job) -> Outcome:
     import arviz as az
 
     example, start = load(job.example), time.process_time()
-    steps = {"num_steps": job.num_draws // CHAINS, "num_warmup": job.num_draws // 3, "restarts": CHAINS}
-    result = fit(example.model, KERNEL, args=example.args, seed=0, progress=False, **steps)
+    result = fit(
+        example.model,
+        KERNEL,
+        args=example.args,
+        num_warmup=job.num_draws // 3,
+        num_steps=job.num_draws // CHAINS,
+        restarts=CHAINS,
+        seed=0,
+        progress=False,
+    )
     verdict, seconds = result.verdict.word, time.process_time() - start
     data = show(job, example, result)
     draws = result.posterior().draws.latents
@@ -215,7 +223,7 @@ def row(outcome: Outcome, reference: Outcome) -> tuple[str, ...]:
     """The cells of one run."""
     if outcome.failure:
         return (outcome.job.algorithm, *("",) * 7, f"failed: {outcome.failure}")
-    pair = ("", "")
+    pair: tuple[str, ...] = ("", "")
     if outcome is reference:
         pair = tuple(f"({noise:.2f})" for noise in outcome.noise)
     elif reference.draws:
