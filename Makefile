@@ -16,7 +16,7 @@ QUICK := pplvi/types.py pplvi/weights pplvi/objectives pplvi/programs \
 .PHONY: demo test test-all test-quick fuzz mutants lint format clean
 
 demo: $(STAMP)
-	$(BIN)/python -m pplvi.examples.demo --out out
+	$(BIN)/python -m pplvi.demo --out out
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 20

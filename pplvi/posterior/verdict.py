@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pplvi.kinds.checked import checked
+from pplvi.posterior.arviz.versions import predictive_plot
 from pplvi.posterior.scouts import Missed
 from pplvi.weights.pareto import pareto_k_threshold
 
@@ -102,7 +103,7 @@ COVERING = (
     "an objective that covers the tails: pplvi.ImportanceWeightedELBO(num_particles=16), pplvi.RenyiELBO(alpha=0.5)"
 )
 NUTS = 'a reference run with pplvi.fit(model, "nuts", ...), if the model is small enough'
-CHECK = "posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model"
+CHECK = f"posterior predictive checks ({predictive_plot()}): all of the above judges the guide, not the model"
 MODES = 'all modes at once: pplvi.fit(model, "auto", ...) starts at what scouts find'
 TRAIN = "train on: the training had not converged; more steps (num_steps=) or another learning rate"
 MORE = "more draws (num_draws=), which is cheap"

@@ -44,7 +44,7 @@ FLOORS = {
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
-DATA_SETS = {PACKAGE / "examples" / f"{name}.py" for name in ("diabetes", "eight_schools", "grunfeld")}
+DATA_SETS = {PACKAGE / "examples" / f"{name}.py" for name in ("bioassay", "diabetes", "eight_schools", "grunfeld")}
 POUTINE_ROOMS = {"programs", "guides", "energies", "examples"}
 
 IMPORT_PROBE = """
