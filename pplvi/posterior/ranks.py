@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
 
 if TYPE_CHECKING:
     import pandas
@@ -64,10 +63,12 @@ class UniformBand:
     def __init__(self, num_simulations: int, num_draws: int, trials: int = _TRIALS) -> None:
         self.num_simulations, self.num_draws = num_simulations, num_draws
         self.points = np.arange(1, num_draws + 1) / (num_draws + 1)
+        from scipy.special import bdtr
+
         counts = np.arange(num_simulations + 1)
-        below = binom.cdf(counts, num_simulations, self.points[:, None])
-        above = binom.sf(counts - 1, num_simulations, self.points[:, None])
-        self._tails = np.minimum(1.0, 2 * np.minimum(below, above))
+        self._below = bdtr(counts, num_simulations, self.points[:, None])
+        above = 1 - np.pad(self._below, ((0, 0), (1, 0)))[:, :-1]
+        self._tails = np.minimum(1.0, 2 * np.minimum(self._below, above))
         rng = np.random.default_rng(0)
         cells = rng.multinomial(num_simulations, np.full(num_draws + 1, 1 / (num_draws + 1)), size=trials)
         self._null = np.sort(self._depth(cells.cumsum(1)[:, :-1]))
@@ -88,7 +89,7 @@ class UniformBand:
     def limits(self, prob: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Lower and upper counts at the points, between which all counts lie with this probability."""
         gamma = float(np.quantile(self._null, 1 - prob))
-        low, high = (binom.ppf(tail, self.num_simulations, self.points) for tail in (gamma / 2, 1 - gamma / 2))
+        low, high = ((self._below < tail).sum(1).astype(np.float64) for tail in (gamma / 2, 1 - gamma / 2))
         return low, high
 
 
