@@ -130,14 +130,14 @@ def _row(ranks: NDArray[np.int64], band: UniformBand, several: int, prob: float)
     apart = np.abs(place - 0.5)
     p_value = min(1.0, several * band.p_value(ranks))
     spread = math.sqrt(float(np.square(place - 0.5).mean()) * 12)
-    word = CALIBRATED if p_value > 1 - prob else describe(float(place.mean()), spread, len(ranks))
+    word = CALIBRATED if p_value > 1 - prob else miscalibration(float(place.mean()), spread, len(ranks))
     return [float(place.mean()), spread, float((apart < 0.25).mean()), float((apart < 0.45).mean()), p_value, word]
 
 
-def describe(mean: float, spread: float, number: int) -> str:
+def miscalibration(mean: float, spread: float, number: int) -> str:
     """What ranks that are not uniform say of the posterior.
 
-    >>> describe(0.5, 1.4, 100), describe(0.8, 1.0, 100)
+    >>> miscalibration(0.5, 1.4, 100), miscalibration(0.8, 1.0, 100)
     ('too narrow', 'too low')
     """
     shift = (mean - 0.5) * math.sqrt(12 * number)

@@ -9,7 +9,7 @@ from pyro.infer.autoguide import AutoNormal
 
 import pplvi
 from pplvi.fitting import Calibration
-from pplvi.posterior.ranks import UniformBand, describe, frame_of_ranks, rank_among
+from pplvi.posterior.ranks import UniformBand, frame_of_ranks, miscalibration, rank_among
 
 QUICK = {"num_steps": 1, "seed": 0, "progress": False, "schedule": None, "stop": None}
 X = torch.tensor([[1.0, 0.5], [-1.0, 0.3], [0.2, -0.7], [0.4, 2.0], [1.5, -1.0]])
@@ -238,7 +238,7 @@ def test_many_elements_are_judged_together():
     frame = frame_of_ranks({"z": ranks}, 99, 0.95)
     assert (frame["verdict"] == "calibrated").all()
     assert list(frame.index[:2]) == ["z[0]", "z[1]"]
-    assert describe(0.5, 1.0, 100) == "of another shape"
+    assert miscalibration(0.5, 1.0, 100) == "of another shape"
 
 
 def test_pictures_and_tables():
