@@ -135,7 +135,7 @@ class Calibration:
             raise ValueError(
                 f"var_names={names}, kind={kind!r}: expected sites among {list(self.ranks)}, and 'ecdf' or 'rank'."
             )
-        size = {"figsize": (3.2 * len(names), 3), "layout": "constrained", "squeeze": False}
+        size: dict[str, Any] = {"figsize": (3.2 * len(names), 3), "layout": "constrained", "squeeze": False}
         panels = np.asarray(pyplot.subplots(1, len(names), **size)[1] if axes is None else axes).ravel()
         for name, ax in zip(names, panels, strict=True):
             (self._plot_ecdf if kind == "ecdf" else self._plot_ranks)(name, ax)
@@ -348,7 +348,7 @@ def _home(guide: Any, environment: Environment) -> AbstractContextManager[Any]:
     return guide.runs[guide.best].scope() if isinstance(guide, Fit) else environment.active()
 
 
-def _seeds(seed: int | None, num_simulations: int) -> NDArray[np.uint32]:
+def _seeds(seed: int | None, num_simulations: int) -> NDArray[Any]:
     """For data, fit and ranks of each simulation."""
     entropy = int(torch.randint(2**31, ())) if seed is None else seed
     return np.random.SeedSequence(entropy).generate_state(3 * num_simulations).reshape(-1, 3) // 2

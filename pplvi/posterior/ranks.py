@@ -100,8 +100,9 @@ def scalars(ranks: Ranks) -> Iterator[tuple[str, NDArray[np.int64]]]:
     ['a[0]', 'a[1]', 'b']
     """
     for name, values in ranks.items():
-        for index in product(*map(range, values.shape[1:])):
-            yield f"{name}[{', '.join(map(str, index))}]" if index else name, values[(slice(None), *index)]
+        columns = values.reshape(len(values), -1).T
+        for index, column in zip(product(*map(range, values.shape[1:])), columns, strict=True):
+            yield f"{name}[{', '.join(map(str, index))}]" if index else name, column
 
 
 def frame_of_ranks(ranks: Ranks, num_draws: int, prob: float) -> pandas.DataFrame:
