@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
 
+SCRIPT = dict(zip("BEFHILMR", "ℬℰℱℋℐℒℳℛ", strict=True))  # the others follow each other in Unicode
+FUNCTION = r"(<mi>(?:log|exp|det|min|max|arg)</mi>)(?!<mo[^>]*>&#x00028;)"
+
+
+def mathml(latex: str, display: str) -> str:
+    """A formula. Browsers know no script variant of letters, and no space after the name of a function.
+
+    >>> "ℒ" in mathml(r"\\mathcal L", "inline")
+    True
+    """
+    found = convert(latex, display=display)
+    found = re.sub(r'<mi mathvariant="script">([A-Z])</mi>', lambda letter: f"<mi>{_script(letter[1])}</mi>", found)
+    return re.sub(FUNCTION, r'\1<mspace width="0.17em" />', found)
+
+
+def _script(letter: str) -> str:
+    return SCRIPT.get(letter, chr(0x1D49C + ord(letter) - ord("A")))
+
 
 def _inline(writer: Any, node: Any) -> None:
-    writer.body.append(convert(node.astext(), display="inline"))
+    writer.body.append(mathml(node.astext(), "inline"))
     raise nodes.SkipNode
 
 
 def _display(writer: Any, node: Any) -> None:
-    writer.body.append(f'<div class="math">{convert(_without_breaks(node.astext()), display="block")}</div>')
+    writer.body.append(f'<div class="math">{mathml(_without_breaks(node.astext()), "block")}</div>')
     raise nodes.SkipNode
 
 
