@@ -300,7 +300,7 @@ class Fit:
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> arviz.ELPDData:
-        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.loo`.
+        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.leave_one_out.loo`.
 
         :param var_name: the observed site or ``pyro.factor``, or several that share a plate; for one it may be left
             out.

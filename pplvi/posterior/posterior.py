@@ -351,7 +351,7 @@ class Posterior(WeightedDraws):
 
     @explained()
     def loo(self, var_name: str | Sequence[str] | None = None, groups: LeftOut | None = None) -> ELPDData:
-        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
+        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.leave_one_out.loo`.
 
         Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
 
