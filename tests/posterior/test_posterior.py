@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from arviz_results import pointwise
 from models import Chains
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import (
@@ -366,7 +367,7 @@ def test_enumerated_sites_are_summed_out_of_the_weights() -> None:
     assert abs(value - (prior.exp() * likelihood.prod(1)).mean().log().item()) < 3 * error < 0.02
     without = prior.exp()[:, None] * likelihood.prod(1, keepdim=True) / likelihood
     exact = (without * likelihood).mean(0).log() - without.mean(0).log()
-    torch.testing.assert_close(torch.as_tensor(posterior.loo().loo_i.values), exact, atol=0.015, rtol=0)
+    torch.testing.assert_close(torch.as_tensor(pointwise(posterior.loo())), exact, atol=0.015, rtol=0)
 
 
 # --- seeds ----------------------------------------------------------------------------------------------------------
