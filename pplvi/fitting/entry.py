@@ -46,13 +46,13 @@ from pplvi.programs.state import Environment, fingerprint, random_state
 from pplvi.programs.ways import Vectorize
 from pplvi.samplers.tempered import TemperedSMC
 from pplvi.training.batches import make_batches
-from pplvi.training.checkpoint import PathLike
+from pplvi.training.checkpoint import PathLike, UnwrittenError
 from pplvi.training.describe import describe
 from pplvi.training.em.algorithm import ExpectationMaximization
 from pplvi.training.optimizers import OptimLike
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Originals, Recipe
-from pplvi.training.restart import Restart, publish
+from pplvi.training.restart import Restart, one_thread, publish
 from pplvi.training.restarts import best_of, train_restarts
 from pplvi.training.schedules import Schedule
 from pplvi.training.stopping import Plateau
@@ -66,6 +66,7 @@ NUM_DRAWS = 1000
 BUDGET = 60.0  # seconds
 
 
+@one_thread()
 @explained()
 def fit(
     model: Program,
@@ -266,7 +267,7 @@ def fit(
             "guide": describe(guide),
             "objective": describe(objective),
             "optim": describe(chosen[0]),
-            "schedule": f"{describe(schedule)} over {steps} steps" if schedule is not None else "None",
+            "schedule": f"{describe(schedule)} over {steps} steps" if schedule == "cosine" else describe(schedule),
             "clip": describe(clip),
             "seed": describe(seed),
             **({} if compiled.mode is False else {"compile": describe(compiled.mode)}),
@@ -275,11 +276,17 @@ def fit(
         },
         start=SearchedStart(init, compiled.mode),
     )
-    runs = train_restarts(plan)
+    unwritten = None
+    try:
+        runs = train_restarts(plan)
+    except UnwrittenError as error:
+        if not error.runs:
+            raise
+        runs, unwritten = list(error.runs), error
     best = best_of(runs, bound)
     recipe.adopt(runs[best])
     publish(runs[best])
-    return Fit(
+    found = Fit(
         runs,
         best,
         guide_name=describe(guide),
@@ -291,6 +298,11 @@ def fit(
         vectorize=vectorize,
         origin=guide,
     )
+    if unwritten is not None:
+        unwritten.fit = found
+        unwritten.args = (f"{unwritten} The fit is in the attribute fit of this error.",)
+        raise unwritten
+    return found
 
 
 def _fit_chains(
