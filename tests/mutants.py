@@ -1,6 +1,6 @@
 """A hundred small faults, put into the code one after another: the tests of the room have to notice each.
 
-``make mutants`` makes a copy of the tree for each fault, and runs the tests of its module there until the first failure.
+``make mutants`` makes a copy of the tree for each fault, and runs the tests of its module there to the first failure.
 Faults are drawn with a seed from all that the operators below can do to arithmetic, comparisons and choices; what only
 words an error is left out, and so are the few that change nothing (:data:`SAME`).
 """

@@ -160,8 +160,9 @@ def fit(
         :class:`pplvi.training.Monitor` for held-back data or other steps.
     :param callbacks: functions of the :class:`pplvi.training.Restart`, called after each step; returning true ends it.
     :param progress: show a bar with the smoothed loss and the time left.
-    :param checkpoint: a file to write every 500 steps, or those of :class:`pplvi.fitting.Checkpoint`, and at the end of
-        every restart.
+    :param checkpoint: a file to write every 500 steps, or those of :class:`pplvi.fitting.Checkpoint`, at the end of
+        every restart, when it goes back and on ``Ctrl-C``. Where it cannot be written there is a warning, and, if the
+        last try failed, an error at the end whose attribute ``fit`` is the result.
     :param resume: a checkpoint to continue; the result is, to the bit, that of a run that was never interrupted.
     :param device: where to move the data and modules to, and the default device meanwhile.
     :param dtype: floating point type of data and modules, and the default meanwhile.
@@ -170,6 +171,7 @@ def fit(
         fastest that is right for the programs is found by trying unless one is named.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
+        Fits run in one thread at a time, and one in a callback of another leaves the store alone.
     :raises ValueError: for arguments of a wrong kind or that contradict each other, programs that do not fit together,
         restarts that would share parameters, a checkpoint that is damaged, of another run, or would be overwritten, and
         a loss that stays non-finite after ten returns to a good state with half the learning rate each.
