@@ -68,8 +68,21 @@ if TYPE_CHECKING:
     from pplvi.losses import WakeSleep as WakeSleep
     from pplvi.losses import WeightedELBO as WeightedELBO
     from pplvi.models import LISTA as LISTA
+    from pplvi.models import MADE as MADE
+    from pplvi.models import NADE as NADE
+    from pplvi.models import RNADE as RNADE
+    from pplvi.models import Adversarial as Adversarial
     from pplvi.models import BinaryMeanField as BinaryMeanField
     from pplvi.models import BinarySparseCoding as BinarySparseCoding
+    from pplvi.models import DeepLatentGaussian as DeepLatentGaussian
+    from pplvi.models import FactorAnalysis as FactorAnalysis
+    from pplvi.models import FullyVisibleBeliefNetwork as FullyVisibleBeliefNetwork
+    from pplvi.models import GaussianBeliefNetwork as GaussianBeliefNetwork
+    from pplvi.models import Generator as Generator
+    from pplvi.models import MomentMatching as MomentMatching
+    from pplvi.models import OrderlessNADE as OrderlessNADE
+    from pplvi.models import ProbabilisticPCA as ProbabilisticPCA
+    from pplvi.models import SigmoidBeliefNetwork as SigmoidBeliefNetwork
     from pplvi.models import SparseCoding as SparseCoding
     from pplvi.models import learn_binary_coding as learn_binary_coding
     from pplvi.models import learn_dictionary as learn_dictionary
@@ -157,6 +170,19 @@ _HOMES = {
     "SparseCoding": "models",
     "learn_binary_coding": "models",
     "learn_dictionary": "models",
+    "MADE": "models",
+    "NADE": "models",
+    "RNADE": "models",
+    "Adversarial": "models",
+    "DeepLatentGaussian": "models",
+    "FactorAnalysis": "models",
+    "FullyVisibleBeliefNetwork": "models",
+    "GaussianBeliefNetwork": "models",
+    "Generator": "models",
+    "MomentMatching": "models",
+    "OrderlessNADE": "models",
+    "ProbabilisticPCA": "models",
+    "SigmoidBeliefNetwork": "models",
     "Posterior": "posterior",
     "Verdict": "posterior",
     "compare": "posterior",

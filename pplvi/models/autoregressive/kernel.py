@@ -59,9 +59,7 @@ def _(x: Tensor, weight: Tensor, output: Tensor, hidden: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pplvi::nade_backward", mutates_args=())
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, output: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, output: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight, output and hidden biases, from the last block to the first; states are undone on the way."""
     state, later = torch.addmm(hidden, x, weight), hidden.new_zeros(hidden.shape)
     columns = torch.arange(BLOCK, device=x.device)
@@ -130,7 +128,8 @@ def nade_logits(x: Tensor, weight: Tensor, output: Tensor, hidden: Tensor) -> Te
     :param output: ``V``, ``(D, H)``.
     :param hidden: ``c``, ``(N, H)``.
 
-    >>> nade_logits(torch.ones(1, 2), torch.tensor([[9.0], [0.0]]), torch.ones(2, 1), torch.zeros(1, 1)).round(decimals=2)
+    >>> weight, ones = torch.tensor([[9.0], [0.0]]), torch.ones(2, 1)
+    >>> nade_logits(torch.ones(1, 2), weight, ones, torch.zeros(1, 1)).round(decimals=2)
     tensor([[0.5000, 1.0000]])
     """
     found: Tensor = _nade(x, weight, output, hidden)

@@ -67,8 +67,8 @@ class MaskedModel(BinaryAutoregressiveModel):
         every = [place, *degrees]
         masks = [above[:, None] >= below for below, above in pairwise(every)]
         self.depth = len(masks)
-        for layer, (mask, below) in enumerate([*zip(masks, every, strict=False), (place[:, None] > every[-1], every[-1])]):
-            scale = 0.0 if layer == self.depth and self.depth == 0 else max(len(below), 1) ** -0.5
+        for layer, mask in enumerate([*masks, place[:, None] > every[-1]]):
+            scale = mask.shape[1] ** -0.5 if self.depth else 0.0
             self.register_buffer(f"mask_{layer}", mask)
             setattr(self, f"weight_{layer}", nn.Parameter(scale * (2 * torch.rand(mask.shape) - 1)))
             if layer < self.depth:

@@ -115,9 +115,11 @@ class NADE(BinaryAutoregressiveModel):
         :param given: ``(*batch, given)``, where the model has conditions.
         """
         self.check_given(given)
-        bias, hidden, weight = self.bias, self.hidden_bias, self.weight
+        bias: Tensor = self.bias
+        hidden: Tensor = self.hidden_bias
         if given is not None:
             bias, hidden = bias + given @ self.given_weight, hidden + given @ self.given_hidden
+        weight = self.weight
         return BernoulliNADE(weight, weight if self.output is None else self.output, bias, hidden)
 
 
@@ -153,7 +155,8 @@ class MixtureNADE(AutoregressiveDistribution):
     def _mixture(self, state: Tensor, which: slice) -> dist.TorchDistribution:
         """The mixtures of some numbers, from their states ``(*, D', H)``."""
         h = torch.relu(self.rescale[which, None] * state)
-        logits, loc, scale = (torch.einsum("...dh,dkch->k...dc", h, self.heads[which]) + self._spread(h, which)).unbind(0)
+        outputs = torch.einsum("...dh,dkch->k...dc", h, self.heads[which]) + self._spread(h, which)
+        logits, loc, scale = outputs.unbind(0)
         parts = self.kernel(loc, softplus(scale) + 1e-4, validate_args=False)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits, validate_args=False), parts, validate_args=False)
 

@@ -94,7 +94,7 @@ class OrderEnsemble(EventDistribution):
 
     def _one(self, order: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
         turns = self.cells.walk(_first(order, seen), rows, seen)
-        terms = [torch.where(seen.gather(1, turn.index[:, None])[:, 0], turn.log_prob, 0.0) for turn in turns]
+        terms = [torch.where(seen.gather(1, turn.number[:, None])[:, 0], turn.log_prob, 0.0) for turn in turns]
         return torch.stack(terms).sum(0)
 
     def log_prob(self, value: Tensor, observed: Tensor | None = None) -> Tensor:
@@ -134,8 +134,8 @@ class OrderlessNADE(BinaryAutoregressiveModel):
 
     ``model`` draws the subset ``S`` as site ``"seen"``, and ``guide`` the same: the ELBO is the mean over orders, a
     lower bound of any ensemble's. It is estimated without bias from one subset; nonlinear bounds are not.
-    :meth:`distribution` is exact for orders of your choice. Missing numbers are left out exactly: a subset is one of what
-    was seen.
+    :meth:`distribution` is exact for an ensemble of orders. Missing numbers are left out exactly: a subset is one of
+    what was seen.
 
     Source: Uria, Murray & Larochelle (2014), "A deep and tractable density estimator".
 

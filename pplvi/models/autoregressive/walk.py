@@ -13,12 +13,12 @@ from torch.nn.functional import logsigmoid
 class Turn(NamedTuple):
     """One number of each datum.
 
-    :ivar index: which it is, ``(N,)``.
+    :ivar number: which it is, ``(N,)``.
     :ivar value: seen or drawn, ``(N,)``.
     :ivar log_prob: given those that came before, ``(N,)``, in nats.
     """
 
-    index: Tensor
+    number: Tensor
     value: Tensor
     log_prob: Tensor
 
@@ -60,5 +60,5 @@ class Cells(NamedTuple):
         """Data with what was not observed drawn, ``(N, D)``."""
         whole = torch.zeros_like(x)
         for turn in self.walk(order, x, observed):
-            whole = whole.scatter(1, turn.index[:, None], turn.value[:, None])
+            whole = whole.scatter(1, turn.number[:, None], turn.value[:, None])
         return whole
