@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pplvi.energies import pretrain as pretrain
     from pplvi.energies import raise_bound as raise_bound
     from pplvi.energies import to_classifier as to_classifier
+    from pplvi.evaluation import compare_densities as compare_densities
     from pplvi.fitting import Fit as Fit
     from pplvi.fitting import fit as fit
     from pplvi.fitting import flow_recipe as flow_recipe
@@ -123,6 +124,7 @@ _HOMES = {
     "pretrain": "energies",
     "raise_bound": "energies",
     "to_classifier": "energies",
+    "compare_densities": "evaluation",
     "Fit": "fitting",
     "fit": "fitting",
     "flow_recipe": "fitting",

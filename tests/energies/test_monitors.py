@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pplvi.energies import DeepBoltzmannMachine, RestrictedBoltzmannMachine
-from pplvi.energies.evaluation.monitors import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
+from pplvi.energies import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
 from pplvi.energies.evaluation.pictures import plot_filters, plot_images
 
 mpl.use("Agg")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class MomentMatching(Loss):
     True
     """
 
+    compares_draws: ClassVar[bool] = True
+
     def __init__(self, bandwidths: Sequence[float] = (2.0, 5.0, 10.0, 20.0)) -> None:
         super().__init__()
         if not bandwidths or not all(s > 0 for s in bandwidths):
@@ -118,6 +120,8 @@ class Adversarial(Loss):
     >>> svi.step(torch.ones(20, 2)) > 0
     True
     """
+
+    compares_draws: ClassVar[bool] = True
 
     def __init__(self, *, saturating: bool = False) -> None:
         super().__init__()
