@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from pplvi.kernels import LangevinKernel as LangevinKernel
     from pplvi.kernels import ResidualKernel as ResidualKernel
     from pplvi.losses import ELBO as ELBO
+    from pplvi.losses import BetaELBO as BetaELBO
     from pplvi.losses import ChiELBO as ChiELBO
     from pplvi.losses import FilteringELBO as FilteringELBO
     from pplvi.losses import ForwardKL as ForwardKL
@@ -155,6 +156,7 @@ _HOMES = {
     "LangevinKernel": "kernels",
     "ResidualKernel": "kernels",
     "ELBO": "losses",
+    "BetaELBO": "losses",
     "ChiELBO": "losses",
     "FilteringELBO": "losses",
     "ForwardKL": "losses",
