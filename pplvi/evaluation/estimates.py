@@ -21,7 +21,7 @@ from pplvi.weights.algebra import logmeanexp
 
 __all__ = ["DensityEstimate", "Unnormalised", "data_hash", "log_density", "unnormalised"]
 
-Kind = Literal["exact", "lower bound", "AIS estimate", "none"]
+DensityKind = Literal["exact", "lower bound", "AIS estimate", "none"]
 NUM_DRAWS = 1000
 _CHUNK = 2**22  # numbers of draws that are in memory at a time
 
@@ -49,7 +49,7 @@ class DensityEstimate:
     :ivar reliable: whether it may be ranked.
     """
 
-    kind: Kind
+    kind: DensityKind
     log_prob: Tensor
     data: str
     interval: tuple[float, float] | None = None
@@ -132,7 +132,7 @@ def log_density(
         own, guide = model if isinstance(model, tuple) else (model, None)
         energy = unnormalised(own, seed) if energy is None else energy
         if guide is not None:
-            found: tuple[Kind, Tensor] = ("lower bound", _bound(own, guide, x, num_draws))
+            found: tuple[DensityKind, Tensor] = ("lower bound", _bound(own, guide, x, num_draws))
         elif energy is not None:
             found = ("exact", _of_machine(energy, x))
         else:
@@ -153,7 +153,7 @@ def _of_machine(energy: Unnormalised, x: Tensor) -> Tensor:
     return energy.log_density(x)
 
 
-def _of_model(model: Any, x: Tensor) -> tuple[Kind, Tensor]:
+def _of_model(model: Any, x: Tensor) -> tuple[DensityKind, Tensor]:
     if isinstance(model, Distribution):
         return "exact", _in_parts(model.log_prob, x)
     if hasattr(model, "distribution"):

@@ -1,4 +1,4 @@
-"""Directed models of the literature as programs, and how they learn. Imports ``guides`` and what stands below."""
+"""Directed models of the literature, and how they learn. Imports ``losses``, ``guides`` and what stands below."""
 
 from pplvi.models.autoregressive.masked import MADE, FullyVisibleBeliefNetwork
 from pplvi.models.autoregressive.nade import NADE, RNADE

@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 from pplvi.models.autoregressive.distributions import AutoregressiveDistribution
 from pplvi.models.autoregressive.kernel import nade_logits
 from pplvi.models.autoregressive.model import AutoregressiveModel, BinaryAutoregressiveModel
-from pplvi.models.autoregressive.walk import Cells
+from pplvi.models.autoregressive.walk import OutputCells
 from pplvi.programs.calls import check_counts
 
 __all__ = ["NADE", "RNADE", "BernoulliNADE", "MixtureNADE"]
@@ -53,7 +53,7 @@ class BernoulliNADE(AutoregressiveDistribution):
         rows = x.shape[:-1].numel()
         hidden, bias = (part.expand(*x.shape[:-1], -1).reshape(rows, -1) for part in (self.hidden, self.bias))
         order = torch.arange(x.shape[-1], device=x.device).expand(rows, -1)
-        cells = Cells(hidden, self.weight, None, self.output, bias)
+        cells = OutputCells(hidden, self.weight, None, self.output, bias)
         return cells.filled(order, x.reshape(rows, -1), observed.reshape(rows, -1)).reshape(x.shape)
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, linear
 from pplvi.guides.owned import claim_name
 from pplvi.models.autoregressive.distributions import EventDistribution
 from pplvi.models.autoregressive.model import BinaryAutoregressiveModel
-from pplvi.models.autoregressive.walk import Cells
+from pplvi.models.autoregressive.walk import OutputCells
 from pplvi.models.inputs import checked_data, checked_mask
 from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate
@@ -82,7 +82,7 @@ class OrderEnsemble(EventDistribution):
     :param orders: ``(K, D)``.
     """
 
-    def __init__(self, cells: Cells, orders: Tensor) -> None:
+    def __init__(self, cells: OutputCells, orders: Tensor) -> None:
         super().__init__(orders.shape[-1])
         self.cells, self.orders = cells, orders
 
@@ -166,7 +166,7 @@ class OrderlessNADE(BinaryAutoregressiveModel):
         self.bias = nn.Parameter(torch.zeros(num_visible))
 
     @pyro_method
-    def cells(self) -> Cells:
+    def cells(self) -> OutputCells:
         """The network, one number at a time, with parameters as they are now."""
         layers = [(getattr(self, f"weight_{i}"), getattr(self, f"bias_{i}")) for i in range(self.depth)]
 
@@ -176,7 +176,7 @@ class OrderlessNADE(BinaryAutoregressiveModel):
                 h = torch.relu(linear(h, weight, bias))
             return h
 
-        return Cells(self.hidden_bias, self.seen, self.known, self.output, self.bias, activate)
+        return OutputCells(self.hidden_bias, self.seen, self.known, self.output, self.bias, activate)
 
     @pyro_method
     def distribution(self, num_orders: int = 1, *, seed: int = 0) -> OrderEnsemble:  # type: ignore[override]

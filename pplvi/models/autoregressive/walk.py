@@ -23,7 +23,7 @@ class Turn(NamedTuple):
     log_prob: Tensor
 
 
-class Cells(NamedTuple):
+class OutputCells(NamedTuple):
     """Binary numbers that hidden states predict, and add to.
 
     :ivar state: of nothing seen, ``(N, H)`` or ``(H,)``.

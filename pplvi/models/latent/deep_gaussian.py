@@ -14,7 +14,7 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pplvi.models.latent.layered import LayeredModel, seen, without_missing
+from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 from pplvi.programs.calls import check_counts
 
 __all__ = ["DeepLatentGaussian"]
@@ -101,7 +101,7 @@ class DeepLatentGaussian(LayeredModel):
             z = pyro.sample(f"z{len(self.widths) - 1}", self._top().to_event(1))
             for layer in range(len(self.widths) - 2, 0, -1):
                 z = pyro.sample(f"z{layer}", _normal(self.downward[layer - 1](z)).to_event(1))
-            found: Tensor = pyro.sample("x", seen(self.decoded(z, given), x, mask), obs=without_missing(x, mask))
+            found: Tensor = pyro.sample("x", masked_event(self.decoded(z, given), x, mask), obs=zero_filled(x, mask))
         return found
 
     @pyro_method
@@ -121,7 +121,7 @@ class DeepLatentGaussian(LayeredModel):
             raise ValueError("x=None: expected data, whose latents the guide draws.")
         self._check_given(given)
         with self.plate(x, size):
-            shown = without_missing(x, mask)
+            shown = zero_filled(x, mask)
             h = shown if given is None else torch.cat([shown, given], -1)
             read = []
             for up, reading in zip(self.upward, self.reading, strict=True):

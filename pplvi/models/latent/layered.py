@@ -42,7 +42,7 @@ class LayeredModel(PyroModule):
         return data_plate(len(checked_data(x, self.widths[0])), size)
 
 
-def seen(each: dist.TorchDistribution, x: Tensor | None, mask: Tensor | None) -> dist.TorchDistribution:
+def masked_event(each: dist.TorchDistribution, x: Tensor | None, mask: Tensor | None) -> dist.TorchDistribution:
     """The distribution of independent numbers, those left out that are missing.
 
     :param each: of batch shape ``(*, D)``.
@@ -50,7 +50,7 @@ def seen(each: dist.TorchDistribution, x: Tensor | None, mask: Tensor | None) ->
     :raises ValueError: for a mask of another shape.
 
     >>> coins = dist.Bernoulli(torch.tensor([0.5, 0.5]))
-    >>> seen(coins, torch.ones(1, 2), torch.tensor([True, False])).log_prob(torch.ones(2))
+    >>> masked_event(coins, torch.ones(1, 2), torch.tensor([True, False])).log_prob(torch.ones(2))
     tensor([-0.6931])
     """
     if x is None or mask is None:
@@ -59,17 +59,17 @@ def seen(each: dist.TorchDistribution, x: Tensor | None, mask: Tensor | None) ->
 
 
 @overload
-def without_missing(x: Tensor, mask: Tensor | None) -> Tensor: ...
+def zero_filled(x: Tensor, mask: Tensor | None) -> Tensor: ...
 
 
 @overload
-def without_missing(x: None, mask: Tensor | None) -> None: ...
+def zero_filled(x: None, mask: Tensor | None) -> None: ...
 
 
-def without_missing(x: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def zero_filled(x: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """Data with a zero where a number is missing, which may be nan.
 
-    >>> without_missing(torch.tensor([[1.0, torch.nan]]), torch.tensor([[True, False]]))
+    >>> zero_filled(torch.tensor([[1.0, torch.nan]]), torch.tensor([[True, False]]))
     tensor([[1., 0.]])
     """
     return x if x is None or mask is None else torch.where(mask, x, 0.0)

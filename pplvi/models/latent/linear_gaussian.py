@@ -14,12 +14,12 @@ from pyro.nn import PyroParam, pyro_method
 from torch import Tensor
 
 from pplvi.models.inputs import checked_data, checked_mask
-from pplvi.models.latent.layered import LayeredModel, seen, without_missing
+from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 
 __all__ = ["FactorAnalysis", "GaussianBeliefNetwork", "ProbabilisticPCA"]
 
 
-class Link(NamedTuple):
+class LinearGaussian(NamedTuple):
     """``child ~ N(weight parent + bias, diag(scale)^2)``."""
 
     weight: Tensor
@@ -89,15 +89,18 @@ class GaussianBeliefNetwork(LayeredModel):
     def _parameter(self, name: str, value: Tensor, constraint: Any = constraints.real) -> None:
         setattr(self, name, PyroParam(value, constraint))
 
-    def _links(self) -> list[Link]:
+    def _links(self) -> list[LinearGaussian]:
         depth = len(self.widths) - 1
-        return [Link(*(getattr(self, f"{part}_{i}") for part in ("weight", "bias", "scale"))) for i in range(depth)]
+        return [
+            LinearGaussian(*(getattr(self, f"{part}_{i}") for part in ("weight", "bias", "scale")))
+            for i in range(depth)
+        ]
 
     def _top(self) -> tuple[Tensor, Tensor]:
         depth = len(self.widths) - 1
         return getattr(self, f"bias_{depth}"), getattr(self, f"scale_{depth}")
 
-    def _priors(self) -> Iterator[tuple[Link, dist.MultivariateNormal]]:
+    def _priors(self) -> Iterator[tuple[LinearGaussian, dist.MultivariateNormal]]:
         """Each link with the marginal of its parent, from the top."""
         mean, scale = self._top()
         covariance = scale.square().diag()
@@ -119,7 +122,7 @@ class GaussianBeliefNetwork(LayeredModel):
             value = pyro.sample(f"z{len(rest) + 1}", dist.Normal(*self._top()).to_event(1))
             for layer in range(len(rest), 0, -1):
                 value = pyro.sample(f"z{layer}", rest[layer - 1].given(value).to_event(1))
-            found: Tensor = pyro.sample("x", seen(first.given(value), x, mask), obs=without_missing(x, mask))
+            found: Tensor = pyro.sample("x", masked_event(first.given(value), x, mask), obs=zero_filled(x, mask))
         return found
 
     @pyro_method
@@ -131,7 +134,7 @@ class GaussianBeliefNetwork(LayeredModel):
         if x is None:
             raise ValueError("x=None: expected data, whose latents the guide draws.")
         with self.plate(x, size):
-            child, shown = without_missing(x, mask), None if mask is None else checked_mask(mask, x)
+            child, shown = zero_filled(x, mask), None if mask is None else checked_mask(mask, x)
             for layer, (link, prior) in enumerate(reversed(list(self._priors())), 1):
                 child = pyro.sample(f"z{layer}", link.posterior(child, prior, shown))
                 shown = None

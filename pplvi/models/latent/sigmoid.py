@@ -11,7 +11,7 @@ import torch
 from pyro.nn import pyro_method
 from torch import Tensor, nn
 
-from pplvi.models.latent.layered import LayeredModel, seen, without_missing
+from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 
 __all__ = ["SigmoidBeliefNetwork"]
 
@@ -74,7 +74,7 @@ class SigmoidBeliefNetwork(LayeredModel):
             value = pyro.sample(f"z{depth}", self._top().to_event(1))
             for layer in range(depth - 1, 0, -1):
                 value = pyro.sample(f"z{layer}", self._given(layer, value).to_event(1))
-            found: Tensor = pyro.sample("x", seen(self._given(0, value), x, mask), obs=without_missing(x, mask))
+            found: Tensor = pyro.sample("x", masked_event(self._given(0, value), x, mask), obs=zero_filled(x, mask))
         return found
 
     @pyro_method
@@ -86,7 +86,7 @@ class SigmoidBeliefNetwork(LayeredModel):
         if x is None:
             raise ValueError("x=None: expected data, whose latents the guide draws.")
         with self.plate(x, size):
-            below = without_missing(x, mask)
+            below = zero_filled(x, mask)
             for layer in range(len(self.widths) - 1):
                 weight, bias = getattr(self, f"recognition_{layer}"), getattr(self, f"recognition_bias_{layer}")
                 below = pyro.sample(f"z{layer + 1}", dist.Bernoulli(logits=below @ weight.T + bias).to_event(1))
