@@ -8,10 +8,10 @@ Counts, rates and bias corrections are kept in float64, as torch keeps them in P
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pyro.optim
 import torch
@@ -196,6 +196,18 @@ _RULES: dict[type, tuple[Callable[..., Any], int]] = {
     torch.optim.Adagrad: (_adagrad, 1),
     AdagradRMSProp: (_adagrad_rmsprop, 1),
 }
+
+
+class Exchange(Protocol):
+    """What becomes of loss and gradient before the clip.
+
+    :ivar key: equal where the same recorded program will do.
+    """
+
+    key: Hashable
+
+    def __call__(self, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the gradient, along the flat parameters, that the step goes on with."""
 
 
 class FlatParameters:

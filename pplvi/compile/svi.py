@@ -20,6 +20,7 @@ from torch import Tensor
 from pplvi.compile import backends
 from pplvi.compile.flat_optimizers import (
     Clip,
+    Exchange,
     FlatParameters,
     FlatUpdate,
     OptimFactory,
@@ -66,6 +67,7 @@ class CompiledSVI:
     :param last_batch: what to do with a batch that is shorter than the first: ``"compile"`` a second program for it,
         ``"drop"`` it, or ``"pad"`` it with its own first elements, which count twice in that step.
     :param chunk: steps in one call of a ``"max"`` program.
+    :param exchange: what becomes of loss and gradient before the clip, such as their mean over several processes.
     :raises ValueError: for an optimiser, loss or option that is not one of these; at the first step, for programs that
         cannot be traced, with the site and the reason, and without a compiler. Parameters are as they were then.
 
@@ -101,6 +103,7 @@ class CompiledSVI:
         clip: Clip = None,
         last_batch: LastBatch = "compile",
         chunk: int = 100,
+        exchange: Exchange | None = None,
     ) -> None:
         _check_options(mode, schedule, last_batch, chunk)
         self.model, self.guide, self.optim, self.mode = model, guide, optim, mode
@@ -113,6 +116,7 @@ class CompiledSVI:
         self._waiting: Mapping[str, Any] | None = None
         self._programs = Programs()
         self._size: int | None = None
+        self.exchange = exchange
 
     # ------------------------------------------------------------------ training
 
@@ -259,9 +263,12 @@ class CompiledSVI:
             with torch.enable_grad():
                 loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
                 gradient = parameters.gradient(loss)
+            loss = loss.detach()
+            if self.exchange is not None:
+                loss, gradient = self.exchange(loss, gradient)
             with torch.no_grad():
                 new, new_state = update(flat, gradient, tuple(state), rate)
-            return new, *new_state, loss.detach()
+            return new, *new_state, loss
 
         return step
 
@@ -313,7 +320,8 @@ class CompiledSVI:
         def make(others: int) -> Variant:
             return cast(Variant, self.settled(lambda: self._make(arguments, loop, others)))
 
-        return self._programs.find(arguments, None if loop is None else loop[0], make)
+        kind = None if loop is None else loop[0], None if self.exchange is None else self.exchange.key
+        return self._programs.find(arguments, kind, make)
 
     def settled(self, make: Callable[[], Any]) -> Any:
         """What this makes; in mode ``"auto"`` with the first mode that it can be made in, and a warning for another."""

@@ -2,13 +2,14 @@
 
 from pplvi.fitting.entry import fit
 from pplvi.fitting.loading import load
-from pplvi.fitting.options import Checkpoint, Compile, Minibatches
+from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.recipes import flow_recipe, search_learning_rate
 from pplvi.fitting.result import Fit
 
 __all__ = [
     "Checkpoint",
     "Compile",
+    "DataParallel",
     "Fit",
     "Minibatches",
     "fit",

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from pplvi.guides.owned import claim_name
 from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate
-from pplvi.programs.running import is_recording
+from pplvi.programs.state import is_recording
 
 __all__ = ["BinaryMeanField", "BinarySparseCoding", "learn_binary_coding"]
 

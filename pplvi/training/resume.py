@@ -49,7 +49,7 @@ def run_state(trainer: Training) -> dict[str, Any]:
         "reason": run.reason,
         "seconds": run.seconds,
         "rollbacks": run.rollbacks,
-        "batches": trainer.batches.get_state(),
+        "batches": trainer.batches.share.pack(trainer.batches.get_state()),
         "batch_size": trainer.batches.size,
     }
 

@@ -19,7 +19,8 @@ from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import OptimLike, Update
 from pplvi.training.schedules import Schedule
-from pplvi.training.watch import Watch
+from pplvi.training.restart import Restart
+from pplvi.training.watch import Monitor, Watch
 from pplvi.types import Call, Program
 
 StepLoss = float | Tensor
@@ -52,6 +53,14 @@ class Stepper(ABC):
     @abstractmethod
     def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
         """The first finding at the present parameters, or in a replay of at most so many steps."""
+
+    def watched(self, monitor: Monitor, run: Restart, call: Call) -> float:
+        """The value of a monitor at the present parameters, in nats."""
+        return monitor(run, call)
+
+    def agreed(self, flag: Any) -> bool:
+        """Whether all that take these steps are to act on a flag."""
+        return bool(flag)
 
     @abstractmethod
     def prepare(self, call: Call) -> None:
@@ -271,8 +280,12 @@ class CompiledSteps(Steps):
         """A :class:`pplvi.compile.CompiledSVI`, recorded and compiled at its first call."""
         mode = self.mode if self.last is None else self.last.svi.mode
         options: dict[str, Any] = {"mode": mode, "clip": self.clip, "chunk": self.chunk}
-        self.last = CompiledStepper(model, guide, objective, self.update(), before_first, **options)
+        self.last = self.stepper(model, guide, objective, self.update(), before_first, **options)
         return self.last
+
+    def stepper(self, *programs: Any, **options: Any) -> CompiledStepper:
+        """A :class:`CompiledStepper`."""
+        return CompiledStepper(*programs, **options)
 
 
 def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[StepLoss]]) -> None:

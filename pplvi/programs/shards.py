@@ -1,0 +1,191 @@
+"""One plate whose elements are spread over the ranks of a process group.
+
+A shard is a subsample that stands for all data: its plate is scaled so that the *mean* over the ranks is the whole
+density. Where that plate is a batch plate, weights are per datum, and nothing is exchanged but the mean of the ranks'
+losses and gradients. Where weights are joint, the densities of the sites inside are averaged before anything nonlinear
+sees them (:meth:`Shard.mean`). Either way the mean of the ranks' gradients is the gradient of one process.
+
+Latents inside the plate have noise of their own on every rank; all others are drawn from the common random state.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed._functional_collectives as collectives
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+
+from pplvi.programs.sites import is_delta, is_subsample
+from pplvi.programs.state import is_recording, set_torch_rng_state, torch_rng_state
+from pplvi.programs.traces import Run
+
+ABSENT = 1e-30  # what a rank without an element counts for: it runs the programs on one that is another's
+_APART = 0x9E3779B97F4A7C15  # between the seeds of ranks
+
+
+_Layout = tuple[torch.Size, torch.dtype, torch.device]
+
+
+@dataclass
+class Exchanges:
+    """The means that one evaluation takes over the ranks.
+
+    A rank whose evaluation fails half-way takes the rest of them with NaN (:meth:`Shard.finish`): nobody waits for it,
+    and all see that something went wrong.
+    """
+
+    expected: list[_Layout] = field(default_factory=list)
+    done: list[_Layout] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Begin an evaluation; the one before was complete."""
+        self.expected, self.done = self.done or self.expected, []
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a plate that is on this rank.
+
+    :ivar group: the process group.
+    :ivar plates: names of the plates that are split.
+    :ivar rows: elements here.
+    :ivar total: elements on all ranks together.
+    :ivar absent: whether there is none, and the one here stands for nothing.
+    :ivar exchanges: the means that were taken.
+    :ivar whole: names of the plates that were met and have no elements but these.
+    """
+
+    group: Any
+    plates: frozenset[str]
+    rows: int
+    total: int
+    absent: bool = False
+    exchanges: Exchanges = field(default_factory=Exchanges, compare=False)
+    whole: set[str] = field(default_factory=set, compare=False)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return torch.distributed.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        """How many processes there are."""
+        return torch.distributed.get_world_size(self.group)
+
+    @property
+    def share(self) -> float:
+        """What the elements here count for, so that the mean over the ranks is the sum of all."""
+        return ABSENT if self.absent else float(self.ranks)
+
+    def splits(self, site: Any) -> bool:
+        """Whether a site is inside a plate that is split."""
+        return not self.plates.isdisjoint(frame.name for frame in site["cond_indep_stack"])
+
+    def mean(self, density: Tensor) -> Tensor:
+        """The mean over the ranks; a gradient goes through as it is, since the ranks' gradients will be averaged."""
+        self.exchanges.done.append((density.shape, density.dtype, density.device))
+        return _Mean.apply(density, self.group, self.ranks)  # type: ignore[no-untyped-call, no-any-return]
+
+    def finish(self) -> None:
+        """Take the means that are left of an evaluation that has failed here, with NaN."""
+        for shape, dtype, device in self.exchanges.expected[len(self.exchanges.done) :]:
+            self.mean(torch.full(shape, torch.nan, dtype=dtype, device=device))
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, density: Tensor, group: Any, ranks: int) -> Tensor:
+        return mean_over(density, group, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None, None
+
+
+def mean_over(tensor: Tensor, group: Any, ranks: int) -> Tensor:
+    """The mean over the ranks of a group, an operation that a recorded step can hold."""
+    total = collectives.all_reduce(tensor.contiguous(), "sum", group)
+    return collectives.wait_tensor(total) / ranks
+
+
+class Sharded(Messenger):
+    """Programs inside see a plate that is split as one that stands for all of it.
+
+    :param shard: ``None`` hides one that is active outside.
+    :ivar drawn: whether latents inside (``True``) and outside (``False``) the plate were drawn.
+    """
+
+    def __init__(self, shard: Shard | None) -> None:
+        super().__init__()
+        self.shard = shard
+        self.drawn: set[bool] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        shard = self.shard
+        if shard is None or is_subsample(msg):
+            return
+        latent = not (msg["is_observed"] or msg["done"] or is_delta(msg)) and msg["value"] is None
+        if latent:
+            self.drawn.add(shard.splits(msg))
+        if not shard.splits(msg):
+            return
+        msg["cond_indep_stack"] = tuple(self._standing_in(shard, frame, msg) for frame in msg["cond_indep_stack"])
+        if latent:
+            with own_noise():
+                msg["value"], msg["done"] = msg["fn"](*msg["args"], **msg["kwargs"]), True
+
+    @staticmethod
+    def _standing_in(shard: Shard, frame: Any, msg: Any) -> Any:
+        if frame.name not in shard.plates:
+            return frame
+        size, full = frame.size, frame.full_size or frame.size
+        whole = full in (size, shard.total)
+        factor = shard.share * (size / full if whole else size / shard.total)
+        if whole:
+            shard.whole.add(frame.name)
+        msg["scale"] = msg["scale"] * factor
+        return frame._replace(full_size=full * factor)
+
+
+def current_shard() -> Shard | None:
+    """The shard that programs run on now; ``None`` in a single process, and where programs are only looked at."""
+    return next((handler.shard for handler in reversed(_PYRO_STACK) if isinstance(handler, Sharded)), None)
+
+
+def sharded(run: Run) -> Run:
+    """A run whose densities are those of all ranks."""
+    return run if (shard := current_shard()) is None else replace(run, shard=shard)
+
+
+def unsplit() -> Messenger:
+    """Programs inside are only looked at: nothing is exchanged with other ranks."""
+    return Sharded(None)
+
+
+@contextmanager
+def own_noise(plates: Iterable[str] | None = None) -> Iterator[None]:
+    """Random numbers of this rank's own, if there is a shard; the common random state moves alike on all ranks.
+
+    :param plates: names of the plates that the numbers are for: common ones if none of them is split.
+    """
+    shard = current_shard()
+    common = shard is None or (plates is not None and shard.plates.isdisjoint(plates))
+    if shard is None or common or is_recording():  # a recording keeps no seeds
+        yield
+        return
+    seed = (random.getrandbits(63) + shard.rank * _APART) % 2**63
+    state = torch_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_torch_rng_state(state)
