@@ -86,6 +86,10 @@ class Shard:
         """What the elements here count for, so that the mean over the ranks is the sum of all."""
         return ABSENT if self.absent else float(self.ranks)
 
+    def scale(self, size: int, full: int) -> float:
+        """What an element stands for, where ``size`` of ``full`` are met here."""
+        return self.share if full in (size, self.total) else self.share * full / self.total
+
     def splits(self, site: Any) -> bool:
         """Whether a site is inside a plate that is split."""
         return not self.plates.isdisjoint(frame.name for frame in site["cond_indep_stack"])
@@ -148,12 +152,11 @@ class Sharded(Messenger):
         if frame.name not in shard.plates:
             return frame
         size, full = frame.size, frame.full_size or frame.size
-        whole = full in (size, shard.total)
-        factor = shard.share * (size / full if whole else size / shard.total)
-        if whole:
+        scale = shard.scale(size, full)
+        if full in (size, shard.total):
             shard.whole.add(frame.name)
-        msg["scale"] = msg["scale"] * factor
-        return frame._replace(full_size=full * factor)
+        msg["scale"] = msg["scale"] * (scale * size / full)
+        return frame._replace(full_size=size * scale)
 
 
 def current_shard() -> Shard | None:
@@ -169,6 +172,30 @@ def sharded(run: Run) -> Run:
 def unsplit() -> Messenger:
     """Programs inside are only looked at: nothing is exchanged with other ranks."""
     return Sharded(None)
+
+
+def data_scale(count: int, size: int | None) -> float:
+    """What each of the data here stands for, if all of them are ``size``: they alone unless given.
+
+    >>> data_scale(3, None), data_scale(3, 12)
+    (1.0, 4.0)
+    """
+    if (shard := current_shard()) is not None:
+        return shard.scale(count, size or count)
+    return 1.0 if size is None else size / count
+
+
+def data_mean(mean: Tensor) -> Tensor:
+    """The mean over the data of all ranks, from that of the data here."""
+    shard = current_shard()
+    return mean if shard is None else shard.mean(mean * (shard.share * shard.rows / shard.total))
+
+
+def mean_of_ranks(*numbers: Any) -> tuple[Any, ...]:
+    """Means of numbers over the ranks; in a single process the numbers."""
+    if (shard := current_shard()) is None:
+        return numbers
+    return shard.mean(torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in numbers])).unbind()
 
 
 @contextmanager

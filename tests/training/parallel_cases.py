@@ -1,6 +1,7 @@
 """Fits that any number of ranks has to do alike, each a function of the parallel options to what came out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
-from pplvi.fitting import Minibatches
+from pplvi.energies import PersistentChains
+from pplvi.training.parallel.ranks import Ranks, join
 
 ROWS, PARTICLES = 11, 4
 _RANDOM = torch.Generator().manual_seed(0)
@@ -46,14 +48,14 @@ def regression(x, y, rows):
 
 def factors(x, y, rows):
     slope = pyro.param("slope", torch.tensor(0.3))
-    with pyro.plate("data", ROWS, subsample_size=len(y)):
+    with pyro.plate("data", len(y)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(slope * z + x[:, 0], 1.0), obs=y)
 
 
 def amortised(x, y, rows):
     a, b = pyro.param("a", torch.tensor([0.2, -0.1, 0.3])), pyro.param("b", torch.tensor(-0.5))
-    with pyro.plate("data", ROWS, subsample_size=len(y)), Noise(rows):
+    with pyro.plate("data", len(y)), Noise(rows):
         pyro.sample("z", dist.Normal(x @ a, b.exp()))
 
 
@@ -72,14 +74,70 @@ def both_guide(x, y, rows):
 
 def fitted(model: Any, guide: Any, parallel: Any, **options: Any) -> dict[str, Any]:
     """What is left of a short fit."""
-    options = {"args": ALL, "num_steps": 8, "seed": 0, "progress": False, "dtype": torch.float64, **options}
-    fit = pplvi.fit(model, guide, optim=partial(torch.optim.SGD, lr=0.01), parallel=parallel, **options)
+    options = {"optim": partial(torch.optim.SGD, lr=0.002), "args": ALL, "num_steps": 8, "seed": 0, "progress": False, "dtype": torch.float64, **options}
+    fit = pplvi.fit(model, guide, parallel=parallel, **options)
     return {**{n: p.numpy() for n, p in fit.runs[0].params.items()}, "losses": fit.losses[0]}
 
 
-def loader(size: int = 4) -> Iterator[Any]:
+def minibatch(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", ROWS, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), 0.7), obs=y)
+
+
+def loader(size: int) -> DataLoader[Any]:
     """Shuffled batches, the last of which is shorter."""
     return DataLoader(TensorDataset(*ALL), batch_size=size, shuffle=True)
+
+
+def base(x, y, rows):
+    pyro.sample("w", dist.Normal(pyro.param("w0", torch.zeros(3)), 1.0).to_event(1))
+
+
+def ahead(previous, x, y, rows):
+    pull = pyro.param("pull", torch.tensor(0.6))
+    with pyro.plate("data", len(y)), Noise(rows):
+        pyro.sample("z", dist.Normal(pull * previous["z"] + 0.1 * x[:, 0], 0.8))
+
+
+def back(previous, x, y, rows):
+    push = pyro.param("push", torch.tensor(0.5))
+    with pyro.plate("data", len(y)):
+        pyro.sample("z", dist.Normal(push * previous["z"], 0.9))
+
+
+def annealed(model: Any, base: Any, parallel: Any, **options: Any) -> dict[str, Any]:
+    """Nested variational inference along a path of two levels."""
+    guide = pplvi.AnnealedGuide(model, base, 2, pplvi.ResidualKernel(), learn_path=True)
+    return fitted(model, guide, parallel, **options)
+
+
+STATES = torch.rand(6, 4, generator=_RANDOM, dtype=torch.float64).round()
+ROWS_OF_UNITS = torch.rand(7, 4, generator=_RANDOM, dtype=torch.float64).round()
+
+
+@dataclass(frozen=True)
+class GivenChains(PersistentChains):
+    """Chains whose moves are not random: every rank has its part of the same six."""
+
+    first: int = 0
+
+    def move(self, machine: Any, data: Any, advance: bool) -> dict[str, Tensor]:
+        """Mean-field sweeps of the visible units."""
+        with torch.no_grad():
+            v = STATES[self.first :: 6 // self.num_chains]
+            h = machine.layers["h"].mean(machine.field("h", {"v": v}))
+            return {"v": machine.layers["v"].mean(machine.field("v", {"h": h}))}
+
+
+def machine(parallel: Any, negative: Any = None) -> dict[str, Any]:
+    """Persistent contrastive divergence of a centered machine."""
+    pyro.set_rng_seed(1)
+    rbm = pplvi.RestrictedBoltzmannMachine(4, 3)
+    ranks = join() if parallel != ALONE else Ranks()
+    negative = GivenChains(6 // ranks.size, first=ranks.rank) if negative is None else negative
+    found = fitted(rbm.model, rbm.guide, parallel, args=(ROWS_OF_UNITS,), objective=pplvi.BoltzmannELBO(negative=negative))
+    return {**found, **{n: b.numpy() for n, b in rbm.named_buffers() if n.startswith("offset")}}
 
 
 FULL, ALONE = pplvi.fitting.DataParallel(shard=True), "none"
@@ -103,4 +161,18 @@ CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     for latents, pair in MODELS.items()
     for name, objective in OBJECTIVES.items()
     if (latents, name) != ("both", "analytic KL")  # a draw for all particles has none
+}
+CASES |= {
+    "global, NVI": partial(annealed, regression, base, objective=pplvi.NestedELBO(num_particles=4)),
+    "global, NVI forward": partial(annealed, regression, base, objective=pplvi.NestedELBO("forward_kl", 4, resample=True)),
+    "local, NVI": lambda parallel: fitted(
+        factors, pplvi.NestedGuide(amortised, [(factors, ahead, back)]), parallel, objective=pplvi.NestedELBO(num_particles=4)
+    ),
+    "PCD": machine,
+    "exact": partial(machine, negative="exact"),
+    "minibatches": partial(fitted, minibatch, AutoNormal, data=loader(4), args=()),
+    "fewer rows than ranks": partial(fitted, minibatch, AutoNormal, data=loader(5), args=()),
+    "recorded": partial(fitted, regression, AutoNormal, compile="trace", objective=pplvi.ImportanceWeightedELBO(3)),
+    "recorded minibatches": partial(fitted, minibatch, AutoNormal, data=loader(5), args=(), compile="trace"),
+    "adaptive": partial(fitted, regression, AutoNormal, optim=None, num_steps=60, stop="auto"),
 }
