@@ -38,14 +38,6 @@ class Share:
         """This process's share of a batch."""
         return call
 
-    def pack(self, state: dict[str, Any]) -> dict[str, Any]:
-        """What a checkpoint holds of the places of all processes in their data."""
-        return state
-
-    def unpack(self, state: dict[str, Any]) -> dict[str, Any]:
-        """This process's place, of what a checkpoint holds."""
-        return state
-
 
 class Batches(ABC):
     """A source of batches that knows where it is."""

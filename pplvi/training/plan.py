@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ class TrainingPlan:
     :ivar settings: readable settings that a resumed run has to share, by name.
     :ivar start: what happens before the first step.
     :ivar ranks: the processes that train together.
+    :ivar ended: what is done with a restart that has ended.
     """
 
     recipe: Recipe
@@ -61,6 +62,7 @@ class TrainingPlan:
     settings: Mapping[str, Any] | None = None
     start: Start = field(default_factory=Start)
     ranks: Ranks = field(default_factory=Ranks)
+    ended: Callable[[Restart], None] = lambda run: None
 
     def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:
         """Model, guide and objective of one restart; Pyro's objectives remember the first programs that they see."""

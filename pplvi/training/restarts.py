@@ -193,15 +193,14 @@ class _Session:
         return Restart(index, model, guide, environment, seed), objective, start
 
     def _trainer(self, run: Restart, objective: Any, watch: Watch, saved: Mapping[str, Any] | None) -> Trainer:
-        if saved is not None:
-            call = self.plan.batches.share(self.plan.batches.peek())
-            self.plan.start.take_back(run, saved)
-            evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
-            self._check_same(run, call, saved)
         trainer = Trainer(run, objective, self.plan.steps, self.plan.batches, watch)
         if saved is None:
             return trainer
-        trainer.call = call
+        saved = trainer.stepper.unpacked(saved)
+        call = trainer.call = self.plan.batches.share(self.plan.batches.peek())
+        self.plan.start.take_back(run, saved)
+        evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
+        self._check_same(run, call, saved)
         return self._put_back(trainer, saved)
 
     def _put_back(self, trainer: Trainer, saved: Mapping[str, Any]) -> Trainer:
@@ -210,7 +209,7 @@ class _Session:
         run.seconds, run.rollbacks = saved["seconds"], saved["rollbacks"]
         unfinished = saved["reason"] in ("", "num_steps") and run.step < self.plan.watch.num_steps
         if unfinished:
-            self.plan.batches.set_state(self.plan.batches.share.unpack(saved["batches"]))
+            self.plan.batches.set_state(saved["batches"])
             self.plan.batches.size = saved.get("batch_size")
         trainer.restore(saved)  # the random state comes last: building and running the guide has used it
         if self._goes_on(saved):

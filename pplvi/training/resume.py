@@ -42,16 +42,17 @@ def check_paths(plan: TrainingPlan) -> None:
 def run_state(trainer: Training) -> dict[str, Any]:
     """What the continuation of a run depends on, as of its last good state."""
     run = trainer.run
-    return {
+    state = {
         **trainer.good,
         "losses": list(map(float, run.losses)),
         "monitored": list(run.monitored),
         "reason": run.reason,
         "seconds": run.seconds,
         "rollbacks": run.rollbacks,
-        "batches": trainer.batches.share.pack(trainer.batches.get_state()),
+        "batches": trainer.batches.get_state(),
         "batch_size": trainer.batches.size,
     }
+    return trainer.stepper.packed(state)
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -57,6 +57,14 @@ class Stepper(ABC):
     def watched(self, monitor: Monitor, run: Restart, call: Call) -> float:
         """The value of a monitor at the present parameters, in nats."""
         return monitor(run, call)
+
+    def packed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds of all that take these steps, from the state of this one."""
+        return state
+
+    def unpacked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state of this one, from what a checkpoint holds."""
+        return state
 
     def agreed(self, flag: Any) -> bool:
         """Whether all that take these steps are to act on a flag."""

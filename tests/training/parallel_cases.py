@@ -8,7 +8,8 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -175,4 +176,71 @@ CASES |= {
     "recorded": partial(fitted, regression, AutoNormal, compile="trace", objective=pplvi.ImportanceWeightedELBO(3)),
     "recorded minibatches": partial(fitted, minibatch, AutoNormal, data=loader(5), args=(), compile="trace"),
     "adaptive": partial(fitted, regression, AutoNormal, optim=None, num_steps=60, stop="auto"),
+}
+
+
+def rank_of(parallel: Any) -> int:
+    """The rank that a case runs on, 0 alone."""
+    return join().rank if parallel != ALONE else 0
+
+
+def broken(parallel: Any, kind: str, **options: Any) -> dict[str, Any]:
+    """A fit in which one rank, or one process alone, meets numbers that are none at one of its steps."""
+    steps = [0]
+
+    def model(x, y, rows):
+        bad = steps.count(5) == 1 and steps[-1] == 5 and 0 in rows
+        if bad:
+            steps.append(0)
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            scale = x.new_tensor(torch.nan if bad and kind == "error" else 0.7)
+            pyro.sample("y", dist.Normal((x * w).sum(-1), scale), obs=y)
+            pyro.factor("penalty", torch.full((len(y),), torch.nan if bad and kind == "loss" else 0.0))
+
+    options |= {"callbacks": [lambda run: steps.append(run.step)], "dtype": torch.float64, "parallel": parallel}
+    fit = pplvi.fit(model, AutoNormal, args=ALL, num_steps=8, seed=0, progress=False, **options)
+    run = fit.runs[0]
+    return {"rollbacks": run.rollbacks, "steps": run.step, **{n: p.numpy() for n, p in run.params.items()}}
+
+
+def stopped(parallel: Any) -> dict[str, Any]:
+    """A callback on the last rank ends the training of all."""
+    last = parallel == ALONE or join().rank == join().size - 1
+    return fitted(regression, AutoNormal, parallel, callbacks=[lambda run: last and run.step == 5])
+
+
+def started_apart(parallel: Any) -> dict[str, Any]:
+    """A module whose first weights are other ones on every rank."""
+    torch.manual_seed(rank_of(parallel))
+    net = torch.nn.Linear(3, 1, dtype=torch.float64)
+
+    def model(x, y, rows):
+        pyro.module("net", net)
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(net(x).squeeze(-1), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    return fitted(model, amortised, parallel)
+
+
+def continued(parallel: Any, path: str) -> dict[str, Any]:
+    """A fit that goes on where one process ended."""
+    return fitted(minibatch, AutoNormal, parallel, data=loader(5), args=(), num_steps=20, resume=path)
+
+
+def grouped(x, y, rows):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(loc, 0.5))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+CASES |= {
+    "NaN in the loss": partial(broken, kind="loss"),
+    "NaN in a program": partial(broken, kind="error"),
+    "callback": stopped,
+    "starts": started_apart,
+    "rows of parameters": partial(fitted, grouped, partial(AutoDelta, init_loc_fn=init_to_feasible), optim=None, num_steps=30),
+    "monitor": partial(fitted, regression, AutoNormal, monitor=pplvi.ImportanceWeightedELBO(4)),
 }

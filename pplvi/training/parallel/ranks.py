@@ -138,13 +138,16 @@ class Group(Ranks):
             signal.signal(signal.SIGINT, before)
 
 
+_LOST = ("gloo", "pair closure", "Connection closed", "Timed out")  # what gloo says, in plain RuntimeErrors
+
+
 @contextmanager
 def heard() -> Iterator[None]:
     """Say in words that another rank is gone."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not (isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST)):
             raise
         raise RankLostError(
             f"rank {dist.get_rank()}: another rank of the process group has ended or did not answer in time "

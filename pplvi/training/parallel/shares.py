@@ -37,7 +37,12 @@ class Part(NamedTuple):
 
 
 class OwnData(Share):
-    """Every rank brings its own batches, such as those of a ``DistributedSampler``."""
+    """Every rank brings its own batches, such as those of a ``DistributedSampler``.
+
+    :ivar common: whether the ranks are at the same place of the same data.
+    """
+
+    common = False
 
     def __init__(self, ranks: Group) -> None:
         self.ranks, self.part = ranks, Part(0, None)
@@ -47,27 +52,11 @@ class OwnData(Share):
         self.part = Part(_rows(call), None)
         return call
 
-    def pack(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The places of all ranks in their data."""
-        return {"ranks": self.ranks.gather(state)}
-
-    def unpack(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The place of this rank.
-
-        :raises ValueError: if there were more or fewer ranks.
-        """
-        places: list[dict[str, Any]] = state.get("ranks", [state])
-        if len(places) != self.ranks.size:
-            raise ValueError(
-                f"the checkpoint was written by {len(places)} ranks that brought their own data, got {self.ranks.size}: "
-                "expected as many. Give every rank the same data (a loader without a DistributedSampler) to go on with "
-                "another number."
-            )
-        return places[self.ranks.rank]
-
 
 class Slices(OwnData):
     """Every rank brings the same batches and keeps a slice of each, so that the union is the batch of one process."""
+
+    common = True
 
     def __call__(self, call: Call) -> Call:
         """This rank's slice of every tensor that is as long as the batch; one element if there are too few."""
@@ -77,19 +66,6 @@ class Slices(OwnData):
         low, high = (0, 1) if absent else (low, high)
         self.part = Part(high - low, total, absent)
         return cut(call, slice(low, high))
-
-    def pack(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The same place for all."""
-        return state
-
-    def unpack(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The same place for all.
-
-        :raises ValueError: for a checkpoint of ranks that brought their own data.
-        """
-        if "ranks" in state:
-            raise ValueError("the checkpoint was written by ranks that brought their own data: expected the same here.")
-        return state
 
 
 def _rows(call: Call) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from pplvi.training.optimizers import Update
 from pplvi.training.parallel.ranks import Group, heard
 from pplvi.training.parallel.shares import OwnData, Split
 from pplvi.training.restart import Restart, is_numerical
+from pplvi.training.schedules import norm_of
 from pplvi.training.steps import (
     BeforeFirst,
     CompiledStepper,
@@ -107,6 +108,44 @@ class Meeting:
     def _is_own(self, name: str) -> bool:
         return name in self.split.local or name.rpartition(".")[2].startswith("chain_")
 
+    def packed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of this rank, with what the others have of their own."""
+        own: dict[str, Any] = {
+            "params": {n: p for n, p in state["params"].items() if self._is_own(n)},
+            "buffers": {n: b for n, b in state["buffers"].items() if self._is_own(n)},
+            **({} if self.share.common else {"batches": state["batches"]}),
+            **({"update": state["update"]} if self.split.local else {}),
+        }
+        return {**state, "ranks": self.ranks.gather(own)} if any(own.values()) else state
+
+    def unpacked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state of this rank.
+
+        :raises ValueError: if it cannot be had from what another number of ranks has left.
+        """
+        saved: list[dict[str, Any]] = state.get("ranks", [])
+        rows = any(own["params"] or "batches" in own for own in saved) or self.split.local or not self.share.common
+        if rows and len(saved) != self.ranks.size:
+            raise ValueError(
+                f"the checkpoint holds parameters or places in the data of {len(saved) or 1} ranks, got "
+                f"{self.ranks.size}: expected as many. Models without parameters of single rows, on data that all ranks "
+                "have in common, go on with any number."
+            )
+        own = saved[self.ranks.rank % len(saved)] if saved else {}
+        joined = {key: {**state[key], **own.get(key, {})} for key in ("params", "buffers")}
+        return {**state, **own, **joined}
+
+    def norm(self, named: Mapping[str, Tensor]) -> Tensor | None:
+        """The norm of the gradient of all ranks, where each has parameters of its own."""
+        if not self.split.local:
+            return None
+        parts: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, p in named.items():
+            if p.grad is not None:
+                parts[name in self.split.local].append(p.grad)
+        own, common = (norm_of(part) if part else torch.zeros(()) for part in (parts[True], parts[False]))
+        return torch.sqrt(common**2 + self.ranks.size * self.ranks.mean_of(own**2))
+
     def watched(self, monitor: Monitor, run: Restart, call: Call) -> float:
         """The value of a monitor on the shares of all ranks, or on the data that it holds back."""
         if monitor.held_back is not None:
@@ -129,6 +168,14 @@ class _Together(Stepper):
         """The mean of the ranks' values, in nats."""
         return self.meeting.watched(monitor, run, call)
 
+    def packed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds of all ranks."""
+        return self.meeting.packed(state)
+
+    def unpacked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """This rank's state."""
+        return self.meeting.unpacked(state)
+
     def agreed(self, flag: Any) -> bool:
         """Whether any rank says so."""
         return self.meeting.ranks.any(flag)
@@ -148,7 +195,7 @@ class EagerTogether(_Together, EagerStepper):
     ) -> None:
         self.loss, self.meeting = own_loss(objective), meeting
         super().__init__(model, guide, self.loss, update, before_first)
-        self.svi.loss_and_grads = self._loss_and_grads
+        self.svi.loss_and_grads, update.norm = self._loss_and_grads, meeting.norm
 
     def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
         """One step."""
