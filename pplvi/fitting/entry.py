@@ -276,8 +276,6 @@ def fit(
     if spreading is not None:
         plan = spreading.spread(plan)
     runs = train_restarts(plan)
-    for run in runs:
-        plan.ended(run)
     best = best_of(runs, bound)
     recipe.adopt(runs[best])
     publish(runs[best])

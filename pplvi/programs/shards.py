@@ -97,7 +97,8 @@ class Shard:
     def mean(self, density: Tensor) -> Tensor:
         """The mean over the ranks; a gradient goes through as it is, since the ranks' gradients will be averaged."""
         self.exchanges.done.append((density.shape, density.dtype, density.device))
-        return _Mean.apply(density, self.group, self.ranks)  # type: ignore[no-untyped-call, no-any-return]
+        mean: Tensor = _Mean.apply(density, self.group, self.ranks)
+        return mean
 
     def finish(self) -> None:
         """Take the means that are left of an evaluation that has failed here, with NaN."""

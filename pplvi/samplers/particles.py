@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pplvi.objectives.step import Routing
 from pplvi.programs.lone import Alone, Lone, depths_of
-from pplvi.programs.single import carried_path, rescored
 from pplvi.programs.shards import sharded
+from pplvi.programs.single import carried_path, rescored
 from pplvi.programs.sites import latent_sites
 from pplvi.programs.stacked import Stacked
 from pplvi.programs.traces import Run

@@ -45,6 +45,8 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
             session.go()
         finally:
             plan.batches.finish()
+        for run in session.runs:
+            plan.ended(run)
     return session.runs
 
 
@@ -132,7 +134,9 @@ class _Session:
 
     def _go_one_by_one(self) -> None:
         for index in range(self.plan.restarts):
-            progress = Progress(self.plan.watch.num_steps, self.plan.restarts, self.plan.progress and self.plan.ranks.rank == 0)
+            progress = Progress(
+                self.plan.watch.num_steps, self.plan.restarts, self.plan.progress and self.plan.ranks.rank == 0
+            )
             try:
                 run = self._train(index, progress)
             except KeyboardInterrupt:  # before the first step of this restart

@@ -18,8 +18,8 @@ from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import OptimLike, Update
-from pplvi.training.schedules import Schedule
 from pplvi.training.restart import Restart
+from pplvi.training.schedules import Schedule
 from pplvi.training.watch import Monitor, Watch
 from pplvi.types import Call, Program
 

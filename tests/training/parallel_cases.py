@@ -1,5 +1,7 @@
 """Fits that any number of ranks has to do alike, each a function of the parallel options to what came out."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
 from pplvi.energies import PersistentChains
+from pplvi.fitting import Checkpoint
 from pplvi.training.parallel.ranks import Ranks, join
 
 ROWS, PARTICLES = 11, 4
@@ -75,7 +78,15 @@ def both_guide(x, y, rows):
 
 def fitted(model: Any, guide: Any, parallel: Any, **options: Any) -> dict[str, Any]:
     """What is left of a short fit."""
-    options = {"optim": partial(torch.optim.SGD, lr=0.002), "args": ALL, "num_steps": 8, "seed": 0, "progress": False, "dtype": torch.float64, **options}
+    options = {
+        "optim": partial(torch.optim.SGD, lr=0.002),
+        "args": ALL,
+        "num_steps": 3,
+        "seed": 0,
+        "progress": False,
+        "dtype": torch.float64,
+        **options,
+    }
     fit = pplvi.fit(model, guide, parallel=parallel, **options)
     return {**{n: p.numpy() for n, p in fit.runs[0].params.items()}, "losses": fit.losses[0]}
 
@@ -137,7 +148,9 @@ def machine(parallel: Any, negative: Any = None) -> dict[str, Any]:
     rbm = pplvi.RestrictedBoltzmannMachine(4, 3)
     ranks = join() if parallel != ALONE else Ranks()
     negative = GivenChains(6 // ranks.size, first=ranks.rank) if negative is None else negative
-    found = fitted(rbm.model, rbm.guide, parallel, args=(ROWS_OF_UNITS,), objective=pplvi.BoltzmannELBO(negative=negative))
+    found = fitted(
+        rbm.model, rbm.guide, parallel, args=(ROWS_OF_UNITS,), objective=pplvi.BoltzmannELBO(negative=negative)
+    )
     return {**found, **{n: b.numpy() for n, b in rbm.named_buffers() if n.startswith("offset")}}
 
 
@@ -145,29 +158,31 @@ FULL, ALONE = pplvi.fitting.DataParallel(shard=True), "none"
 MODELS = {"global": (regression, AutoMultivariateNormal), "local": (factors, amortised), "both": (both, both_guide)}
 OBJECTIVES = {
     "ELBO": pplvi.ELBO(PARTICLES),
-    "exact entropy": pplvi.ELBO(PARTICLES, entropy="exact"),
-    "analytic KL": pplvi.ELBO(PARTICLES, entropy="kl"),
-    "stl": pplvi.ELBO(PARTICLES, estimator="stl"),
     "vimco": pplvi.ImportanceWeightedELBO(PARTICLES, estimator="vimco"),
     "IWAE": pplvi.ImportanceWeightedELBO(PARTICLES),
     "dreg": pplvi.ImportanceWeightedELBO(PARTICLES, estimator="dreg"),
     "Renyi": pplvi.RenyiELBO(0.5, PARTICLES),
     "chi": pplvi.ChiELBO(PARTICLES),
-    "thermodynamic": pplvi.ThermodynamicELBO(PARTICLES),
     "RWS": pplvi.ReweightedWakeSleep(PARTICLES),
     "sum": pplvi.ELBO(PARTICLES) + 0.5 * pplvi.ForwardKL(PARTICLES),
 }
-CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    f"{latents}, {name}": lambda parallel, pair=pair, objective=objective: fitted(*pair, parallel, objective=objective)
-    for latents, pair in MODELS.items()
-    for name, objective in OBJECTIVES.items()
-    if (latents, name) != ("both", "analytic KL")  # a draw for all particles has none
+CHOSEN = {
+    "global": ("ELBO", "vimco", "IWAE", "Renyi", "RWS"),
+    "local": ("ELBO", "IWAE"),
+    "both": ("IWAE", "dreg", "chi", "sum"),
 }
+CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    f"{latents}, {name}": partial(fitted, *MODELS[latents], objective=OBJECTIVES[name])
+    for latents, names in CHOSEN.items()
+    for name in names
+}
+NVI = pplvi.NestedELBO(num_particles=4)
+FORWARD_NVI = pplvi.NestedELBO("forward_kl", 4, resample=True)
 CASES |= {
-    "global, NVI": partial(annealed, regression, base, objective=pplvi.NestedELBO(num_particles=4)),
-    "global, NVI forward": partial(annealed, regression, base, objective=pplvi.NestedELBO("forward_kl", 4, resample=True)),
+    "global, NVI": partial(annealed, regression, base, objective=NVI),
+    "global, NVI forward": partial(annealed, regression, base, objective=FORWARD_NVI),
     "local, NVI": lambda parallel: fitted(
-        factors, pplvi.NestedGuide(amortised, [(factors, ahead, back)]), parallel, objective=pplvi.NestedELBO(num_particles=4)
+        factors, pplvi.NestedGuide(amortised, [(factors, ahead, back)]), parallel, objective=NVI
     ),
     "PCD": machine,
     "exact": partial(machine, negative="exact"),
@@ -175,7 +190,7 @@ CASES |= {
     "fewer rows than ranks": partial(fitted, minibatch, AutoNormal, data=loader(5), args=()),
     "recorded": partial(fitted, regression, AutoNormal, compile="trace", objective=pplvi.ImportanceWeightedELBO(3)),
     "recorded minibatches": partial(fitted, minibatch, AutoNormal, data=loader(5), args=(), compile="trace"),
-    "adaptive": partial(fitted, regression, AutoNormal, optim=None, num_steps=60, stop="auto"),
+    "adaptive": partial(fitted, regression, AutoNormal, optim=None, num_steps=8),
 }
 
 
@@ -207,7 +222,7 @@ def broken(parallel: Any, kind: str, **options: Any) -> dict[str, Any]:
 def stopped(parallel: Any) -> dict[str, Any]:
     """A callback on the last rank ends the training of all."""
     last = parallel == ALONE or join().rank == join().size - 1
-    return fitted(regression, AutoNormal, parallel, callbacks=[lambda run: last and run.step == 5])
+    return fitted(regression, AutoNormal, parallel, callbacks=[lambda run: last and run.step == 2])
 
 
 def started_apart(parallel: Any) -> dict[str, Any]:
@@ -224,9 +239,18 @@ def started_apart(parallel: Any) -> dict[str, Any]:
     return fitted(model, amortised, parallel)
 
 
-def continued(parallel: Any, path: str) -> dict[str, Any]:
-    """A fit that goes on where one process ended."""
-    return fitted(minibatch, AutoNormal, parallel, data=loader(5), args=(), num_steps=20, resume=path)
+def checkpointed(parallel: Any, path: Any = None, dies: bool = False, **options: Any) -> dict[str, Any]:
+    """A fit that writes a checkpoint every four steps, and may be killed in the seventh."""
+    steps = [0]
+
+    def model(x, y, rows):
+        if dies and steps[-1] == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        minibatch(x, y, rows)
+
+    options |= {"checkpoint": None if path is None else Checkpoint(path, every=4)}
+    watching = [lambda run: steps.append(run.step)]
+    return fitted(model, AutoNormal, parallel, data=loader(5), args=(), num_steps=10, callbacks=watching, **options)
 
 
 def grouped(x, y, rows):
@@ -241,6 +265,8 @@ CASES |= {
     "NaN in a program": partial(broken, kind="error"),
     "callback": stopped,
     "starts": started_apart,
-    "rows of parameters": partial(fitted, grouped, partial(AutoDelta, init_loc_fn=init_to_feasible), optim=None, num_steps=30),
+    "rows of parameters": partial(
+        fitted, grouped, partial(AutoDelta, init_loc_fn=init_to_feasible), optim=None, num_steps=8
+    ),
     "monitor": partial(fitted, regression, AutoNormal, monitor=pplvi.ImportanceWeightedELBO(4)),
 }

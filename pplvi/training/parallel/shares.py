@@ -103,7 +103,7 @@ class Split:
     known: bool = True
 
 
-def share_of(ranks: Group, batches: Batches, shard: bool) -> Share:
+def share_of(ranks: Group, batches: Batches, shard: bool) -> OwnData:
     """How batches get to the ranks.
 
     :param shard: whether every rank has the full data as arguments and is to keep a slice.
@@ -195,4 +195,3 @@ def _is_other_factor(one: Any, other: Any) -> bool:
 
 def _grown(one: Tensor, other: Tensor) -> int:
     return next(dim for dim, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b)
-

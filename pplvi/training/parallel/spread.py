@@ -33,7 +33,9 @@ def spread(plan: TrainingPlan, ranks: Group, shard: bool) -> TrainingPlan:
     split = split_of(plan.recipe, batches.peek())
     batches.share = share
     monitor = plan.watch.monitor
-    watch = plan.watch if monitor is None else replace(plan.watch, monitor=replace(monitor, objective=own_loss(monitor.objective)))
+    watch = plan.watch
+    if monitor is not None:
+        watch = replace(watch, monitor=replace(monitor, objective=own_loss(monitor.objective)))
     settings = plan.settings if share.common else {**(plan.settings or {}), "data": "of every rank"}
     meeting = Meeting(ranks, share, split)
     steps = together(plan.steps, meeting)

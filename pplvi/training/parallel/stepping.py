@@ -227,8 +227,9 @@ class EagerTogether(_Together, EagerStepper):
     def _averaged(self, loss: float) -> float:
         """Put the mean gradient in the place of each rank's own; the mean loss."""
         named = dict(sorted(pyro.get_param_store().named_parameters()))
-        for p in (p for name, p in named.items() if name in self.meeting.split.local and p.grad is not None):
-            p.grad /= self.meeting.ranks.size
+        for gradient in (p.grad for name, p in named.items() if name in self.meeting.split.local):
+            if gradient is not None:
+                gradient /= self.meeting.ranks.size
         common = [p for name, p in named.items() if name not in self.meeting.split.local]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in common]
         losses = torch.tensor([loss], dtype=torch.float64, device=parts[0].device if parts else None)
@@ -337,4 +338,5 @@ class _CompiledTogether(CompiledSteps):
 
     def stepper(self, *programs: Any, **options: Any) -> CompiledStepper:
         """One that all ranks take."""
-        return CompiledTogether(*programs, self.meeting, **options)
+        model, guide, objective, update, before_first = programs
+        return CompiledTogether(model, guide, objective, update, before_first, self.meeting, **options)
