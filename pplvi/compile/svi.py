@@ -67,7 +67,7 @@ class CompiledSVI:
     :param last_batch: what to do with a batch that is shorter than the first: ``"compile"`` a second program for it,
         ``"drop"`` it, or ``"pad"`` it with its own first elements, which count twice in that step.
     :param chunk: steps in one call of a ``"max"`` program.
-    :param exchange: what becomes of loss and gradient before the clip, such as their mean over several processes.
+    :param exchange: of loss and gradient with other processes, before the clip.
     :raises ValueError: for an optimiser, loss or option that is not one of these; at the first step, for programs that
         cannot be traced, with the site and the reason, and without a compiler. Parameters are as they were then.
 
@@ -107,7 +107,7 @@ class CompiledSVI:
     ) -> None:
         _check_options(mode, schedule, last_batch, chunk)
         self.model, self.guide, self.optim, self.mode = model, guide, optim, mode
-        self.loss = own_loss(loss)
+        self.loss, self.exchange = own_loss(loss), exchange or Exchange()
         self.schedule, self.clip, self.last_batch, self.chunk = schedule, clip, last_batch, chunk
         self.parameters: FlatParameters | None = None
         self.state: State = ()
@@ -116,7 +116,6 @@ class CompiledSVI:
         self._waiting: Mapping[str, Any] | None = None
         self._programs = Programs()
         self._size: int | None = None
-        self.exchange = exchange
 
     # ------------------------------------------------------------------ training
 
@@ -262,10 +261,7 @@ class CompiledSVI:
             args, kwargs = arguments.call(tensors)
             with torch.enable_grad():
                 loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                gradient = parameters.gradient(loss)
-            loss = loss.detach()
-            if self.exchange is not None:
-                loss, gradient = self.exchange(loss, gradient)
+                loss, gradient = self.exchange(loss.detach(), parameters.gradient(loss))
             with torch.no_grad():
                 new, new_state = update(flat, gradient, tuple(state), rate)
             return new, *new_state, loss
@@ -320,7 +316,7 @@ class CompiledSVI:
         def make(others: int) -> Variant:
             return cast(Variant, self.settled(lambda: self._make(arguments, loop, others)))
 
-        kind = None if loop is None else loop[0], None if self.exchange is None else self.exchange.key
+        kind = None if loop is None else loop[0], self.exchange.key
         return self._programs.find(arguments, kind, make)
 
     def settled(self, make: Callable[[], Any]) -> Any:

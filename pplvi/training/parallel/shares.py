@@ -115,8 +115,8 @@ def share_of(ranks: Group, batches: Batches, shard: bool) -> OwnData:
     same = ranks.agree(fingerprint(batches.peek()))
     if isinstance(batches, FullData) and shard != same:
         raise ValueError(
-            "every rank was given the same full data: expected parallel=pplvi.fitting.DataParallel(shard=True), which lets "
-            "each keep a slice, or every rank's own rows in args=. parallel='none' trains each rank by itself."
+            "every rank was given the same full data: expected parallel=pplvi.fitting.DataParallel(shard=True), which "
+            "lets each keep a slice, or every rank's own rows in args=. parallel='none' trains each rank by itself."
             if same
             else "shard=True, but the ranks were given different data: expected the same full data on all. Leave "
             "shard= out if every rank has rows of its own."

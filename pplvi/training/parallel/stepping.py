@@ -20,6 +20,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from pplvi.compile.flat_optimizers import Exchange
 from pplvi.losses.elbo import own_loss
 from pplvi.programs.shards import Exchanges, Shard, Sharded, mean_over, own_noise
 from pplvi.programs.state import buffers_of, fingerprint, module_of
@@ -128,8 +129,8 @@ class Meeting:
         if rows and len(saved) != self.ranks.size:
             raise ValueError(
                 f"the checkpoint holds parameters or places in the data of {len(saved) or 1} ranks, got "
-                f"{self.ranks.size}: expected as many. Models without parameters of single rows, on data that all ranks "
-                "have in common, go on with any number."
+                f"{self.ranks.size}: expected as many. Models without parameters of single rows, on data that all "
+                "ranks have in common, go on with any number."
             )
         own = saved[self.ranks.rank % len(saved)] if saved else {}
         joined = {key: {**state[key], **own.get(key, {})} for key in ("params", "buffers")}
@@ -292,14 +293,14 @@ class CompiledTogether(_Together, CompiledStepper):
         return super().replay(lambda: self.meeting.found(find()), call, most)
 
 
-@dataclass
-class _Mean:
+class _Mean(Exchange):
     """The mean of loss and gradient over the ranks, as an operation of a recorded step."""
 
-    meeting: Meeting
+    def __init__(self, meeting: Meeting) -> None:
+        self.meeting = meeting
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> Hashable:  # type: ignore[override]
         """Recorded steps know how many elements are here and on all ranks."""
         shard = self.meeting.last.shard
         return None if shard is None else (shard.rows, shard.total, shard.absent)
