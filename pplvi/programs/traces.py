@@ -198,9 +198,9 @@ class Run:
         sites = {n: s for trace in (self.model, self.guide) for n, s in sample_sites(trace) if is_enumerated(s)}
         if outside := sorted(name for name, site in sites.items() if not shard.splits(site)):
             raise ValueError(
-                f"sites {outside} are enumerated outside the plates {sorted(shard.plates)}, whose elements are on other "
-                "ranks too: each would sum over them with its own elements alone. Expected enumerated sites inside that "
-                "plate. Draw the others, or use parallel='none'."
+                f"sites {outside} are enumerated outside of the plates {sorted(shard.plates)}, whose elements are on "
+                "several ranks: each would sum over them with its own elements alone. Expected enumerated sites inside "
+                "that plate. Draw the others, or use parallel='none'."
             )
 
     @property
