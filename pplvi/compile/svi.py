@@ -73,9 +73,8 @@ class CompiledSVI:
 
     A new graph is recorded for every new shape, dtype, or value of an argument that is no tensor, and for new values
     of what the programs read of tensor arguments, such as ``int(lengths.max())``. Python code runs only while
-    recording: counters and closures of a program keep the values that they had. Parameters share the memory of one
-    vector, so that the parameter store, ``guide.median`` and ``Predictive`` see every step. Compiled programs for the
-    CPU stay in inductor's folder (``TORCHINDUCTOR_CACHE_DIR``), where other processes find them by their graph.
+    recording: counters and closures keep the values that they had. Parameters share the memory of one vector:
+    ``guide.median`` and ``Predictive`` see every step. What is compiled for the CPU is in ``TORCHINDUCTOR_CACHE_DIR``.
 
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference", for the step.
 

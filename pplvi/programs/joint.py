@@ -19,7 +19,7 @@ from pplvi.programs.carrying import BROADCAST, Given, Way, guide_all, run_partic
 from pplvi.programs.first_run import layout_of, renewed, supplied_values, widened
 from pplvi.programs.memo import Layout, remember
 from pplvi.programs.running import How
-from pplvi.programs.shards import sharded
+from pplvi.programs.sharding import sharded
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named, way_for
 from pplvi.types import Program

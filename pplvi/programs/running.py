@@ -18,7 +18,7 @@ from pplvi.programs.errors import explained
 from pplvi.programs.factorising import retried
 from pplvi.programs.handlers import Detach, Somewhere, SubsampleRecorder, Supply
 from pplvi.programs.masks import balance_missing
-from pplvi.programs.shards import unsplit
+from pplvi.programs.sharding import unsplit
 from pplvi.programs.sites import PARTICLES, is_subsample
 from pplvi.programs.state import is_recording, preserved_buffers, preserved_parameters, preserved_rng
 from pplvi.programs.traces import Run

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributions as torch_dist
 
 from pplvi.programs.handlers import Detach, Supply
-from pplvi.programs.shards import current_shard, sharded
+from pplvi.programs.sharding import current_shard, sharded
 from pplvi.programs.sites import PARTICLES, is_enumerated, is_subsample, latent_sites
 from pplvi.programs.state import preserved_rng
 from pplvi.programs.traces import Run

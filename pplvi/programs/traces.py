@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pplvi.programs import enumeration
 from pplvi.programs.masks import without_missing
+from pplvi.programs.shard import Shard
 from pplvi.programs.sites import (
     Plate,
     Site,
@@ -34,9 +35,6 @@ from pplvi.programs.sites import (
     site_plates,
     subsampled_plates,
 )
-
-if TYPE_CHECKING:  # shards are made of what is here
-    from pplvi.programs.shards import Shard
 
 
 @dataclass(frozen=True)

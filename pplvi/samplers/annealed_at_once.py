@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pplvi.objectives.step import Step
 from pplvi.programs.memo import Memo
-from pplvi.programs.shards import current_shard, own_noise
+from pplvi.programs.sharding import current_shard, own_noise
 from pplvi.programs.single import parameter_names, run_stacked
 from pplvi.samplers.particles import draws_of, leaves, run_at
 from pplvi.samplers.paths import Planned

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pplvi.objectives.step import Routing
 from pplvi.programs.lone import Alone, Lone, depths_of
-from pplvi.programs.shards import sharded
+from pplvi.programs.sharding import sharded
 from pplvi.programs.single import carried_path, rescored
 from pplvi.programs.sites import latent_sites
 from pplvi.programs.stacked import Stacked

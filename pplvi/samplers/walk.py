@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pplvi.kernels.invariant import Frame, InvariantMove
 from pplvi.objectives.step import Step
-from pplvi.programs.shards import own_noise
+from pplvi.programs.sharding import own_noise
 from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.particles import DrawPaths, Particles, draws_of

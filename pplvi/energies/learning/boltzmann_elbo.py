@@ -21,7 +21,7 @@ from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import LogPartition
 from pplvi.objectives.step import Estimator, Objective, Step
 from pplvi.programs.joint import execute
-from pplvi.programs.shards import data_scale, mean_of_ranks, own_noise
+from pplvi.programs.sharding import data_scale, mean_of_ranks, own_noise
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites
 from pplvi.programs.state import preserved_rng

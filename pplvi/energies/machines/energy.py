@@ -20,7 +20,7 @@ from pplvi.energies.machines.training_step import Reminder, active_step
 from pplvi.energies.machines.units import Units
 from pplvi.programs.errors import warn
 from pplvi.programs.plates import data_plate
-from pplvi.programs.shards import data_mean
+from pplvi.programs.sharding import data_mean
 from pplvi.types import Values
 
 Mask = Tensor | Mapping[str, Tensor] | None

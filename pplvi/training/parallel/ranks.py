@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pplvi.programs.shards import mean_over
+from pplvi.programs.shard import mean_over
 
 T = TypeVar("T")
 
