@@ -194,7 +194,7 @@ def fit(
     check_budget(budget)
     check_seed(seed, restarts)
     ways.named(vectorize)
-    spreading = DataParallel.of(parallel)
+    ranks = DataParallel.of(parallel)
     if data is None:
         call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
@@ -273,8 +273,8 @@ def fit(
         },
         start=SearchedStart(init),
     )
-    if spreading is not None:
-        plan = spreading.spread(plan)
+    if ranks is not None:
+        plan = ranks.applied(plan)
     runs = train_restarts(plan)
     best = best_of(runs, bound)
     recipe.adopt(runs[best])

@@ -10,8 +10,8 @@ from pplvi.compile.svi import MODES, CompileMode
 from pplvi.fitting.arguments import check_numbers
 from pplvi.programs.calls import LastBatch, check_last_batch
 from pplvi.training.checkpoint import PathLike
-from pplvi.training.parallel.ranks import Group, join
-from pplvi.training.parallel.spread import spread
+from pplvi.training.parallel.distributing import distributed
+from pplvi.training.parallel.ranks import ProcessGroup, join
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.steps import CompiledSteps, EagerSteps, Steps
 
@@ -152,7 +152,7 @@ class DataParallel:
             return None
         raise ValueError(f"parallel={parallel!r}: expected None, 'none', or pplvi.fitting.DataParallel().")
 
-    def spread(self, plan: TrainingPlan) -> TrainingPlan:
+    def applied(self, plan: TrainingPlan) -> TrainingPlan:
         """The plan for all ranks of the group that there is or that torchrun describes; the same one without."""
         ranks = join(self.timeout)
-        return spread(plan, ranks, self.shard) if isinstance(ranks, Group) else plan
+        return distributed(plan, ranks, self.shard) if isinstance(ranks, ProcessGroup) else plan

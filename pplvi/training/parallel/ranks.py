@@ -56,7 +56,7 @@ class Ranks:
         yield
 
 
-class Group(Ranks):
+class ProcessGroup(Ranks):
     """The ranks of a process group. Every method is a collective: all ranks call it, in the same order."""
 
     def __init__(self, group: Any) -> None:
@@ -170,7 +170,7 @@ def join(timeout: float | None = None) -> Ranks:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         dist.init_process_group(timeout=None if timeout is None else timedelta(seconds=timeout))
         atexit.register(_leave)
-    return Group(dist.group.WORLD) if dist.get_world_size() > 1 else Ranks()
+    return ProcessGroup(dist.group.WORLD) if dist.get_world_size() > 1 else Ranks()
 
 
 def _leave() -> None:

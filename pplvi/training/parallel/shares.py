@@ -17,13 +17,13 @@ from pplvi.programs.sites import is_deterministic, is_factor, sample_sites
 from pplvi.programs.state import fingerprint, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.training.batches import Batches, FullData, OneShot, Share
-from pplvi.training.parallel.ranks import Group
+from pplvi.training.parallel.ranks import ProcessGroup
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import scratch
 from pplvi.types import Call
 
 
-class Part(NamedTuple):
+class Slice(NamedTuple):
     """What a rank has of a batch.
 
     :ivar rows: elements here.
@@ -44,12 +44,12 @@ class OwnData(Share):
 
     common = False
 
-    def __init__(self, ranks: Group) -> None:
-        self.ranks, self.part = ranks, Part(0, None)
+    def __init__(self, ranks: ProcessGroup) -> None:
+        self.ranks, self.part = ranks, Slice(0, None)
 
     def __call__(self, call: Call) -> Call:
         """The batch as it is."""
-        self.part = Part(_rows(call), None)
+        self.part = Slice(_rows(call), None)
         return call
 
 
@@ -64,7 +64,7 @@ class Slices(OwnData):
         low, high = (total * r // self.ranks.size for r in (self.ranks.rank, self.ranks.rank + 1))
         absent = low == high
         low, high = (0, 1) if absent else (low, high)
-        self.part = Part(high - low, total, absent)
+        self.part = Slice(high - low, total, absent)
         return cut(call, slice(low, high))
 
 
@@ -103,7 +103,7 @@ class Split:
     known: bool = True
 
 
-def share_of(ranks: Group, batches: Batches, shard: bool) -> OwnData:
+def share_of(ranks: ProcessGroup, batches: Batches, shard: bool) -> OwnData:
     """How batches get to the ranks.
 
     :param shard: whether every rank has the full data as arguments and is to keep a slice.

@@ -26,7 +26,7 @@ from pplvi.programs.shard import Exchanges, Shard, mean_over
 from pplvi.programs.sharding import Sharded, own_noise
 from pplvi.programs.state import buffers_of, fingerprint, module_of
 from pplvi.training.optimizers import Update
-from pplvi.training.parallel.ranks import Group, heard
+from pplvi.training.parallel.ranks import ProcessGroup, heard
 from pplvi.training.parallel.shares import OwnData, Split
 from pplvi.training.restart import Restart, is_numerical
 from pplvi.training.schedules import norm_of
@@ -51,7 +51,7 @@ class Meeting:
     :ivar last: the handler of the last evaluation.
     """
 
-    ranks: Group
+    ranks: ProcessGroup
     share: OwnData
     split: Split
     exchanges: Exchanges = field(default_factory=Exchanges)

@@ -11,14 +11,14 @@ import torch
 from pplvi.losses.elbo import own_loss
 from pplvi.programs.state import preserved_rng
 from pplvi.training.batches import FullData
-from pplvi.training.parallel.ranks import Group
+from pplvi.training.parallel.ranks import ProcessGroup
 from pplvi.training.parallel.shares import share_of, split_of
 from pplvi.training.parallel.stepping import Meeting, together
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.restart import Restart, copy_into, evaluate
 
 
-def spread(plan: TrainingPlan, ranks: Group, shard: bool) -> TrainingPlan:
+def distributed(plan: TrainingPlan, ranks: ProcessGroup, shard: bool) -> TrainingPlan:
     """The plan with the data split over the ranks.
 
     :param shard: whether every rank has the full data as arguments and is to keep a slice.
