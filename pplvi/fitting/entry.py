@@ -30,7 +30,7 @@ from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
-from pplvi.fitting.options import Checkpoint, Compile, Minibatches
+from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
@@ -96,6 +96,7 @@ def fit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     vectorize: Vectorize = None,
+    parallel: DataParallel | Literal["none"] | None = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -169,6 +170,8 @@ def fit(
     :param vectorize: the way of running several particles and draws: ``"broadcast"``, as one more dimension on the left
         of all tensors; ``"vmap"``, carried by ``torch.func.vmap``; ``"loop"`` (``False``), one after another. The
         fastest that is right for the programs is found by trying unless one is named.
+    :param parallel: under ``torchrun``, or in a process group that was made before, the ranks train together on shares
+        of the data: ``None``, or a :class:`pplvi.fitting.DataParallel`. ``"none"``: each by itself.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
         Fits run in one thread at a time, and one in a callback of another leaves the store alone.
@@ -200,6 +203,7 @@ def fit(
     check_values(Sequence[Callable[..., Any]], callbacks=callbacks)
     check_seed(seed, restarts)
     ways.named(vectorize)
+    ranks = DataParallel.of(parallel)
     if data is None:
         call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
@@ -226,7 +230,7 @@ def fit(
         )
         same = {"num_steps": num_steps, "restarts": restarts, "seed": seed, "callbacks": callbacks}
         return maximise_likelihood(model, guide, call, environment, progress=progress, **same, **kept)
-    if data is None:
+    if data is None and not getattr(objective, "compares_draws", False):
         warn_of_no_data(model, *call, environment)
     if settings is not None:
         refuse({**unused, "init": None, "num_warmup": num_warmup}, "SMC", "init, num_steps, budget, ")
@@ -278,6 +282,8 @@ def fit(
         },
         start=SearchedStart(init, compiled.mode),
     )
+    if ranks is not None:
+        plan = ranks.applied(plan)
     unwritten = None
     try:
         runs = train_restarts(plan)

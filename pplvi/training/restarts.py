@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
 from os import fspath
@@ -41,16 +41,24 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
         non-finite.
     """
     plan = replace(plan, checkpoint=_absolute(plan.checkpoint), resume=_absolute(plan.resume))
-    with nullcontext() if plan.checkpoint is None else checkpoint.claimed(Path(plan.checkpoint)):
-        check_paths(plan)
+    with ExitStack() as held:
+
+        def claim() -> None:
+            if plan.checkpoint is not None:
+                held.enter_context(checkpoint.claimed(Path(plan.checkpoint)))
+            check_paths(plan)
+
+        plan.ranks.first(claim)
         _check_data(plan)
         plan.batches.environment = plan.recipe.environment
-        session = _Session(plan, checkpoint.read_content(plan.resume) if plan.resume is not None else {"runs": []})
-        with preserved_rng(active=plan.seed is not None or session.side_by_side):
+        session = _Session(plan, plan.ranks.first(lambda: _read(plan)))
+        with preserved_rng(active=plan.seed is not None or session.side_by_side), plan.ranks.listening():
             try:
                 session.go()
             finally:
                 plan.batches.finish()
+            for run in session.runs:
+                plan.ended(run)
     if session.unwritten is not None:
         session.unwritten.runs = session.runs
         raise session.unwritten
@@ -60,6 +68,10 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
 def _absolute(path: PathLike | None) -> PathLike | None:
     """Where a path leads from here, whatever the folder is later."""
     return None if path is None else Path(path).resolve()
+
+
+def _read(plan: TrainingPlan) -> dict[str, Any]:
+    return checkpoint.read_content(plan.resume) if plan.resume is not None else {"runs": []}
 
 
 def _check_data(plan: TrainingPlan) -> None:
@@ -111,7 +123,8 @@ class _Session:
     @property
     def side_by_side(self) -> bool:
         """Whether restarts are trained together: compiled steps on the same data, no loop inside the program."""
-        return self.plan.steps.side_by_side and self.plan.restarts > 1 and isinstance(self.plan.batches, FullData)
+        alone = self.plan.restarts == 1 or self.plan.ranks.size > 1
+        return self.plan.steps.side_by_side and not alone and isinstance(self.plan.batches, FullData)
 
     def _go_side_by_side(self) -> None:
         progress = Progress(self.plan.watch.num_steps, 1, self.plan.progress)
@@ -143,7 +156,9 @@ class _Session:
 
     def _go_one_by_one(self) -> None:
         for index in range(self.plan.restarts):
-            progress = Progress(self.plan.watch.num_steps, self.plan.restarts, self.plan.progress)
+            progress = Progress(
+                self.plan.watch.num_steps, self.plan.restarts, self.plan.progress and self.plan.ranks.rank == 0
+            )
             try:
                 run = self._train(index, progress)
             except KeyboardInterrupt:  # before the first step of this restart
@@ -205,15 +220,14 @@ class _Session:
         return Restart(index, model, guide, environment, seed), objective, start
 
     def _trainer(self, run: Restart, objective: Any, watch: Watch, saved: Mapping[str, Any] | None) -> Trainer:
-        if saved is not None:
-            call = self.plan.batches.peek()
-            self.plan.start.take_back(run, saved)
-            evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
-            self._check_same(run, call, saved)
         trainer = Trainer(run, objective, self.plan.steps, self.plan.batches, watch)
         if saved is None:
             return trainer
-        trainer.call = call
+        saved = trainer.stepper.unpacked(saved)
+        call = trainer.call = self.plan.batches.share(self.plan.batches.peek())
+        self.plan.start.take_back(run, saved)
+        evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
+        self._check_same(run, call, saved)
         return self._put_back(trainer, saved)
 
     def _put_back(self, trainer: Trainer, saved: Mapping[str, Any]) -> Trainer:
@@ -247,7 +261,7 @@ class _Session:
 
     def _write(self) -> None:
         """Put what is new into the file; a restart that has no state yet will start anew, and those behind it too."""
-        if self.plan.checkpoint is not None and self.description:
+        if self.plan.checkpoint is not None and self.description and self.plan.ranks.rank == 0:
             states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
             try:
                 checkpoint.write(self.plan.checkpoint, {**self.description, "runs": list(states)})

@@ -44,7 +44,7 @@ def check_paths(plan: TrainingPlan) -> None:
 def run_state(trainer: Training) -> dict[str, Any]:
     """What the continuation of a run depends on, as of its last good state."""
     run, good = trainer.run, trainer.good
-    return {
+    state = {
         **good,
         "losses": list(map(float, run.losses[: good["step"]])),
         "monitored": list(run.monitored[: good["watched"]]),
@@ -52,6 +52,7 @@ def run_state(trainer: Training) -> dict[str, Any]:
         "seconds": run.seconds,
         "rollbacks": run.rollbacks,
     }
+    return trainer.stepper.packed(state)
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

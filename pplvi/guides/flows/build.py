@@ -20,7 +20,7 @@ from pplvi.guides.flows.copula import gaussian_copula
 from pplvi.guides.flows.import_zuko import import_zuko
 from pplvi.guides.flows.quadratic import QuadraticFlow
 from pplvi.programs.errors import warn
-from pplvi.programs.running import is_recording
+from pplvi.programs.state import is_recording
 
 MUCH = 2 * 2**30  # bytes
 
