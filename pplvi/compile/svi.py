@@ -119,6 +119,12 @@ class CompiledSVI:
         self._programs = Programs()
         self._size: int | None = None
 
+    def __getstate__(self) -> Any:
+        raise ValueError(
+            "a CompiledSVI holds recorded and compiled programs, which neither pickle nor copy: expected its "
+            "state_dict(), which does, and load_state_dict() of a new one."
+        )
+
     # ------------------------------------------------------------------ training
 
     def step(self, *args: Any, **kwargs: Any) -> float:

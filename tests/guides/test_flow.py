@@ -24,6 +24,7 @@ from torch.distributions import constraints
 
 from pplvi import ELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO, fit
 from pplvi.guides import AutoFlow
+from pplvi.guides.flows import build
 from pplvi.guides.flows.import_zuko import import_zuko
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -688,3 +689,15 @@ def test_refuses_parameters_of_another_model_in_the_store():
     pyro.get_param_store().set_state({"params": state, "constraints": constraint})
     with pytest.raises(ValueError, match=r"AutoFlow\.loc with shape \(2,\).*clear_param_store"):
         AutoFlow(vector(3), **SMALL)()
+
+
+def test_memory_for_a_slow_direction_is_told_before_it_is_taken(monkeypatch):
+    guide, points = AutoFlow(vector(6), "nsf", transforms=2, hidden_features=(16,)), torch.randn(64, 6)
+    guide()
+    monkeypatch.setattr(build, "MUCH", 1000)
+    transform = guide.get_transform()
+    with pytest.warns(UserWarning, match=r"density of 64 draws.*over 6 coordinates keeps about.*flow='nice'"):
+        transform.inv(points)
+    guide.get_transform().inv(points)  # once is enough: a second warning would be an error
+    few, more, all_of_them = (transform._kept(points[:count]) for count in (2, 4, 64))
+    assert all_of_them == pytest.approx(few + 31 * (more - few), rel=0.02)  # what a few keep says what all will

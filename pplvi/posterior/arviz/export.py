@@ -47,7 +47,7 @@ RestartsKind = Literal["all", "best"] | int
 @checked
 @explained()
 def to_arviz(
-    source: Posterior | Sequence[Posterior] | MCMC,
+    source: Any,
     *,
     draws: DrawsKind = "psis",
     restarts: RestartsKind = "all",
