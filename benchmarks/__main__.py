@@ -31,6 +31,7 @@ NAMES = (
     "conjugate",
     "deep_boltzmann",
     "deep_boltzmann_large",
+    "directed",
     "gradients",
     "hmm_heuristics",
     "levels",

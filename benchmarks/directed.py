@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import pplvi
 from benchmarks.reporting import command_line, table_of, write_table
+from pplvi.evaluation import log_density, mode_coverage
 from pplvi.models import MADE, NADE, DeepLatentGaussian, FactorAnalysis, Generator, maximum_mean_discrepancy
 from pplvi.programs.plates import data_plate
 
@@ -297,7 +298,7 @@ def dlgm(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     steps = pair_loss(model.model, model.guide, batches(data.train, 100), pplvi.ImportanceWeightedELBO(5))
     done = train(model, steps, options.seconds, options.rate or 1e-3)
     test = data.test[: min(options.test_images, 500)]
-    found = pplvi.evaluation.log_density((model, model.guide), test, num_draws=options.draws, seed=0)
+    found = log_density((model, model.guide), test, num_draws=options.draws, seed=0)
     error = float(found.log_prob.std() / math.sqrt(len(test)))
     return [{"bound": found.mean, "error": error, "draws": options.draws, "steps": done.steps, "test": len(test)}]
 
@@ -358,7 +359,7 @@ def adversarial(name: str, centres: Tensor, saturating: bool, options: argparse.
         return loss.differentiable_loss(model.model, guide, x)
 
     done = train(nn.ModuleList([model, judge]), next_loss, options.seconds, 1e-3)
-    found = pplvi.evaluation.mode_coverage(model.sample(5000), centres, 4 * scale)
+    found = mode_coverage(model.sample(5000), centres, 4 * scale)
     x = centres[torch.randint(len(centres), (5000,))] + scale * torch.randn(5000, 2)
     with torch.no_grad():
         value = loss.loss(model.model, guide, x)
