@@ -32,6 +32,7 @@ NAMES = (
     "deep_boltzmann",
     "deep_boltzmann_large",
     "directed",
+    "distributed",
     "gradients",
     "hmm_heuristics",
     "levels",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
 from pplvi.programs import enumeration
 from pplvi.programs.errors import warn
 from pplvi.programs.joint import execute
@@ -38,6 +39,7 @@ from pplvi.programs.ways import Vectorize
 from pplvi.types import Call, Program
 
 
+@checked
 @dataclass(frozen=True)
 class Draws:
     """``S`` draws of a program.
@@ -53,6 +55,8 @@ class Draws:
     :ivar plates: each site's plates, left to right.
     :ivar factors: names of ``pyro.factor`` sites of the model.
     :ivar random: whether the guide has a random latent site at all (a point estimate has none).
+    :ivar log_factors: log density of each ``pyro.factor`` of the model, as in ``log_likelihood``; none where sites are
+        enumerated.
     """
 
     latents: dict[str, Tensor]
@@ -65,6 +69,7 @@ class Draws:
     plates: dict[str, tuple[Plate, ...]]
     factors: frozenset[str]
     random: bool = True
+    log_factors: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         fields = ("latents", "deterministics", "observed")
@@ -265,6 +270,7 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
         plates={n: _plates(s) for n, s in sites.items()},
         factors=frozenset(kinds["factor"]),
         random=any(not is_delta(s) for s in latent_sites(run.guide).values()),
+        log_factors={} if predicted or run.enumerated else _log_likelihoods(run, kinds["factor"]),
     )
 
 
@@ -359,7 +365,7 @@ def stack(parts: Iterable[Draws], num_draws: int) -> Draws:
     first = next(iterator)
     if first.num_draws == num_draws:
         return first
-    drawn = ["latents", "deterministics", "log_likelihood", "log_p", "log_q"]
+    drawn = ["latents", "deterministics", "log_likelihood", "log_factors", "log_p", "log_q"]
     if first.log_p is None:
         drawn.append("observed")  # predictions
     whole = replace(first, **{name: _room_for(getattr(first, name), num_draws) for name in drawn})
@@ -394,5 +400,5 @@ def repeated(draws: Draws, num_draws: int) -> Draws:
             return {name: again(entry) for name, entry in value.items()}
         return None if value is None else value.expand(num_draws, *value.shape[1:])
 
-    names = ("latents", "deterministics", "log_likelihood", "log_p", "log_q")
+    names = ("latents", "deterministics", "log_likelihood", "log_factors", "log_p", "log_q")
     return replace(draws, **{name: again(getattr(draws, name)) for name in names})

@@ -12,6 +12,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch.optim import Optimizer
 
 from pplvi.compile.flat_optimizers import OptimFactory
+from pplvi.kinds.checked import checked
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.running import isolated, plain_run
 from pplvi.types import Program
@@ -19,6 +20,7 @@ from pplvi.types import Program
 ROLES = ("model", "guide")
 
 
+@checked
 class PerProgram(PyroOptim):
     """Two optimisers in the place of one: ``{"model": ..., "guide": ...}``.
 
