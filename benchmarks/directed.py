@@ -237,6 +237,12 @@ def rnn_nade(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     return rows
 
 
+def transposed(piece: Tensor, steps: int) -> Tensor:
+    """A piece some semitones higher, if all of its notes stay on the keyboard; else as it is."""
+    edge = piece[:, -steps:] if steps > 0 else piece[:, :-steps]
+    return piece if steps == 0 or bool(edge.any()) else piece.roll(steps, 1)
+
+
 def chorales(parts: dict[str, list[Tensor]], options: argparse.Namespace) -> dict[str, Any]:
     """One set of pieces."""
     net, elbo = Chorales(torch.cat(parts["train"])), pplvi.ELBO()
@@ -252,6 +258,9 @@ def chorales(parts: dict[str, list[Tensor]], options: argparse.Namespace) -> dic
 
     def loss() -> Tensor:
         chosen = [parts["train"][i] for i in torch.randint(len(parts["train"]), (8,)).tolist()]
+        chosen = [
+            transposed(piece, int(torch.randint(-options.transpose, options.transpose + 1, ()))) for piece in chosen
+        ]
         starts = [int(torch.randint(max(1, len(piece) - 100), ())) for piece in chosen]
         x, mask = padded([piece[at : at + 100] for piece, at in zip(chosen, starts, strict=True)])
         return elbo.differentiable_loss(net.model, net.guide, x, mask) / mask.sum()
@@ -390,6 +399,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser.add_argument("--batch", type=int, default=100, help="images of a step of NADE and MADE")
     parser.add_argument("--draws", type=int, default=5000, help="of importance-weighted bounds")
     parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument(
+        "--transpose", type=int, default=5, help="semitones, at most, by which pieces are moved in training"
+    )
     parser.add_argument("--music", nargs="+", default=["JSB_Chorales"])
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
