@@ -75,9 +75,10 @@ def train(
     seconds: float,
     rate: float,
     watch: Callable[[float], None] = lambda share: None,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> Training:
     """Adam with a rate that falls to zero in so many CPU seconds; ``watch`` is not counted."""
-    optim = torch.optim.Adam(module.parameters(), rate)
+    optim = torch.optim.Adam(module.parameters(), rate, betas)
     steps, start = 0, process_time()
     while (share := (process_time() - start) / seconds) < 1:
         for group in optim.param_groups:
@@ -341,7 +342,7 @@ def gan(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     """Two planes of modes."""
     angle = torch.arange(8) * 2 * math.pi / 8
     axis = torch.arange(-2.0, 3.0)
-    modes = {"ring": torch.stack([angle.cos(), angle.sin()], 1), "grid": torch.cartesian_prod(axis, axis) / 2}
+    modes = {"ring": 2 * torch.stack([angle.cos(), angle.sin()], 1), "grid": torch.cartesian_prod(axis, axis)}
     return [
         adversarial(name, centres, saturating, options)
         for name, centres in modes.items()
@@ -352,8 +353,8 @@ def gan(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
 def adversarial(name: str, centres: Tensor, saturating: bool, options: argparse.Namespace) -> dict[str, Any]:
     """One plane and one form of the loss."""
     torch.manual_seed(0)
-    scale = 0.05
-    model = Generator(nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)), 8)
+    scale = 0.1
+    model = Generator(nn.Sequential(nn.Linear(2, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)), 2)
     judge = nn.Sequential(
         nn.Linear(2, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1)
     )
@@ -361,13 +362,13 @@ def adversarial(name: str, centres: Tensor, saturating: bool, options: argparse.
 
     def guide(x: Tensor) -> Tensor:
         pyro.module("judge", judge)
-        return judge(4 * x).squeeze(-1)
+        return judge(x).squeeze(-1)
 
     def next_loss() -> Tensor:
         x = centres[torch.randint(len(centres), (256,))] + scale * torch.randn(256, 2)
         return loss.differentiable_loss(model.model, guide, x)
 
-    done = train(nn.ModuleList([model, judge]), next_loss, options.seconds, 1e-3)
+    done = train(nn.ModuleList([model, judge]), next_loss, options.seconds, 1e-3, betas=(0.5, 0.999))
     found = mode_coverage(model.sample(5000), centres, 4 * scale)
     x = centres[torch.randint(len(centres), (5000,))] + scale * torch.randn(5000, 2)
     with torch.no_grad():
