@@ -89,6 +89,10 @@ class BlockMeanField:
             found = torch.autograd.grad(total, leaves, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))
 
+    def factors_of(self, block: str) -> list[Factor]:
+        """The factors that a block changes."""
+        return self._own[block]
+
     def weight(self, block: str) -> Tensor | None:
         """What a block's entropy is multiplied with."""
         return self._weights[block]

@@ -13,7 +13,8 @@ from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
 from pplvi.compile import backends
-from pplvi.compile.tracing import Traced, record
+from pplvi.compile.broadcasting import without_repetition
+from pplvi.compile.tracing import record
 from pplvi.guides.conjugate.ascent import BlockMeanField, started
 from pplvi.guides.conjugate.auto import AutoConjugate
 from pplvi.guides.conjugate.program import read_program
@@ -116,13 +117,14 @@ class ConjugateData(ParameterLeaves):
             places = {id(leaf): (start, leaf) for start, leaf in zip(starts, self.leaves.values(), strict=False)}
             with backends.uncollected():
                 traced = record(lambda _, *values: function(*values), inputs, places)
-            self._programs[name] = partial(_replayed, traced)
+                graph = without_repetition(traced.graph, (*inputs, *traced.constants))
+            self._programs[name] = partial(_replayed, graph, traced.constants)
         with torch.no_grad():
             return self._programs[name](*inputs)
 
 
-def _replayed(traced: Traced, *inputs: Tensor) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = traced.graph(*inputs, *traced.constants)
+def _replayed(graph: Program, constants: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = graph(*inputs, *constants)
     return found
 
 
