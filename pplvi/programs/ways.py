@@ -11,7 +11,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from pyro import poutine
@@ -19,20 +19,17 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, run_particles
-from pplvi.programs.factorising import Apart
+from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, WayName, run_particles
+from pplvi.programs.factorising import SeparateFactors
 from pplvi.programs.first_run import supplied_values
 from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import How, is_recording, isolated
+from pplvi.programs.running import How, isolated
 from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
-from pplvi.programs.state import modules_of, preserved_buffers
+from pplvi.programs.state import is_recording, modules_of, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.types import Program
-
-WayName = Literal["broadcast", "vmap", "loop"]
-"""What a user may call a way."""
 
 Vectorize = WayName | bool | None
 """A way by its word; ``None`` and ``True`` leave the choice to what is found right, ``False`` is a loop."""
@@ -96,10 +93,14 @@ def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layou
     ) from errors[0]
 
 
-def is_looped(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
-    """Whether several particles of these programs have been run one after another, as no faster way is right."""
+def way_taken(model: Program, guide: Program, args: Any, kwargs: Any, word: WayName | None = None) -> WayName | None:
+    """The way in which several particles of these programs have been run; ``None`` if there were none.
+
+    :param word: the way that was named.
+    """
     layout = recall(model, guide, args, kwargs)
-    return layout is not None and None in layout.ways and layout.ways[None].word == "loop"
+    found = layout.ways.get(word) if layout is not None else None
+    return None if found is None else found.word
 
 
 def candidates(word: WayName | None) -> list[Way]:
@@ -146,7 +147,7 @@ class Trial:
         values = supplied_values(self.model, self.args, self.kwargs, self.layout, None)
         how = How(2, self.layout.nesting, self.layout.enumerated, values=values)
         given = Given(self.layout.indices, spoil=True)
-        with OutsideState() as outside, Apart(2, active=way.model and not self.wanted):
+        with OutsideState() as outside, SeparateFactors(2, active=way.model and not self.wanted):
             both = run_particles(self.model, self.guide, self.args, self.kwargs, how, way, given)
             if not both.guide_enumerated:  # scored at given values, as each alone will be: rounding is then the same
                 how = replace(how, values={**both.subsample_indices(), **_drawn(both)})
