@@ -28,7 +28,7 @@ from pplvi.posterior.report import report, report_likelihood
 from pplvi.posterior.tables import Summary, to_html
 from pplvi.posterior.verdict import Verdict, judge
 from pplvi.programs.inputs import to_inputs
-from pplvi.programs.ways import Vectorize, is_looped
+from pplvi.programs.ways import Vectorize
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
@@ -355,7 +355,7 @@ class Fit:
         posterior = self._best_posterior(args, kwargs)
         if trained:
             facts |= describe_guide(run, posterior, self._call(args, kwargs), self.seed)
-            if is_looped(posterior.model, run.guide, posterior.args, posterior.kwargs):
+            if posterior.way == "loop":
                 facts["draws"] = (
                     f"run one after another, {posterior.num_draws} runs of the programs, which branch on what they draw"
                 )

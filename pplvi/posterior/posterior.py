@@ -26,6 +26,7 @@ from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_
 from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
+from pplvi.programs.carrying import WayName
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
@@ -36,7 +37,7 @@ from pplvi.programs.sites import batch_sizes, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.traces import Run
-from pplvi.programs.ways import Vectorize
+from pplvi.programs.ways import Vectorize, named, way_of
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
@@ -134,6 +135,16 @@ class Posterior(WeightedDraws):
 
         with random_state(seed):
             return stack((part(*bounds) for bounds in chunks), chunks[-1][1])
+
+    @property
+    def way(self) -> WayName | None:
+        """How the programs ran all draws: ``"broadcast"``, ``"vmap"`` or ``"loop"``; ``None`` for chains and one draw.
+
+        One seed draws other numbers in another way: name it (``vectorize=``) to repeat a run on other versions.
+        """
+        if self.guide is None:
+            return None
+        return way_of(*self._pair, self.args, self.kwargs, named(self.vectorize))
 
     @cached_property
     def pool(self) -> WeightedDraws:

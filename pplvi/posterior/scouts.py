@@ -81,7 +81,7 @@ def prior_starts(
     :param density: of the model.
     """
     try:
-        drawn = predict(model, None, args, kwargs, num_draws=number, vectorize=density.way.word).latents  # type: ignore[arg-type]
+        drawn = predict(model, None, args, kwargs, num_draws=number, vectorize=density.way.word).latents
         return density.pack_rows(drawn).double()
     except NotImplementedError:
         return 4 * torch.rand(number, density.dim, dtype=torch.float64) - 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -41,6 +41,10 @@ class _NewParameter(Exception):
     """A parameter is made inside ``vmap``: programs have to be run alone before."""
 
 
+WayName = Literal["broadcast", "vmap", "loop"]
+"""What a user may call a way."""
+
+
 @dataclass(frozen=True)
 class Way:
     """How a pair of programs runs several particles.
@@ -51,7 +55,7 @@ class Way:
     :ivar written: whether draws are written into tensors that the program makes, which are then one of each particle.
     """
 
-    word: str
+    word: WayName
     guide: bool = False
     model: bool = False
     written: bool = False
