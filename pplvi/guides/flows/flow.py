@@ -98,7 +98,7 @@ class AutoFlow(ContinuousGuide):
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: str | Callable[..., Any] | nn.Module = "nsf",
+        flow: str | Callable[..., Any] | nn.Module = "quadratic",
         *,
         transforms: int | None = None,
         hidden_features: Sequence[int] | None = None,
