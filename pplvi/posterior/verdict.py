@@ -113,9 +113,10 @@ def judge(facts: Facts) -> Verdict:
 
     Reliable are draws whose k-hat is below 0.7 by more than its error, or whose weights are nearly equal (nine tenths
     of the draws effective) up to a k-hat of 0.7, or half of which are effective if one percent of the evidence at most
-    lies beyond the largest weight and scouts have found nothing, with less than 2 % of the evidence beyond the largest weight, 200
-    effective draws, no restart and no scout that contradicts them, from a guide that had converged or has every second
-    draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal weights of any k-hat are usable for means.
+    lies beyond the largest weight and scouts have found nothing, with less than 2 % of the evidence beyond the largest
+    weight, 200 effective draws, no restart and no scout that contradicts them, from a guide that had converged or has
+    every second draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal weights of any k-hat are usable
+    for means.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72); Yao,
     Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
