@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 Result = TypeVar("Result")
 
-_FACTORISATIONS = frozenset({torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky})
+FACTORISATIONS = frozenset({torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky})
 _TRIES = 30  # draws of a prior of which one in four is sound all fail once in 5,000 times
 
 
@@ -81,29 +81,28 @@ class SoundFactors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch, in its own way unless it factorises."""
-        return self.factor(*args, **kwargs or {}) if func in _FACTORISATIONS else func(*args, **kwargs or {})
+        return self.factor(*args, **kwargs or {}) if func in FACTORISATIONS else func(*args, **kwargs or {})
 
     def factor(self, matrix: Tensor, upper: bool = False, **_: Any) -> Tensor:
         """The Cholesky factor of a matrix, or of the unit matrix."""
         factor, info = torch.linalg.cholesky_ex(matrix.detach())
         bad = (info != 0).reshape(-1).any()
         self.failed = bad if self.failed is None else self.failed | bad
-        unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        failed = (info != 0)[..., None, None]
-        if torch.is_grad_enabled():  # no gradient goes through what is no factor
+        failed, unit = (info != 0)[..., None, None], torch.eye(matrix.shape[-1]).to(matrix)
+        if self.drawing:
+            factor = torch.where(failed, torch.nan, factor)
+        elif torch.is_grad_enabled():  # no gradient through a factor that is none
             factor = torch.linalg.cholesky_ex(torch.where(failed, unit, matrix))[0]
         else:
             factor = torch.where(failed, unit, factor)
-        if self.drawing:
-            factor = torch.where(failed, torch.nan, factor)
         return factor.mH if upper else factor
 
 
-class Together(RuntimeError):
+class JointFactorisation(RuntimeError):
     """Matrices of several particles would be factorised in one call, which fails for all if it does for one."""
 
 
-class Apart(TorchFunctionMode):
+class SeparateFactors(TorchFunctionMode):
     """Refuse to factorise matrices of several particles in one call.
 
     :param num_particles: how many there are.
@@ -117,8 +116,8 @@ class Apart(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch.
 
-        :raises Together: if it factorises so.
+        :raises JointFactorisation: if it factorises so.
         """
-        if self.active and func in _FACTORISATIONS and self.num_particles in args[0].shape[:-2]:
-            raise Together("matrices of all particles are factorised in one call.")
+        if self.active and func in FACTORISATIONS and self.num_particles in args[0].shape[:-2]:
+            raise JointFactorisation("matrices of all particles are factorised in one call.")
         return func(*args, **kwargs or {})

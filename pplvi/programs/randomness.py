@@ -25,7 +25,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.distributions import dirichlet, von_mises
 
-from pplvi.programs.factorising import SoundFactors
+from pplvi.programs.factorising import FACTORISATIONS, SoundFactors
 
 
 def is_batched(value: Any) -> bool:
@@ -108,7 +108,9 @@ _FACTORIES = frozenset(
 )
 
 _DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_OTHERWISE = frozenset({*_DRAWS, *_FACTORIES, _DATA, torch.Tensor.clamp_, torch.binomial, torch.Tensor.new})
+_OTHERWISE = frozenset(
+    {*_DRAWS, *_FACTORIES, *FACTORISATIONS, _DATA, torch.Tensor.clamp_, torch.binomial, torch.Tensor.new}
+)
 
 
 class OutOfPlace(SoundFactors):
@@ -126,7 +128,7 @@ class OutOfPlace(SoundFactors):
         """Run one function of torch in its own or in another way."""
         kwargs = kwargs or {}
         if func not in _OTHERWISE:  # most by far
-            return super().__torch_function__(func, types, args, kwargs)
+            return func(*args, **kwargs)
         if func in _DRAWS and not (is_batched(args[0]) and self.token is not None):
             return self._drawn(func, args, kwargs)
         if func is torch.Tensor.clamp_:
@@ -137,7 +139,8 @@ class OutOfPlace(SoundFactors):
             return args[0].detach()
         if func is torch.Tensor.new:
             return self._of_each(_renewed(*args, **kwargs))
-        return self._of_each(func(*args, **kwargs))
+        found = super().__torch_function__(func, types, args, kwargs)
+        return self._of_each(found) if func in _FACTORIES else found
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         found = _DRAWS[func](*args, **kwargs)
