@@ -20,6 +20,8 @@ from pplvi.fitting.clock import cpu_seconds
 from pplvi.fitting.entry import fit
 from pplvi.fitting.inputs import checked_inputs
 from pplvi.fitting.result import Fit
+from pplvi.posterior.arviz.quiet import arviz_itself
+from pplvi.posterior.arviz.versions import wrap
 from pplvi.posterior.gather import take
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.ranks import CALIBRATED, UniformBand, frame_of_ranks, rank_among, scalars
@@ -115,6 +117,11 @@ class Calibration:
     def summary(self) -> pandas.DataFrame:
         """A row for each element: see :func:`pplvi.posterior.ranks.frame_of_ranks`."""
         return frame_of_ranks(self.ranks, self.num_draws, self.prob)
+
+    def to_arviz(self) -> Any:
+        """The ranks in units of the largest as ArviZ's group ``prior_sbc``, which ``az.plot_ecdf_pit`` draws (1.x)."""
+        place = {name: ((ranks + 0.5) / (self.num_draws + 1))[None] for name, ranks in self.ranks.items()}
+        return wrap({"prior_sbc": arviz_itself().convert_to_dataset(place)}, {"recipe": self.recipe})
 
     def plot(
         self, var_names: Sequence[str] | None = None, kind: Literal["ecdf", "rank"] = "ecdf", axes: Any = None
