@@ -8,7 +8,7 @@ Counts, rates and bias corrections are kept in float64, as torch keeps them in P
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -198,6 +198,22 @@ _RULES: dict[type, tuple[Callable[..., Any], int]] = {
     torch.optim.Adagrad: (_adagrad, 1),
     AdagradRMSProp: (_adagrad_rmsprop, 1),
 }
+
+
+class Exchange:
+    """What becomes of loss and gradient before the clip: they stay as they are.
+
+    :ivar key: equal where the same recorded program will do.
+
+    >>> Exchange()(torch.tensor(1.0), torch.zeros(2))
+    (tensor(1.), tensor([0., 0.]))
+    """
+
+    key: Hashable = None
+
+    def __call__(self, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the gradient, along the flat parameters, that the step goes on with."""
+        return loss, gradient
 
 
 @checked

@@ -4,7 +4,7 @@ from pplvi.fitting.calibration import Calibration, calibrate
 from pplvi.fitting.clock import Timing
 from pplvi.fitting.entry import fit
 from pplvi.fitting.loading import load
-from pplvi.fitting.options import Checkpoint, Compile, Minibatches
+from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.recipes import flow_recipe, search_learning_rate
 from pplvi.fitting.result import Fit
 
@@ -12,6 +12,7 @@ __all__ = [
     "Calibration",
     "Checkpoint",
     "Compile",
+    "DataParallel",
     "Fit",
     "Minibatches",
     "Timing",

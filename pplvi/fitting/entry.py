@@ -30,7 +30,7 @@ from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
-from pplvi.fitting.options import Checkpoint, Compile, Minibatches
+from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
@@ -95,6 +95,7 @@ def fit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     vectorize: Vectorize = None,
+    parallel: DataParallel | Literal["none"] | None = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -167,6 +168,8 @@ def fit(
     :param vectorize: the way of running several particles and draws: ``"broadcast"``, as one more dimension on the left
         of all tensors; ``"vmap"``, carried by ``torch.func.vmap``; ``"loop"`` (``False``), one after another. The
         fastest that is right for the programs is found by trying unless one is named.
+    :param parallel: under ``torchrun``, or in a process group that was made before, the ranks train together on shares
+        of the data: ``None``, or a :class:`pplvi.fitting.DataParallel`. ``"none"``: each by itself.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
     :raises ValueError: for arguments of a wrong kind or that contradict each other, programs that do not fit together,
@@ -197,6 +200,7 @@ def fit(
     check_values(Sequence[Callable[..., Any]], callbacks=callbacks)
     check_seed(seed, restarts)
     ways.named(vectorize)
+    ranks = DataParallel.of(parallel)
     if data is None:
         call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
@@ -275,6 +279,8 @@ def fit(
         },
         start=SearchedStart(init, compiled.mode),
     )
+    if ranks is not None:
+        plan = ranks.applied(plan)
     runs = train_restarts(plan)
     best = best_of(runs, bound)
     recipe.adopt(runs[best])

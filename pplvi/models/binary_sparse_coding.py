@@ -20,7 +20,7 @@ from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Floats, Fraction, Natural, Positive
 from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate, full_size
-from pplvi.programs.running import is_recording
+from pplvi.programs.state import is_recording
 
 __all__ = ["BinaryMeanField", "BinarySparseCoding", "learn_binary_coding"]
 

@@ -21,6 +21,7 @@ from pplvi.programs.carrying import BROADCAST, Given, Way, guide_all, run_partic
 from pplvi.programs.first_run import layout_of, renewed, supplied_values, widened
 from pplvi.programs.memo import Layout, remember
 from pplvi.programs.running import How
+from pplvi.programs.sharding import sharded
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named, way_for
 from pplvi.types import Program
@@ -76,7 +77,7 @@ def execute(
         remember(model, guide, args, kwargs, layout := needed)
         run = attempt(layout)
     checks.check_run(run)
-    return run
+    return sharded(run)
 
 
 def _for(exact: Exact | None, way: Way) -> Way:

@@ -42,6 +42,13 @@ def set_torch_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def is_recording() -> bool:
+    """Whether operations are being written down (``make_fx``): values cannot be looked at then."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 @contextmanager
 def preserved_rng(active: bool = True) -> Iterator[None]:
     """Leave the global random state as it was, unless ``active`` is false."""

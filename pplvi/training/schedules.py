@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,9 +84,9 @@ class NormClip:
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
 
-    def __call__(self, gradients: list[Tensor]) -> None:
-        """Clip in place."""
-        _shrink(gradients, torch.as_tensor(self.max_norm), _norm(gradients))
+    def __call__(self, gradients: list[Tensor], norm: Tensor | None = None) -> None:
+        """Clip in place; ``norm`` is that of these and of others elsewhere, if there are any."""
+        _shrink(gradients, torch.as_tensor(self.max_norm), norm_of(gradients) if norm is None else norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to remember."""
@@ -117,9 +117,9 @@ class AdaptiveClip:
         self.count = 0
         self.norms: Tensor | None = None
 
-    def __call__(self, gradients: list[Tensor]) -> None:
-        """Clip in place; the first gradient passes."""
-        norm = _norm(gradients)
+    def __call__(self, gradients: list[Tensor], norm: Tensor | None = None) -> None:
+        """Clip in place; the first gradient passes. ``norm`` is that of these and of others elsewhere, if any."""
+        norm = norm_of(gradients) if norm is None else norm
         if self.norms is None:
             self.norms = torch.full((self.window,), math.nan, dtype=norm.dtype, device=norm.device)
         self.norms = self.norms.to(norm)  # a checkpoint is read onto the CPU
@@ -137,7 +137,12 @@ class AdaptiveClip:
         self.count, self.norms = state["count"], state["norms"]
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of several tensors together.
+
+    >>> norm_of([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
     return torch.stack([g.norm() for g in gradients]).norm()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,8 +18,9 @@ from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import OptimLike, Update
+from pplvi.training.restart import Restart
 from pplvi.training.schedules import Schedule
-from pplvi.training.watch import Watch
+from pplvi.training.watch import Monitor, Watch
 from pplvi.types import Call, Program
 
 StepLoss = float | Tensor
@@ -55,6 +56,22 @@ class Stepper(ABC):
     @abstractmethod
     def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """What is found first at the present parameters on the first call, or after steps on the calls up to it."""
+
+    def watched(self, monitor: Monitor, run: Restart, call: Call) -> float:
+        """The value of a monitor at the present parameters, in nats."""
+        return monitor(run, call)
+
+    def packed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds of all that take these steps, from the state of this one."""
+        return state
+
+    def unpacked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state of this one, from what a checkpoint holds."""
+        return state
+
+    def agreed(self, flag: Any) -> bool:
+        """Whether all that take these steps are to act on a flag."""
+        return bool(flag)
 
     @abstractmethod
     def prepare(self, call: Call) -> None:
@@ -274,8 +291,12 @@ class CompiledSteps(Steps):
         """A :class:`pplvi.compile.CompiledSVI`, recorded and compiled at its first call."""
         mode = self.mode if self.last is None else self.last.svi.mode
         options: dict[str, Any] = {"mode": mode, "clip": self.clip, "chunk": self.chunk}
-        self.last = CompiledStepper(model, guide, objective, self.update(), before_first, **options)
+        self.last = self.stepper(model, guide, objective, self.update(), before_first, **options)
         return self.last
+
+    def stepper(self, *programs: Any, **options: Any) -> CompiledStepper:
+        """A :class:`CompiledStepper`."""
+        return CompiledStepper(*programs, **options)
 
 
 def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[StepLoss]]) -> None:

@@ -50,6 +50,17 @@ class Training(Protocol):
     good: dict[str, Any]
     call: Call
 
+    @property
+    def stepper(self) -> Packing:
+        """What takes the steps."""
+
+
+class Packing(Protocol):
+    """What knows the state of all that take steps."""
+
+    def packed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds of them."""
+
 
 @dataclass
 class Watch:

@@ -21,10 +21,10 @@ from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Positive
 from pplvi.programs.calls import Arguments
 from pplvi.programs.handlers import parameters_of
-from pplvi.programs.running import is_recording, plain_run
+from pplvi.programs.running import plain_run
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import base_distribution, is_deterministic, latent_sites, sample_sites, site_plates
-from pplvi.programs.state import buffers_of, map_tree, preserved_rng
+from pplvi.programs.state import buffers_of, is_recording, map_tree, preserved_rng
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
