@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.arviz.quiet import its_own_affairs
 from pplvi.posterior.arviz.versions import plot_comparison, plot_predictions
@@ -15,9 +17,10 @@ if TYPE_CHECKING:
     import pandas
 
 
+@checked
 @its_own_affairs()
 def plot_predictive(
-    source: Any, *, prior: bool = False, var_names: Sequence[str] | None = None, num_draws: int = 50, **options: Any
+    source: Any, *, prior: bool = False, var_names: Sequence[str] | None = None, num_draws: Count = 50, **options: Any
 ) -> np.ndarray:
     r"""Data that the model predicts, data set by data set, as densities, with those that were observed.
 
@@ -58,6 +61,7 @@ def plot_predictive(
     return plot_predictions(source, group, var_names, num_draws, **options)
 
 
+@checked
 @its_own_affairs()
 def plot_compare(table: pandas.DataFrame, **options: Any) -> Any:
     """Expected log predictive densities of :func:`pplvi.compare` with their standard errors, the best fit on top.
