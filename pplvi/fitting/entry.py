@@ -26,14 +26,16 @@ from pplvi.fitting.arguments import (
     stopping_rule,
 )
 from pplvi.fitting.auto import WRITTEN, select
-from pplvi.fitting.clock import Clock
+from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
-from pplvi.fitting.options import Checkpoint, Compile, Minibatches
+from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
+from pplvi.kinds.checked import check_values
+from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
@@ -74,15 +76,15 @@ def fit(
     data: Iterable[Any] | Minibatches | None = None,
     objective: Any = None,
     optim: OptimLike = None,
-    learning_rate: float | None = None,
+    learning_rate: Positive | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
     init: Any = None,
-    num_steps: int | None = None,
-    num_warmup: int | None = None,
-    budget: float | None = None,
-    restarts: int = 1,
-    seed: int | None = None,
+    num_steps: Count | None = None,
+    num_warmup: Count | None = None,
+    budget: Positive | Timing | None = None,
+    restarts: Count = 1,
+    seed: Seed | None = None,
     compile: CompileMode | Compile = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
@@ -93,6 +95,7 @@ def fit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     vectorize: Vectorize = None,
+    parallel: DataParallel | Literal["none"] | None = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -138,7 +141,8 @@ def fit(
         effective draws for SMC, 4,000 unless given.
     :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
     :param budget: CPU seconds, of this process and its children, after which ``"auto"`` ends what it trains and begins
-        no other family, 60 unless given, and SMC moves no more.
+        no other family, 60 unless given, and SMC moves no more. The :attr:`Fit.timing` of an earlier run of the same
+        seed repeats it to the bit, wherever its time cut it.
     :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
         restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for
         ``"max"``) and all data at once, as the rows of one program: then restart ``r`` is what it would be alone with
@@ -164,6 +168,8 @@ def fit(
     :param vectorize: the way of running several particles and draws: ``"broadcast"``, as one more dimension on the left
         of all tensors; ``"vmap"``, carried by ``torch.func.vmap``; ``"loop"`` (``False``), one after another. The
         fastest that is right for the programs is found by trying unless one is named.
+    :param parallel: under ``torchrun``, or in a process group that was made before, the ranks train together on shares
+        of the data: ``None``, or a :class:`pplvi.fitting.DataParallel`. ``"none"``: each by itself.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
     :raises ValueError: for arguments of a wrong kind or that contradict each other, programs that do not fit together,
@@ -189,8 +195,12 @@ def fit(
     environment = Environment(dtype, device)
     check_numbers(num_steps=num_steps, num_warmup=num_warmup, restarts=restarts)
     check_budget(budget)
+    check_values(bool, progress=progress)
+    check_values(CompileMode | Compile, compile=compile)
+    check_values(Sequence[Callable[..., Any]], callbacks=callbacks)
     check_seed(seed, restarts)
     ways.named(vectorize)
+    ranks = DataParallel.of(parallel)
     if data is None:
         call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
@@ -217,7 +227,7 @@ def fit(
         )
         same = {"num_steps": num_steps, "restarts": restarts, "seed": seed, "callbacks": callbacks}
         return maximise_likelihood(model, guide, call, environment, progress=progress, **same, **kept)
-    if data is None:
+    if data is None and not getattr(objective, "compares_draws", False):
         warn_of_no_data(model, *call, environment)
     if settings is not None:
         refuse({**unused, "init": None, "num_warmup": num_warmup}, "SMC", "init, num_steps, budget, ")
@@ -267,8 +277,10 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint(call),
         },
-        start=SearchedStart(init),
+        start=SearchedStart(init, compiled.mode),
     )
+    if ranks is not None:
+        plan = ranks.applied(plan)
     runs = train_restarts(plan)
     best = best_of(runs, bound)
     recipe.adopt(runs[best])
@@ -317,10 +329,10 @@ def _fit_islands(
     environment: Environment,
     init: Any,
     seed: int | None,
-    budget: float | None,
+    budget: float | Timing | Clock | None,
     vectorize: Vectorize,
 ) -> Fit:
-    clock, start = Clock(budget), time.perf_counter()
+    clock, start = Clock.of(budget), time.perf_counter()
     environment.move_module(model)
     check_chains(model, *call, environment)
     run = Restart(0, model, model, environment, seed)
@@ -337,5 +349,5 @@ def _fit_islands(
         islands = run_islands(settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over)
     run.seconds, run.reason = time.perf_counter() - start, islands.found.ended
     fit = Fit([run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize)
-    fit.reformed = form != WRITTEN
+    fit.reformed, fit.timing = form != WRITTEN, clock.timing
     return fit

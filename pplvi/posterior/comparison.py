@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Condition
 from pplvi.posterior.arviz.groups import quality
 from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.arviz.schema import equal
@@ -18,7 +20,14 @@ if TYPE_CHECKING:
     from arviz import ELPDData
 
 
-def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = None) -> pandas.DataFrame:
+_Fits: TypeAlias = Annotated[
+    Mapping[str, Any],
+    Condition("a dictionary of fits or posteriors by name, such as {'flow': fit, 'normal': other}", bool),
+]
+
+
+@checked
+def compare(fits: _Fits, *, var_name: str | Sequence[str] | None = None) -> pandas.DataFrame:
     r"""Compare fits of the same data by leave-one-out cross-validation, corrected for the guide.
 
     The expected log predictive density of each fit is :math:`\sum_i \log p(x_i \mid x_{-i})`, estimated by
@@ -71,7 +80,6 @@ def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = N
     """
     import pandas
 
-    _check_names(fits)
     posteriors = {name: _posterior(name, fit) for name, fit in fits.items()}
     _check_data(posteriors)
     scores = {name: _loo(name, each, var_name) for name, each in posteriors.items() if _has_loo(each)}
@@ -85,16 +93,6 @@ def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = N
     table = ranked.reindex(order).join(pandas.DataFrame.from_dict(rows, orient="index"))
     table.insert(0, "verdict", table.pop("verdict"))
     return table.astype({"rank": "Int64", "warning": "boolean"})
-
-
-def _check_names(fits: Any) -> None:
-    if not isinstance(fits, Mapping):
-        raise ValueError(
-            f"fits has type {type(fits).__name__}; expected a dictionary of fits or posteriors by name. Name them: "
-            "{'flow': fit, 'normal': other}."
-        )
-    if not fits:
-        raise ValueError("there is nothing to compare; expected fits or posteriors by name: {'flow': fit}.")
 
 
 def _posterior(name: str, fit: Any) -> Posterior:

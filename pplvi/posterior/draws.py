@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
 from pplvi.programs import enumeration
 from pplvi.programs.errors import warn
 from pplvi.programs.joint import execute
@@ -38,6 +39,7 @@ from pplvi.programs.ways import Vectorize
 from pplvi.types import Call, Program
 
 
+@checked
 @dataclass(frozen=True)
 class Draws:
     """``S`` draws of a program.

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
 from pplvi.posterior.arviz.schema import to_numpy
@@ -28,8 +30,9 @@ _LIGHTEST = 0.01
 _TEXT = 10
 
 
+@checked
 def plot_objective(
-    source: Any, *, window: int | None = None, labels: Sequence[str] | None = None, ax: Axes | None = None
+    source: Any, *, window: Count | None = None, labels: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
     r"""Trace of the objective, one colour for each restart: every step, and a moving average on top.
 
@@ -56,6 +59,8 @@ def plot_objective(
     losses = _losses(source)
     window = max(1, losses.shape[1] // 50) if window is None else window
     names = [f"restart {i}" for i in range(len(losses))] if labels is None else list(labels)
+    if ax is not None and not hasattr(ax, "plot"):
+        raise ValueError(f"ax is {type(ax).__name__}; expected axes of matplotlib, or None for new ones.")
     if window < 1 or len(names) != len(losses):
         raise ValueError(
             f"window={window} and {len(names)} labels for {len(losses)} restarts; expected a window of at least 1 step "
@@ -101,6 +106,7 @@ def _fit_axis(ax: Axes, averages: np.ndarray) -> None:
         ax.set_ylim(late.min() - margin, late.max() + margin)
 
 
+@checked
 def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarray:
     r"""Importance weights of a guide: their density on the left, Pareto k-hat on the right.
 
@@ -130,7 +136,7 @@ def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarr
 
     posteriors = _posteriors(source)
     pair = np.asarray(pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")[1] if axes is None else axes)
-    if pair.shape != (2,):
+    if pair.shape != (2,) or not all(hasattr(ax, "plot") for ax in pair):
         raise ValueError(f"axes has shape {pair.shape}; expected two axes, as pyplot.subplots(1, 2) makes them.")
     for index, posterior in enumerate(posteriors):
         name = f"restart {index}: " if len(posteriors) > 1 else ""
@@ -173,6 +179,7 @@ def _plot_pareto_k(posteriors: Sequence[Posterior], ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+@checked
 @its_own_affairs()
 def plot_against_reference(
     source: Any,
@@ -219,6 +226,10 @@ def _draws(source: Any) -> xarray.Dataset:
         source = to_arviz(source, num_prior=0, posterior_predictive=False)
     elif isinstance(source, Mapping) and "posterior" not in source:
         return arviz_itself().convert_to_dataset({name: to_numpy(value)[None] for name, value in source.items()})
+    elif not isinstance(source, Mapping):
+        raise ValueError(
+            f"source is {type(source).__name__}; expected a fit, a posterior, what to_arviz returns, or draws by name."
+        )
     return group_of(source, "posterior")
 
 

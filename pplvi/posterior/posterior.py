@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Seed
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
-from pplvi.posterior.gathering import ModelCall, facts_with_scouts, grown, verdict_of, verdict_on_chains
+from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
 from pplvi.posterior.leave_one_out import LeftOut, loo
 from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.verdict import Facts, Verdict, judge
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 _FAR_SEED = 1_000_003
 
 
+@checked
 class Posterior(WeightedDraws):
     r"""Draws of a trained guide with the importance weights that correct them.
 
@@ -100,10 +103,10 @@ class Posterior(WeightedDraws):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        num_draws: int = 1000,
+        num_draws: Count = 1000,
         vectorize: Vectorize = None,
-        chunk_size: int | None = None,
-        seed: int | None = None,
+        chunk_size: Count | None = None,
+        seed: Seed | None = None,
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
@@ -164,6 +167,13 @@ class Posterior(WeightedDraws):
                 return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
 
             return grown(self, more, source.bytes)
+
+    @cached_property
+    def facts_without_scouts(self) -> Facts | None:
+        """What is known of the :attr:`pool` before scouts are sent; ``None`` for chains and weights of single data."""
+        if self.is_mcmc or not self.has_weights or self.draws.batch:
+            return None
+        return facts_of(self.pool, self.converged)
 
     @cached_property
     def facts(self) -> Facts:
@@ -341,7 +351,7 @@ class Posterior(WeightedDraws):
 
     @explained()
     def loo(self, var_name: str | Sequence[str] | None = None, groups: LeftOut | None = None) -> ELPDData:
-        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
+        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.leave_one_out.loo`.
 
         Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
 

@@ -22,9 +22,11 @@ from pplvi.programs import stacked
 from pplvi.programs.factorising import run_sound
 from pplvi.programs.handlers import without_padding
 from pplvi.programs.masks import balance_missing
+from pplvi.programs.minibatches import minibatch
 from pplvi.programs.randomness import OutOfPlace, carried, for_all_particles
-from pplvi.programs.running import How, is_recording, run_guide, run_pair, trace_within
+from pplvi.programs.running import How, run_guide, run_pair, trace_within
 from pplvi.programs.sites import is_enumerated, is_subsample
+from pplvi.programs.state import is_recording
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
@@ -287,7 +289,7 @@ class _OneMinibatch(Messenger):
             return
         if msg["name"] not in self.drawn:
             with for_all_particles():
-                self.drawn[msg["name"]] = msg["fn"](*msg["args"], **msg["kwargs"])
+                self.drawn[msg["name"]] = minibatch(msg["fn"])
         msg["value"], msg["done"] = self.drawn[msg["name"]], True
 
 

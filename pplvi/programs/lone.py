@@ -15,10 +15,10 @@ from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, gathered, one_s
 from pplvi.programs.factorising import Apart
 from pplvi.programs.memo import Memo, dimensions
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import How, is_recording, isolated
+from pplvi.programs.running import How, isolated
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites, site_plates
-from pplvi.programs.state import preserved_buffers
+from pplvi.programs.state import is_recording, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import OutsideState, Vectorize, held_by, named
 from pplvi.types import Program, Values

@@ -25,9 +25,9 @@ from pplvi.programs.first_run import supplied_values
 from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import How, is_recording, isolated
+from pplvi.programs.running import How, isolated
 from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
-from pplvi.programs.state import modules_of, preserved_buffers
+from pplvi.programs.state import is_recording, modules_of, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 

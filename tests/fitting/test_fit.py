@@ -718,7 +718,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(options, words):
         (lambda: fit(model, AutoNormal, args=(Y,), budget=10.0), "budget=10.0 is for guide='auto'"),
         (lambda: Compile("max", chunk=0), "chunk=0"),
         (lambda: Compile("max", chunk=51), "at most 50"),
-        (lambda: Compile("quick"), "compile='quick'"),
+        (lambda: Compile("quick"), "mode='quick'"),
         (lambda: Monitor(every=0), "every=0"),
         (lambda: fit(model, AutoNormal, args=(Y,), monitor=Monitor(held_back=3)), "the data yielded a int"),
     ],

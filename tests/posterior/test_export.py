@@ -278,8 +278,8 @@ def test_dims_name_what_plates_do_not(nested_posterior, names):
         ({"dims": {"b": ["p", "q"]}}, r"dims\['b'\] has 2 names.*give 3 names, or 1"),
         ({"dims": {"nothing": ["p"]}}, r"dims names the variables \['nothing'\]"),
         ({"dims": {"b": ["item", "group", "f"]}}, r"dimension 'group' of group 'posterior' has the sizes"),
-        ({"draws": "weighted"}, r"draws='weighted'; expected one of \['psis', 'guide'\]"),
-        ({"restarts": "some"}, r"restarts='some'; expected one of"),
+        ({"draws": "weighted"}, "draws='weighted': expected 'psis' or 'guide'"),
+        ({"restarts": "some"}, "restarts='some': expected 'all' or 'best'"),
         ({"restarts": 1}, r"restarts=1; expected one of the 1 restarts"),
         ({"losses": torch.zeros(2, 10)}, r"losses has shape \(2, 10\); expected 1 restarts"),
     ],
@@ -311,7 +311,7 @@ def test_a_site_named_like_a_dimension_is_refused():
 
 @pytest.mark.parametrize("source", [[], "posterior", [1]])
 def test_sources_that_are_no_posterior_are_refused(source):
-    with pytest.raises(ValueError, match="expected a Posterior, a list of them or a finished"):
+    with pytest.raises(ValueError, match=r"expected a Posterior(, a list of them or a finished| or a sequence)"):
         to_arviz(source)
 
 

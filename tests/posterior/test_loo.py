@@ -338,6 +338,15 @@ def test_mcmc_draws_are_left_to_arviz_with_their_chains() -> None:
 # --- factors and groups ---------------------------------------------------------------------------------------------
 
 
+def test_an_observation_that_is_certain_under_some_draws_counts() -> None:
+    """A log likelihood of 0 says that an observation was masked only where every draw has it."""
+    posterior = mean_model(0.3, 0.6, 500)
+    likelihood = posterior.draws.log_likelihood["y"].clone()
+    likelihood[:7, 2] = 0.0
+    result = loo(replace(posterior.draws, log_likelihood={"y": likelihood}))
+    assert field(result, "n_data_points") == 5
+
+
 def counts(y: Tensor, censored: Tensor) -> None:
     """Data of a mean, some of which are only known to be above 1: their likelihood is a factor."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -101,7 +101,7 @@ def test_objective_of_everything_that_has_one(kind):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        (LOSSES, {"window": 0}, "window=0 and 2 labels for 2 restarts"),
+        (LOSSES, {"window": 0}, "window=0: expected"),
         (LOSSES, {"labels": ["one"]}, "1 labels for 2 restarts"),
         ("nothing", {}, "source is str without a trace"),
         (np.zeros((0, 3)), {}, "ndarray without a trace"),

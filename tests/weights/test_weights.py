@@ -1,6 +1,7 @@
 """Log-weight algebra against exact values, plain NumPy and ArviZ."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -381,3 +382,12 @@ def test_resampled_draws_follow_the_target() -> None:
     kept = z[resample(Normal(z, 1.0).log_prob(torch.tensor(0.5)))]
     distance = stats.kstest(kept.numpy(), stats.norm(0.25, 0.5**0.5).cdf).statistic
     assert distance < 1.63 / math.sqrt(10_000)
+
+
+@pytest.mark.parametrize("scheme", ["systematic", "stratified", "multinomial"])
+def test_the_largest_random_number_picks_no_particle_without_weight(scheme: str, monkeypatch: Any) -> None:
+    """Rounding makes 1 of it, beyond the last total."""
+    largest = 1 - torch.finfo(torch.float64).eps / 2
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.full(shape, largest, **how))
+    for log_weight, last in ((torch.zeros(3), 2), (torch.tensor([0.0, 0.0, -math.inf]), 1)):
+        assert resample(log_weight, scheme=scheme).max() == last  # type: ignore[arg-type]

@@ -18,14 +18,17 @@ from torch import Tensor
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.training_step import Reminder, active_step
 from pplvi.energies.machines.units import Units
+from pplvi.kinds.checked import checked
 from pplvi.programs.errors import warn
 from pplvi.programs.plates import data_plate
+from pplvi.programs.sharding import data_mean
 from pplvi.types import Values
 
 Mask = Tensor | Mapping[str, Tensor] | None
 Clamped = Sequence[str] | Mapping[str, Tensor | None]
 
 
+@checked
 class EnergyModel(PyroModule):
     """An unnormalised density over named layers of units.
 
@@ -72,7 +75,7 @@ class EnergyModel(PyroModule):
             count = self.kept("offset_count").add_(1)
             weight = torch.clamp(1 / count, min=rate)
             for layer, units in self.layers.items():
-                mean = units.statistic(values[layer]).reshape(-1, units.width).mean(0)
+                mean = data_mean(units.statistic(values[layer]).reshape(-1, units.width).mean(0))
                 self.offset(layer).lerp_(mean, weight.to(mean.dtype))
 
     def forget_chains(self) -> None:

@@ -8,13 +8,15 @@ resampled with their Pareto-smoothed weights, so that summaries which know no we
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Natural, Seed
 from pplvi.posterior.arviz.groups import (
     Dims,
     DrawsKind,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 RestartsKind = Literal["all", "best"] | int
 
 
+@checked
 @explained()
 def to_arviz(
     source: Posterior | Sequence[Posterior] | MCMC,
@@ -50,12 +53,12 @@ def to_arviz(
     restarts: RestartsKind = "all",
     coords: Mapping[str, Labels] | None = None,
     dims: Dims | None = None,
-    num_prior: int = 500,
+    num_prior: Natural = 500,
     posterior_predictive: bool = True,
     predictions: NewInputs | None = None,
     losses: Tensor | np.ndarray | None = None,
     attrs: Mapping[str, Any] | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
     args: tuple[Any, ...] = (),
 ) -> arviz.InferenceData:
     r"""Posterior draws, predictions, densities and data in the groups of ArviZ's schema.
@@ -132,7 +135,6 @@ def to_arviz(
     >>> data.log_likelihood.y.dims, round(float(data.posterior.z.mean()), 1)  # exact: 1
     (('chain', 'draw', 'school'), 1.0)
     """
-    _check_choices(draws=draws, restarts=restarts if isinstance(restarts, str) else "all")
     _check_mappings(coords=coords, dims=dims)
     dims, posteriors = dims or {}, _posteriors(source, args)
     traces = _traces(losses, len(posteriors))
@@ -161,12 +163,6 @@ def to_arviz(
 
 
 # --- what is exported -----------------------------------------------------------------------------------------------
-
-
-def _check_choices(**choices: str) -> None:
-    for (name, value), kinds in zip(choices.items(), (get_args(DrawsKind), ("all", "best")), strict=True):
-        if value not in kinds:
-            raise ValueError(f"{name}={value!r}; expected one of {list(kinds)}.")
 
 
 def _check_mappings(**given: Any) -> None:
