@@ -24,7 +24,7 @@ from pplvi.posterior.draws import Draws, draw, predict, score
 from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
 from pplvi.posterior.leave_one_out import LeftOut, loo
 from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
-from pplvi.posterior.predicted import observed_as_before, told_how_to_predict
+from pplvi.posterior.predictions import observed_as_before, told_how_to_predict
 from pplvi.posterior.stacking import repeated, stack
 from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
@@ -40,7 +40,7 @@ from pplvi.programs.sites import batch_sizes, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.traces import Run
-from pplvi.programs.ways import Vectorize, named, way_of
+from pplvi.programs.ways import Vectorize, named, way_taken
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Posterior(WeightedDraws):
         """
         if self.guide is None:
             return None
-        return way_of(*self._pair, self.args, self.kwargs, named(self.vectorize))
+        return way_taken(*self._pair, self.args, self.kwargs, named(self.vectorize))
 
     @cached_property
     def pool(self) -> WeightedDraws:

@@ -1,4 +1,4 @@
-"""Sets of draws of one program put behind each other, and one draw shown as many."""
+"""Draws of several runs as one, and one draw as many."""
 
 from __future__ import annotations
 

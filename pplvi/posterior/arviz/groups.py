@@ -21,7 +21,7 @@ from pplvi.posterior.arviz.schema import SAMPLE, Group, Groups, Names, equal, st
 from pplvi.posterior.draws import Draws, log_prior, predict, score
 from pplvi.posterior.gather import align
 from pplvi.posterior.posterior import Posterior, name_of
-from pplvi.posterior.predicted import observed_as_before, told_how_to_predict
+from pplvi.posterior.predictions import observed_as_before, told_how_to_predict
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
 from pplvi.programs.inputs import to_inputs

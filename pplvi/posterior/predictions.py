@@ -1,4 +1,4 @@
-"""What predictions of a posterior need beside the draws: data left out, and words about latents of another shape."""
+"""What goes around a prediction: words for what cannot be predicted so, and data that are left out of new arguments."""
 
 from __future__ import annotations
 
