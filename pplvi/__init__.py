@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from pplvi.energies import pretrain as pretrain
     from pplvi.energies import raise_bound as raise_bound
     from pplvi.energies import to_classifier as to_classifier
+    from pplvi.fitting import Calibration as Calibration
     from pplvi.fitting import Fit as Fit
+    from pplvi.fitting import calibrate as calibrate
     from pplvi.fitting import fit as fit
     from pplvi.fitting import flow_recipe as flow_recipe
     from pplvi.fitting import load as load
@@ -110,7 +112,9 @@ _HOMES = {
     "pretrain": "energies",
     "raise_bound": "energies",
     "to_classifier": "energies",
+    "Calibration": "fitting",
     "Fit": "fitting",
+    "calibrate": "fitting",
     "fit": "fitting",
     "flow_recipe": "fitting",
     "load": "fitting",

@@ -21,6 +21,8 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pplvi.kinds.checked import checked
+
 Hyper = Mapping[str, Any]
 State = tuple[Tensor, ...]
 TorchFactory = Callable[[list[Tensor]], Optimizer]
@@ -214,6 +216,7 @@ class Exchange:
         return loss, gradient
 
 
+@checked
 class FlatParameters:
     """The parameters of a model and guide as one flat vector that shares their memory.
 

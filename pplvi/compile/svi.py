@@ -30,6 +30,8 @@ from pplvi.compile.flat_optimizers import (
 )
 from pplvi.compile.reading import Guard, Programs, Variant
 from pplvi.compile.tracing import Traced, Untraceable, check_variants, record, unchanged
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.losses.elbo import own_loss
 from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, in_runs, stacked, to_call
 from pplvi.programs.errors import warn
@@ -44,6 +46,7 @@ CompileMode = Literal["trace", "max", "auto"] | bool
 MODES = (False, "trace", True, "max", "auto")
 
 
+@checked
 class CompiledSVI:
     r"""Pyro's ``SVI`` with a step that is traced once and compiled.
 
@@ -101,7 +104,7 @@ class CompiledSVI:
         schedule: Callable[[int], float] | None = None,
         clip: Clip = None,
         last_batch: LastBatch = "compile",
-        chunk: int = 100,
+        chunk: Count = 100,
         exchange: Exchange | None = None,
     ) -> None:
         _check_options(mode, schedule, last_batch, chunk)

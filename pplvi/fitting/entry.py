@@ -26,7 +26,7 @@ from pplvi.fitting.arguments import (
     stopping_rule,
 )
 from pplvi.fitting.auto import WRITTEN, select
-from pplvi.fitting.clock import Clock
+from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
@@ -34,6 +34,8 @@ from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
+from pplvi.kinds.checked import check_values
+from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
@@ -74,15 +76,15 @@ def fit(
     data: Iterable[Any] | Minibatches | None = None,
     objective: Any = None,
     optim: OptimLike = None,
-    learning_rate: float | None = None,
+    learning_rate: Positive | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
     init: Any = None,
-    num_steps: int | None = None,
-    num_warmup: int | None = None,
-    budget: float | None = None,
-    restarts: int = 1,
-    seed: int | None = None,
+    num_steps: Count | None = None,
+    num_warmup: Count | None = None,
+    budget: Positive | Timing | None = None,
+    restarts: Count = 1,
+    seed: Seed | None = None,
     compile: CompileMode | Compile = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
@@ -139,7 +141,8 @@ def fit(
         effective draws for SMC, 4,000 unless given.
     :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
     :param budget: CPU seconds, of this process and its children, after which ``"auto"`` ends what it trains and begins
-        no other family, 60 unless given, and SMC moves no more.
+        no other family, 60 unless given, and SMC moves no more. The :attr:`Fit.timing` of an earlier run of the same
+        seed repeats it to the bit, wherever its time cut it.
     :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
         restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for
         ``"max"``) and all data at once, as the rows of one program: then restart ``r`` is what it would be alone with
@@ -192,6 +195,9 @@ def fit(
     environment = Environment(dtype, device)
     check_numbers(num_steps=num_steps, num_warmup=num_warmup, restarts=restarts)
     check_budget(budget)
+    check_values(bool, progress=progress)
+    check_values(CompileMode | Compile, compile=compile)
+    check_values(Sequence[Callable[..., Any]], callbacks=callbacks)
     check_seed(seed, restarts)
     ways.named(vectorize)
     ranks = DataParallel.of(parallel)
@@ -271,7 +277,7 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint(call),
         },
-        start=SearchedStart(init),
+        start=SearchedStart(init, compiled.mode),
     )
     if ranks is not None:
         plan = ranks.applied(plan)
@@ -323,10 +329,10 @@ def _fit_islands(
     environment: Environment,
     init: Any,
     seed: int | None,
-    budget: float | None,
+    budget: float | Timing | Clock | None,
     vectorize: Vectorize,
 ) -> Fit:
-    clock, start = Clock(budget), time.perf_counter()
+    clock, start = Clock.of(budget), time.perf_counter()
     environment.move_module(model)
     check_chains(model, *call, environment)
     run = Restart(0, model, model, environment, seed)
@@ -343,5 +349,5 @@ def _fit_islands(
         islands = run_islands(settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over)
     run.seconds, run.reason = time.perf_counter() - start, islands.found.ended
     fit = Fit([run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize)
-    fit.reformed = form != WRITTEN
+    fit.reformed, fit.timing = form != WRITTEN, clock.timing
     return fit

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pplvi.compile.svi import MODES, CompileMode
-from pplvi.fitting.arguments import check_numbers
+from pplvi.compile.svi import CompileMode
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.programs.calls import LastBatch, check_last_batch
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.parallel.distributing import distributed
@@ -16,6 +17,7 @@ from pplvi.training.plan import TrainingPlan
 from pplvi.training.steps import CompiledSteps, EagerSteps, Steps
 
 
+@checked
 @dataclass(frozen=True)
 class Minibatches:
     """Data of ``fit`` whose last batch may be shorter; the iterable itself for short.
@@ -30,7 +32,7 @@ class Minibatches:
     'drop'
     """
 
-    data: Iterable[Any]
+    data: Iterable[Any] | None
     last_batch: LastBatch = "compile"
 
     def __post_init__(self) -> None:
@@ -42,6 +44,7 @@ class Minibatches:
         return data if isinstance(data, cls) else cls(data)
 
 
+@checked
 @dataclass(frozen=True)
 class Compile:
     """How ``fit`` compiles its steps; the mode for short.
@@ -57,12 +60,9 @@ class Compile:
     """
 
     mode: CompileMode = True
-    chunk: int = 50
+    chunk: Count = 50
 
     def __post_init__(self) -> None:
-        check_numbers(chunk=self.chunk)
-        if self.mode not in MODES:
-            raise ValueError(f"compile={self.mode!r}: expected one of {MODES}.")
         if self.chunk > 50:
             raise ValueError(f"chunk={self.chunk}: expected at most 50, after which the loop looks at the losses.")
 
@@ -85,6 +85,7 @@ class Compile:
         return CompiledSteps(*options, mode=self.mode, chunk=self.chunk)
 
 
+@checked
 @dataclass(frozen=True)
 class Checkpoint:
     """A file that ``fit`` writes now and then, and at the end of every restart; its path for short.
@@ -98,10 +99,7 @@ class Checkpoint:
     """
 
     path: PathLike
-    every: int = 500
-
-    def __post_init__(self) -> None:
-        check_numbers(every=self.every)
+    every: Count = 500
 
     @classmethod
     def of(cls, checkpoint: Any) -> Checkpoint | None:

@@ -13,21 +13,25 @@ from numpy.typing import NDArray
 from pyro.infer import MCMC
 from torch import Tensor
 
+from pplvi.fitting.clock import Timing
 from pplvi.fitting.mcmc import SavedChains
 from pplvi.fitting.saving import save
 from pplvi.fitting.smc import Islands
 from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts, has_latents
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Natural, Seed
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gathering import disagreements
+from pplvi.posterior.leave_one_out import LeftOut
 from pplvi.posterior.particles import posterior_of_islands
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import report, report_likelihood
 from pplvi.posterior.tables import Summary, to_html
 from pplvi.posterior.verdict import Verdict, judge
 from pplvi.programs.inputs import to_inputs
-from pplvi.programs.ways import Vectorize, is_looped
+from pplvi.programs.ways import Vectorize
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     import arviz
 
 
+@checked
 class Fit:
     r"""The result of :func:`pplvi.fit`: every restart with its parameters, and the best one.
 
@@ -57,6 +62,7 @@ class Fit:
     :ivar reformed: whether the model is a form of the user's that ``"auto"`` has found to be easier.
     :ivar seed: the seed of restart 0.
     :ivar notes: what the report says besides, such as what ``"auto"`` tried.
+    :ivar timing: what the clock of a budget has told: as the budget of another run, it repeats this one.
     :ivar vectorize: the way in which draws of a posterior are run, ``"broadcast"``, ``"vmap"`` or ``"loop"``
         (``False``); where it is ``None`` or ``True``, the fastest that is right for the programs.
 
@@ -78,12 +84,12 @@ class Fit:
     def __init__(
         self,
         runs: list[Restart],
-        best: int,
+        best: Natural,
         *,
         guide_name: str,
         args: tuple[Any, ...] | None,
         kwargs: Mapping[str, Any],
-        seed: int | None,
+        seed: Seed | None,
         objective: Any = None,
         is_bound: bool = False,
         mcmc: MCMC | SavedChains | None = None,
@@ -97,6 +103,7 @@ class Fit:
         self.notes: dict[str, str] = {}
         self.origin, self.reformed = origin, False
         self.total_seconds: float | None = None
+        self.timing = Timing()
         own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
         self.vectorize: Vectorize = objective.vectorize_particles if own and vectorize is None else vectorize
 
@@ -288,17 +295,21 @@ class Fit:
     def loo(
         self,
         var_name: str | Sequence[str] | None = None,
+        groups: LeftOut | None = None,
         *,
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> arviz.ELPDData:
-        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.loo`.
+        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.leave_one_out.loo`.
 
-        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
+        :param var_name: the observed site or ``pyro.factor``, or several that share a plate; for one it may be left
+            out.
+        :param groups: leave out what belongs to an element of a plate, ``"school"``, or to all elements of one label,
+            ``{"pupil": school_of_pupil}``.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
         """
-        return self._best_posterior(args, kwargs).loo(var_name)
+        return self._best_posterior(args, kwargs).loo(var_name, groups)
 
     def to_arviz(
         self,
@@ -352,7 +363,7 @@ class Fit:
         posterior = self._best_posterior(args, kwargs)
         if trained:
             facts |= describe_guide(run, posterior, self._call(args, kwargs), self.seed)
-            if is_looped(posterior.model, run.guide, posterior.args, posterior.kwargs):
+            if posterior.way == "loop":
                 facts["draws"] = (
                     f"run one after another, {posterior.num_draws} runs of the programs, which branch on what they draw"
                 )

@@ -15,6 +15,8 @@ from pyro.infer import ELBO as PyroELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.objectives.step import BoundSide, Objective, Step
 from pplvi.programs.joint import execute
 from pplvi.programs.ways import Vectorize, named
@@ -93,6 +95,7 @@ class LossSum(Loss):
         return " + ".join(repr(loss) if weight == 1.0 else f"{weight:g} * {loss!r}" for weight, loss in self.terms)
 
 
+@checked
 class WeightedELBO(Loss):
     """An objective on the steps of a sampler: what every named class here is made of.
 
@@ -125,7 +128,7 @@ class WeightedELBO(Loss):
         self,
         objective: Objective,
         sampler: Sampler | None = None,
-        num_particles: int = 1,
+        num_particles: Count = 1,
         *,
         vectorize_particles: Vectorize = True,
         allow_biased_subsampling: bool = False,

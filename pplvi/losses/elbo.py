@@ -19,6 +19,8 @@ import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Number, Probability
 from pplvi.losses.base import Loss, WeightedELBO
 from pplvi.objectives.bounds import RenyiBound, ThermodynamicBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
@@ -48,6 +50,7 @@ def _check_estimator(estimator: str | None, name: str, allowed: Sequence[str]) -
         raise ValueError(f"{name} has no estimator={estimator!r}: expected one of {choices}.")
 
 
+@checked
 class ELBO(_Named):
     """The evidence lower bound, ``loss = -mean_k [log p(x, z_k) - log q(z_k)]`` (Jordan et al. 1999).
 
@@ -75,15 +78,13 @@ class ELBO(_Named):
 
     def __init__(
         self,
-        num_particles: int = 1,
+        num_particles: Count = 1,
         entropy: Literal["sampled", "exact", "kl"] = "sampled",
         *,
         estimator: Estimator | None = None,
         **options: Any,
     ) -> None:
         _check_estimator(estimator, "ELBO", ("reparam", "score", "vimco", "stl"))
-        if entropy not in ("sampled", "exact", "kl"):
-            raise ValueError(f"entropy={entropy!r}: expected 'sampled', 'exact' or 'kl'.")
         if entropy != "sampled" and estimator == "stl":
             raise ValueError(f"entropy={entropy!r} leaves no sampled log q to freeze: drop it or estimator='stl'.")
         objective = RenyiBound(1.0, estimator, exact_entropy=entropy == "exact", analytic_kl=entropy == "kl")
@@ -130,6 +131,7 @@ def _sites(run: Run, entropies: dict[str, Tensor] | None) -> dict[str, dict[str,
 _MULTI_SAMPLE = ("reparam", "score", "vimco", "stl", "dreg")
 
 
+@checked
 class ImportanceWeightedELBO(_Named):
     """The importance-weighted bound, ``loss = -log mean_k p(x, z_k) / q(z_k)``, per datum (Burda et al. 2016).
 
@@ -142,11 +144,12 @@ class ImportanceWeightedELBO(_Named):
     ImportanceWeightedELBO(num_particles=16, estimator='dreg')
     """
 
-    def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
+    def __init__(self, num_particles: Count = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
         _check_estimator(estimator, "ImportanceWeightedELBO", _MULTI_SAMPLE)
         self._set_up(RenyiBound(0.0, estimator), num_particles, options, estimator=estimator)
 
 
+@checked
 class RenyiELBO(_Named):
     """The variational Renyi bound, ``loss = -log mean_k w_k^(1-alpha) / (1-alpha)``, per datum (Li & Turner 2016).
 
@@ -160,7 +163,7 @@ class RenyiELBO(_Named):
     """
 
     def __init__(
-        self, alpha: float = 0.5, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any
+        self, alpha: Number = 0.5, num_particles: Count = 10, *, estimator: Estimator | None = None, **options: Any
     ) -> None:
         _check_estimator(estimator, "RenyiELBO", _MULTI_SAMPLE)
         if alpha < 0:
@@ -173,6 +176,7 @@ class RenyiELBO(_Named):
         self._set_up(RenyiBound(float(alpha), estimator), num_particles, options, alpha=alpha, estimator=estimator)
 
 
+@checked
 class ChiELBO(_Named):
     """The chi upper bound (CUBO, n=2), ``loss = +log mean_k w_k^2 / 2``, minimised (Dieng et al. 2017).
 
@@ -185,11 +189,12 @@ class ChiELBO(_Named):
     'upper'
     """
 
-    def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
+    def __init__(self, num_particles: Count = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
         _check_estimator(estimator, "ChiELBO", _MULTI_SAMPLE)
         self._set_up(RenyiBound(-1.0, estimator), num_particles, options, estimator=estimator)
 
 
+@checked
 class ThermodynamicELBO(_Named):
     """The thermodynamic variational objective, a left Riemann sum over inverse temperatures (Masrani et al. 2019).
 
@@ -207,8 +212,8 @@ class ThermodynamicELBO(_Named):
 
     def __init__(
         self,
-        num_particles: int = 10,
-        betas: Sequence[float] = (0.0, 0.1, 0.3),
+        num_particles: Count = 10,
+        betas: Sequence[Probability] = (0.0, 0.1, 0.3),
         *,
         estimator: Estimator | None = None,
         **options: Any,
@@ -220,6 +225,7 @@ class ThermodynamicELBO(_Named):
         self._set_up(ThermodynamicBound(betas), num_particles, options, betas=betas)
 
 
+@checked
 class ForwardKL(_Named):
     """The forward KL divergence ``KL(p(z | x) || q)``, self-normalised: ``loss = -sum_k u_k log q(z_k)``, per datum.
 
@@ -235,7 +241,7 @@ class ForwardKL(_Named):
     True
     """
 
-    def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
+    def __init__(self, num_particles: Count = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
         _check_estimator(estimator, "ForwardKL", ())
         self._set_up(ForwardKLDivergence(), num_particles, options)
 

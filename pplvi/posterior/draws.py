@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
 from pplvi.programs import enumeration
 from pplvi.programs.errors import warn
 from pplvi.programs.joint import execute
@@ -27,6 +28,7 @@ from pplvi.programs.sites import (
     is_deterministic,
     is_enumerated,
     is_factor,
+    kind_of,
     latent_sites,
     sample_sites,
     site_plates,
@@ -37,6 +39,7 @@ from pplvi.programs.ways import Vectorize
 from pplvi.types import Call, Program
 
 
+@checked
 @dataclass(frozen=True)
 class Draws:
     """``S`` draws of a program.
@@ -52,6 +55,8 @@ class Draws:
     :ivar plates: each site's plates, left to right.
     :ivar factors: names of ``pyro.factor`` sites of the model.
     :ivar random: whether the guide has a random latent site at all (a point estimate has none).
+    :ivar log_factors: log density of each ``pyro.factor`` of the model, as in ``log_likelihood``; none where sites are
+        enumerated.
     """
 
     latents: dict[str, Tensor]
@@ -64,6 +69,7 @@ class Draws:
     plates: dict[str, tuple[Plate, ...]]
     factors: frozenset[str]
     random: bool = True
+    log_factors: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         fields = ("latents", "deterministics", "observed")
@@ -250,6 +256,8 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
     kinds: dict[str, dict[str, Site]] = {"latent": {}, "deterministic": {}, "observed": {}, "factor": {}}
     for name, site in sites.items():
         kinds[_kind(site)][name] = site
+    if predicted:
+        kinds["observed"] = _drawn(kinds["observed"])
     observed = {n: _compact(s, run, with_draws=predicted) for n, s in kinds["observed"].items()}
     return Draws(
         latents={n: _compact(s, run, with_draws=True) for n, s in kinds["latent"].items()},
@@ -262,7 +270,16 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
         plates={n: _plates(s) for n, s in sites.items()},
         factors=frozenset(kinds["factor"]),
         random=any(not is_delta(s) for s in latent_sites(run.guide).values()),
+        log_factors={} if predicted or run.enumerated else _log_likelihoods(run, kinds["factor"]),
     )
+
+
+def _drawn(sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Predicted sites without those that have a density and no draws, whose data stayed as they are."""
+    for name, site in sites.items():
+        if site["is_observed"]:
+            warn(f"site {name!r} is left out of the predictions: {kind_of(site['fn'])} has no sample() to draw with.")
+    return {name: site for name, site in sites.items() if not site["is_observed"]}
 
 
 def _plates(site: Site) -> tuple[Plate, ...]:
@@ -348,7 +365,7 @@ def stack(parts: Iterable[Draws], num_draws: int) -> Draws:
     first = next(iterator)
     if first.num_draws == num_draws:
         return first
-    drawn = ["latents", "deterministics", "log_likelihood", "log_p", "log_q"]
+    drawn = ["latents", "deterministics", "log_likelihood", "log_factors", "log_p", "log_q"]
     if first.log_p is None:
         drawn.append("observed")  # predictions
     whole = replace(first, **{name: _room_for(getattr(first, name), num_draws) for name in drawn})
@@ -383,5 +400,5 @@ def repeated(draws: Draws, num_draws: int) -> Draws:
             return {name: again(entry) for name, entry in value.items()}
         return None if value is None else value.expand(num_draws, *value.shape[1:])
 
-    names = ("latents", "deterministics", "log_likelihood", "log_p", "log_q")
+    names = ("latents", "deterministics", "log_likelihood", "log_factors", "log_p", "log_q")
     return replace(draws, **{name: again(getattr(draws, name)) for name in names})

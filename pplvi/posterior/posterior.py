@@ -19,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Seed
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
-from pplvi.posterior.gathering import ModelCall, facts_with_scouts, grown, verdict_of, verdict_on_chains
-from pplvi.posterior.leave_one_out import loo
+from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
+from pplvi.posterior.leave_one_out import LeftOut, loo
 from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
+from pplvi.programs.carrying import WayName
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
@@ -36,15 +39,16 @@ from pplvi.programs.sites import batch_sizes, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.traces import Run
-from pplvi.programs.ways import Vectorize
+from pplvi.programs.ways import Vectorize, named, way_of
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
-    from arviz.stats.stats_utils import ELPDData
+    from arviz import ELPDData
 
 _FAR_SEED = 1_000_003
 
 
+@checked
 class Posterior(WeightedDraws):
     r"""Draws of a trained guide with the importance weights that correct them.
 
@@ -99,10 +103,10 @@ class Posterior(WeightedDraws):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        num_draws: int = 1000,
+        num_draws: Count = 1000,
         vectorize: Vectorize = None,
-        chunk_size: int | None = None,
-        seed: int | None = None,
+        chunk_size: Count | None = None,
+        seed: Seed | None = None,
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
@@ -135,6 +139,16 @@ class Posterior(WeightedDraws):
         with random_state(seed):
             return stack((part(*bounds) for bounds in chunks), chunks[-1][1])
 
+    @property
+    def way(self) -> WayName | None:
+        """How the programs ran all draws: ``"broadcast"``, ``"vmap"`` or ``"loop"``; ``None`` for chains and one draw.
+
+        One seed draws other numbers in another way: name it (``vectorize=``) to repeat a run on other versions.
+        """
+        if self.guide is None:
+            return None
+        return way_of(*self._pair, self.args, self.kwargs, named(self.vectorize))
+
     @cached_property
     def pool(self) -> WeightedDraws:
         """These draws and more of the same guide, until as many are effective as these are, at little cost.
@@ -153,6 +167,13 @@ class Posterior(WeightedDraws):
                 return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
 
             return grown(self, more, source.bytes)
+
+    @cached_property
+    def facts_without_scouts(self) -> Facts | None:
+        """What is known of the :attr:`pool` before scouts are sent; ``None`` for chains and weights of single data."""
+        if self.is_mcmc or not self.has_weights or self.draws.batch:
+            return None
+        return facts_of(self.pool, self.converged)
 
     @cached_property
     def facts(self) -> Facts:
@@ -329,17 +350,20 @@ class Posterior(WeightedDraws):
         return observed_as_before(found, self.draws)
 
     @explained()
-    def loo(self, var_name: str | Sequence[str] | None = None) -> ELPDData:
-        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
+    def loo(self, var_name: str | Sequence[str] | None = None, groups: LeftOut | None = None) -> ELPDData:
+        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.leave_one_out.loo`.
 
         Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
 
-        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
+        :param var_name: the observed site or ``pyro.factor``, or several that share a plate; for one it may be left
+            out.
+        :param groups: leave out what belongs to an element of a plate, ``"school"``, or to all elements of one label,
+            ``{"pupil": school_of_pupil}``.
         :returns: ArviZ's ``ELPDData`` with pointwise values, ready for ``az.compare``.
         :raises ValueError: where :attr:`log_weight` does (but not for MCMC draws), and if the site is ambiguous or
             unknown.
         """
-        return loo(self, var_name)
+        return loo(self, var_name, groups)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named
+from pplvi.types import Program
 
 CHUNK = 1_000  # rows that go through the model in one call
 
@@ -109,7 +110,7 @@ class UnconstrainedDensity:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
@@ -292,7 +293,7 @@ def _agree(found: Tensor) -> bool:
     return torch.allclose(found, found[:1], rtol=1e-3, atol=1e-3 * float(size), equal_nan=True)
 
 
-def _units(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def _units(model: Program, args: Any, kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Zero and one, in unconstrained space, of the sites whose priors have scales far from 1, given a draw of all that
     is above them: real numbers are counted in that scale, positive ones, by their logarithms, from it on."""
     try:

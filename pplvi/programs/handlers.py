@@ -17,8 +17,9 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pplvi.kinds.checked import checked
 from pplvi.programs.randomness import carries_gradient
-from pplvi.programs.sites import is_computed, is_delta, is_deterministic, is_factor, is_subsample, site_plates
+from pplvi.programs.sites import can_draw, is_computed, is_delta, is_deterministic, is_factor, is_subsample, site_plates
 
 
 class Detach(Messenger):
@@ -61,10 +62,11 @@ def without_padding(value: Any, fn: Any) -> Any:
 
 
 class Uncondition(UnconditionMessenger):
-    """Draw observed sites; deterministic ones and factors, which Pyro marks as observed too, stay as they are."""
+    """Draw observed sites; deterministic ones and factors, which Pyro marks as observed too, stay as they are, and so
+    do those of densities that have no draws."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not (is_deterministic(msg) or is_factor(msg)):
+        if not (is_deterministic(msg) or is_factor(msg)) and can_draw(msg["fn"]):
             super()._pyro_sample(msg)
 
 
@@ -175,6 +177,7 @@ def last_site() -> Iterator[list[str]]:
         yield noting.names
 
 
+@checked
 def parameters_of(run: Callable[[], Any]) -> dict[str, Tensor]:
     """Unconstrained leaf tensors, by name, of every parameter that a computation asks for; random state untouched."""
     state = pyro.util.get_rng_state()

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, Given, Way, guide_all, run_particles
 from pplvi.programs.first_run import layout_of, renewed, supplied_values, widened
@@ -27,13 +29,14 @@ from pplvi.types import Program
 Exact = Literal["entropy", "divergence"]
 
 
+@checked
 def execute(
     model: Program,
     guide: Program,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
-    num_particles: int = 1,
+    num_particles: Count = 1,
     detach: bool = False,
     values: Mapping[str, Tensor] | None = None,
     vectorize: Vectorize = None,

@@ -47,6 +47,7 @@ class Trainer:
         self.update, run.exact = self.stepper.update, self.stepper.exact
         self.good: dict[str, Any] = self.capture()
         self.call: Call = ((), {})
+        self.since: list[Call] = []  # the calls of the steps since the last good state
 
     def train(self) -> None:
         """Take steps until there is a reason to end.
@@ -81,6 +82,7 @@ class Trainer:
         """Take steps; false if one failed and they were taken back."""
         careful = self.capture() if self.run.rollbacks else self.good
         call = calls[0]
+        self.since.extend(calls)
         try:
             losses = yield calls
         except (ValueError, LinAlgError) as error:
@@ -196,7 +198,7 @@ class Trainer:
             set_rng_state(state["rng"])
 
     def _settle(self) -> None:
-        self.good = self.capture()
+        self.good, self.since = self.capture(), []
 
     def _roll_back(self, call: Call, careful: Mapping[str, Any], cause: object) -> bool:
         """Return to the last good state with half the learning rate.
@@ -208,7 +210,7 @@ class Trainer:
         self.run.rollbacks += 1
         if self.run.rollbacks > MAX_ROLLBACKS:
             raise self._failure(call, careful, failed, cause)
-        backoff = self.update.backoff
+        backoff, self.since = self.update.backoff, []
         self.restore(self.good, rng=self.good["step"] < failed)
         self.update.backoff = 0.5 * backoff
         warn(
@@ -218,9 +220,10 @@ class Trainer:
         return False
 
     def _failure(self, call: Call, careful: Mapping[str, Any], failed: int, cause: object) -> ValueError:
-        self.restore(careful)
-        find = partial(first_bad_site, self.run.model, self.run.guide, *call)
-        site = self.stepper.replay(find, call, SETTLE_EVERY)
+        # Losses that were not looked at one by one are looked at again, from where all was well.
+        state, calls = (self.good, self.since) if self.stepper.reads_late else (careful, [call])
+        self.restore(state)
+        site = self.stepper.replay(partial(first_bad_site, self.run.model, self.run.guide), calls)
         self.restore(self.good)
         where = f"the first site at fault is {site!r}" if site else "every site is finite, but its gradient is not"
         tries = self.run.rollbacks - 1

@@ -13,6 +13,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch.optim import Optimizer
 
 from pplvi.compile.flat_optimizers import OptimFactory
+from pplvi.kinds.checked import checked
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
@@ -21,6 +22,7 @@ from pplvi.types import Program
 ROLES = ("model", "guide")
 
 
+@checked
 class PerProgram(PyroOptim):
     """Two optimisers in the place of one: ``{"model": ..., "guide": ...}``.
 

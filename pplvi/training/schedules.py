@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from pplvi.compile.flat_optimizers import CLIP_FACTOR, CLIP_WINDOW, check_clip
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 
 Schedule = Callable[[int], float]
 
 
+@checked
 class Cosine:
     r"""Cosine decay of the learning rate from 1 to 0 times its value, over ``num_steps`` steps.
 
@@ -31,7 +34,7 @@ class Cosine:
     [1.0, 0.5, 0.0]
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: Count) -> None:
         self.num_steps = num_steps
         self.start, self.level = 0, 1.0
         self.end, self.cooling = num_steps, False
@@ -93,6 +96,7 @@ class NormClip:
         """Nothing to restore."""
 
 
+@checked
 class AdaptiveClip:
     r"""Clip the norm of the whole gradient at ``factor`` times the median of the last ``window`` norms.
 
@@ -108,7 +112,7 @@ class AdaptiveClip:
     tensor([2.])
     """
 
-    def __init__(self, factor: float = CLIP_FACTOR, window: int = CLIP_WINDOW) -> None:
+    def __init__(self, factor: Positive = CLIP_FACTOR, window: Count = CLIP_WINDOW) -> None:
         self.factor, self.window = factor, window
         self.count = 0
         self.norms: Tensor | None = None

@@ -26,6 +26,7 @@ from pplvi.types import Call, Program
 StepLoss = float | Tensor
 Turns = Generator[Sequence[Call], Sequence[StepLoss], None]
 BeforeFirst = Callable[[], None]
+Find = Callable[..., str | None]
 
 
 class Stepper(ABC):
@@ -33,10 +34,12 @@ class Stepper(ABC):
 
     :ivar update: counts them and says how large the next one is.
     :cvar exact: whether the losses have no Monte Carlo error.
+    :cvar reads_late: whether losses may be looked at some steps later.
     """
 
     update: Update
     exact: ClassVar[bool] = False
+    reads_late: ClassVar[bool] = False
 
     @abstractmethod
     def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
@@ -51,8 +54,8 @@ class Stepper(ABC):
         """
 
     @abstractmethod
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
-        """The first finding at the present parameters, or in a replay of at most so many steps."""
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
+        """What is found first at the present parameters on the first call, or after steps on the calls up to it."""
 
     def watched(self, monitor: Monitor, run: Restart, call: Call) -> float:
         """The value of a monitor at the present parameters, in nats."""
@@ -117,9 +120,9 @@ class EagerStepper(Stepper):
         """One: the loss of every step is looked at."""
         return 1
 
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """Steps that are taken one at a time have nothing to replay."""
-        return find()
+        return find(*calls[0])
 
     def prepare(self, call: Call) -> None:
         """Nothing: the first step makes the parameters, with the random numbers that it draws."""
@@ -158,6 +161,8 @@ class CompiledStepper(Stepper):
     :param before_first: called before parameters move for the first time.
     :param options: of :class:`pplvi.compile.CompiledSVI`.
     """
+
+    reads_late: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -201,15 +206,13 @@ class CompiledStepper(Stepper):
             ends.append(self.update.left)
         return max(1, min(ends))
 
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """The losses of steps in one call were not looked at: which of them went wrong is found step by step."""
-        site = find()
-        for _ in range(most):
-            if site is not None:
-                break
+        for call in calls:
+            if (site := find(*call)) is not None:
+                return site
             self.many([call])
-            site = find()
-        return site
+        return find(*calls[-1])
 
     def shared(self) -> CompiledSVI:
         """The recorded steps."""

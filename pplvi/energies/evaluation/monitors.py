@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Matrix, Seed
 from pplvi.programs.state import random_state
 
 __all__ = ["FreeEnergyGap", "Mixing", "Neighbours", "chain_mixing", "free_energy_gap", "inpaint", "nearest_neighbours"]
@@ -25,6 +27,7 @@ class FreeEnergyGap(NamedTuple):
     standard_error: float
 
 
+@checked
 def free_energy_gap(machine: BoltzmannMachine, training: Tensor, validation: Tensor) -> FreeEnergyGap:
     """How much more likely a machine finds its training data (Hinton 2010, section 6).
 
@@ -60,13 +63,14 @@ class Mixing(NamedTuple):
     free_energy: Tensor
 
 
+@checked
 def chain_mixing(
     machine: BoltzmannMachine,
-    num_chains: int = 20,
-    num_sweeps: int = 200,
+    num_chains: Count = 20,
+    num_sweeps: Count = 200,
     *,
     start: Mapping[str, Tensor] | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> Mixing:
     """Run chains and see how well they mix (Vehtari et al. 2021 for R-hat and the effective sample size).
 
@@ -109,7 +113,8 @@ class Neighbours(NamedTuple):
     distance: Tensor
 
 
-def nearest_neighbours(samples: Tensor, data: Tensor) -> Neighbours:
+@checked
+def nearest_neighbours(samples: Matrix, data: Matrix) -> Neighbours:
     """The training datum that is nearest to each sample: a machine that copies its data has distances near 0.
 
     :param samples: ``(num_samples, width)``.
@@ -128,14 +133,15 @@ def nearest_neighbours(samples: Tensor, data: Tensor) -> Neighbours:
     return Neighbours(index, distance)
 
 
+@checked
 def inpaint(
     machine: BoltzmannMachine,
     v: Tensor,
     observed: Tensor,
     *,
-    num_sweeps: int = 500,
-    num_draws: int = 10,
-    seed: int | None = None,
+    num_sweeps: Count = 500,
+    num_draws: Count = 10,
+    seed: Seed | None = None,
 ) -> Tensor:
     """Mean values of missing visible units given the others, ``(num_data, width)``, by clamped Gibbs sampling.
 

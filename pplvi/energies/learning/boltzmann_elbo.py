@@ -16,11 +16,14 @@ from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import EnergyModel
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
 from pplvi.energies.machines.training_step import training_step
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Rate
 from pplvi.losses.base import Loss
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import LogPartition
 from pplvi.objectives.step import Estimator, Objective, Step
 from pplvi.programs.joint import execute
+from pplvi.programs.plates import full_size
 from pplvi.programs.sharding import data_scale, mean_of_ranks, own_noise
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites
@@ -38,6 +41,7 @@ class _Term:
     copies: Tensor | float
 
 
+@checked
 class BoltzmannELBO(Loss):
     r"""Stochastic maximum likelihood for undirected models, by variational inference for their hidden layers.
 
@@ -75,21 +79,15 @@ class BoltzmannELBO(Loss):
 
     def __init__(
         self,
-        num_chains: int = 100,
-        sweeps: int = 5,
+        num_chains: Count = 100,
+        sweeps: Count = 5,
         *,
         negative: Negative | Chains = "persistent",
-        num_particles: int = 2,
+        num_particles: Count = 2,
         estimator: Estimator | None = None,
-        offset_rate: float = 0.01,
+        offset_rate: Rate = 0.01,
         per_datum: bool = True,
     ) -> None:
-        if not isinstance(negative, Chains) and negative not in NAMED_CHAINS:
-            raise ValueError(
-                f"negative={negative!r}: expected one of {list(NAMED_CHAINS)}, or chains such as TemperedChains."
-            )
-        if not 0 < offset_rate <= 1:
-            raise ValueError(f"offset_rate={offset_rate!r}: expected a number above 0 and at most 1.")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.negative = negative if isinstance(negative, Chains) else NAMED_CHAINS[negative](num_chains, sweeps)
         self.objective: Objective = RenyiBound(1.0, estimator)
@@ -143,7 +141,7 @@ class BoltzmannELBO(Loss):
             draws = self.negative.move(machine, data, torch.is_grad_enabled())
         log_data, log_draws = joint_log_densities(machine, [data, draws])
         self._follow(machine, data)
-        scale = data_scale(len(log_data), size)
+        scale = data_scale(len(log_data), full_size(len(log_data), size))
         positive = Step.from_proposal(log_data.unsqueeze(0), -posterior.entropy.unsqueeze(0), scale=scale)
         total = scale * _differentiable(self.objective, positive).sum()
         negative = self.negative.step(log_draws)

@@ -11,10 +11,12 @@ from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
 from pplvi.energies.machines.training_step import training_step
 from pplvi.energies.machines.units import BernoulliUnits
+from pplvi.kinds.checked import checked
 from pplvi.losses.base import Loss
 from pplvi.types import Program
 
 
+@checked
 class SparsityPenalty(Loss):
     r"""Cross entropy between a target activity and the mean activity of each hidden unit over the batch.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pplvi.energies.machines.units import BernoulliUnits, GaussianUnits, Units
+from pplvi.kinds.checked import checked
 
 Edge = tuple[str, str]
 Products = defaultdict[Edge, WeakTensorKeyDictionary]
@@ -23,6 +24,7 @@ Products = defaultdict[Edge, WeakTensorKeyDictionary]
 make room at once."""
 
 
+@checked
 @dataclass(frozen=True)
 class DenseCoupling:
     r"""A weight for each pair of units of two layers, or (lateral) for each pair of different units of one.

@@ -18,6 +18,7 @@ from torch import Tensor
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.training_step import Reminder, active_step
 from pplvi.energies.machines.units import Units
+from pplvi.kinds.checked import checked
 from pplvi.programs.errors import warn
 from pplvi.programs.plates import data_plate
 from pplvi.programs.sharding import data_mean
@@ -27,6 +28,7 @@ Mask = Tensor | Mapping[str, Tensor] | None
 Clamped = Sequence[str] | Mapping[str, Tensor | None]
 
 
+@checked
 class EnergyModel(PyroModule):
     """An unnormalised density over named layers of units.
 

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import Mask
+from pplvi.kinds.checked import checked
 from pplvi.programs.plates import data_plate
 
 
+@checked
 @dataclass(frozen=True)
 class Factorised:
     """A factorised distribution of hidden layers, one for each datum.
@@ -41,6 +43,7 @@ class FactorisedGuide(Protocol):
         ...
 
 
+@checked
 class ConditionalGuide:
     """The exact posterior ``p(h | v)`` of a machine whose hidden layers are independent given the data.
 

@@ -11,10 +11,13 @@ from torch import Size, Tensor
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.exact_posterior import ConditionalGuide
 from pplvi.energies.machines.units import BernoulliUnits, CategoricalUnits, GaussianUnits, Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative, Plural
 
 Kind = Literal["bernoulli", "gaussian", "categorical"]
 
 
+@checked
 class RestrictedBoltzmannMachine(BoltzmannMachine):
     r"""A restricted Boltzmann machine: visible layer ``"v"``, hidden layer ``"h"``, weights between them.
 
@@ -43,16 +46,16 @@ class RestrictedBoltzmannMachine(BoltzmannMachine):
 
     def __init__(
         self,
-        num_visible: int,
-        num_hidden: int,
+        num_visible: Count,
+        num_hidden: Count,
         *,
         visible: Kind | Units = "bernoulli",
         hidden: Kind | Units = "bernoulli",
-        num_categories: int | None = None,
+        num_categories: Plural | None = None,
         mean_field_visible: bool = False,
         centered: bool = True,
         name: str = "",
-        init_scale: float = 0.01,
+        init_scale: NonNegative = 0.01,
     ) -> None:
         layers = {
             "v": make_units(visible, num_visible, num_categories, mean_field_visible),
@@ -90,6 +93,7 @@ def make_units(
     raise ValueError(f"units {kind!r}: expected 'bernoulli', 'gaussian', 'categorical' or an object of Units.")
 
 
+@checked
 class BoltzmannDistribution(TorchDistribution):
     r"""The distribution of a machine's visible layer, :math:`p(v) = e^{-F(v)} / Z`, with one event dimension.
 
@@ -109,7 +113,7 @@ class BoltzmannDistribution(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(
-        self, machine: BoltzmannMachine, *, log_z: Tensor | float | None = None, num_sweeps: int = 1000
+        self, machine: BoltzmannMachine, *, log_z: Tensor | float | None = None, num_sweeps: Count = 1000
     ) -> None:
         self.machine, self.num_sweeps = machine, num_sweeps
         self.units = machine.layers[machine.visible]

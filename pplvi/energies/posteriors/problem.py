@@ -10,9 +10,11 @@ from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import Mask
+from pplvi.kinds.checked import checked
 from pplvi.types import Values
 
 
+@checked
 @dataclass(frozen=True)
 class MeanField:
     """A factorised posterior of the layers that are not observed.

@@ -86,6 +86,7 @@ def _chain(posterior: Posterior, index: Tensor, pool: WeightedDraws | None = Non
         latents=latents,
         deterministics=_deterministics(posterior, draws, latents, index),
         log_likelihood=pick(draws.log_likelihood, draws.plates),
+        log_factors=pick(draws.log_factors, draws.plates),
         log_p=None,
         log_q=None,
     )

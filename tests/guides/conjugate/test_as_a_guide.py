@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from arviz_results import elpd
 from pyro import poutine
 from pyro.infer import SVI
 from pyro.infer.autoguide import init_to_value
@@ -62,7 +63,7 @@ def test_fit_records_the_bound_and_reports() -> None:
     assert fit.guide.bounds[-1] < posterior.total_log_evidence.value < fit.guide.bounds[-1] + 1.0
     data = fit.to_arviz(num_prior=10)
     assert data.posterior["b"].shape[-1] == 2
-    assert fit.loo().elpd_loo < 0
+    assert elpd(fit.loo()) < 0
     assert fit.predict(X[:3]).observed["y"].shape == (1000, 3)
 
 
@@ -251,7 +252,7 @@ def test_minibatches_end_where_sweeps_do() -> None:
     make = partial(pplvi.AutoConjugate, init_loc_fn=start, rate=pplvi.RobbinsMonro(10, 0.7))
     fit = pplvi.fit(model, lambda model: make(model), data=batches, num_steps=80, seed=0, progress=False)
     assert fit.losses.shape == (1, 80)
-    assert full.bounds[-1] - 2.0 < sum(fit.guide.terms(y).values()) <= full.bounds[-1]
+    assert full.bounds[-1] - 0.5 < sum(fit.guide.terms(y).values()) <= full.bounds[-1]
     with pytest.raises(ValueError, match=r"plate 'data', which is subsampled.*rate="):
         pplvi.AutoConjugate(model).run(y[:100])
 
