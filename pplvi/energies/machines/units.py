@@ -22,7 +22,7 @@ from torch.nn.functional import one_hot, softplus
 from pplvi.energies.machines.one_hot import OneHots
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Plural, Positive, is_number
-from pplvi.programs.running import is_recording
+from pplvi.programs.state import is_recording
 
 Beta = float | Tensor
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,7 @@ from pplvi.training.steps import (
     CompiledStepper,
     CompiledSteps,
     EagerStepper,
+    Find,
     StepLoss,
     Stepper,
     Steps,
@@ -204,9 +205,9 @@ class EagerTogether(_Together, EagerStepper):
         with self.meeting.active():
             return super().many(calls)
 
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """The site at fault on the first rank that has one."""
-        return self.meeting.found(find())
+        return self.meeting.found(find(*calls[0]))
 
     def _loss_and_grads(self, *call: Any, **kwargs: Any) -> float:
         loss = self._evaluated(*call, **kwargs)
@@ -289,9 +290,9 @@ class CompiledTogether(_Together, CompiledStepper):
             )
         return True in drawn
 
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """The site at fault on the first rank that has one, found step by step."""
-        return super().replay(lambda: self.meeting.found(find()), call, most)
+        return super().replay(lambda args, kwargs: self.meeting.found(find(args, kwargs)), calls)
 
 
 class _Mean(Exchange):
