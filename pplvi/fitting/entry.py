@@ -227,7 +227,7 @@ def fit(
         )
         same = {"num_steps": num_steps, "restarts": restarts, "seed": seed, "callbacks": callbacks}
         return maximise_likelihood(model, guide, call, environment, progress=progress, **same, **kept)
-    if data is None:
+    if data is None and not getattr(objective, "compares_draws", False):
         warn_of_no_data(model, *call, environment)
     if settings is not None:
         refuse({**unused, "init": None, "num_warmup": num_warmup}, "SMC", "init, num_steps, budget, ")

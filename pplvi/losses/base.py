@@ -8,7 +8,7 @@ they fit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.infer import ELBO as PyroELBO
@@ -29,6 +29,7 @@ class Loss(PyroELBO):
     """A Pyro ELBO defined by its differentiable loss. Losses add, and scale: ``a + 0.5 * b``, ``sum([a, b]) / 2``."""
 
     monitor: BoundSide | None = None
+    compares_draws: ClassVar[bool] = False  # with the data, so that the model need not observe these
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, in nats, as a scalar tensor whose gradient is the gradient estimate."""

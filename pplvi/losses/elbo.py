@@ -26,6 +26,7 @@ from pplvi.objectives.bounds import RenyiBound, ThermodynamicBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.objectives.step import Estimator, Objective
 from pplvi.programs.joint import execute
+from pplvi.programs.scales import LatentWeight
 from pplvi.programs.traces import Run
 from pplvi.samplers.importance import exact_entropies
 from pplvi.types import Program
@@ -112,6 +113,41 @@ class ELBO(_Named):
         halves = {"expected_log_prob": _mean(run, run.log_target()), "entropy": _mean(run, entropy)}
         found: dict[str, Any] = {"elbo": sum(halves.values()), **halves}
         return {**found, "sites": _sites(run, entropies)} if per_site else found
+
+
+class BetaELBO(_Named):
+    r"""The ELBO with a weight on the divergence of its guide from the prior; no bound that is reported.
+
+    .. math:: \ell = -E_q[\log p(x \mid z)] - \beta\, E_q[\log p(z) - \log q(z)]
+
+    Above one it trades likelihood for latents that are nearer to independent. Weights, evidence and
+    :class:`pplvi.Posterior` are those of the unweighted pair, and ``monitor`` is ``None``: judge by
+    ``fit(..., monitor=ELBO())``.
+
+    Source: Higgins et al. (2017), "beta-VAE: learning basic visual concepts with a constrained variational framework".
+
+    :param beta: the weight of all latent sites, positive.
+    :param num_particles: number of draws.
+    :param estimator: as in :class:`ELBO`.
+    :raises ValueError: for a weight that is not positive, or an unknown estimator.
+
+    >>> BetaELBO(4.0, num_particles=2), BetaELBO(4.0).monitor
+    (BetaELBO(num_particles=2, beta=4.0), None)
+    """
+
+    def __init__(
+        self, beta: float, num_particles: int = 1, *, estimator: Estimator | None = None, **options: Any
+    ) -> None:
+        _check_estimator(estimator, "BetaELBO", ("reparam", "score", "vimco", "stl"))
+        if not beta > 0:
+            raise ValueError(f"beta={beta!r}: expected a positive number, and 1 for the ELBO.")
+        self._set_up(RenyiBound(1.0, estimator), num_particles, options, beta=beta, estimator=estimator)
+        self.beta, self.monitor = float(beta), None
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The weighted loss, in nats."""
+        with LatentWeight(self.beta):
+            return super().differentiable_loss(model, guide, *args, **kwargs)
 
 
 def _mean(run: Run, density: Tensor) -> float:

@@ -40,7 +40,7 @@ FLOORS = {
     5: {"losses", "guides"},
     6: {"compile", "models"},
     7: {"training"},
-    8: {"fitting"},
+    8: {"fitting", "evaluation"},
     9: {"energies", "examples", "demo"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

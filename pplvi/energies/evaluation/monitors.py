@@ -1,4 +1,4 @@
-"""Does a Boltzmann machine overfit, do its chains mix, does it copy its data, what does it make of half an image?"""
+"""Does a Boltzmann machine overfit, do its chains mix, what does it make of half an image?"""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Matrix, Seed
+from pplvi.kinds.kinds import Count, Seed
 from pplvi.programs.state import random_state
 
-__all__ = ["FreeEnergyGap", "Mixing", "Neighbours", "chain_mixing", "free_energy_gap", "inpaint", "nearest_neighbours"]
+__all__ = ["FreeEnergyGap", "Mixing", "chain_mixing", "free_energy_gap", "inpaint"]
 
 
 class FreeEnergyGap(NamedTuple):
@@ -102,38 +102,6 @@ def chain_mixing(
     return Mixing(float(arviz.rhat(chains)), float(arviz.ess(chains)), float(torch.stack(changed).mean()), trace)
 
 
-class Neighbours(NamedTuple):
-    """The data that are nearest to samples.
-
-    :ivar indices: which datum, ``(num_samples,)``.
-    :ivar distance: Euclidean distance; of binary units the root of the number of units that differ.
-    """
-
-    indices: Tensor
-    distance: Tensor
-
-
-@checked
-def nearest_neighbours(samples: Matrix, data: Matrix) -> Neighbours:
-    """The training datum that is nearest to each sample: a machine that copies its data has distances near 0.
-
-    :param samples: ``(num_samples, width)``.
-    :param data: ``(num_data, width)``.
-    :raises ValueError: for different widths or no data.
-
-    >>> nearest_neighbours(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
-    Neighbours(indices=tensor([1]), distance=tensor([1.]))
-    """
-    if not len(data) or samples.shape[-1] != data.shape[-1]:
-        raise ValueError(
-            f"samples of shape {tuple(samples.shape)} and data of shape {tuple(data.shape)}: expected some data, and "
-            "the same width. Flatten images."
-        )
-    distance, index = torch.cdist(samples, data).min(1)
-    return Neighbours(index, distance)
-
-
-@checked
 def inpaint(
     machine: BoltzmannMachine,
     v: Tensor,

@@ -207,7 +207,7 @@ class EagerTogether(_Together, EagerStepper):
 
     def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """The site at fault on the first rank that has one."""
-        return self.meeting.found(find(*calls[0]))
+        return self.meeting.found(super().replay(find, calls))
 
     def _loss_and_grads(self, *call: Any, **kwargs: Any) -> float:
         loss = self._evaluated(*call, **kwargs)
@@ -292,7 +292,7 @@ class CompiledTogether(_Together, CompiledStepper):
 
     def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """The site at fault on the first rank that has one, found step by step."""
-        return super().replay(lambda args, kwargs: self.meeting.found(find(args, kwargs)), calls)
+        return super().replay(lambda *call: self.meeting.found(find(*call)), calls)
 
 
 class _Mean(Exchange):
