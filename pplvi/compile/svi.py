@@ -107,7 +107,7 @@ class CompiledSVI:
         chunk: Count = 100,
         exchange: Exchange | None = None,
     ) -> None:
-        _check_options(mode, schedule, last_batch, chunk)
+        _check_options(mode, last_batch)
         self.model, self.guide, self.optim, self.mode = model, guide, optim, mode
         self.loss, self.exchange = own_loss(loss), exchange or Exchange()
         self.schedule, self.clip, self.last_batch, self.chunk = schedule, clip, last_batch, chunk
@@ -390,11 +390,7 @@ class CompiledSVI:
         return buffers_of(model=self.model, guide=self.guide, loss=self.loss)
 
 
-def _check_options(mode: Any, schedule: Any, last_batch: Any, chunk: Any) -> None:
+def _check_options(mode: Any, last_batch: Any) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {MODES}.")
     check_last_batch(last_batch)
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk={chunk!r}: expected a whole number of steps, at least 1.")
-    if schedule is not None and not callable(schedule):
-        raise ValueError(f"schedule={schedule!r}: expected a function from the step to a factor, such as Cosine.")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pandas
 
-Ranks = Mapping[str, NDArray[np.int64]]
+SiteRanks = Mapping[str, NDArray[np.int64]]
 """``(num_simulations, *shape)`` by site, from 0 to the number of draws."""
 
 _TRIALS = 4_000
@@ -93,7 +93,7 @@ class UniformBand:
         return low, high
 
 
-def scalars(ranks: Ranks) -> Iterator[tuple[str, NDArray[np.int64]]]:
+def scalars(ranks: SiteRanks) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """The ranks of each element of the sites, with its name.
 
     >>> [name for name, _ in scalars({"a": np.zeros((5, 2), int), "b": np.zeros(5, int)})]
@@ -105,7 +105,7 @@ def scalars(ranks: Ranks) -> Iterator[tuple[str, NDArray[np.int64]]]:
             yield f"{name}[{', '.join(map(str, index))}]" if index else name, column
 
 
-def frame_of_ranks(ranks: Ranks, num_draws: int, prob: float) -> pandas.DataFrame:
+def frame_of_ranks(ranks: SiteRanks, num_draws: int, prob: float) -> pandas.DataFrame:
     """A row for each element: mean and spread of the ranks, how often intervals hold the truth, and the verdict.
 
     ``mean`` is that of the ranks in units of the largest, 0.5 if calibrated; ``spread`` their standard deviation in

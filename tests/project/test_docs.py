@@ -16,7 +16,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 TUTORIALS = {f"tutorials/{path.stem}" for path in (ROOT / "tutorials").glob("*.py")}
 OF_PYRO = {"AutoDelta", "AutoLaplaceApproximation", "AutoMultivariateNormal", "AutoNormal", "SVI", "TraceGraph_ELBO"}
-OTHERS = {"DataLoader", "False", "True", "K"}
+OTHERS = {"DataLoader", "DistributedSampler", "RankLostError", "None", "False", "True", "K"}
 
 
 @pytest.fixture(scope="module")
