@@ -18,6 +18,8 @@ from pplvi.programs.state import fingerprint
 from pplvi.programs.traces import Run
 
 _BYTES = 100 * 2**20  # of values and densities that one call makes
+_SMALL = 8 * 2**20  # of all draws together: too few for networks to matter
+_ALIVE = 4  # as many tensors of the largest size are held at once
 _CALL = 5_000  # elements that take as long as the call of an operation
 _CUBIC = ("mm", "linalg", "cholesky", "triangular", "inverse")  # in names of operations: rows times columns
 _NOTHING = ("__get__", "detach", "expand", "reshape", "view")  # functions that compute nothing
@@ -46,9 +48,45 @@ def mark_of(run: Run) -> str:
     return fingerprint({name: site["value"] for name, site in sample_sites(run.guide)})
 
 
-def fitting(run: Run) -> int | None:
-    """How many draws one call may have; ``None`` where draws of several calls would belong to different data."""
-    return None if run.subsampled or run.scale != 1.0 else max(1, _BYTES // max(1, bytes_of(run)))
+def fitting(run: Run, num_draws: int = 0, make: Callable[[int], Any] | None = None) -> int | None:
+    """How many draws one call may have; ``None`` where draws of several calls would belong to different data.
+
+    :param num_draws: how many are wanted: of many, what the programs compute on the way is looked at too, such as the
+        hidden layer of a network.
+    :param make: makes so many draws.
+    """
+    if run.subsampled or run.scale != 1.0:
+        return None
+    each = bytes_of(run)
+    if make is not None and num_draws * each > _SMALL:
+        each = max(each, _ALIVE * _widest_of_draw(make))
+    return max(1, _BYTES // max(1, each))
+
+
+def _widest_of_draw(make: Callable[[int], Any]) -> int:
+    """By how many bytes the largest tensor on the way grows with a draw."""
+    found = []
+    for size in (_FEW[0], *_FEW):  # the first call may look for a way of running draws
+        with _Widest() as widest:
+            make(size)
+        found.append(widest.bytes)
+    return (found[2] - found[1]) // (_FEW[1] - _FEW[0])
+
+
+class _Widest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.bytes = max(self.bytes, found.untyped_storage().nbytes())
+        return found
 
 
 def bytes_of(run: Run) -> int:

@@ -168,6 +168,8 @@ def plot_densities(data: Sequence[xarray.Dataset], labels: Sequence[str], **opti
     models = {
         label: wrap({"posterior": _as_one_chain(each, most)}, {}) for label, each in zip(labels, data, strict=True)
     }
+    options.setdefault("visuals", {"point_estimate_text": False})
+    options.setdefault("figure_kwargs", {"layout": "constrained"})
     drawn = arviz_itself().plot_dist(models, backend="matplotlib", **options)
     drawn.add_legend("model")
     return _axes(drawn)
