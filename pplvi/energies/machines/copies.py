@@ -40,11 +40,6 @@ class CopiedUnits(Units):
         """Bits of all copies."""
         return self.copies * self.units.log_states
 
-    @property
-    def is_plain(self) -> bool:
-        """That of one layer."""
-        return self.units.is_plain
-
     def statistic(self, value: Tensor) -> Tensor:
         """That of one layer: linear, so that it is the sum of the copies'."""
         return self.units.statistic(value)

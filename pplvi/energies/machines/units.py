@@ -37,6 +37,7 @@ class Units(PyroModule):
     :ivar num_units: number of units.
     :ivar width: numbers that describe the layer's value: ``num_units``, times the categories of a unit.
     :ivar num_states: states of one unit, or ``None`` for a continuum.
+    :ivar num_biases: biases of the layer: fewer than ``width`` where neighbours share one, all equally many.
     """
 
     num_states: int | None = None
@@ -47,6 +48,7 @@ class Units(PyroModule):
             raise ValueError(f"num_units={num_units!r}: expected a whole number of at least 1.")
         self.num_units = num_units
         self.width = num_units if width is None else width
+        self.num_biases = self.width
 
     @property
     def log_states(self) -> float:
@@ -56,11 +58,6 @@ class Units(PyroModule):
     def statistic(self, value: Tensor) -> Tensor:
         """``phi(s)``, ``(*batch, width)``: linear in the value."""
         return value
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the statistic is the value itself."""
-        return type(self).statistic is Units.statistic
 
     def base_energy(self, value: Tensor) -> Tensor | float:
         """``base(s)``, ``(*batch)``: the part of the energy that is not linear in the value."""

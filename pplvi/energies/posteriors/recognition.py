@@ -7,6 +7,7 @@ from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.couplings import DenseCoupling
 from pplvi.energies.machines.energy import Mask
 from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.training_step import active_step
@@ -33,6 +34,10 @@ class RecognitionNetwork(PyroModule):
 
     def __init__(self, machine: BoltzmannMachine) -> None:
         super().__init__()
+        if other := [edge for edge, coupling in machine.couplings.items() if not isinstance(coupling, DenseCoupling)]:
+            raise ValueError(f"couplings {other} are no matrices of weights: expected DenseCoupling between layers.")
+        if machine.given is not None:
+            raise ValueError(f"a recognition network of a machine with given={machine.given}: use MeanFieldGuide.")
         if lateral := [layer for layer in machine.hidden if machine.is_lateral(layer)]:
             raise ValueError(f"hidden layers {lateral} have lateral connections: expected layers of independent units.")
         self.units = {layer: machine.layers[layer] for layer in machine.layers}
