@@ -35,15 +35,22 @@ Ends = tuple[Tensor, Tensor]
 class Between:
     """The machines between a base-rate model, or a first machine, and a machine, on the layers of one colour class.
 
-    :ivar base: fields of the base-rate model by layer, ``(width,)``.
+    :ivar base: fields of the base-rate model by layer, ``(width,)``, or ``(num_data, width)`` of a conditional machine.
     :ivar first: the machine to begin with in the place of the base-rate model.
+    :ivar given: what a conditional machine is given, ``(num_data, given)`` by name; every datum has a path of its own.
     :ivar known: fields and biases' products at the last values, which the next level needs again.
     """
 
     machine: BoltzmannMachine
     base: Mapping[str, Tensor]
     first: BoltzmannMachine | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
     known: list[tuple[tuple[Tensor, ...], dict[str, Ends], Ends]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int | None:
+        """How many data have a path of their own; none where all have the same."""
+        return next((len(value) for value in self.given.values()), None)
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -57,7 +64,7 @@ class Between:
 
     def _fields(self, layer: str, values: Values) -> Ends:
         """The field of a layer at both ends."""
-        last = self.machine.field(layer, values)
+        last = self.machine.field(layer, {**values, **self.given})
         return self.base[layer].expand_as(last) if self.first is None else self.first.field(layer, values), last
 
     def _at(self, values: Values) -> tuple[dict[str, Ends], Ends]:
@@ -68,14 +75,14 @@ class Between:
                 return fields, linear
         given = dict(zip(self.kept, at, strict=True))
         fields = {layer: self._fields(layer, given) for layer in self.summed}
-        start = self.base if self.first is None else self.first.biases()
-        linear = self._linear(given, start), self._linear(given, self.machine.biases())
+        start = self.base if self.first is None else {n: self.first.bias(n) for n in given}
+        linear = self._linear(given, start), self._linear(given, {n: self.machine.field(n, self.given) for n in given})
         self.known = [(at, fields, linear), *self.known[:1]]
         return fields, linear
 
     def _linear(self, values: Values, fields: Values) -> Tensor:
         layers = self.machine.layers
-        parts = [layers[n].statistic(v) @ fields[n] - layers[n].base_energy(v) for n, v in values.items()]
+        parts = [(layers[n].statistic(v) * fields[n]).sum(-1) - layers[n].base_energy(v) for n, v in values.items()]
         return torch.stack([part.double() for part in parts]).sum(0)
 
     def log_density(self, values: Values, beta: float) -> Tensor:
@@ -94,7 +101,7 @@ class Between:
         return {n: layers[n].sample(torch.lerp(*self._fields(n, other), beta)) for n in self.kept}
 
     def log_base(self) -> Tensor:
-        """``log Z`` of the base-rate model, exact."""
+        """``log Z`` of the base-rate model, exact, ``()``; of a conditional machine one for each datum."""
         parts = [units.log_partition(self.base[n]).double() for n, units in self.machine.layers.items()]
         return torch.stack(parts).sum()
 
@@ -103,7 +110,7 @@ class Between:
     def program(self, beta: float, count: int | None = None, start: Callable[..., Any] | None = None) -> None:
         """The machine at an inverse temperature, as a program of its kept layers, with a plate of ``count`` data."""
         shape = () if count is None else (count,)
-        with nullcontext() if count is None else data_plate(count, None):
+        with _plate(count):
             values = {}
             for layer in self.kept:
                 draw = None if start is None else partial(start, layer)
@@ -113,8 +120,13 @@ class Between:
 
     def base_program(self) -> None:
         """The base-rate model, normalised."""
-        for layer in self.kept:
-            pyro.sample(layer, self.machine.layers[layer].conditional(self.base[layer]))
+        with _plate(self.count):
+            for layer in self.kept:
+                pyro.sample(layer, self.machine.layers[layer].conditional(self.base[layer]))
+
+
+def _plate(count: int | None) -> Any:
+    return nullcontext() if count is None else data_plate(count, None)
 
 
 @dataclass(frozen=True)

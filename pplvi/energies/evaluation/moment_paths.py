@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pplvi.energies.evaluation.ais_path import Between
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.couplings import DenseCoupling
+from pplvi.types import Values
 
 __all__ = ["Route", "averaged_machines", "base_fields"]
 
@@ -37,6 +39,8 @@ class Route:
     @classmethod
     def through(cls, base: Between, knots: Sequence[BoltzmannMachine]) -> Route:
         """The route through some machines; none of them is the geometric path."""
+        if not knots:
+            return cls(base, (base,))
         ends = [*knots, base.machine]
         first = Between(ends[0], base.base)
         rest = (Between(last, base.base, before) for before, last in pairwise(ends))
@@ -53,8 +57,17 @@ class Route:
         return tuple(self.at(beta) for beta in betas)
 
 
-def base_fields(machine: BoltzmannMachine, base_rate: Tensor | None) -> dict[str, Tensor]:
-    """Fields of the base-rate model: the visible units have the base rates, hidden ones no field."""
+def base_fields(machine: BoltzmannMachine, base_rate: Tensor | None, given: Values) -> dict[str, Tensor]:
+    """Fields of the base-rate model: the visible units have the base rates, hidden ones no field.
+
+    Of a conditional machine they are those of each datum with no weights but from what it is given.
+
+    :raises ValueError: for base rates of another width, or of a conditional machine.
+    """
+    if given and base_rate is not None:
+        raise ValueError("base_rate= of a conditional machine, whose base-rate models are what it is given: leave it.")
+    if given:
+        return {layer: machine.field(layer, given) for layer in machine.layers}
     fields = {layer: torch.zeros_like(machine.bias(layer)) for layer in machine.layers}
     layer, units = machine.visible, machine.layers[machine.visible]
     rate = machine.offset(layer) if base_rate is None else torch.as_tensor(base_rate).to(machine.like())
@@ -81,6 +94,8 @@ def averaged_machines(base: Between, num_knots: int, num_steps: int) -> list[Bol
         raise ValueError(f"knots={(num_knots, num_steps)}: expected numbers of machines and of steps of at least 1.")
     if any(units.num_states != 2 for units in machine.layers.values()):
         raise ValueError("a moment-averaged path between layers that are not all binary: expected Bernoulli units.")
+    if machine.given is not None or not all(isinstance(c, DenseCoupling) for c in machine.couplings.values()):
+        raise ValueError("a moment-averaged path of a machine that is conditional, or whose couplings are not dense.")
     chains = machine.gibbs(machine.draw((_CHAINS,)), _BURN_IN)
     last = _statistics(machine, chains, num_sweeps=_BURN_IN)
     first = _independent(machine, {layer: torch.sigmoid(f) for layer, f in base.base.items()})
