@@ -12,11 +12,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pplvi.energies.evaluation.ais_path import Between, MachineWalk
+from pplvi.energies.evaluation.ais_path import Between, EnergiesBetween, Levels, MachineWalk
 from pplvi.energies.evaluation.moment_paths import Route, averaged_machines, base_fields
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
+from pplvi.energies.machines.hamiltonian import HamiltonianMachine
 from pplvi.energies.machines.measures import BaseMeasure
+from pplvi.energies.machines.spike_slab import SpikeSlabUnits
+from pplvi.energies.machines.units import GaussianUnits
 from pplvi.energies.posteriors.mean_field import MeanFieldGuide
 from pplvi.programs.errors import warn
 from pplvi.programs.plates import data_plate
@@ -64,7 +67,7 @@ class PartitionEstimate:
 
 
 def annealed_importance_sampling(
-    machine: BoltzmannMachine,
+    machine: BoltzmannMachine | HamiltonianMachine,
     num_chains: int = 100,
     num_betas: int = 1000,
     *,
@@ -81,7 +84,7 @@ def annealed_importance_sampling(
     """Estimate ``log Z`` of a machine by annealed importance sampling (Neal 2001; Salakhutdinov & Murray 2008).
 
     :param machine: a machine whose layers fall into two groups without connections inside, such as a restricted or a
-        deep machine.
+        deep machine; or one of real units whose chains are Hamiltonian, from the Gaussian part of its energy.
     :param num_chains: number of chains, at least 2.
     :param num_betas: number of inverse temperatures from the base-rate model to the machine.
     :param base_rate: means of the visible units under the base-rate model, ``(width,)``; by default the offsets of
@@ -122,7 +125,7 @@ def annealed_importance_sampling(
     with random_state(seed), torch.no_grad():
         base = _base(machine, values, base_rate)
         chosen = _betas(base, num_betas, betas)
-        route = Route.through(base, () if path == "geometric" else averaged_machines(base, *knots))
+        route = Route.through(base, () if path == "geometric" else averaged_machines(_pairwise(base), *knots))
         log_weights = MachineWalk(base.base_program, route.levels(chosen[1:]), base.count).walk(num_chains)[-1][1]
         upper = None if samples is None else _upper_bound(route, chosen, samples)
         found = _estimate(log_weights, upper)
@@ -134,7 +137,7 @@ def annealed_importance_sampling(
 
 
 def raise_bound(
-    machine: BoltzmannMachine,
+    machine: BoltzmannMachine | HamiltonianMachine,
     data: Tensor | Values,
     num_chains: int = 10,
     num_betas: int = 1000,
@@ -175,20 +178,33 @@ def raise_bound(
         return _raise(Route.through(base, ()), _betas(base, num_betas, None), values, num_chains, guide)
 
 
-def _base(machine: BoltzmannMachine, values: Values, base_rate: Tensor | None) -> Between:
+def _pairwise(levels: Levels) -> Between:
+    if not isinstance(levels, Between):
+        raise ValueError(f"path='moment_averaged' of {type(levels.machine).__name__}: expected 'geometric' there.")
+    return levels
+
+
+def _base(machine: BoltzmannMachine | HamiltonianMachine, values: Values, base_rate: Tensor | None) -> Levels:
+    if isinstance(machine, HamiltonianMachine):
+        if base_rate is not None:
+            raise ValueError(f"base_rate= of {type(machine).__name__}: leave it, its path begins at the Gaussian part.")
+        return EnergiesBetween(machine)
     given = machine.conditions(values)
     return Between(machine, base_fields(machine, base_rate, given), given=given)
 
 
-def _check(machine: BoltzmannMachine, num_chains: int, num_betas: int) -> None:
-    if not isinstance(machine, BoltzmannMachine):
+def _check(machine: BoltzmannMachine | HamiltonianMachine, num_chains: int, num_betas: int) -> None:
+    if not isinstance(machine, BoltzmannMachine | HamiltonianMachine):
         raise ValueError(
-            f"annealed importance sampling of {type(machine).__name__}, which has no fields of layers: expected a "
-            "BoltzmannMachine."
+            f"annealed importance sampling of {type(machine).__name__}, which has no fields of layers to anneal: "
+            "expected a BoltzmannMachine or a HamiltonianMachine."
         )
     for name, count in (("num_chains", num_chains), ("num_betas", num_betas)):
         if not isinstance(count, int) or count < 2:
             raise ValueError(f"{name}={count!r}: expected a whole number of at least 2.")
+    if isinstance(machine, HamiltonianMachine):
+        return
+    _check_normalisable(machine)
     lateral = [layer for layer in machine.layers if machine.is_lateral(layer)]
     if lateral or len(machine.classes) != 2:
         raise ValueError(
@@ -198,7 +214,23 @@ def _check(machine: BoltzmannMachine, num_chains: int, num_betas: int) -> None:
         )
 
 
-def _betas(between: Between, num_betas: int, given: Tensor | str | None) -> tuple[float, ...]:
+def _check_normalisable(machine: BoltzmannMachine) -> None:
+    """Refuse slabs so wide that a density of Gaussian units is none, with all of them on."""
+    v, real = machine.layers[machine.visible], [n for n, u in machine.layers.items() if isinstance(u, SpikeSlabUnits)]
+    if not (real and isinstance(v, GaussianUnits)):
+        return
+    precision = torch.diag(v.precision.detach())
+    for layer in real:
+        reach = v.precision.unsqueeze(-1) * machine.weight(machine.visible, layer).detach()
+        precision = precision - reach / machine.layers[layer].precision.detach() @ reach.T  # type: ignore[operator]
+    if not bool(torch.linalg.eigvalsh(precision).min() > 0):
+        raise ValueError(
+            "a machine of Gaussian and spike-and-slab units whose density has no finite normaliser with all units on: "
+            "expected smaller weights or larger precisions of the slabs. Train with weight decay or limit_norms()."
+        )
+
+
+def _betas(between: Levels, num_betas: int, given: Tensor | str | None) -> tuple[float, ...]:
     if isinstance(given, str):
         if given != "adaptive":
             raise ValueError(f"betas={given!r}: expected 'adaptive', a tensor from 0 to 1, or None.")
@@ -209,7 +241,7 @@ def _betas(between: Between, num_betas: int, given: Tensor | str | None) -> tupl
     return tuple(found.tolist())
 
 
-def _adapted(between: Between, num_betas: int) -> tuple[float, ...]:
+def _adapted(between: Levels, num_betas: int) -> tuple[float, ...]:
     """Betas at equal distances in the standard deviation of the log weight's derivative, from a short run."""
     pilot = torch.linspace(0, 1, min(num_betas, _PILOT_BETAS), dtype=torch.float64)
     levels = tuple((between, beta) for beta in pilot.tolist()[1:])
@@ -245,7 +277,7 @@ def _mean(values: Tensor) -> tuple[float, float]:
 
 def _upper_bound(route: Route, betas: tuple[float, ...], samples: Tensor | Values) -> float:
     """Reverse chains from samples of the machine: ``log Z_0 - log mean w``."""
-    if route.base.given:
+    if route.base.count is not None:
         raise ValueError("samples= of a conditional machine, of which every datum has a distribution: leave them out.")
     (last, _), kept = route.at(1.0), route.base.kept
     given = route.base.machine.checked(samples)
@@ -257,9 +289,9 @@ def _upper_bound(route: Route, betas: tuple[float, ...], samples: Tensor | Value
 
 
 def _log_likelihood(
-    machine: BoltzmannMachine, values: Values, log_z: Tensor, guide: FactorisedGuide | None
+    machine: BoltzmannMachine | HamiltonianMachine, values: Values, log_z: Tensor, guide: FactorisedGuide | None
 ) -> Tensor:
-    if guide is None and machine.sums_out(machine.hidden):
+    if isinstance(machine, HamiltonianMachine) or (guide is None and machine.sums_out(machine.hidden)):
         return machine.log_marginal(values).double() - log_z
     posterior = (_mean_field(machine) if guide is None else guide).factorised(values)
     energy = machine.energy({**values, **posterior.means})

@@ -64,7 +64,7 @@ class ClassificationBoltzmannMachine(BoltzmannMachine):
     @property
     def guide(self) -> ConditionalGuide:
         """The exact posterior of the hidden layer, given data and labels."""
-        return ConditionalGuide(self)
+        return ConditionalGuide(self, observed=["y"])
 
     def label_logits(self, v: Tensor) -> Tensor:
         """``log p(v, y) + const`` of each class, ``(*batch, num_labels)``: softmax of them is ``p(y | v)``."""

@@ -7,7 +7,7 @@ energy at the means. A guide with a method ``factorised(*args, **kwargs) -> Fact
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,6 +50,7 @@ class ConditionalGuide:
     A Pyro guide for ``machine.model``: it has no parameters, and its ELBO is ``-F(v)``, the log evidence plus log Z.
 
     :param machine: a machine such as :class:`pplvi.energies.RestrictedBoltzmannMachine`.
+    :param observed: layers beside the visible one that the data have, such as labels.
     :raises ValueError: if hidden layers are connected with each other: use a mean-field guide.
 
     >>> from pplvi.energies import RestrictedBoltzmannMachine
@@ -58,8 +59,9 @@ class ConditionalGuide:
     tensor([[0.5000, 0.5000]])
     """
 
-    def __init__(self, machine: BoltzmannMachine) -> None:
-        joined = [edge for edge in machine.connections if sum(name in machine.hidden for name in edge) > 1]
+    def __init__(self, machine: BoltzmannMachine, observed: Sequence[str] = ()) -> None:
+        self.latent = tuple(layer for layer in machine.hidden if layer not in observed)
+        joined = [edge for edge in machine.connections if sum(name in self.latent for name in edge) > 1]
         if joined:
             raise ValueError(
                 f"the hidden layers are connected by {joined}, so that p(h | v) is not factorised: expected hidden "
@@ -83,7 +85,7 @@ class ConditionalGuide:
         _refuse(mask)
         machine, entropy = self.machine, torch.zeros(())
         values, means = machine.observed(machine.joined(v, given)), {}
-        for layer in (layer for layer in machine.hidden if layer not in values):
+        for layer in self._missing(values):
             units = machine.layers[layer]
             with torch.no_grad():
                 field = machine.field(layer, values)
@@ -107,9 +109,16 @@ class ConditionalGuide:
         values = machine.observed(machine.joined(v, given))
         count = next((len(value) for value in values.values()), num_draws)
         with data_plate(count, size):
-            for layer in (layer for layer in machine.hidden if layer not in values):
+            for layer in self._missing(values) if machine.visible in values else machine.hidden:
                 field = machine.field(layer, values) if machine.visible in values else machine.draw((count,))[layer]
                 pyro.sample(layer, machine.layers[layer].conditional(field))
+
+
+    def _missing(self, values: Values) -> list[str]:
+        found = [layer for layer in self.machine.hidden if layer not in values]
+        if unknown := sorted(set(found) - set(self.latent)):
+            raise ValueError(f"data without values of the layers {unknown}: expected them, or a mean-field guide.")
+        return found
 
 
 def _refuse(mask: Mask) -> None:
