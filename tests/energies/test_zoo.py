@@ -95,7 +95,9 @@ KINDS: dict[str, Callable[[], EnergyModel]] = {
     "conditional": conditional,
     "classification": classification,
     "third order": third_order,
-    "mean and covariance": partial(MeanCovarianceMachine, 2, num_covariance=3, num_mean=2, num_factors=4, init_scale=0.5),
+    "mean and covariance": partial(
+        MeanCovarianceMachine, 2, num_covariance=3, num_mean=2, num_factors=4, init_scale=0.5
+    ),
     "product of Students": partial(MeanProductOfStudents, 2, num_covariance=3, num_mean=2, init_scale=0.5),
 }
 CELL = 0.25
@@ -130,7 +132,9 @@ def case(kind: str, num_data: int = 5) -> Case:
     found = Case(machine, data, {"v": bits})
     if machine.layers["v"].num_states is None:
         axis = torch.arange(-9.0, 9.0, CELL)
-        return Case(machine, {"v": torch.randn(num_data, width)}, {"v": torch.cartesian_prod(axis, axis)}, 2 * math.log(CELL))
+        return Case(
+            machine, {"v": torch.randn(num_data, width)}, {"v": torch.cartesian_prod(axis, axis)}, 2 * math.log(CELL)
+        )
     for extra in ("y", "x"):
         if extra in machine.layers:
             units = machine.layers[extra]

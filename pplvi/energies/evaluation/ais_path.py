@@ -127,7 +127,7 @@ class EnergiesBetween(Levels):
 class Between(Levels):
     """The machines between a base-rate model, or a first machine, and a machine, on the layers of one colour class.
 
-    :ivar fields: fields of the base-rate model by layer, ``(width,)``, or ``(num_data, width)`` of a conditional machine.
+    :ivar fields: those of the base-rate model by layer, ``(width,)``, or ``(num_data, width)`` if conditional.
     :ivar first: the machine to begin with in the place of the base-rate model.
     :ivar given: what a conditional machine is given, ``(num_data, given)`` by name; every datum has a path of its own.
     :ivar known: fields and biases' products at the last values, which the next level needs again.

@@ -37,7 +37,7 @@ _MEAN_FIELD_SWEEPS = 50
 class PartitionEstimate:
     """An estimate of a machine's ``log Z`` and of the likelihood of data, in nats.
 
-    A conditional machine has one ``log Z`` for each datum: its numbers are means over data, its weights have them apart.
+    A conditional machine has a ``log Z`` for each datum: the numbers are means over data, the weights have them apart.
 
     :ivar log_z: the estimate. Z is estimated without bias, so that ``log Z`` is too small on average, and likelihoods
         come out too high.
@@ -222,7 +222,7 @@ def _check_normalisable(machine: BoltzmannMachine) -> None:
     precision = torch.diag(v.precision.detach())
     for layer in real:
         reach = v.precision.unsqueeze(-1) * machine.weight(machine.visible, layer).detach()
-        precision = precision - reach / machine.layers[layer].precision.detach() @ reach.T  # type: ignore[operator]
+        precision = precision - reach / machine.layers[layer].precision.detach() @ reach.T
     if not bool(torch.linalg.eigvalsh(precision).min() > 0):
         raise ValueError(
             "a machine of Gaussian and spike-and-slab units whose density has no finite normaliser with all units on: "

@@ -19,7 +19,6 @@ from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.training_step import active_step
 from pplvi.types import Values
 
-
 _PRODUCTS = ("log_density", "field", "contributions", "log_marginal", "energy", "bias", "weight", "coupling")
 
 

@@ -81,9 +81,13 @@ class ClassificationBoltzmannMachine(BoltzmannMachine):
         :raises ValueError: for data outside the support.
         """
         self.announce()
-        logits = self.label_logits(self.checked(v)["v"])
         with data_plate(len(v), size):
-            found: Tensor = pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+            return self._labels(v, y)
+
+    def _labels(self, v: Tensor, y: Tensor | None) -> Tensor:
+        """The site of the labels."""
+        labels = dist.Categorical(logits=self.label_logits(self.checked(v)["v"]))
+        found: Tensor = pyro.sample("y", labels, obs=y)
         return found
 
     @pyro_method
@@ -95,8 +99,11 @@ class ClassificationBoltzmannMachine(BoltzmannMachine):
         """
         if not generative > 0:
             raise ValueError(f"generative={generative}: expected a positive weight. Without it, train classify().")
-        self.classify(v, y, size=size)
-        values = {"v": v, "y": torch.nn.functional.one_hot(y, self.layers["y"].width).to(v.dtype)}
-        with data_plate(len(v), size), pyro.poutine.scale(scale=generative):
-            pyro.sample("v", BaseMeasure(self.layers["v"], (len(v),), v), obs=v)
-            self.energy_site("energy", self.with_means(values), self.log_marginal(values))
+        self.announce()
+        code = torch.arange(self.layers["y"].width, device=v.device) == y.unsqueeze(-1)
+        values = {"v": v, "y": code.to(v.dtype)}
+        with data_plate(len(v), size):
+            self._labels(v, y)
+            with pyro.poutine.scale(scale=generative):
+                pyro.sample("v", BaseMeasure(self.layers["v"], (len(v),), v), obs=v)
+                self.energy_site("energy", self.with_means(values), self.log_marginal(values))

@@ -177,7 +177,7 @@ class ConvolutionalBoltzmannMachine(BoltzmannMachine):
     ) -> None:
         if not 1 <= filter_size <= min(image[1:]):
             raise ValueError(f"filter_size={filter_size} of images {image}: expected 1 to {min(image[1:])}.")
-        coupling = ConvolutionalCoupling(("v", "h"), tuple(image), maps, filter_size)
+        coupling = ConvolutionalCoupling(("v", "h"), image, maps, filter_size)
         channels, height, width = image
         units = make_units(visible, channels * height * width, mean_field=mean_field_visible)
         units.num_biases = channels
@@ -191,5 +191,5 @@ class ConvolutionalBoltzmannMachine(BoltzmannMachine):
 
     def pooled(self, v: Tensor) -> Tensor:
         """Probability that a unit of each block is on, given images, ``(*batch, num_blocks)``."""
-        units = self.layers["h"]
-        return units.pooled(units.mean(self.field("h", {"v": v})))  # type: ignore[no-any-return, operator]
+        found: Tensor = self.units_h.pooled(self.layers["h"].mean(self.field("h", {"v": v})))
+        return found

@@ -90,6 +90,13 @@ class Coupling:
         """What each unit of the last layer looks at in the first one, ``(num_units, size)``."""
         return self.weight(self.edge[0], parameter).T
 
+    def statistics(self, first: Tensor, second: Tensor, into: Tensor | None = None) -> Tensor:
+        """Sums over rows of what the parameter is multiplied with, where :attr:`has_statistics` says so.
+
+        :raises ValueError: where it does not.
+        """
+        raise ValueError(f"{type(self).__name__} between {self.edge} has no statistics: expected DenseCoupling.")
+
     def limit(self, parameter: Tensor, norm: float) -> None:
         """Shrink, in place, the weights into each unit of the last layer to a norm of at most this.
 
@@ -212,10 +219,7 @@ def colour_classes(layers: tuple[str, ...], connections: Sequence[Edge]) -> tupl
     colour: dict[str, int] = {}
     for layer in layers:
         taken = {
-            colour[other]
-            for edge in connections
-            if layer in edge
-            for other in set(edge) - {layer} & colour.keys()
+            colour[other] for edge in connections if layer in edge for other in set(edge) - {layer} & colour.keys()
         }
         colour[layer] = next(c for c in range(len(layers)) if c not in taken)
     return tuple(tuple(n for n in layers if colour[n] == c) for c in range(max(colour.values()) + 1))

@@ -113,7 +113,6 @@ class ConditionalGuide:
                 field = machine.field(layer, values) if machine.visible in values else machine.draw((count,))[layer]
                 pyro.sample(layer, machine.layers[layer].conditional(field))
 
-
     def _missing(self, values: Values) -> list[str]:
         found = [layer for layer in self.machine.hidden if layer not in values]
         if unknown := sorted(set(found) - set(self.latent)):

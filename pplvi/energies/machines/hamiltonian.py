@@ -57,9 +57,9 @@ def _total(x: Tensor, events: int) -> Tensor:
 class HamiltonianMachine(EnergyModel):
     """A density of one layer ``"v"`` of real units; a subclass says its :meth:`energy`, and which part is Gaussian.
 
-    :meth:`gibbs` is Hamiltonian Monte Carlo, so that chains, :class:`pplvi.BoltzmannELBO` and ``fit`` are those of other
-    machines; nothing is latent: ``machine.guide`` samples nothing. Its step size follows an acceptance of 0.8, in training
-    steps alone. Annealed importance sampling goes from :meth:`base_energy` to :meth:`energy`.
+    :meth:`gibbs` is Hamiltonian Monte Carlo, so that chains, :class:`pplvi.BoltzmannELBO` and ``fit`` are those of
+    other machines; nothing is latent: ``machine.guide`` samples nothing. Its step size follows an acceptance of 0.8, in
+    training steps alone. Annealed importance sampling goes from :meth:`base_energy` to :meth:`energy`.
 
     :param num_visible: visible units.
     :param name: prefix of the parameters' names.

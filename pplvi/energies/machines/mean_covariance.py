@@ -1,4 +1,4 @@
-"""Mean-and-covariance machines: hidden units that model what pixels have to do with each other, and others their means."""
+"""Mean-and-covariance machines: hidden units for what pixels have to do with each other, and others for their means."""
 
 from __future__ import annotations
 

@@ -75,10 +75,12 @@ class SequenceMachine(PyroModule):
             )
         self._announce()
         values = self.machine.checked({"v": v, GIVEN: self.states(v)})
-        with pyro.plate("sequences", len(v), dim=-2), pyro.plate("time", v.shape[1], dim=-1):
-            with pyro.poutine.mask(mask=True if mask is None else mask):
-                pyro.sample("v", BaseMeasure(self.machine.layers["v"], tuple(v.shape[:-1]), v), obs=v)
-                self.machine.energy_site("energy", self.machine.with_means(values), self.machine.log_marginal(values))
+        there: Any = True if mask is None else mask
+        density, means = self.machine.log_marginal(values), self.machine.with_means(values)
+        sequences, time = pyro.plate("sequences", len(v), dim=-2), pyro.plate("time", v.shape[1], dim=-1)
+        with sequences, time, pyro.poutine.mask(mask=there):
+            pyro.sample("v", BaseMeasure(self.machine.layers["v"], tuple(v.shape[:-1]), v), obs=v)
+            self.machine.energy_site("energy", means, density)
 
     @staticmethod
     def guide(*args: Any, **kwargs: Any) -> None:

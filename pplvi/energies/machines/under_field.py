@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from pyro.distributions import TorchDistribution, constraints
-from torch import Size, Tensor
+from torch import Tensor
 
 
 class UnderField(TorchDistribution):

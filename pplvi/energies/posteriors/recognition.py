@@ -150,7 +150,13 @@ class RecognitionGuide(PyroModule, FactorisedInference):
 
     @pyro_method
     def factorised(
-        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
+        given: Tensor | None = None,
     ) -> Factorised:
         """The posterior without gradient; in a training step its entropy has the gradient of the divergence.
 
@@ -158,6 +164,7 @@ class RecognitionGuide(PyroModule, FactorisedInference):
         """
         if mask is not None:
             return self.sweeper.factorised(v, mask=mask, size=size, num_draws=num_draws)
+        v = self.machine.joined(v, given)
         observed = self.machine.observed(v)
         with torch.set_grad_enabled(active_step() is not None):
             guess = self.network.guess(observed)
