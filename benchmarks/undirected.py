@@ -100,8 +100,17 @@ class Run:
         return time.process_time() - self.started
 
 
+def at_the_mean(machine: Any, v: Tensor) -> Any:
+    """The machine with visible biases that give the data's mean."""
+    mean = v.reshape(-1, v.shape[-1]).mean(0).clamp(1e-3, 1 - 1e-3)
+    with torch.no_grad():
+        machine.biases()["v"].copy_(mean.logit())
+    return machine
+
+
 def rows_of(data: Tensor, size: int) -> Iterator[Tensor]:
     """Indices of batches, epoch after epoch."""
+    size = min(size, len(data))
     while True:
         for rows in torch.randperm(len(data)).split(size):
             if len(rows) == size:
@@ -180,6 +189,15 @@ def padded(folder: Path | None, part: str) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(found, batch_first=True), mask
 
 
+def windows(v: Tensor, mask: Tensor, size: int = 8, length: int = 60) -> tuple[Tensor, Tensor]:
+    """Parts of some pieces, each from any frame on, and which frames they have."""
+    rows, length = torch.randint(len(v), (size,)), min(length, v.shape[1])
+    count = mask[rows].sum(1)
+    first = (torch.rand(size) * (count - length + 1).clamp(min=1)).long()
+    at = first.unsqueeze(1) + torch.arange(length)
+    return v[rows.unsqueeze(1), at.clamp(max=v.shape[1] - 1)], at < count.unsqueeze(1)
+
+
 def nats(
     machine: Any, data: dict[str, Tensor], settings: argparse.Namespace, chains: int = 10, betas: int = 100
 ) -> Any:
@@ -217,6 +235,7 @@ def music(settings: argparse.Namespace) -> Iterator[Row]:
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         machine = RestrictedBoltzmannMachine(88, 150, given=352, centered=False)
+        at_the_mean(machine, frames["train"]["v"])
         index = rows_of(frames["train"]["v"], 100)
         batch = lambda: ({n: x[rows] for rows in [next(index)] for n, x in frames["train"].items()},)  # noqa: E731
         run = Run(
@@ -240,6 +259,7 @@ def music(settings: argparse.Namespace) -> Iterator[Row]:
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         model = kinds[name]()
+        at_the_mean(model.machine, v[mask])
 
         def likelihood(model: Any) -> float:
             data = {n: x[:: max(1, len(x) // few)] for n, x in model.frames(*others["valid"]).items()}
@@ -282,7 +302,7 @@ def images(settings: argparse.Namespace) -> Iterator[Row]:
     for _ in range(count):
         run.svi.step(*run.batch())
     each = (time.process_time() - start) / count
-    best = run.go(lambda m: -float(m.free_energy(v[:200]).mean()) if m is machine else -math.inf, points=4)
+    best = run.go(lambda m: -float(m.free_energy(v[:200]).detach().mean()) if m is machine else -math.inf, points=4)
     found = annealed_importance_sampling(
         best, 20, settings.betas or 500, data=data.test_v[:500], base_rate=v.mean(0), num_raise_chains=1, seed=0
     )
@@ -349,7 +369,12 @@ def patches(settings: argparse.Namespace) -> Iterator[Row]:
         program = (machine.marginal, machine.marginal_guide)
         updates = max(2, round(settings.share * 10_000))
         run = Run(program, machine, loss, lambda index=index: (train[next(index)],), updates=updates, lr=lr, rate=0.02)
-        run.go(lambda m, machine=machine: -float(m.free_energy(train[:500]).mean()) if m is machine else -math.inf, 4)
+        run.go(
+            lambda m, machine=machine: (
+                -float(m.free_energy(train[:500]).detach().mean()) if m is machine else -math.inf
+            ),
+            4,
+        )
         chosen = run.average
         if hasattr(machine, "step_size"):
             chosen.step_size.copy_(machine.step_size)
@@ -395,7 +420,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Row]]:
         for row in TABLES[name](settings):
             found[name].append(row)
             print(table_of([row]), flush=True)
-            write(settings, tables={**before, **found})
+            kept = [old for old in before.get(name, []) if old["model"] not in {new["model"] for new in found[name]}]
+            write(settings, tables={**before, **found, name: kept + found[name]})
     return found
 
 
