@@ -14,6 +14,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pplvi.programs.errors import explained
+from pplvi.programs.factorising import retried
 from pplvi.programs.state import preserved_rng
 from pplvi.types import Program
 
@@ -54,17 +55,21 @@ def run_chains(
         for index in range(num_chains):
             if seed is not None:
                 pyro.set_rng_seed(seed + index)
-            chain = MCMC(
-                make_kernel(model), num_samples=num_samples, warmup_steps=num_warmup, disable_progbar=not progress
-            )
+
+            def run() -> MCMC:
+                chain = MCMC(
+                    make_kernel(model), num_samples=num_samples, warmup_steps=num_warmup, disable_progbar=not progress
+                )
+                chain.run(*args, **kwargs)
+                return chain
+
             try:
                 with explained():
-                    chain.run(*args, **kwargs)
+                    chains.append(retried(run))  # its first draws may have no density, later ones are rejected
             except KeyboardInterrupt:
                 if not chains:
                     raise
                 break
-            chains.append(chain)
     return joined_chains(chains)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -18,6 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pplvi.programs import stacked
+from pplvi.programs.factorising import run_sound
 from pplvi.programs.handlers import without_padding
 from pplvi.programs.masks import balance_missing
 from pplvi.programs.randomness import OutOfPlace, carried, for_all_particles
@@ -88,12 +90,30 @@ def run_particles(model: Program, guide: Program, args: Any, kwargs: Any, how: H
 
     :raises CannotCarry: if particles carried by ``vmap`` would not be independent.
     """
-    if way.model or how.num_particles == 1:
+    if how.num_particles == 1:
+        return one_sound(lambda: run_pair(model, guide, args, kwargs, how), exact=given.exact)
+    if way.model:
         return run_pair(model, guide, args, kwargs, how)
     if not way.guide:
         return _both(model, guide, args, kwargs, how, way, given)
     guide_trace = run_guide(guide, args, kwargs, how)
     return model_at(model, args, kwargs, how, way, given, guide_trace)
+
+
+def one_sound(run: Callable[[], Run], *, exact: bool = False, drawing: bool = False) -> Run:
+    """The run of one particle, whose model has a density of zero if a matrix cannot be factorised in it.
+
+    :param exact: entropies and divergences of the guide's sites are wanted.
+    :param drawing: draws are wanted, which are NaN then, and no densities.
+    """
+    found, failed = run_sound(run, guarded=is_recording(), drawing=drawing)
+    if failed is None or drawing:
+        return found
+    one, records = stacked.take_apart(found, exact=exact)
+    outputs = stacked.stack_outputs([one])
+    _fail(outputs["model"], records["model"], failed[None])
+    guide, model = (stacked.rebuild(records[role], outputs[role], 1, found.nesting) for role in ("guide", "model"))
+    return replace(found, guide=guide, model=model)
 
 
 def _both(model: Program, guide: Program, args: Any, kwargs: Any, how: How, way: Way, given: Given) -> Run:
@@ -202,7 +222,7 @@ def _carried(
     one: One, lanes: Lanes, count: int, single: How, way: Way, given: Given
 ) -> tuple[stacked.Outputs, stacked.Records, Run]:
     left: list[Any] = []
-    mode = OutOfPlace(spoil=given.spoil)
+    mode = OutOfPlace(spoil=given.spoil, drawing=not given.densities)
     validated = is_validation_enabled() and given.densities and not is_recording()
 
     def particle(token: Tensor, values: Lanes) -> Any:
@@ -238,12 +258,17 @@ def _fail(outputs: dict[str, dict[str, Tensor]], records: Mapping[str, Any], fai
 def _looped(
     one: One, lanes: Lanes, count: int, single: How, way: Way, given: Given
 ) -> tuple[stacked.Outputs, stacked.Records, Run]:
-    parts = []
+    parts, failures = [], []
     for particle in range(count):
-        run = one({name: value[particle] for name, value in lanes.items()}, single)
+        own = {name: value[particle] for name, value in lanes.items()}
+        run, failed = run_sound(partial(one, own, single), drawing=not given.densities)
         outputs, records = stacked.take_apart(run, densities=given.densities, exact=given.exact)
         parts.append(outputs)
-    return stacked.stack_outputs(parts), records, run
+        failures.append(torch.tensor(False) if failed is None else failed)
+    together = stacked.stack_outputs(parts)
+    if bool((which := torch.stack(failures)).any()):
+        _fail(together["model"], records["model"], which)
+    return together, records, run
 
 
 class _OneMinibatch(Messenger):

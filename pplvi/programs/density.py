@@ -26,6 +26,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import LOOP, Way, for_each, ways_of_rows
+from pplvi.programs.factorising import Apart
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import PARTICLES, Site, base_distribution, latent_sites, site_plates
 from pplvi.programs.state import preserved_rng, random_state
@@ -278,7 +279,8 @@ class UnconstrainedDensity:
         rows = self.start + 0.1 * torch.linspace(-1.0, 1.0, 8, dtype=self.dtype)[:, None]
         rows = torch.cat([rows.to(self.device), self.start[None]])
         try:
-            together = self(rows)
+            with Apart(len(rows), active=self.way.model and len(self._ways) > 1):
+                together = self(rows)
             each = torch.cat([self._chunk(row) for row in rows[[0, -1]].split(1)])
         except Exception as error:  # the model's own errors were met alone
             return str(error)

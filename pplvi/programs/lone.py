@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pplvi.programs import checks
-from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, gathered, ways_of_rows
+from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, gathered, one_sound, ways_of_rows
+from pplvi.programs.factorising import Apart
 from pplvi.programs.memo import Memo, dimensions
 from pplvi.programs.randomness import is_batched
 from pplvi.programs.running import How, is_recording, isolated
@@ -151,7 +152,7 @@ class Lone:
     def run(self, alone: Alone, vectorize: Vectorize = None) -> Run:
         """Run it with all particles, in the fastest way that is right unless one is named."""
         if alone.num_particles == 1:
-            return alone.run(self._built(self.given))
+            return one_sound(lambda: alone.run(self._built(self.given)))
         return self._run(alone, self._way(alone, vectorize))
 
     def _built(self, given: tuple[Any, ...]) -> Program:
@@ -199,7 +200,7 @@ class Lone:
         shared = {name: value for name, value in alone.values.items() if name in alone.indices}
         values = {name: value[:2].detach() for name, value in alone.own.items()}
         two = replace(alone, num_particles=2, values={**shared, **values}, detach=False, redraw=False)
-        with OutsideState() as outside:
+        with OutsideState() as outside, Apart(2, active=way.model):
             run = self._run(two, way)
         outside.check(way)
         drawn = {name: site["value"].clone() for name, site in latent_sites(run.model).items()}

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.distributions import dirichlet, von_mises
-from torch.overrides import TorchFunctionMode
+
+from pplvi.programs.factorising import SoundFactors
 
 
 def is_batched(value: Any) -> bool:
@@ -101,21 +102,17 @@ _FACTORIES = frozenset(
     }
 )
 
-_FACTORISATIONS = frozenset({torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky})
 
-
-class OutOfPlace(TorchFunctionMode):
+class OutOfPlace(SoundFactors):
     """Do out of place what ``vmap`` cannot do in place.
 
     :param token: a number of each particle: new tensors are then one of each particle, into which draws can be written.
     :param spoil: leave NaN where a program wrote random numbers in place and may read them again, for a check to see.
-    :ivar failed: whether a factorisation failed, for each particle; ``None`` if there was none.
     """
 
-    def __init__(self, token: Tensor | None = None, *, spoil: bool = False) -> None:
-        super().__init__()
+    def __init__(self, token: Tensor | None = None, *, spoil: bool = False, drawing: bool = False) -> None:
+        super().__init__(drawing=drawing)
         self.token, self.spoil = token, spoil
-        self.failed: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch in its own or in another way."""
@@ -126,13 +123,11 @@ class OutOfPlace(TorchFunctionMode):
             return args[0].copy_(torch.clamp(*args, **kwargs))
         if func is torch.binomial:
             return torch.binomial(*_alike(*args), **kwargs)
-        if func in _FACTORISATIONS:
-            return self._factor(*args, **kwargs)
         if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()
         if func is torch.Tensor.new:
             return self._of_each(_renewed(*args, **kwargs))
-        found = func(*args, **kwargs)
+        found = super().__torch_function__(func, types, args, kwargs)
         return self._of_each(found) if func in _FACTORIES else found
 
     def _drawn(self, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -145,15 +140,6 @@ class OutOfPlace(TorchFunctionMode):
         if self.token is None or is_batched(found) or _functorch.maybe_current_level() is None:
             return found
         return torch.where(self.token == self.token, found, found)
-
-    def _factor(self, matrix: Tensor, upper: bool = False, **_: Any) -> Tensor:
-        factor, info = torch.linalg.cholesky_ex(matrix.detach())
-        bad = (info != 0).reshape(-1).any()
-        self.failed = bad if self.failed is None else self.failed | bad
-        unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        sound = torch.where((info != 0)[..., None, None], unit, matrix)
-        factor = torch.linalg.cholesky_ex(sound)[0]
-        return factor.mH if upper else factor
 
 
 def _alike(count: Tensor, prob: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pplvi.programs.errors import explained
+from pplvi.programs.factorising import retried
 from pplvi.programs.handlers import Detach, Somewhere, SubsampleRecorder, Supply
 from pplvi.programs.masks import balance_missing
 from pplvi.programs.sites import PARTICLES, is_subsample
@@ -108,7 +109,7 @@ def is_recording() -> bool:
 def plain_run_of_pair(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:
     """One run of a pair as it is, without particles, that leaves the random state as it was."""
     with isolated(), preserved_buffers(model=model, guide=guide), explained():
-        run = run_pair(model, guide, args, kwargs, How())
+        run = retried(lambda: run_pair(model, guide, args, kwargs, How()))
     return replace(run, nesting=run.deepest)
 
 

@@ -12,8 +12,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, run_model_all, ways_of_rows
+from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, one_sound, run_model_all, ways_of_rows
 from pplvi.programs.errors import lacks_memory
+from pplvi.programs.factorising import Apart
 from pplvi.programs.handlers import Supply, Uncondition
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.running import How, isolated, no_guide, plain_run, trace_within
@@ -64,24 +65,29 @@ class _Model:
             return trace_within(self.model, self.args, self.kwargs, how.enumerating(first=True), how.particles())
 
     def run(self, how: How, way: Way) -> Run:
+        if how.num_particles == 1:
+            return one_sound(lambda: self._together(how), drawing=self.sample_observed)
         if way.model:
-            return Run(Trace(), self.trace(how.values or {}, how), how.num_particles, how.nesting, how.enumerated)
+            return self._together(how)
         return run_model_all(self.trace, dict(how.values or {}), how, way, Given(densities=not self.sample_observed))
 
-    def failure(self, how: How, way: Way) -> Exception | None:
+    def _together(self, how: How) -> Run:
+        return Run(Trace(), self.trace(how.values or {}, how), how.num_particles, how.nesting, how.enumerated)
+
+    def failure(self, how: How, way: Way, *, wanted: bool) -> Exception | None:
         """What goes wrong when two particles are run in this way, with the data as they are."""
         kept = replace(self, sample_observed=False)
         try:
             with isolated(), preserved_buffers(model=self.model), warnings.catch_warnings():
-                kept.compare(how, way)
+                kept.compare(how, way, wanted=wanted)
         except Exception as error:  # an error of the model's own was met in the plain run before
             return error
         return None
 
-    def compare(self, how: How, way: Way) -> None:
+    def compare(self, how: How, way: Way, *, wanted: bool) -> None:
         values = {name: value[:2] for name, value in (how.values or {}).items()}
         how = replace(how, num_particles=2, values=values)
-        with OutsideState() as outside:
+        with OutsideState() as outside, Apart(2, active=way.model and not wanted):
             both = self.run(how, way)
         both = self.run(replace(how, values={**values, **_drawn(both)}), way)
         outside.check(way)
@@ -107,7 +113,7 @@ def _first_right(single: _Model, how: How, plain: Run, word: WayName | None) -> 
         return single.run(how, layout.ways[key])
     errors: list[Exception] = []
     for way in ways_of_rows(word):
-        if way != LOOP and (error := single.failure(how, way)) is not None:
+        if way != LOOP and (error := single.failure(how, way, wanted=word is not None)) is not None:
             errors.append(error)
             continue
         run = _tried(single, how, way, errors)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, run_particles
+from pplvi.programs.factorising import Apart
 from pplvi.programs.first_run import supplied_values
 from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import How, is_recording, isolated, run_pair
+from pplvi.programs.running import How, is_recording, isolated
 from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
 from pplvi.programs.state import modules_of, preserved_buffers
 from pplvi.programs.traces import Run
@@ -72,7 +73,7 @@ def way_for(
 
 
 def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layout, word: WayName | None) -> Way:
-    trial = Trial(model, guide, args, kwargs, layout)
+    trial = Trial(model, guide, args, kwargs, layout, wanted=word is not None)
     trial.check_alone()
     coupled = isinstance(poutine.unwrap(guide), GuideMessenger)
     errors: list[Exception] = []
@@ -110,13 +111,17 @@ def candidates(word: WayName | None) -> list[Way]:
 
 @dataclass(frozen=True)
 class Trial:
-    """Two particles of a pair, to be run in different ways and compared with each alone."""
+    """Two particles of a pair, to be run in different ways and compared with each alone.
+
+    :ivar wanted: whether a user named the way.
+    """
 
     model: Program
     guide: Program
     args: Any
     kwargs: Mapping[str, Any]
     layout: Layout
+    wanted: bool = False
 
     def check_alone(self) -> None:
         """Check the densities of one particle: arguments of distributions are not checked under ``vmap``.
@@ -126,7 +131,7 @@ class Trial:
         with isolated(), preserved_buffers(model=self.model, guide=self.guide):
             values = supplied_values(self.model, self.args, self.kwargs, self.layout, None)
             how = How(1, self.layout.nesting, self.layout.enumerated, values=values)
-            run_pair(self.model, self.guide, self.args, self.kwargs, how).log_target()
+            run_particles(self.model, self.guide, self.args, self.kwargs, how, BROADCAST, Given()).log_target()
 
     def failure(self, way: Way) -> Exception | None:
         """What goes wrong when the programs are run in this way."""
@@ -141,7 +146,7 @@ class Trial:
         values = supplied_values(self.model, self.args, self.kwargs, self.layout, None)
         how = How(2, self.layout.nesting, self.layout.enumerated, values=values)
         given = Given(self.layout.indices, spoil=True)
-        with OutsideState() as outside:
+        with OutsideState() as outside, Apart(2, active=way.model and not self.wanted):
             both = run_particles(self.model, self.guide, self.args, self.kwargs, how, way, given)
             if not both.guide_enumerated:  # scored at given values, as each alone will be: rounding is then the same
                 how = replace(how, values={**both.subsample_indices(), **_drawn(both)})
@@ -160,7 +165,10 @@ class Trial:
         values = {**both.subsample_indices(), **both.draws_of(particle)}
         by_itself = replace(how, num_particles=1, values=values)
         with Supply(both.subsample_indices(of_model=True)):
-            alone, again = (run_pair(self.model, self.guide, self.args, self.kwargs, by_itself) for _ in range(2))
+            alone, again = (
+                run_particles(self.model, self.guide, self.args, self.kwargs, by_itself, BROADCAST, Given())
+                for _ in range(2)
+            )
         checks.check_alone(both, alone, again, particle)
 
 
