@@ -9,6 +9,7 @@ runs with the same graph.
 from __future__ import annotations
 
 import gc
+import logging
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -173,10 +174,22 @@ def _compiled(function: Program, inputs: Sequence[Tensor]) -> Program:
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     copies: list[Any] = [_same_layout(x) for x in inputs]
     graph = _recorded(function, copies)
-    with tracing(TracingContext(fake)), warnings.catch_warnings():
+    with tracing(TracingContext(fake)), warnings.catch_warnings(), _without_notes():
         warnings.simplefilter("ignore", FutureWarning)  # of inductor about itself
         program: Program = torch._inductor.compile(graph, copies, options=_OPTIONS)
     return program
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Without inductor's notes on operations that its C++ code calls through Python, such as Cholesky's."""
+    log = logging.getLogger("torch._inductor.ir")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _same_layout(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """One call from a model to a posterior. Imports ``training`` and what stands below."""
 
+from pplvi.fitting.clock import Timing
 from pplvi.fitting.entry import fit
 from pplvi.fitting.loading import load
 from pplvi.fitting.options import Checkpoint, Compile, Minibatches
@@ -11,6 +12,7 @@ __all__ = [
     "Compile",
     "Fit",
     "Minibatches",
+    "Timing",
     "fit",
     "flow_recipe",
     "load",

@@ -15,6 +15,7 @@ import pyro.infer
 import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
+from pplvi.fitting.clock import Clock, Timing
 from pplvi.losses.base import Loss
 from pplvi.programs.calls import check_counts, to_call
 from pplvi.programs.handlers import sized
@@ -228,7 +229,7 @@ def check_budget(budget: Any) -> None:
 
     :raises ValueError: if they are no positive number.
     """
-    if budget is None:
+    if budget is None or isinstance(budget, (Clock, Timing)):
         return
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
-        raise ValueError(f"budget={budget!r}: expected a positive number of seconds.")
+        raise ValueError(f"budget={budget!r}: expected a positive number of seconds, or the timing of a fit.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pplvi.fitting.clock import cpu_seconds
+from pplvi.fitting.clock import Clock, Timing, cpu_seconds
 from pplvi.fitting.recipes import flow_recipe
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import is_gaussian
@@ -23,8 +23,9 @@ from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.guides.search.students import AutoStudentMixture
 from pplvi.losses.elbo import ELBO
 from pplvi.posterior.posterior import Posterior
-from pplvi.posterior.verdict import RELIABLE, WORDS, Verdict
+from pplvi.posterior.verdict import RELIABLE, WORDS, Verdict, at_best
 from pplvi.posterior.weighted import Estimate
+from pplvi.programs.deadline import ending
 from pplvi.programs.reparam import forms_of
 from pplvi.training.replicas import Originals
 from pplvi.training.restart import Restart, publish
@@ -35,7 +36,10 @@ _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
 _NEARLY_EQUAL = 0.9  # part of the draws that is effective
 _NO_MATTER = 0.5  # below that, k-hats differ by chance
+_HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
+
+_INTERRUPTED = "it was interrupted, and it has the best verdict so far"
 
 FitFunction = Callable[..., Fit]
 FitArguments = Callable[[int], Mapping[str, Any]]
@@ -46,6 +50,7 @@ class Rung:
     """A family of guides: its name, what makes it, and, if trained, arguments of ``fit`` for a number of steps.
 
     :ivar most: unconstrained dimensions beyond which its parameters times draws are more than memory and time allow.
+    :ivar gaussian: whether it is one Gaussian, of no use where a mixture has good weights and only tails are open.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Rung:
     recipe: FitArguments | None = None
     steps: int = 2000
     most: float = math.inf
+    gaussian: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Attempt:
     :ivar failure: why there is no fit, or empty.
     :ivar verdict: on these draws; ``None`` without a fit.
     :ivar firm: whether it is reliable, and other draws would say so too.
+    :ivar efficiency: effective part of the draws.
+    :ivar unheard: the draws, if the verdict is without scouts, which could only find against them.
     """
 
     name: str
@@ -83,6 +91,8 @@ class Attempt:
     failure: str = ""
     verdict: Verdict | None = None
     firm: bool = False
+    efficiency: float = 0.0
+    unheard: Posterior | None = None
 
     def __str__(self) -> str:
         word = [] if self.verdict is None else [self.verdict.word]
@@ -94,6 +104,11 @@ class Attempt:
     def title(self) -> str:
         """The family and, if it is not as written, the form of the model."""
         return self.name if self.form == WRITTEN else f"{self.name}, {self.form}"
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the user has interrupted it."""
+        return self.fit is not None and self.fit.runs[self.fit.best].reason == "interrupted"
 
     @property
     def rank(self) -> int:
@@ -123,8 +138,8 @@ WRITTEN = "as written"
 _FOUND = (
     Rung("AutoPathfinder", AutoPathfinder),
     Rung("AutoStudentMixture", AutoStudentMixture),
-    Rung("AutoBatchAndMatch", AutoBatchAndMatch),
-    Rung("AutoDeterministicNormal", AutoDeterministicNormal),
+    Rung("AutoBatchAndMatch", AutoBatchAndMatch, gaussian=True),
+    Rung("AutoDeterministicNormal", AutoDeterministicNormal, gaussian=True),
     Rung("AutoStudentMixture(num_scouts=512)", partial(AutoStudentMixture, num_scouts=512)),
 )
 # What no Gaussian comes near is sampled, from the best of them.
@@ -140,7 +155,7 @@ _FLOWS = (
 )
 
 
-def select(fit: FitFunction, model: Program, originals: Originals, budget: float) -> Fit:
+def select(fit: FitFunction, model: Program, originals: Originals, budget: float | Timing) -> Fit:
     """The first family whose draws are reliable, or the best by its verdict within the budget.
 
     A verdict (:attr:`pplvi.Posterior.verdict`) hears scouts too, and it is not believed where a guide before found more
@@ -152,11 +167,11 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     :param fit: :func:`pplvi.fit` with everything given but model, guide and how to train it.
     :param model: a Pyro program.
     :param originals: the model's parameters.
-    :param budget: CPU seconds of this process and its children.
+    :param budget: CPU seconds of this process and its children, or those of a run that is to be repeated.
     :raises ValueError: the first error if every family fails.
     """
     start = time.perf_counter()
-    ladder = _Ladder(fit, originals, cpu_seconds() + budget)
+    ladder = _Ladder(fit, originals, Clock.of(budget))
     forms = originals.look(forms_of, model)
     reason = ladder.climb(
         {WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND + _SAMPLED), *_FLOWS)
@@ -166,7 +181,7 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
         raise ladder.errors[0]
     originals.restore(best.state)
     publish(best.fit.runs[best.fit.best])
-    best.fit.total_seconds = time.perf_counter() - start
+    best.fit.total_seconds, best.fit.timing = time.perf_counter() - start, ladder.clock.timing
     best.fit.reformed = best.form != WRITTEN
     best.fit.notes = {"tried": "; ".join(map(str, ladder.attempts)), "taken": f"{best.title}, as {reason}"}
     if forms:
@@ -182,16 +197,12 @@ class _Ladder:
     :ivar form: of the model, ``None`` until the first family was tried on all of them.
     """
 
-    def __init__(self, fit: FitFunction, originals: Originals, deadline: float) -> None:
-        self.fit, self.originals, self.deadline = fit, originals, deadline
+    def __init__(self, fit: FitFunction, originals: Originals, clock: Clock) -> None:
+        self.fit, self.originals, self.clock = fit, originals, clock
         self.attempts: list[Attempt] = []
         self.errors: list[ValueError] = []
         self.form: str | None = None
         self.posteriors: dict[str, Posterior] = {}
-
-    @property
-    def left(self) -> float:
-        return self.deadline - cpu_seconds()
 
     @property
     def done(self) -> list[Attempt]:
@@ -222,19 +233,32 @@ class _Ladder:
         )
 
     def climb(self, forms: Mapping[str, Program], rungs: tuple[Rung, ...]) -> str:
-        """Try one family after another; why it ended."""
+        """Try one family after another; why it ended. ``Ctrl-C`` leaves the best so far."""
+        try:
+            reason = self._climb(forms, rungs)
+            self.form = self.form or self._easiest().form
+            self._hear()
+        except KeyboardInterrupt:
+            if not self.done:
+                raise
+            self.form, reason = self.form or self._easiest().form, _INTERRUPTED
+        return reason
+
+    def _climb(self, forms: Mapping[str, Program], rungs: tuple[Rung, ...]) -> str:
         for rung in rungs:
             chosen = forms if self.form is None else {self.form: forms[self.form]}
             for number, (form, model) in enumerate(chosen.items()):
-                if self.attempts and self.left <= 0:
+                if self.attempts and self.clock.over():
                     break
                 if not self._try(rung, form, model, share=1 / (len(chosen) - number)):
-                    return f"{self.left:.0f} s were too short for {rung.name}, and it has the best verdict"
+                    return f"the time left was too short for {rung.name}, and it has the best verdict"
+                if self.attempts[-1].is_interrupted:
+                    return _INTERRUPTED
             if self.form is None:
                 self._choose(self._easiest())
             if self.done and self.best.firm and not self.doubt:
                 return "its draws are reliable"
-            if self.left <= 0:
+            if self.clock.over():
                 return "the time was over, and it has the best verdict"
         return "every family was tried, and it has the best verdict"
 
@@ -242,10 +266,19 @@ class _Ladder:
         """Go on with this form of the model, and judge what was found on it, which costs more than comparing forms."""
         self.form, start = easiest.form, cpu_seconds()
         if (posterior := self.posteriors.get(easiest.form)) is not None:
-            verdict, firm = posterior.verdict, _is_firm(posterior)
-            spent = easiest.seconds + cpu_seconds() - start
-            self.attempts[self.attempts.index(easiest)] = replace(easiest, verdict=verdict, firm=firm, seconds=spent)
+            with ending(self.clock.over):
+                judged = _judged(posterior)
+            self._replace(easiest, **judged, seconds=easiest.seconds + cpu_seconds() - start)
         self.posteriors.clear()
+
+    def _hear(self) -> None:
+        """Ask scouts of what would be taken, until it is an attempt that they were asked of."""
+        while (best := self.best).unheard is not None and not self.clock.over():
+            with ending(self.clock.over):
+                self._replace(best, verdict=best.unheard.verdict, unheard=None)
+
+    def _replace(self, attempt: Attempt, **changes: Any) -> None:
+        self.attempts[self.attempts.index(attempt)] = replace(attempt, **changes)
 
     def _easiest(self) -> Attempt:
         """The form of the model with the least k-hat; of forms that are all good, that with the largest bound."""
@@ -262,8 +295,11 @@ class _Ladder:
         if self.dim > rung.most:
             self._pass_over(rung.name, form, f"not tried in {self.dim:,} dimensions, of at most {rung.most}")
             return True
+        if rung.gaussian and (most := max((attempt.efficiency for attempt in self.done), default=0.0)) >= _HALF:
+            self._pass_over(rung.name, form, f"not tried, as {most:.0%} of the draws are effective already")
+            return True
         if rung.guide == "smc":
-            make = partial(make, init=self._start(), budget=max(self.left, 1.0))
+            make = partial(make, init=self._start(), budget=self.clock)
         if rung.recipe is None:
             self._note(rung.name, form, make)
             return True
@@ -271,7 +307,7 @@ class _Ladder:
         if failure is not None:
             self._note(rung.name, form, failure)
             return True
-        steps = min(rung.steps, int(0.8 * share * self.left / max(seconds, 1e-6)))
+        steps = min(rung.steps, int(0.8 * share * self.clock.left() / max(seconds, 1e-6)))
         if steps < _LEAST_STEPS and self.attempts:
             return False
         recipe = rung.recipe(max(steps, _LEAST_STEPS))
@@ -297,35 +333,37 @@ class _Ladder:
         return None if best is None or best.fit is None else best.fit.guide
 
     def _is_over(self, run: Restart) -> bool:
-        return self.left <= 0
+        return bool(self.clock.over())
 
     def _note(self, name: str, form: str, make: Callable[[], Fit]) -> None:
         start = cpu_seconds()
         self.originals.restore()
         found, pareto_k, failure = None, math.inf, ""
-        elbo, log_evidence, verdict, firm = -math.inf, Estimate(-math.inf, 0.0), None, False
+        elbo, log_evidence = -math.inf, Estimate(-math.inf, 0.0)
+        judgement: dict[str, Any] = {}
         try:
-            found = make()
-            posterior = found.posterior(_DRAWS)
-            if found.islands is None:
-                pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
-            log_evidence = posterior.total_log_evidence
-            if self.form is None:
-                self.posteriors[form] = posterior
-            else:
-                verdict, firm = posterior.verdict, _is_firm(posterior)
+            with ending(self.clock.over):
+                found = make()
+                posterior = found.posterior(_DRAWS)
+                if found.islands is None:
+                    pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
+                log_evidence = posterior.total_log_evidence
+                if self.form is None:
+                    self.posteriors[form] = posterior
+                else:
+                    judgement = _judged(posterior)
         except ValueError as error:
             found, failure = None, str(error).split(":")[0].split(";")[0]
             self.errors.append(error)
         judged = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
-        self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure, verdict, firm))
+        self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure, **judgement))
 
     def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float, Callable[[], Fit] | None]:
         """How to run the steps, the CPU seconds that one of them takes, and, if they fail, what raises why."""
         failing: Callable[[], Fit] | None = None
         for compile in ("trace", False):
             stamps: list[float] = []
-            most = cpu_seconds() + _TIMED_PART * self.left
+            most = cpu_seconds() + _TIMED_PART * self.clock.left()
 
             def stamp(run: Restart, stamps: list[float] = stamps, most: float = most) -> bool:
                 stamps.append(cpu_seconds())
@@ -336,8 +374,18 @@ class _Ladder:
                 failing()
             except ValueError:
                 continue
-            return compile, (stamps[-1] - stamps[0]) / max(len(stamps) - 1, 1), None
+            return compile, self.clock.measured((stamps[-1] - stamps[0]) / max(len(stamps) - 1, 1)), None
         return False, math.inf, failing
+
+
+def _judged(posterior: Posterior) -> dict[str, Any]:
+    """The verdict of an attempt and what goes with it. Scouts, who are dear, are asked where they may decide."""
+    facts = posterior.facts_without_scouts
+    if facts is None:
+        return {"verdict": posterior.verdict, "firm": _is_firm(posterior)}
+    if (verdict := at_best(facts)).word != RELIABLE:
+        return {"verdict": verdict, "efficiency": facts.efficiency, "unheard": posterior}
+    return {"verdict": posterior.verdict, "firm": _is_firm(posterior), "efficiency": facts.efficiency}
 
 
 def _is_firm(posterior: Posterior) -> bool:

@@ -26,7 +26,7 @@ from pplvi.fitting.arguments import (
     stopping_rule,
 )
 from pplvi.fitting.auto import WRITTEN, select
-from pplvi.fitting.clock import Clock
+from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
@@ -80,7 +80,7 @@ def fit(
     init: Any = None,
     num_steps: int | None = None,
     num_warmup: int | None = None,
-    budget: float | None = None,
+    budget: float | Timing | None = None,
     restarts: int = 1,
     seed: int | None = None,
     compile: CompileMode | Compile = False,
@@ -138,7 +138,8 @@ def fit(
         effective draws for SMC, 4,000 unless given.
     :param num_warmup: steps of each MCMC chain that are dropped; as many as ``num_steps`` unless given.
     :param budget: CPU seconds, of this process and its children, after which ``"auto"`` ends what it trains and begins
-        no other family, 60 unless given, and SMC moves no more.
+        no other family, 60 unless given, and SMC moves no more. The :attr:`Fit.timing` of an earlier run of the same
+        seed repeats it to the bit, wherever its time cut it.
     :param restarts: how many seeds to train from; restart ``r`` has the seed ``seed + r``. Modules are copied, so that
         restarts have no parameter in common. They are trained one after another, or, with ``compile`` (but for
         ``"max"``) and all data at once, as the rows of one program: then restart ``r`` is what it would be alone with
@@ -267,7 +268,7 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint(call),
         },
-        start=SearchedStart(init),
+        start=SearchedStart(init, compiled.mode),
     )
     runs = train_restarts(plan)
     best = best_of(runs, bound)
@@ -317,10 +318,10 @@ def _fit_islands(
     environment: Environment,
     init: Any,
     seed: int | None,
-    budget: float | None,
+    budget: float | Timing | Clock | None,
     vectorize: Vectorize,
 ) -> Fit:
-    clock, start = Clock(budget), time.perf_counter()
+    clock, start = Clock.of(budget), time.perf_counter()
     environment.move_module(model)
     check_chains(model, *call, environment)
     run = Restart(0, model, model, environment, seed)
@@ -337,5 +338,5 @@ def _fit_islands(
         islands = run_islands(settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over)
     run.seconds, run.reason = time.perf_counter() - start, islands.found.ended
     fit = Fit([run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize)
-    fit.reformed = form != WRITTEN
+    fit.reformed, fit.timing = form != WRITTEN, clock.timing
     return fit

@@ -13,6 +13,7 @@ from pplvi.programs.summing import summing
 from pplvi.training.batches import FullData
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.em.algorithm import EMSteps, ExpectationMaximization, SummedLatents
+from pplvi.training.em.conjugate import ConjugateLatents, has_continuous
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Restart, publish, scratch
@@ -67,10 +68,12 @@ def maximise_likelihood(
 
 
 def recipe_of_likelihood(model: Program, call: Call, restarts: int, environment: Environment) -> Recipe:
-    """How the programs of the restarts are made: all discrete latents of the model are summed over."""
+    """How the programs of the restarts are made: discrete latents of the model are summed over."""
+    guide: Any = ConjugateLatents
     with scratch(), environment.active():
-        model = summing(model, *environment.move(call))
-    return Recipe(model, SummedLatents, True, restarts > 1, environment)
+        if not has_continuous(model, environment.move(call)):
+            model, guide = summing(model, *environment.move(call)), SummedLatents
+    return Recipe(model, guide, True, restarts > 1, environment)
 
 
 def _with_a_maximum(runs: Sequence[Restart]) -> list[Restart]:
@@ -81,12 +84,12 @@ def _with_a_maximum(runs: Sequence[Restart]) -> list[Restart]:
 
 
 def _collapsed(run: Restart) -> str:
-    why: str = cast(SummedLatents, run.guide).collapsed
+    why: str = cast(Any, run.guide).collapsed
     return why
 
 
 def _notes(runs: Sequence[Restart], best: int) -> dict[str, str]:
-    guide = cast(SummedLatents, runs[best].guide)
+    guide = cast(Any, runs[best].guide)
     parts = {"closed form": guide.closed, "L-BFGS": guide.searched}
     notes = {"M-step": "; ".join(f"{how} for {', '.join(names)}" for how, names in parts.items() if names)}
     if lost := [str(run.index) for run in runs if _collapsed(run)]:

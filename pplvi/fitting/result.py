@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pyro.infer import MCMC
 from torch import Tensor
 
+from pplvi.fitting.clock import Timing
 from pplvi.fitting.mcmc import SavedChains
 from pplvi.fitting.saving import save
 from pplvi.fitting.smc import Islands
@@ -27,7 +28,7 @@ from pplvi.posterior.report import report, report_likelihood
 from pplvi.posterior.tables import Summary, to_html
 from pplvi.posterior.verdict import Verdict, judge
 from pplvi.programs.inputs import to_inputs
-from pplvi.programs.ways import Vectorize, is_looped
+from pplvi.programs.ways import Vectorize
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.restart import Restart, ScopedProgram
 from pplvi.training.stopping import has_settled
@@ -57,6 +58,7 @@ class Fit:
     :ivar reformed: whether the model is a form of the user's that ``"auto"`` has found to be easier.
     :ivar seed: the seed of restart 0.
     :ivar notes: what the report says besides, such as what ``"auto"`` tried.
+    :ivar timing: what the clock of a budget has told: as the budget of another run, it repeats this one.
     :ivar vectorize: the way in which draws of a posterior are run, ``"broadcast"``, ``"vmap"`` or ``"loop"``
         (``False``); where it is ``None`` or ``True``, the fastest that is right for the programs.
 
@@ -97,6 +99,7 @@ class Fit:
         self.notes: dict[str, str] = {}
         self.origin, self.reformed = origin, False
         self.total_seconds: float | None = None
+        self.timing = Timing()
         own = isinstance(objective, Loss)  # Pyro's losses loop by default, which says nothing about the programs
         self.vectorize: Vectorize = objective.vectorize_particles if own and vectorize is None else vectorize
 
@@ -352,7 +355,7 @@ class Fit:
         posterior = self._best_posterior(args, kwargs)
         if trained:
             facts |= describe_guide(run, posterior, self._call(args, kwargs), self.seed)
-            if is_looped(posterior.model, run.guide, posterior.args, posterior.kwargs):
+            if posterior.way == "loop":
                 facts["draws"] = (
                     f"run one after another, {posterior.num_draws} runs of the programs, which branch on what they draw"
                 )

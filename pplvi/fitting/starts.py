@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import pyro
 from torch import Tensor
 
+from pplvi.compile.iterating import RecordedMap
+from pplvi.compile.svi import CompileMode
+from pplvi.guides.conjugate.ascent import Recorder
 from pplvi.guides.conjugate.auto import AutoConjugate
 from pplvi.guides.search.base import Search
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
@@ -38,10 +42,11 @@ class SearchedStart(Start):
     """Guides that find themselves search before the first step; others may start at a Gaussian that was searched for.
 
     :param init: ``"pathfinder"``, ``"match"``, or ``None`` for the guide's own start.
+    :param compile: how sweeps of coordinate ascent are recorded.
     """
 
-    def __init__(self, init: str | None = None) -> None:
-        self.init = init
+    def __init__(self, init: str | None = None, compile: CompileMode = False) -> None:
+        self.init, self.compile = init, compile
 
     def begin(self, trainer: Trainer) -> bool:
         """Search for a guide that finds itself, or start one at Pathfinder's Gaussian.
@@ -84,12 +89,18 @@ class SearchedStart(Start):
         run, guide = trainer.run, cast(AutoConjugate, trainer.run.guide)
         if guide.rate is None:
             call = trainer.call = _full_call(trainer, None)
+            guide.recorder = None if self.compile is False else cast(Recorder, partial(RecordedMap, mode=self.compile))
             guide.run(*call[0], **call[1])
             if _parameters(run, call):
                 return False
             run.losses.extend(-bound for bound in guide.bounds)
             run.monitored.append(-guide.bounds[-1])
             return True
+        if self.compile not in (False, "auto"):
+            raise ValueError(
+                f"compile={self.compile!r} of AutoConjugate with minibatches: expected compile=False, since the "
+                "program is read anew for each of them. Sweeps over all data at once are recorded."
+            )
         for _ in range(trainer.watch.num_steps):
             try:
                 call = trainer.call = next(trainer.batches)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pplvi.programs.deadline import is_time_over
+
 _HISTORY, _BACKTRACKS = 8, 8
 _ARMIJO, _SHRINK = 1e-4, 0.25
 _GAIN = 1e-3  # nats; a point that gains less, twice in a row, stays where it is
@@ -31,17 +33,17 @@ class Climb:
 
 
 def ascend(function: ValueAndGradient, starts: Tensor, iterations: int) -> Climb:
-    """Climb from several starts in lockstep.
+    """Climb from several starts at once.
 
-    A row is evaluated only while it still climbs. Where no step along the quasi-Newton direction goes up, a row tries
-    the gradient; where that does not either, it stays.
+    One call of the function answers all rows that still climb, wherever each is in its own line search. Where no step
+    along the quasi-Newton direction goes up, a row tries the gradient; where that does not either, it stays.
 
     Source: Nocedal and Wright (2006), Numerical optimization, chapter 7.
 
     :param function: rows ``(S, dim)`` to values ``(S,)`` and gradients ``(S, dim)``, in float64; what is not finite is
         a wall.
     :param starts: rows; those where the function is not finite are left out.
-    :param iterations: the most of them.
+    :param iterations: the most steps of a row.
     :returns: the ends, one row for each start that is left.
 
     >>> def hill(x):
@@ -53,42 +55,62 @@ def ascend(function: ValueAndGradient, starts: Tensor, iterations: int) -> Climb
     value, gradient = function(starts)
     kept = value.isfinite() & gradient.isfinite().all(1)
     at = Climb(starts[kept].double(), value[kept], gradient[kept])
-    memory, idle = _Memory(at.position), torch.zeros(len(at.value), dtype=torch.long)
-    for _ in range(iterations):
-        active = torch.where(idle < _PATIENCE)[0]
-        if not len(active):
-            break
-        gain = _step(function, at, memory, active)
-        idle[active] = torch.where(gain > _GAIN, 0, idle[active] + 1)
+    search = _Search(at)
+    search.aim(rows := torch.arange(len(at.value)))
+    while len(rows) and not is_time_over():
+        ended = search.take(function, rows)
+        going = (search.steps < iterations) & (search.idle < _PATIENCE)
+        search.aim(ended[going[ended]])
+        rows = rows[going[rows]]
     return at
 
 
-def _step(function: ValueAndGradient, at: Climb, memory: _Memory, rows: Tensor) -> Tensor:
-    """One step of these rows; what each gained."""
-    before = at.value[rows]
-    direction = memory.direction(at.gradient, rows)
-    slope = (direction * at.gradient[rows]).sum(1)
-    astray = slope <= 0
-    direction[astray] = at.gradient[rows][astray]
-    slope = (direction * at.gradient[rows]).sum(1)
-    new = memory.empty[rows] | astray
-    length = torch.where(new, 1 / direction.norm(dim=1).clamp(min=1.0), 1.0)
-    waiting = torch.arange(len(rows))
-    for _ in range(_BACKTRACKS):
-        own = rows[waiting]
-        trial = at.position[own] + length[waiting, None] * direction[waiting]
+class _Search:
+    """The line search that each row is in.
+
+    :ivar direction: ``(S, dim)``; a row tries ``position + length * direction``.
+    :ivar slope: of the function along it, at a length of 0.
+    :ivar tries: lengths that were tried.
+    :ivar steps: line searches that have ended.
+    :ivar idle: how many of them, the last ones, have gained nothing.
+    """
+
+    def __init__(self, at: Climb) -> None:
+        self.at, self.memory = at, _Memory(at.position)
+        self.direction, self.slope = torch.empty_like(at.position), torch.empty_like(at.value)
+        self.length = torch.empty_like(at.value)
+        self.tries, self.steps, self.idle = (torch.zeros(len(at.value), dtype=torch.long) for _ in range(3))
+
+    def aim(self, rows: Tensor) -> None:
+        """Begin a line search of these rows."""
+        gradient = self.at.gradient[rows]
+        direction = self.memory.direction(self.at.gradient, rows)
+        astray = (direction * gradient).sum(1) <= 0
+        direction[astray] = gradient[astray]
+        new = self.memory.empty[rows] | astray
+        self.direction[rows], self.slope[rows], self.tries[rows] = direction, (direction * gradient).sum(1), 0
+        self.length[rows] = torch.where(new, 1 / direction.norm(dim=1).clamp(min=1.0), 1.0)
+
+    def take(self, function: ValueAndGradient, rows: Tensor) -> Tensor:
+        """Try the length of each of these rows, and return those whose line search has ended."""
+        at, length = self.at, self.length[rows]
+        trial = at.position[rows] + length[:, None] * self.direction[rows]
         value, gradient = function(trial)
-        good = value.isfinite() & gradient.isfinite().all(1)
-        good &= value >= at.value[own] + _ARMIJO * length[waiting] * slope[waiting]
-        memory.learn(own[good], trial[good] - at.position[own[good]], at.gradient[own[good]] - gradient[good])
+        gain = value - at.value[rows]
+        good = value.isfinite() & gradient.isfinite().all(1) & (gain >= _ARMIJO * length * self.slope[rows])
+        own = rows[good]
+        self.memory.learn(own, trial[good] - at.position[own], at.gradient[own] - gradient[good])
         for part, found in ((at.position, trial), (at.value, value), (at.gradient, gradient)):
-            part[own[good]] = found[good]
-        waiting = waiting[~good]
-        if not len(waiting):
-            break
-        length[waiting] *= _SHRINK
-    memory.forget(rows[waiting])
-    return at.value[rows] - before
+            part[own] = found[good]
+        self.tries[rows] += 1
+        self.length[rows] *= _SHRINK
+        in_vain = ~good & (self.tries[rows] == _BACKTRACKS)
+        self.memory.forget(rows[in_vain])
+        ended = rows[good | in_vain]
+        self.steps[ended] += 1
+        gained = (good & (gain > _GAIN))[good | in_vain]
+        self.idle[ended] = torch.where(gained, 0, self.idle[ended] + 1)
+        return ended
 
 
 class _Memory:

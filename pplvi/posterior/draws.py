@@ -27,6 +27,7 @@ from pplvi.programs.sites import (
     is_deterministic,
     is_enumerated,
     is_factor,
+    kind_of,
     latent_sites,
     sample_sites,
     site_plates,
@@ -250,6 +251,8 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
     kinds: dict[str, dict[str, Site]] = {"latent": {}, "deterministic": {}, "observed": {}, "factor": {}}
     for name, site in sites.items():
         kinds[_kind(site)][name] = site
+    if predicted:
+        kinds["observed"] = _drawn(kinds["observed"])
     observed = {n: _compact(s, run, with_draws=predicted) for n, s in kinds["observed"].items()}
     return Draws(
         latents={n: _compact(s, run, with_draws=True) for n, s in kinds["latent"].items()},
@@ -263,6 +266,14 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
         factors=frozenset(kinds["factor"]),
         random=any(not is_delta(s) for s in latent_sites(run.guide).values()),
     )
+
+
+def _drawn(sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Predicted sites without those that have a density and no draws, whose data stayed as they are."""
+    for name, site in sites.items():
+        if site["is_observed"]:
+            warn(f"site {name!r} is left out of the predictions: {kind_of(site['fn'])} has no sample() to draw with.")
+    return {name: site for name, site in sites.items() if not site["is_observed"]}
 
 
 def _plates(site: Site) -> tuple[Plate, ...]:

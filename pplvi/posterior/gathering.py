@@ -22,6 +22,7 @@ from pplvi.posterior.scouts import (
     adapted,
     around,
     climbed,
+    climbed_once,
     missed,
     mixed,
     prior_starts,
@@ -42,6 +43,7 @@ from pplvi.posterior.verdict import (
     judge_data,
 )
 from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.state import random_state
 from pplvi.programs.ways import Vectorize
@@ -51,24 +53,27 @@ from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
 
 class ModelCall(NamedTuple):
-    """A model, its call, the way of running it, and what a draw takes."""
+    """A model, its call, the way of running it, and what a draw takes: bytes, and elements computed."""
 
     model: Program
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     vectorize: Vectorize
     bytes_of_draw: int = 1
+    work_of_draw: float = 1.0
 
     def affordable(self, number: int, least: int) -> int:
-        """So many rows, or fewer where the model has many data or runs them one after another, but not too few."""
+        """So many rows, or fewer where they are dear or run one after another, but not too few."""
         one_by_one = _LOOPED if self.vectorize in (False, "loop") else 1
-        return max(least, int(number * min(1.0, _DEAR / (self.bytes_of_draw * one_by_one))))
+        part = min(1.0, _DEAR / (self.bytes_of_draw * one_by_one), _DEAR_WORK / self.work_of_draw)
+        return max(least, int(number * part))
 
 
 _PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 5_000
 _SCOUT_DRAWS, _MORE_DRAWS, _CHECKED = 2_000, 10_000, 10_000  # of the last, those of the guide, to compare with
 _FEW, _FEW_DRAWS = 8, 500
 _DEAR = 2**15  # bytes of a draw from which on fewer are sent
+_DEAR_WORK = 3e4  # elements
 _LOOPED = 2**20  # times dearer is a draw of a program that is run for each draw
 _MOST_DRAWS, _MOST_BYTES, _MOST_WORK = 100_000, 2**28, 5e8
 _K_ERROR = 0.1
@@ -202,7 +207,7 @@ def grown(posterior: WeightedDraws, more: Callable[[int, int], Draws], bytes_of_
             if number == 1:
                 most = min(most, int(_MOST_WORK / work_of_draw(more)))
                 wanted = min(wanted, most - pool.num_draws)
-            if wanted < 1:
+            if wanted < 1 or is_time_over():
                 break
             draws = stack([pool.draws, more(wanted, number)], pool.num_draws + wanted)
             new = WeightedDraws(draws, posterior.point_sites)
@@ -248,18 +253,21 @@ def _scouted(programs: ModelCall, pool: WeightedDraws, thin: int) -> tuple[tuple
         return (), f"no scouts were sent, in {density.dim:,} dimensions"
     if missing := {block.name for block in density.blocks} ^ set(pool.draws.latents):
         return (), f"no scouts were sent: the guide draws {sorted(missing)}, which has no density to climb"
+    rows = density.start.expand(_FEW, -1)
+    programs = programs._replace(work_of_draw=work_of_draw(lambda size, seed: density(rows[:size])))
     own = _own(density, pool, thin, programs.affordable(_CHECKED, _FEW_DRAWS))
     few = programs.affordable(_FAR_SCOUTS, _FEW)
     prior = prior_starts(density, *call, programs.affordable(_PRIOR_SCOUTS, _FEW))
-    starts = torch.cat([prior, spread_starts(own, few), _tails(own, few)])
-    modes, whole = climbed(density, starts), around(own)
+    beside = torch.cat([spread_starts(own, few), _tails(own, few)])
+    modes, whole = climbed(density, beside, climbed_once(density, prior)), around(own)
+    number_of_starts = len(prior) + len(beside)
     if (seen := _joined(mixed(modes), whole)) is None:
-        return (), f"{len(starts)} scouts met no mode"
+        return (), f"{number_of_starts} scouts met no mode"
     screening = programs.affordable(_SCREENED, _FEW_DRAWS // 5)
     candidates = torch.cat([prior_starts(density, *call, screening), wide(seen, screening)])
     modes = climbed(density, screened(density, seen, candidates, few), modes)
     divided = mixed(modes)
-    text = f"{len(starts)} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
+    text = f"{number_of_starts} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
     number = programs.affordable(_SCOUT_DRAWS, _FEW_DRAWS), programs.affordable(_MORE_DRAWS, 2 * _FEW_DRAWS)
     compare = _missed_by_chains if pool.is_mcmc else missed
     return _compared(density, (divided, _joined(divided, whole) or seen), own, number, compare), text

@@ -82,10 +82,10 @@ class _Work(TorchDispatchMode):
         return found
 
 
-def work_of_draw(more: Callable[[int, int], Draws]) -> float:
+def work_of_draw(more: Callable[[int, int], Any]) -> float:
     """How many elements one draw more has the programs compute, counted in a few: a number and no time.
 
-    :param more: a number of draws and a seed to draws.
+    :param more: what makes so many draws, or evaluates so many rows; it is given their number and a seed.
     """
     counts = []
     for size in (_FEW[0], *_FEW):  # the first call may look for a way of running draws

@@ -20,12 +20,13 @@ from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
 from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
-from pplvi.posterior.gathering import ModelCall, facts_with_scouts, grown, verdict_of, verdict_on_chains
+from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
 from pplvi.posterior.leave_one_out import loo
 from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
+from pplvi.programs.carrying import WayName
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
@@ -36,7 +37,7 @@ from pplvi.programs.sites import batch_sizes, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.traces import Run
-from pplvi.programs.ways import Vectorize
+from pplvi.programs.ways import Vectorize, named, way_of
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
@@ -135,6 +136,16 @@ class Posterior(WeightedDraws):
         with random_state(seed):
             return stack((part(*bounds) for bounds in chunks), chunks[-1][1])
 
+    @property
+    def way(self) -> WayName | None:
+        """How the programs ran all draws: ``"broadcast"``, ``"vmap"`` or ``"loop"``; ``None`` for chains and one draw.
+
+        One seed draws other numbers in another way: name it (``vectorize=``) to repeat a run on other versions.
+        """
+        if self.guide is None:
+            return None
+        return way_of(*self._pair, self.args, self.kwargs, named(self.vectorize))
+
     @cached_property
     def pool(self) -> WeightedDraws:
         """These draws and more of the same guide, until as many are effective as these are, at little cost.
@@ -153,6 +164,13 @@ class Posterior(WeightedDraws):
                 return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
 
             return grown(self, more, source.bytes)
+
+    @cached_property
+    def facts_without_scouts(self) -> Facts | None:
+        """What is known of the :attr:`pool` before scouts are sent; ``None`` for chains and weights of single data."""
+        if self.is_mcmc or not self.has_weights or self.draws.batch:
+            return None
+        return facts_of(self.pool, self.converged)
 
     @cached_property
     def facts(self) -> Facts:

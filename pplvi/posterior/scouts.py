@@ -17,7 +17,9 @@ from torch import Tensor
 from pplvi.posterior.ascent import ascend
 from pplvi.posterior.draws import predict
 from pplvi.posterior.students import Students
+from pplvi.programs.deadline import ending
 from pplvi.programs.density import UnconstrainedDensity
+from pplvi.programs.memo import Recent
 from pplvi.weights.algebra import effective_sample_size, normalize
 from pplvi.weights.pareto import pareto_smooth
 
@@ -79,7 +81,7 @@ def prior_starts(
     :param density: of the model.
     """
     try:
-        drawn = predict(model, None, args, kwargs, num_draws=number, vectorize=density.way.word).latents  # type: ignore[arg-type]
+        drawn = predict(model, None, args, kwargs, num_draws=number, vectorize=density.way.word).latents
         return density.pack_rows(drawn).double()
     except NotImplementedError:
         return 4 * torch.rand(number, density.dim, dtype=torch.float64) - 2
@@ -155,6 +157,18 @@ def climbed(density: UnconstrainedDensity, starts: Tensor, known: Sequence[Mode]
         if len(found) == len(known) + _MOST_MODES:
             break
     return found
+
+
+def climbed_once(density: UnconstrainedDensity, starts: Tensor) -> list[Mode]:
+    """As :func:`climbed`; what a density of the same values and gradients at the same starts has shown is remembered.
+
+    The prior is the same for every guide of a model and its data, and so are the ends of climbs from it.
+    """
+    with ending(lambda: ""):  # what is remembered is whole
+        return _CLIMBS.find((starts, *density.value_and_gradient(starts)), lambda: climbed(density, starts))
+
+
+_CLIMBS = Recent[list[Mode]](most=8)
 
 
 def mixed(modes: Sequence[Mode]) -> Students | None:

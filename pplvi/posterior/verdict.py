@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pplvi.posterior.scouts import Missed
@@ -130,6 +130,15 @@ def judge(facts: Facts) -> Verdict:
     word = UNRELIABLE if unreliable else USABLE if limits else RELIABLE
     reasons = (*unreliable, *limits, *_numbers(facts))
     return Verdict(word, reasons, _next(facts, word))
+
+
+def at_best(facts: Facts) -> Verdict:
+    """The verdict if scouts find nothing, which is the best that it can be.
+
+    >>> at_best(Facts(4000, 3800.0, 0.72, 0.13, 0.001)).word, judge(Facts(4000, 3800.0, 0.72, 0.13, 0.001)).word
+    ('reliable', 'usable for means, not for tails')
+    """
+    return judge(replace(facts, missed=(Missed(0.0, 0.0, "everywhere"),)))
 
 
 def _against(facts: Facts) -> Iterator[str]:

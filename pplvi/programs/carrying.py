@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -22,6 +22,7 @@ from pplvi.programs import stacked
 from pplvi.programs.factorising import run_sound
 from pplvi.programs.handlers import without_padding
 from pplvi.programs.masks import balance_missing
+from pplvi.programs.minibatches import minibatch
 from pplvi.programs.randomness import OutOfPlace, carried, for_all_particles
 from pplvi.programs.running import How, is_recording, run_guide, run_pair, trace_within
 from pplvi.programs.sites import is_enumerated, is_subsample
@@ -40,6 +41,10 @@ class _NewParameter(Exception):
     """A parameter is made inside ``vmap``: programs have to be run alone before."""
 
 
+WayName = Literal["broadcast", "vmap", "loop"]
+"""What a user may call a way."""
+
+
 @dataclass(frozen=True)
 class Way:
     """How a pair of programs runs several particles.
@@ -50,7 +55,7 @@ class Way:
     :ivar written: whether draws are written into tensors that the program makes, which are then one of each particle.
     """
 
-    word: str
+    word: WayName
     guide: bool = False
     model: bool = False
     written: bool = False
@@ -283,7 +288,7 @@ class _OneMinibatch(Messenger):
             return
         if msg["name"] not in self.drawn:
             with for_all_particles():
-                self.drawn[msg["name"]] = msg["fn"](*msg["args"], **msg["kwargs"])
+                self.drawn[msg["name"]] = minibatch(msg["fn"])
         msg["value"], msg["done"] = self.drawn[msg["name"]], True
 
 

@@ -161,6 +161,16 @@ def _improper(text: str, error: Exception, frames: list[FrameType]) -> str:
     )
 
 
+def _no_draws(text: str, error: Exception, frames: list[FrameType]) -> str:
+    if not isinstance(error, NotImplementedError) or not {"sample", "rsample"} & {f.f_code.co_name for f in frames[:2]}:
+        return ""
+    site = _message(frames)
+    return (
+        f"site {site.get('name', '')!r} has a {type(site.get('fn')).__name__}, which has a density and no draws: "
+        "expected data for it (obs=), or a distribution with a sample() method. Give it one to draw predictions."
+    )
+
+
 def _no_coordinates(text: str, error: Exception, frames: list[FrameType]) -> str:
     if not isinstance(error, NotImplementedError) or "Cannot transform" not in text:
         return ""
@@ -257,6 +267,7 @@ def _signature(text: str, error: Exception, frames: list[FrameType]) -> str:
 
 _EXPLANATIONS: tuple[Callable[[str, Exception, list[FrameType]], str], ...] = (
     _improper,
+    _no_draws,
     _no_coordinates,
     _whole_parameter,
     _whole_site,

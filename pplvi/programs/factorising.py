@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 Result = TypeVar("Result")
 
-_FACTORISATIONS = frozenset({torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky})
+FACTORISATIONS = frozenset({torch.linalg.cholesky, torch.cholesky, torch.Tensor.cholesky})
 _TRIES = 30  # draws of a prior of which one in four is sound all fail once in 5,000 times
 
 
@@ -81,18 +81,20 @@ class SoundFactors(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch, in its own way unless it factorises."""
-        return self.factor(*args, **kwargs or {}) if func in _FACTORISATIONS else func(*args, **kwargs or {})
+        return self.factor(*args, **kwargs or {}) if func in FACTORISATIONS else func(*args, **kwargs or {})
 
     def factor(self, matrix: Tensor, upper: bool = False, **_: Any) -> Tensor:
         """The Cholesky factor of a matrix, or of the unit matrix."""
         factor, info = torch.linalg.cholesky_ex(matrix.detach())
         bad = (info != 0).reshape(-1).any()
         self.failed = bad if self.failed is None else self.failed | bad
-        unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        sound = torch.where((info != 0)[..., None, None], unit, matrix)
-        factor = torch.linalg.cholesky_ex(sound)[0]
+        failed, unit = (info != 0)[..., None, None], torch.eye(matrix.shape[-1]).to(matrix)
         if self.drawing:
-            factor = torch.where((info != 0)[..., None, None], torch.nan, factor)
+            factor = torch.where(failed, torch.nan, factor)
+        elif torch.is_grad_enabled():  # no gradient through a factor that is none
+            factor = torch.linalg.cholesky_ex(torch.where(failed, unit, matrix))[0]
+        else:
+            factor = torch.where(failed, unit, factor)
         return factor.mH if upper else factor
 
 
@@ -116,6 +118,6 @@ class Apart(TorchFunctionMode):
 
         :raises Together: if it factorises so.
         """
-        if self.active and func in _FACTORISATIONS and self.num_particles in args[0].shape[:-2]:
+        if self.active and func in FACTORISATIONS and self.num_particles in args[0].shape[:-2]:
             raise Together("matrices of all particles are factorised in one call.")
         return func(*args, **kwargs or {})

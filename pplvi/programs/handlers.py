@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pplvi.programs.randomness import carries_gradient
-from pplvi.programs.sites import is_computed, is_delta, is_deterministic, is_factor, is_subsample, site_plates
+from pplvi.programs.sites import can_draw, is_computed, is_delta, is_deterministic, is_factor, is_subsample, site_plates
 
 
 class Detach(Messenger):
@@ -61,10 +61,11 @@ def without_padding(value: Any, fn: Any) -> Any:
 
 
 class Uncondition(UnconditionMessenger):
-    """Draw observed sites; deterministic ones and factors, which Pyro marks as observed too, stay as they are."""
+    """Draw observed sites; deterministic ones and factors, which Pyro marks as observed too, stay as they are, and so
+    do those of densities that have no draws."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not (is_deterministic(msg) or is_factor(msg)):
+        if not (is_deterministic(msg) or is_factor(msg)) and can_draw(msg["fn"]):
             super()._pyro_sample(msg)
 
 

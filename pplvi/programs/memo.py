@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
+
+from pplvi.programs.state import fingerprint
 
 Found = TypeVar("Found")
 
@@ -54,6 +57,37 @@ class Memo(Generic[Found]):
                 table = table.setdefault(owner, WeakKeyDictionary())
             table.setdefault(owners[-1], {})[methods, key] = found
         return found
+
+
+class Recent(Generic[Found]):
+    """What was found of the last few inputs, each known by the numbers in it.
+
+    It is for what depends on programs only by their values at some points: a program whose data or parameters have
+    changed, wherever it keeps them, is another input, and two programs that compute the same are one.
+
+    :param most: how many are kept.
+
+    >>> import torch
+    >>> recent = Recent[float](most=8)
+    >>> [recent.find(torch.ones(2), lambda: total) for total in (2.0, 3.0)], recent.find(torch.zeros(2), lambda: 0.0)
+    ([2.0, 2.0], 0.0)
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._table = most, OrderedDict[str, Found]()
+
+    def find(self, content: Any, how: Callable[[], Found]) -> Found:
+        """What was found of this content, or what ``how`` finds now.
+
+        :param content: nested containers of tensors, arrays, numbers and strings.
+        """
+        key = fingerprint(content)
+        if key not in self._table:
+            self._table[key] = how()
+        self._table.move_to_end(key)
+        if len(self._table) > self._most:
+            self._table.popitem(last=False)
+        return self._table[key]
 
 
 def _apart(programs: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...]]:

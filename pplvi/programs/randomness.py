@@ -25,7 +25,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.distributions import dirichlet, von_mises
 
-from pplvi.programs.factorising import SoundFactors
+from pplvi.programs.factorising import FACTORISATIONS, SoundFactors
 
 
 def is_batched(value: Any) -> bool:
@@ -102,6 +102,11 @@ _FACTORIES = frozenset(
     }
 )
 
+_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_OTHERWISE = frozenset(
+    {*_DRAWS, *_FACTORIES, *FACTORISATIONS, _DATA, torch.Tensor.clamp_, torch.binomial, torch.Tensor.new}
+)
+
 
 class OutOfPlace(SoundFactors):
     """Do out of place what ``vmap`` cannot do in place.
@@ -117,13 +122,15 @@ class OutOfPlace(SoundFactors):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch in its own or in another way."""
         kwargs = kwargs or {}
+        if func not in _OTHERWISE:  # most by far
+            return func(*args, **kwargs)
         if func in _DRAWS and not (is_batched(args[0]) and self.token is not None):
             return self._drawn(func, args, kwargs)
         if func is torch.Tensor.clamp_:
             return args[0].copy_(torch.clamp(*args, **kwargs))
         if func is torch.binomial:
             return torch.binomial(*_alike(*args), **kwargs)
-        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func == _DATA:
             return args[0].detach()
         if func is torch.Tensor.new:
             return self._of_each(_renewed(*args, **kwargs))

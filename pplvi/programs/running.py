@@ -18,6 +18,7 @@ from pplvi.programs.errors import explained
 from pplvi.programs.factorising import retried
 from pplvi.programs.handlers import Detach, Somewhere, SubsampleRecorder, Supply
 from pplvi.programs.masks import balance_missing
+from pplvi.programs.minibatches import FewIndices
 from pplvi.programs.sites import PARTICLES, is_subsample
 from pplvi.programs.state import preserved_buffers, preserved_parameters, preserved_rng
 from pplvi.programs.traces import Run
@@ -82,7 +83,7 @@ def trace_within(program: Program, args: Any, kwargs: Any, *contexts: AbstractCo
 
     def run() -> None:
         with ExitStack() as stack:
-            for context in contexts:
+            for context in (FewIndices(), *contexts):
                 stack.enter_context(context)
             program(*args, **kwargs)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 
 Site = dict[str, Any]
 
@@ -43,6 +44,19 @@ def base_distribution(fn: Any) -> Any:
     ):
         fn = fn.base_dist
     return fn
+
+
+def can_draw(fn: Any) -> bool:
+    """Whether a distribution has draws, and not only a density.
+
+    >>> import pyro.distributions as dist
+    >>> class Density(dist.TorchDistribution):
+    ...     arg_constraints = {}
+    >>> can_draw(dist.Normal(0.0, 1.0).expand([3])), can_draw(Density(validate_args=False))
+    (True, False)
+    """
+    kind = type(base_distribution(fn))
+    return any(getattr(kind, name, None) is not getattr(Distribution, name) for name in ("sample", "rsample"))
 
 
 def kind_of(fn: Any) -> str:

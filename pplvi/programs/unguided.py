@@ -12,7 +12,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, one_sound, run_model_all, ways_of_rows
+from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, WayName, one_sound, run_model_all, ways_of_rows
 from pplvi.programs.errors import lacks_memory
 from pplvi.programs.factorising import Apart
 from pplvi.programs.handlers import Supply, Uncondition
@@ -21,7 +21,7 @@ from pplvi.programs.running import How, isolated, no_guide, plain_run, trace_wit
 from pplvi.programs.sites import is_enumerated, latent_sites
 from pplvi.programs.state import preserved_buffers
 from pplvi.programs.traces import Run, spread
-from pplvi.programs.ways import OutsideState, Vectorize, WayName, held_by, named
+from pplvi.programs.ways import OutsideState, Vectorize, held_by, named
 from pplvi.types import Program
 
 

@@ -11,7 +11,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from pyro import poutine
@@ -19,7 +19,7 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Tensor
 
 from pplvi.programs import checks
-from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, run_particles
+from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, WayName, run_particles
 from pplvi.programs.factorising import Apart
 from pplvi.programs.first_run import supplied_values
 from pplvi.programs.handlers import Supply
@@ -30,9 +30,6 @@ from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
 from pplvi.programs.state import modules_of, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.types import Program
-
-WayName = Literal["broadcast", "vmap", "loop"]
-"""What a user may call a way."""
 
 Vectorize = WayName | bool | None
 """A way by its word; ``None`` and ``True`` leave the choice to what is found right, ``False`` is a loop."""
@@ -96,10 +93,14 @@ def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layou
     ) from errors[0]
 
 
-def is_looped(model: Program, guide: Program, args: Any, kwargs: Any) -> bool:
-    """Whether several particles of these programs have been run one after another, as no faster way is right."""
+def way_of(model: Program, guide: Program, args: Any, kwargs: Any, word: WayName | None = None) -> WayName | None:
+    """The way in which several particles of these programs have been run; ``None`` if there were none.
+
+    :param word: the way that was named.
+    """
     layout = recall(model, guide, args, kwargs)
-    return layout is not None and None in layout.ways and layout.ways[None].word == "loop"
+    found = layout.ways.get(word) if layout is not None else None
+    return None if found is None else found.word
 
 
 def candidates(word: WayName | None) -> list[Way]:

@@ -1,7 +1,9 @@
 """``fit(model, "auto")``: the cheapest guide that can be trusted, what was tried, and the budget."""
 
+import itertools
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -11,6 +13,7 @@ import torch
 import pplvi
 from pplvi import AutoFlow
 from pplvi.fitting.auto import Attempt, flow_recipe, select
+from pplvi.fitting.clock import Clock, Timing
 from pplvi.posterior.verdict import RELIABLE, UNRELIABLE, Facts, Verdict
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.state import Environment
@@ -53,16 +56,23 @@ def test_pathfinder_is_taken_where_it_is_good_enough():
 class Fitted:
     """What the ladder reads of a fit."""
 
-    def __init__(self, name, pareto_k, elbo=0.0, log_evidence=0.0):
+    def __init__(self, name, pareto_k, elbo=0.0, log_evidence=0.0, ess=3000.0):
         self.guide_name, self.pareto_k, self.elbo, self.log_evidence = name, pareto_k, elbo, log_evidence
-        self.runs, self.best, self.notes = [None], 0, {}
+        self.ess = ess
+        self.runs, self.best, self.notes = [SimpleNamespace(reason="found")], 0, {}
         self.guide = self.islands = None
 
     def posterior(self, num_draws):
         estimates = {"elbo": Estimate(self.elbo, 0.0), "total_log_evidence": Estimate(self.log_evidence, 0.01)}
         verdict = Verdict(RELIABLE if self.pareto_k < 0.7 else UNRELIABLE, (), ())
-        facts = Facts(8000, 4000.0, self.pareto_k, 0.01, 0.0)
-        judged = {"verdict": verdict, "facts": facts, "has_weights": True, "draws": type("D", (), {"batch": ()})}
+        facts = Facts(8000, self.ess, self.pareto_k, 0.01, 0.0)
+        judged = {
+            "verdict": verdict,
+            "facts": facts,
+            "facts_without_scouts": facts,
+            "has_weights": True,
+            "draws": type("D", (), {"batch": ()}),
+        }
         return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), **judged, **estimates})
 
 
@@ -147,6 +157,46 @@ def test_a_good_k_hat_is_not_believed_against_more_evidence(found_later, monkeyp
     if not found_later:
         expected = "AutoPathfinder finds a log evidence of -1.000 +- 0.010 nats, this guide -5.000 +- 0.010 nats: it"
         assert best.notes["doubt"].startswith(expected.removesuffix(" nats: it"))
+
+
+def test_one_gaussian_is_not_tried_where_most_draws_are_effective(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    ks = iter([0.9, 0.75, 0.3])
+    best = select(
+        lambda model, guide, **options: Fitted(name_of(guide), next(ks), ess=6000.0),
+        plain,
+        originals(plain),
+        budget=30.0,
+    )
+    assert best.notes["taken"] == "AutoStudentMixture(num_scouts=512), as its draws are reliable"
+    assert "AutoBatchAndMatch: not tried, as 75% of the draws are effective already" in best.notes["tried"]
+
+
+def test_ctrl_c_returns_the_best_so_far(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    fits = iter([Fitted("first", 0.9), Fitted("second", 0.8)])
+
+    def fake(model, guide, **options):
+        if (fit := next(fits, None)) is None:
+            raise KeyboardInterrupt
+        return fit
+
+    best = select(fake, plain, originals(plain), budget=30.0)
+    assert best.guide_name == "second"
+    assert best.notes["taken"] == "AutoStudentMixture, as it was interrupted, and it has the best verdict so far"
+    with pytest.raises(KeyboardInterrupt):  # where nothing has been found
+        select(fake, plain, originals(plain), budget=30.0)
+
+
+def test_a_clock_tells_a_second_run_what_it_told_the_first():
+    first = Clock(0.02)
+    left = first.left()
+    while not first.over():
+        pass
+    again = Clock(first.timing)
+    assert again.left() == left
+    asked = next(number for number in itertools.count(1) if again.over())
+    assert again.timing == first.timing == Timing((left,), asked)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import pplvi
+from pplvi.posterior import scouts
 from pplvi.posterior.draws import Draws, draw
 from pplvi.posterior.gathering import disagreements, verdict_of
 from pplvi.posterior.looking import work_of_draw
 from pplvi.posterior.scouts import Missed
 from pplvi.posterior.verdict import RELIABLE, UNRELIABLE, USABLE, DatumFacts, Facts, judge, judge_data
 from pplvi.posterior.weighted import WeightedDraws
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.sites import Plate
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -98,6 +100,39 @@ def test_a_verdict_is_the_same_again_and_leaves_the_random_state():
     again = pplvi.Posterior(two_modes, both, num_draws=1000, seed=0)
     assert again.verdict == first
     assert again.facts == posterior.facts
+
+
+def test_scouts_climb_from_the_prior_once_for_a_model_and_its_data(monkeypatch):
+    starts = []
+
+    def counted(function, rows, iterations):
+        starts.append(len(rows))
+        return ascend(function, rows, iterations)
+
+    ascend = scouts.ascend
+    monkeypatch.setattr(scouts, "ascend", counted)
+    data = torch.tensor([0.3, 0.1])
+
+    def centre(scale=1.0):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, scale).to_event(1), obs=data)  # data that no argument holds
+
+    def climbs(*args):
+        starts.clear()
+        scouts.climbed_once(UnconstrainedDensity(centre, args), torch.linspace(-1.0, 1.0, 12).reshape(6, 2))
+        return starts == [6]
+
+    assert [climbs(), climbs(1.0), climbs(1.1), climbs()] == [True, False, True, False]
+    data += 0.1
+    assert [climbs(), climbs()] == [True, False]
+
+    def guide():
+        pyro.sample("z", dist.Normal(data / 2, 0.7).to_event(1))
+
+    starts.clear()
+    for seed in range(2):
+        pplvi.Posterior(centre, guide, num_draws=100, seed=seed).verdict  # noqa: B018
+    assert starts == [64, 32, 16, 32, 16]
 
 
 def heavy():

@@ -520,12 +520,12 @@ def test_effect_based_guides_are_one_program_with_their_model():
     assert fit.posterior(num_draws=200).elbo.value == pytest.approx(-fit.losses[0, -20:].mean(), abs=2.0)
 
 
-def test_a_report_says_where_draws_are_looped():
-    def text(model):
-        return pplvi.fit(model, AutoNormal, args=(X, Y), num_steps=10, seed=0, progress=False).summary()
-
-    assert "run one after another, 1000 runs of the programs" in text(branching)
-    assert "one after another" not in text(product)
+@pytest.mark.parametrize(("model", "way"), [(branching, "loop"), (product, "vmap")])
+def test_a_report_says_where_draws_are_looped(model, way):
+    fit = pplvi.fit(model, AutoNormal, args=(X, Y), num_steps=10, seed=0, progress=False)
+    fit.__dict__["posteriors"] = [posterior := fit.posterior(40)]  # 1,000 in a loop are slow
+    assert posterior.way == way
+    assert ("run one after another, 40 runs of the programs" in fit.summary()) == (way == "loop")
 
 
 class Machine:

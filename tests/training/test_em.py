@@ -467,12 +467,6 @@ def test_callbacks_see_every_iteration() -> None:
     assert seen == fit.losses[0].tolist()
 
 
-def continuous(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z, pyro.param("sd", torch.tensor(1.0), constraint=POSITIVE)), obs=x)
-
-
 def without_parameters(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=x)
@@ -488,7 +482,6 @@ def subsampled(x: Tensor) -> None:
     ("model", "options", "message"),
     [
         (subsampled, {}, r"plates \['data'\] are subsampled"),
-        (continuous, {}, r"latent sites \['z'\] do not have a finite number of values"),
         (without_parameters, {}, "no parameters"),
         (bounded, {"data": [COUNTS]}, r"has no use for \['data'\]"),
         (bounded, {"learning_rate": 0.1}, r"has no use for \['learning_rate'\]"),

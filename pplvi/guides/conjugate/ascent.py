@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from pplvi.guides.conjugate.normal import NormalFamily
 from pplvi.guides.conjugate.parameters import parameters
 from pplvi.guides.conjugate.reading import Factor, Reading
 from pplvi.programs.enumeration import factor_marginals
+from pplvi.programs.running import is_recording
 from pplvi.programs.sites import base_distribution
+
+_LOCAL_SWEEPS, _LOCAL_TOLERANCE = 100, 1e-8
 
 
 @dataclass
@@ -33,7 +36,7 @@ class BlockMeanField:
     reading: Reading
     families: dict[str, BlockFamily]
     marginals: dict[str, Tensor] = field(default_factory=dict)
-    log_normaliser: float = 0.0
+    log_normaliser: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     pairs: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -71,7 +74,7 @@ class BlockMeanField:
             value, found, self.pairs = self.reading.chain.marginals(log_factors)
         else:
             value, found = factor_marginals(self.reading.trace, self.reading.empty, log_factors)
-        self.log_normaliser = float(value)
+        self.log_normaliser = torch.as_tensor(value)
         self._log_factors = log_factors
         self.marginals |= found
 
@@ -99,6 +102,11 @@ class BlockMeanField:
     def update(self, block: str, rate: float = 1.0) -> None:
         """Move a block to its maximiser, or by ``rate`` of the way in natural parameters."""
         if (how := self.reading.fallback.get(block)) is not None:
+            if is_recording():
+                raise ValueError(
+                    f"block {block!r} has no closed form, and the search of fallback={how!r} ends when it is done, "
+                    "which a recorded sweep cannot: expected compile=False."
+                )
             UPDATES[how](self, block, rate)
         else:
             family = self.families[block]
@@ -124,21 +132,42 @@ class BlockMeanField:
             found[f"E log p({factor.name})"] = number
             inside += number if factor.summed else 0.0
         if self.reading.summed:
-            found[f"H({', '.join(self.reading.summed)})"] = self.log_normaliser - inside
-        return found | {f"H({block})": value for block, value in self.entropies().items()}
+            found[f"H({', '.join(self.reading.summed)})"] = float(self.log_normaliser) - inside
+        return found | {f"H({block})": float(value) for block, value in self.entropies().items()}
 
     @torch.no_grad()
-    def entropies(self) -> dict[str, float]:
+    def entropies(self) -> dict[str, Tensor]:
         """Of each block, scaled as its plates are."""
-        return {b: float(_weighted(f.entropy(), self._weights[b])) for b, f in self.families.items()}
+        return {b: _weighted(f.entropy(), self._weights[b]) for b, f in self.families.items()}
 
     @torch.no_grad()
-    def bound(self) -> float:
+    def bound(self) -> Tensor:
         """``E[log p(x, z)] + H(q)``, nats."""
         self.expect()
         plain = [f for f in self.reading.factors if not f.summed]
-        total = sum(float(_product_sum(self.marginals[f.name], f.at(self.state))) for f in plain)
-        return total + self.log_normaliser + sum(self.entropies().values())
+        total: Any = sum(_product_sum(self.marginals[f.name], f.at(self.state)) for f in plain)
+        return (total + self.log_normaliser + sum(self.entropies().values())).detach()
+
+    # ------------------------------------------------------------------ as a function of tensors
+
+    @property
+    def canonical(self) -> list[Tensor]:
+        """The canonical parameters of all blocks, which the rest follows from."""
+        return [value for family in self.families.values() for value in family.canonical.values()]
+
+    def place(self, canonical: Sequence[Tensor]) -> None:
+        """Put all blocks there."""
+        left = iter(canonical)
+        for family in self.families.values():
+            family.canonical = {name: next(left) for name in family.canonical}
+            family.refresh()
+
+    def swept(self, *canonical: Tensor) -> tuple[Tensor, ...]:
+        """The canonical parameters a sweep later, and the bound there: what is recorded of coordinate ascent."""
+        self.place(canonical)
+        self.sweep()
+        bound = self.bound()
+        return (*(value.detach().clone() for value in self.canonical), bound)
 
 
 def _product_sum(weight: Tensor, value: Tensor) -> Tensor:
@@ -184,17 +213,46 @@ def started(reading: Reading, given: Mapping[str, Any] | None = None) -> BlockMe
     return BlockMeanField(reading, families)
 
 
-def ascend_bound(field_: BlockMeanField, *, most: int, tolerance: float) -> list[float]:
+def settle_locals(field_: BlockMeanField) -> float:
+    """Bring local blocks to their maximisers given the others; the bound there, nats."""
+    bound = float(field_.bound())
+    for _ in range(_LOCAL_SWEEPS if field_.reading.locals() else 0):
+        for block in field_.reading.locals():
+            field_.update(block)
+        before, bound = bound, float(field_.bound())
+        if math.isclose(before, bound, rel_tol=_LOCAL_TOLERANCE):
+            break
+    return bound
+
+
+class Recording(Protocol):
+    """A recorded function from tensors to themselves a step later, and a number: a call takes the step.
+
+    :ivar carried: where the tensors are.
+    """
+
+    carried: Sequence[Tensor]
+
+    def __call__(self) -> Tensor:
+        """The number."""
+
+
+Recorder = Callable[[Callable[..., tuple[Tensor, ...]], Sequence[Tensor]], Recording]
+
+
+def ascend_bound(
+    field_: BlockMeanField, *, most: int, tolerance: float, recorder: Recorder | None = None
+) -> list[float]:
     """Sweep until the bound stands still: until its relative gain is below ``tolerance``.
 
+    :param recorder: what records the sweeps, if anything does.
     :returns: the bound at the start and after each sweep, nats.
-    :raises ValueError: if it is not finite.
+    :raises ValueError: if it is not finite; for sweeps that cannot be recorded.
     """
-    bounds = [field_.bound()]
+    bounds = [float(field_.bound())]
+    recording = None if recorder is None else _recorded(field_, recorder)
     for _ in range(most):
-        for block in field_.families:  # the enumerated sites are up to date: the bound was taken
-            field_.update(block)
-        bounds.append(field_.bound())
+        bounds.append(float(_swept(field_) if recording is None else recording()))
         if not math.isfinite(bounds[-1]):
             raise ValueError(
                 f"the bound is {bounds[-1]} after {len(bounds) - 1} sweeps: expected a finite one. Look for NaN in the "
@@ -202,4 +260,21 @@ def ascend_bound(field_: BlockMeanField, *, most: int, tolerance: float) -> list
             )
         if abs(bounds[-1] - bounds[-2]) <= tolerance * (1 + abs(bounds[-1])):
             break
+    if recording is not None:
+        field_.place(recording.carried)
+        field_.expect()
     return bounds
+
+
+def _swept(field_: BlockMeanField) -> Tensor:
+    """The bound after a sweep; the enumerated sites are up to date before it, since the bound was taken."""
+    for block in field_.families:
+        field_.update(block)
+    return field_.bound()
+
+
+def _recorded(field_: BlockMeanField, recorder: Recorder) -> Recording:
+    start = [value.detach().clone() for value in field_.canonical]
+    recording = recorder(field_.swept, start)
+    field_.place(start)
+    return recording

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
@@ -14,7 +13,7 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
 from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
-from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, started
+from pplvi.guides.conjugate.ascent import BlockMeanField, Recorder, ascend_bound, settle_locals, started
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
 from pplvi.guides.conjugate.families import BlockFamily
@@ -33,9 +32,9 @@ from pplvi.programs.summing import is_summed
 
 __all__ = ["AutoConjugate"]
 
-_PREFIX = "q:"
+_PREFIX, _WALK = "q:", "walk:"
+_RECENT = 4.0  # how much the average of a walk is of its last steps: they count as step**_RECENT
 _TRACE = "trace_of_bound"
-_LOCAL_SWEEPS, _LOCAL_TOLERANCE = 100, 1e-8
 
 
 class AutoConjugate(OwnedGuide, Search):
@@ -67,7 +66,8 @@ class AutoConjugate(OwnedGuide, Search):
     :param fallback: sites without a closed form, and how they are updated: ``"cvi"``, a normal distribution (of the
         logarithm, for positive sites) by natural gradients; ``"laplace"``, at the mode with the curvature there;
         ``"delta"``, a point.
-    :param rate: step sizes for minibatches (``fit(..., data=loader)``, plates with ``subsample_size``).
+    :param rate: step sizes for minibatches (``fit(..., data=loader)``, plates with ``subsample_size``). The guide has
+        the average of the steps' natural parameters, the last ones above all (Shamir & Zhang 2013): less noise.
     :param init_loc_fn: the first value of each site, any of Pyro's ``init_to_*``.
     :param max_sweeps: the most sweeps.
     :param tolerance: relative gain of the bound below which sweeps end.
@@ -115,6 +115,7 @@ class AutoConjugate(OwnedGuide, Search):
         self._locals: tuple[str, ...] = ()
         self._around: list[Plate] = []
         self._last: tuple[Any, BlockMeanField] | None = None
+        self.recorder: Recorder | None = None
 
     # ------------------------------------------------------------------ running
 
@@ -126,7 +127,7 @@ class AutoConjugate(OwnedGuide, Search):
         """
         with random_state(self._seed), outside_of_handlers(), explained():
             reading = self._read(args, kwargs)
-            if (parts := _subsampled(reading)) and self.rate is None:
+            if (parts := reading.subsampled()) and self.rate is None:
                 raise ValueError(
                     f"AutoConjugate got plate {parts[0]!r}, which is subsampled: expected all data at once, or "
                     "rate=pplvi.RobbinsMonro(10, 0.8) and minibatches, fit(..., data=loader)."
@@ -134,7 +135,7 @@ class AutoConjugate(OwnedGuide, Search):
             if self.rate is not None:
                 return self.step(*args, **kwargs)
             field = started(reading, _named(self._init_loc_fn))
-            bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance)
+            bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance, recorder=self.recorder)
             self._keep(field, bounds)
         return self
 
@@ -149,14 +150,25 @@ class AutoConjugate(OwnedGuide, Search):
                 "step is for minibatches: expected AutoConjugate(model, rate=pplvi.RobbinsMonro(10, 0.7))."
             )
         with random_state(None), outside_of_handlers(), explained():
-            field = self._field(self._read(args, kwargs))
-            bounds = [*self.bounds, _settled(field)]
+            field = self._field(self._read(args, kwargs), _WALK)
+            bounds = [*self.bounds, settle_locals(field)]
             rate = self.rate(len(self.bounds))
             for block in field.families:
                 if block not in field.reading.locals():
                     field.update(block, rate)
+            self._average(field, len(bounds))
             self._keep(field, bounds)
         return self
+
+    def _average(self, field: BlockMeanField, step: int) -> None:
+        """Keep the walk, and go on with the mean field that it averages to in place of it."""
+        known = self._families()
+        for block, family in list(field.families.items()):
+            if block not in field.reading.locals():
+                self._keep_block(_WALK, block, family)
+                if block in known:
+                    known[block].step(tuple(family.canonical.values()), min(1.0, (_RECENT + 1) / (_RECENT + step)))
+                    field.families[block] = known[block]
 
     @property
     def bounds(self) -> list[float]:
@@ -177,10 +189,10 @@ class AutoConjugate(OwnedGuide, Search):
             indices=indices or {},
         )
 
-    def _field(self, reading: Reading) -> BlockMeanField:
+    def _field(self, reading: Reading, prefix: str = _PREFIX) -> BlockMeanField:
         """The mean field of a program, with the blocks that are known."""
         field = started(reading, _named(self._init_loc_fn))
-        known = self._families() if self._structure is not None or self._buffers else {}
+        known = self._families(prefix) if self._structure is not None or self._buffers else {}
         blocks = {b: f for b, f in known.items() if b not in reading.locals()}
         return BlockMeanField(reading, {**field.families, **blocks}) if blocks else field
 
@@ -189,9 +201,12 @@ class AutoConjugate(OwnedGuide, Search):
         self.register_buffer(_TRACE, torch.tensor(bounds, dtype=torch.float64))
         for block, family in field.families.items():
             if block not in self._locals:
-                for name, value in family.canonical.items():
-                    self.register_buffer(_key(block, name), value.detach())
+                self._keep_block(_PREFIX, block, family)
         self._last = None
+
+    def _keep_block(self, prefix: str, block: str, family: BlockFamily) -> None:
+        for name, value in family.canonical.items():
+            self.register_buffer(_key(prefix, block, name), value.detach())
 
     def _describe(self, field: BlockMeanField) -> None:
         reading = field.reading
@@ -200,11 +215,11 @@ class AutoConjugate(OwnedGuide, Search):
         self._structure, self._drawn, self._locals = Structure.of(reading), reading.drawn, reading.locals()
         self._kinds = {b: (type(f), _facts(f)) for b, f in field.families.items()}
 
-    def _families(self) -> dict[str, BlockFamily]:
-        """The distributions that are kept."""
+    def _families(self, prefix: str = _PREFIX) -> dict[str, BlockFamily]:
+        """The distributions that are kept: those of the guide, or where its walk is."""
         found = {}
         for block, (kind, facts) in self._kinds.items():
-            start = _key(block, "")
+            start = _key(prefix, block, "")
             names = [name.removeprefix(start) for name in self._buffers if name.startswith(start)]
             if names:
                 canonical = {name: self._buffers[start + name] for name in names}
@@ -263,7 +278,7 @@ class AutoConjugate(OwnedGuide, Search):
         ):
             with random_state(0), outside_of_handlers():
                 field = self._field(self._read(args, kwargs, indices))
-                _settled(field)
+                settle_locals(field)
             self._last = (key, field)
         return self._last[1]
 
@@ -330,24 +345,23 @@ class AutoConjugate(OwnedGuide, Search):
     # ------------------------------------------------------------------ copies and files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_init_loc_fn": None, "_last": None, "rate": None}
+        return {**super().__getstate__(), "_init_loc_fn": None, "_last": None, "rate": None, "recorder": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnedGuide:
         self._last = None
         return super().__deepcopy__(memo)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in [
-            key.removeprefix(prefix) for key in state_dict if key.startswith((prefix + _PREFIX, prefix + _TRACE))
-        ]:
+        own = tuple(prefix + start for start in (_PREFIX, _WALK, _TRACE))
+        for name in [key.removeprefix(prefix) for key in state_dict if key.startswith(own)]:
             self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
         self._last = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _key(block: str, name: str) -> str:
+def _key(prefix: str, block: str, name: str) -> str:
     """Of a buffer, whose names have no dots."""
-    return f"{_PREFIX}{block.replace('.', '/')}:{name}"
+    return f"{prefix}{block.replace('.', '/')}:{name}"
 
 
 def _facts(family: BlockFamily) -> dict[str, Any]:
@@ -367,24 +381,6 @@ def _named(init: Any) -> Mapping[str, Any]:
     """Sites whose first values a user names: those of ``init_to_value``."""
     values: Mapping[str, Any] = getattr(init, "keywords", {}).get("values", {})
     return values
-
-
-def _subsampled(reading: Reading) -> tuple[str, ...]:
-    """Sites in subsampled plates."""
-    frames = {f.name: f for factor in reading.factors for f in factor.site["cond_indep_stack"] if f.vectorized}
-    return tuple(n for n, f in frames.items() if f.full_size is not None and f.full_size > f.size)
-
-
-def _settled(field: BlockMeanField) -> float:
-    """Bring local blocks to their maximisers given the others; the bound there, nats."""
-    bound = field.bound()
-    for _ in range(_LOCAL_SWEEPS if field.reading.locals() else 0):
-        for block in field.reading.locals():
-            field.update(block)
-        before, bound = bound, field.bound()
-        if math.isclose(before, bound, rel_tol=_LOCAL_TOLERANCE):
-            break
-    return bound
 
 
 def _plates(found: Sequence[Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -66,6 +67,11 @@ class Arrange(Transform):
         """Of what goes out."""
         lead = tuple(shape[: len(shape) - self.flat])
         return torch.Size(lead + tuple(self.before[d] for d in self.order))
+
+    def inverse_shape(self, shape: Any) -> torch.Size:
+        """Of what comes in."""
+        lead, joint = tuple(shape[: len(shape) - len(self.before)]), self.before[self.flat - 1 :]
+        return torch.Size((*lead, *self.before[: self.flat - 1], math.prod(joint)))
 
 
 class BartlettWishart(dist.Wishart):

@@ -201,7 +201,9 @@ def constant(value: Any, like: Tensor) -> Expression:
     shown = torch.as_tensor(value, device=like.device)
     number = shown.to(torch.float64)
     if shown.dim() == 0:
-        return expression([Term(float(number))], (), shown)
+        return expression(
+            [Term(1.0, (Constant(number, ()),)) if number.requires_grad else Term(float(number))], (), shown
+        )
     labels = _new_labels(shown.shape)
     squeezed = number.reshape([size for size in shown.shape if size != 1])
     return expression([Term(1.0, (Constant(squeezed, tuple(n for n in labels if n)),))], labels, shown)

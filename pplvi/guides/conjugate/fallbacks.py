@@ -9,10 +9,11 @@ from torch import Tensor
 
 from pplvi.guides.conjugate.ascent import UPDATES, BlockMeanField
 from pplvi.guides.conjugate.lognormal import is_point
-from pplvi.guides.conjugate.normal import NormalFamily
+from pplvi.guides.conjugate.normal import NormalFamily, solved
 
 _HALVINGS = 12
 _NEWTON_STEPS = 50
+_LEAST = 1e-8  # precision where a density is flat
 
 
 def natural_gradient(field: BlockMeanField, block: str, rate: float) -> None:
@@ -25,7 +26,7 @@ def natural_gradient(field: BlockMeanField, block: str, rate: float) -> None:
     family: Any = field.families[block]
     old = dict(family.canonical)
     before = field.objective(block)
-    target = _proper(family, family.target(field.gradients(block), field.weight(block)))
+    target = _target(field, block)
     for _ in range(_HALVINGS):
         family.step(target, rate)
         if _is_proper(family) and field.objective(block) >= before:
@@ -35,22 +36,17 @@ def natural_gradient(field: BlockMeanField, block: str, rate: float) -> None:
     family.refresh()
 
 
-def _proper(family: NormalFamily, target: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The target with its precision made positive where the density is not concave."""
-    loc, precision = target
+def _target(field: BlockMeanField, block: str) -> tuple[Tensor, Tensor]:
+    """Where the block goes, with its precision made positive where the density is not concave."""
+    family: Any = field.families[block]
+    slope, precision = family.slopes(field.gradients(block), field.weight(block))
     if family.size == 1:
-        fixed = precision.abs().clamp(min=1e-8)
+        precision = precision.abs().clamp(min=_LEAST)
     else:
         values, vectors = torch.linalg.eigh(precision)
-        if bool((values > 0).all()):
-            return target
-        fixed = (vectors * values.abs().clamp(min=1e-8).unsqueeze(-2)) @ vectors.mT
-    if bool((fixed == precision).all()):
-        return target
-    shift = loc - family.canonical["loc"]
-    gradient = precision * shift if family.size == 1 else (precision @ shift.unsqueeze(-1)).squeeze(-1)
-    step = gradient / fixed if family.size == 1 else torch.linalg.solve(fixed, gradient.unsqueeze(-1)).squeeze(-1)
-    return family.canonical["loc"] + step, fixed
+        if not bool((values > _LEAST).all()):
+            precision = (vectors * values.abs().clamp(min=_LEAST).unsqueeze(-2)) @ vectors.mT
+    return family.canonical["loc"] + solved(precision, slope, family.size), precision
 
 
 def _is_proper(family: NormalFamily) -> bool:
@@ -62,8 +58,7 @@ def to_mode(field: BlockMeanField, block: str, rate: float = 1.0) -> None:
     family: Any = field.families[block]
     for _ in range(_NEWTON_STEPS):
         loc, value = family.canonical["loc"], _value_at(field, block)
-        target, _ = _proper(family, _target_at(field, block))
-        step = target - loc
+        step = _target_at(field, block)[0] - loc
         for _ in range(_HALVINGS):
             family.canonical["loc"] = loc + step
             if _value_at(field, block) >= value:
@@ -81,7 +76,7 @@ def laplace(field: BlockMeanField, block: str, rate: float = 1.0) -> None:
     """Go to the mode, with the curvature there as the precision."""
     to_mode(field, block)
     family: Any = field.families[block]
-    family.canonical["precision"] = _proper(family, _target_at(field, block))[1]
+    family.canonical["precision"] = _target_at(field, block)[1]
     family.refresh()
 
 
@@ -90,11 +85,9 @@ def _as_point(family: Any) -> None:
     family.leaves = (loc.detach().clone().requires_grad_(), spread.requires_grad_())
 
 
-def _target_at(field: BlockMeanField, block: str) -> tuple[Tensor, ...]:
-    family: Any = field.families[block]
-    _as_point(family)
-    found: tuple[Tensor, ...] = family.target(field.gradients(block), field.weight(block))
-    return found
+def _target_at(field: BlockMeanField, block: str) -> tuple[Tensor, Tensor]:
+    _as_point(field.families[block])
+    return _target(field, block)
 
 
 def _value_at(field: BlockMeanField, block: str) -> float:

@@ -30,10 +30,10 @@ class LogNormalFamily(NormalFamily):
         """``Var(log z)``."""
         return self.layout.unpacked(self._variances(), site)
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
+    def slopes(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """As of the normal logarithm, whose density has the Jacobian besides."""
         jacobian = torch.ones_like(gradients[0]) if weight is None else weight.unsqueeze(-1).expand(gradients[0].shape)
-        return super().target((gradients[0] + jacobian, gradients[1]), weight)
+        return super().slopes((gradients[0] + jacobian, gradients[1]), weight)
 
     def entropy(self) -> Tensor:
         """That of the logarithm plus its mean."""
@@ -63,9 +63,9 @@ class PositivePointFamily(LogNormalFamily):
         """Zero."""
         return torch.zeros_like(self.canonical["precision"])
 
-    def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
+    def slopes(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """As of a normal: a point has no Jacobian."""
-        return NormalFamily.target(self, gradients, weight)
+        return NormalFamily.slopes(self, gradients, weight)
 
     def entropy(self) -> Tensor:
         """Zero."""

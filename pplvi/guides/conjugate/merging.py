@@ -124,9 +124,14 @@ def _merged_term(parts: Sequence[Term], step: Label, rows: Places) -> Term:
 
 def _stacked(parts: Sequence[Constant], step: Label) -> Constant:
     first = parts[0]
-    if all(p.value is first.value or torch.equal(p.value, first.value) for p in parts):
+    if all(p.value is first.value or _are_equal(p.value, first.value) for p in parts):
         return first
     return Constant(torch.stack([p.value for p in parts]), (step, *first.labels))
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether constants are known to be equal; those that depend on parameters may be so by chance."""
+    return not (a.requires_grad or b.requires_grad) and torch.equal(a, b)
 
 
 def _merged_atom(parts: Sequence[Atom], step: Label, rows: Places) -> Atom:

@@ -122,6 +122,11 @@ class NormalFamily(BlockFamily):
 
     def target(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
         """``-2 dF/dCov``, and a step of ``precision^-1 dF/dmean`` from the mean."""
+        slope, precision = self.slopes(gradients, weight)
+        return self.canonical["loc"] + solved(precision, slope, self.size), precision
+
+    def slopes(self, gradients: Sequence[Tensor], weight: Tensor | None) -> Parameters:
+        """``dF/dmean, -2 dF/dCov`` for an entropy that counts once."""
         first, second = gradients
         if weight is not None:
             first, second = (
@@ -132,7 +137,7 @@ class NormalFamily(BlockFamily):
         precision = -2 * second if self.size == 1 else -(second + second.mT)
         if weight is not None:
             precision = _kept(precision, self.canonical["precision"], weight)
-        return self.canonical["loc"] + _solved(precision, first, self.size), precision
+        return first, precision
 
     def step(self, target: Parameters, rate: float) -> None:
         """Along a line of natural parameters."""
@@ -141,7 +146,7 @@ class NormalFamily(BlockFamily):
             new_loc, new = target
             mixed = torch.lerp(precision, new, rate)
             shift = rate * _times(new, new_loc - loc, self.size)
-            target = (loc + _solved(mixed, shift, self.size), mixed)
+            target = (loc + solved(mixed, shift, self.size), mixed)
         super().step(target, 1.0)
 
     def full_covariance(self) -> Tensor:
@@ -188,7 +193,8 @@ def _times(matrix: Tensor, vector: Tensor, size: int) -> Tensor:
     return matrix * vector if size == 1 else (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _solved(matrix: Tensor, vector: Tensor, size: int) -> Tensor:
+def solved(matrix: Tensor, vector: Tensor, size: int) -> Tensor:
+    """``matrix^-1 vector`` for a positive definite matrix, or a number where ``size`` is one."""
     if size == 1:
         return vector / matrix
     return torch.cholesky_solve(vector.unsqueeze(-1), torch.linalg.cholesky(matrix)).squeeze(-1)
@@ -205,4 +211,4 @@ def differing_axes(a: Atom, b: Atom, axes: Mapping[str, Sequence[int]], same: ob
     return {i for i, (x, y) in enumerate(pairs) if not same(a.entries[x], b.entries[y])}  # type: ignore[operator]
 
 
-__all__ = ["BlockLayout", "Gather", "NormalFamily", "differing_axes"]
+__all__ = ["BlockLayout", "Gather", "NormalFamily", "differing_axes", "solved"]

@@ -87,7 +87,8 @@ def div(a: Any, b: Any, rounding_mode: str | None = None) -> Any:
 def _is_one(b: Any, shape: torch.Size) -> bool:
     """Whether a divisor changes nothing, as the sum of a simplex does."""
     plain = isinstance(b, torch.Tensor) and not isinstance(b, Expression)
-    return plain and torch.broadcast_shapes(b.shape, shape) == shape and bool((b == 1).all())
+    constant_ = plain and not b.requires_grad and torch.broadcast_shapes(b.shape, shape) == shape
+    return constant_ and bool((b == 1).all())
 
 
 @rule("rdiv", "rtruediv")

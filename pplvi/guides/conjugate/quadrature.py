@@ -1,5 +1,7 @@
 """Expectations without a closed form: Gauss-Hermite quadrature over scalar predictors, with exact gradients.
 
+Densities of vectors, such as a softmax, are integrated by :mod:`pplvi.guides.conjugate.rows`.
+
 For ``f ~ Normal(m, v)``, ``d E[g(f)] / d m = E[g'(f)]`` and ``d E[g(f)] / d v = E[g''(f)] / 2`` (Bonnet 1964; Price
 1958), which hold at ``v = 0`` too.
 """
@@ -8,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pplvi.guides.conjugate.expectations import Blocks, Distributions, Expected, NotConjugate, combined
 from pplvi.guides.conjugate.expressions import Expression, Function, Symbolic, substituted
+from pplvi.guides.conjugate.hermite import product_rule
 from pplvi.guides.conjugate.parameters import parameters
+from pplvi.guides.conjugate.rows import integrated_rows
 
 _NODES = 32
 _MOST_INPUTS = 2
@@ -54,10 +57,13 @@ def integrated(blocks: Blocks, fn: Any, value: Any) -> Expected:
         for b in inputs[:i]:
             blocks.independent(a.mean.sites | a.variance.sites, b.mean.sites | b.variance.sites)
     density = _density(fn, value, symbolic, [x.expression for x in inputs])
-    _check_elementwise(density, inputs, fn.batch_shape)
-    parts = [part for x in inputs for part in (x.mean, x.variance)]
-    positive = [x.positive for x in inputs]
-    return combined(lambda *numbers: _gauss_hermite(density, numbers, positive, fn.batch_shape), *parts)
+    if _is_elementwise(density, inputs, fn.batch_shape):
+        parts = [part for x in inputs for part in (x.mean, x.variance)]
+        positive = [x.positive for x in inputs]
+        return combined(lambda *numbers: _gauss_hermite(density, numbers, positive, fn.batch_shape), *parts)
+    if len(inputs) == 1 and not inputs[0].positive and _is_rowwise(density, inputs[0].expression, fn.batch_shape):
+        return integrated_rows(blocks, density, inputs[0].expression, fn.batch_shape)
+    raise NotConjugate("a density whose elements depend on several predictors at once", _sites(inputs))
 
 
 def _sites(inputs: Sequence[Input]) -> set[str]:
@@ -87,24 +93,37 @@ def _density(fn: Any, value: Any, symbolic: dict[str, Any], inputs: Sequence[Exp
     return density
 
 
-def _check_elementwise(density: Callable[..., Tensor], inputs: Sequence[Input], shape: Any) -> None:
-    """Check that each element of the density depends on one element of each input."""
-    refused = NotConjugate("a density whose elements depend on several predictors at once", _sites(inputs))
+def _is_elementwise(density: Callable[..., Tensor], inputs: Sequence[Input], shape: Any) -> bool:
+    """Whether each element of the density depends on one element of each input."""
     values = [x.expression.shown.double() for x in inputs]
     if not all(_fits(v.shape, shape) for v in values):
-        raise refused
-    generator = torch.Generator().manual_seed(0)
-    for i, x in enumerate(values):
-        whole = x.expand(shape).clone()
-        moved = torch.rand(whole.shape, generator=generator, dtype=whole.dtype).to(whole) * 0.1
+        return False
 
-        def along(v: Tensor, i: int = i) -> Tensor:
-            return density(*(v if j == i else y for j, y in enumerate(values))).expand(shape)
+    def along(v: Tensor, i: int) -> Tensor:
+        return density(*(v if j == i else y for j, y in enumerate(values))).expand(shape)
 
-        tangent = torch.func.jvp(along, (whole,), (moved,))[1]
-        gradient = torch.func.grad(lambda v: along(v).sum())(whole)
-        if not torch.allclose(tangent, gradient * moved, rtol=1e-6, atol=1e-9, equal_nan=True):
-            raise refused
+    return all(_is_local(partial(along, i=i), x.expand(shape), 0) for i, x in enumerate(values))
+
+
+def _is_rowwise(density: Callable[..., Tensor], e: Expression, shape: Any) -> bool:
+    """Whether each element of the density depends on one row of an input."""
+    value = e.shown.double()
+    if value.dim() == 0 or not _fits(value.shape[:-1], shape):
+        return False
+    try:
+        return _is_local(lambda v: density(v).expand(shape), value.expand(*shape, value.shape[-1]), 1)
+    except RuntimeError:  # shapes that the program has fixed
+        return False
+
+
+def _is_local(function: Callable[[Tensor], Tensor], at: Tensor, events: int) -> bool:
+    """Whether an element of a function depends on the values of one place alone: its last ``events`` dimensions."""
+    whole, generator = at.clone(), torch.Generator().manual_seed(0)
+    moved = torch.rand(whole.shape, generator=generator, dtype=whole.dtype).to(whole) * 0.1
+    tangent = torch.func.jvp(function, (whole,), (moved,))[1]
+    change = torch.func.grad(lambda v: function(v).sum())(whole) * moved
+    change = change.sum(-1) if events else change
+    return torch.allclose(tangent, change, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 def _fits(small: Sequence[int], shape: Sequence[int]) -> bool:
@@ -119,12 +138,12 @@ def _gauss_hermite(
     """``E[density]``, whose gradient is that of the means and variances."""
     means = [m.expand(torch.broadcast_shapes(m.shape, shape)) for m in numbers[::2]]
     variances = [v.expand(m.shape) for v, m in zip(numbers[1::2], means, strict=True)]
-    grid, weight = _grid(len(means), means[0])
+    grid, weight = (part.to(means[0]) for part in product_rule(_NODES, len(means)))
     weight = weight.reshape(-1, *(1,) * len(shape))
     with torch.enable_grad():
         places = [
             (m + v.clamp(min=0).sqrt() * x.reshape(weight.shape)).detach().requires_grad_()
-            for m, v, x in zip(means, variances, grid, strict=True)
+            for m, v, x in zip(means, variances, grid.unbind(-1), strict=True)
         ]
         values = torch.vmap(density)(*(z.exp() if p else z for z, p in zip(places, positive, strict=True)))
         values = values.expand(len(weight), *shape)
@@ -145,20 +164,6 @@ def _second(slope: Tensor, places: Tensor) -> Tensor:
         return torch.zeros_like(slope)
     (found,) = torch.autograd.grad(slope.sum(), places, retain_graph=True, allow_unused=True)
     return torch.zeros_like(slope) if found is None else found
-
-
-@cache
-def _hermite() -> tuple[Any, Any]:
-    return np.polynomial.hermite_e.hermegauss(_NODES)
-
-
-def _grid(inputs: int, like: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Nodes for each input, ``(nodes**inputs,)`` each, and their weights, which sum to one."""
-    nodes, weights = _hermite()
-    x, w = (torch.as_tensor(part, dtype=torch.float64, device=like.device) for part in (nodes, weights / weights.sum()))
-    grid = torch.cartesian_prod(*[x] * inputs).reshape(-1, inputs)
-    joint = torch.cartesian_prod(*[w] * inputs).reshape(-1, inputs).prod(-1)
-    return list(grid.unbind(-1)), joint
 
 
 __all__ = ["Distributions", "integrated"]

@@ -122,6 +122,11 @@ class Reading:
         """Blocks that belong to a minibatch: those in subsampled plates."""
         return tuple(b for b, sites in self.blocks.items() if any(_is_part(self.latents[s]) for s in sites))
 
+    def subsampled(self) -> tuple[str, ...]:
+        """Plates of which there is a minibatch."""
+        frames = {f.name: f for factor in self.factors for f in factor.site["cond_indep_stack"] if f.vectorized}
+        return tuple(n for n, f in frames.items() if f.full_size is not None and f.full_size > f.size)
+
 
 def _is_part(found: Latent) -> bool:
     return any(plate.size < plate.full_size for plate in found.plates)

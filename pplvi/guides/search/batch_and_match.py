@@ -13,6 +13,7 @@ from pplvi.guides.search.explore import elbos, explore
 from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.programs.calls import check_counts
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
 
@@ -112,7 +113,7 @@ class AutoBatchAndMatch(FoundGuide):
         first = int((1 - _AVERAGED) * self._num_iterations)  # of those that are averaged
         total, averaged = (torch.zeros_like(loc), torch.zeros_like(covariance)), 0
         for t in range(self._num_iterations):
-            batch = _batch(density, loc, covariance, size)
+            batch = None if is_time_over() else _batch(density, loc, covariance, size)
             if batch is None:
                 break
             loc, covariance = update(loc, covariance, *batch, size * density.dim / (t + 1))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture, full_gaussian, stack_gaussians
+from pplvi.posterior.looking import work_of_draw
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
 from pplvi.weights.pareto import pareto_smooth
@@ -18,6 +20,7 @@ MOST_DIMENSIONS = 100
 MOST_MIXED = 20  # dimensions in which mixtures of full covariances are worth their draws
 _ENOUGH = 20  # effective draws for each dimension, below which the weights are tempered
 _GOOD = 0.9  # of the draws are effective: no mixture is needed
+_FAIR, _MOST_WORK = 0.5, 1e9  # of the draws are effective: no mixture is worth so many elements computed
 _HEAVY = 0.7  # k-hat that a mixture may not have more of
 _DEAR = 1.0  # nats of the ELBO that a mixture may cost
 _MORE = 0.5  # nats of evidence: who finds so many more is better, as weights do not show what their draws miss
@@ -45,8 +48,8 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, c
 
     with Pareto-smoothed weights and the largest ``beta <= 1`` that leaves enough effective draws for a covariance. A
     round counts only if it raises the effective sample size without losing evidence; two in a row that do not, end it.
-    In up to 20 dimensions mixtures of 2, 4, ... Gaussians follow, each by weighted EM on the draws of the last; one
-    that finds clearly more evidence counts in any case.
+    In up to 20 dimensions mixtures of 2, 4, ... Gaussians follow, unless most draws are effective and they are dear:
+    each by weighted EM on the draws of the last; one that finds clearly more evidence counts in any case.
 
     Source: Cappe, Douc, Guillin, Marin and Robert 2008, Adaptive importance sampling in general mixture classes;
     Paananen, Piironen, Buerkner and Vehtari 2021, Implicitly adaptive importance sampling.
@@ -62,7 +65,7 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, c
     best = current = _judge(density, start)
     wasted = 0
     for _ in range(rounds):
-        if (proposal := _moments(current)) is None or wasted == 2:
+        if wasted == 2 or is_time_over() or (proposal := _moments(current)) is None:
             break
         current = _judge(density, proposal)
         better = _is_better(current, best)
@@ -74,16 +77,27 @@ def _mixed(density: UnconstrainedDensity, best: _Judged, components: int) -> _Ju
     """Mixtures of 2, 4, ... components, each as long as it gets better."""
     if components < 2 or density.dim > MOST_MIXED or best.ess > _GOOD:
         return best
+    rounds = _EM_ROUNDS * int(math.log2(components)) + 1
+    if best.ess > _FAIR and rounds * _LEAST_MIXED * _work(density, best.draws) > _MOST_WORK:
+        return best
     best = _judge(density, best.mixture.parts, _LEAST_MIXED)
     size, least = 2, best.elbo - _DEAR
     while size <= components:
         for _ in range(_EM_ROUNDS):
+            if is_time_over():
+                return best
             current = _judge(density, _fitted(best, size), _LEAST_MIXED)
             light = current.pareto_k < max(_HEAVY, best.pareto_k) and current.elbo > least
             if (light and _is_better(current, best)) or _gains(current, best) > _MORE:
                 best = current
         size *= 2
     return best
+
+
+def _work(density: UnconstrainedDensity, draws: Tensor) -> float:
+    """Elements computed for a row of draws."""
+    rows = draws.to(density.dtype)
+    return work_of_draw(lambda size, seed: density(rows[:size]))
 
 
 def _fitted(found: _Judged, size: int) -> Gaussian:

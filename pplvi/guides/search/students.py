@@ -27,6 +27,7 @@ from pplvi.posterior.scouts import (
 )
 from pplvi.posterior.students import Students, joined
 from pplvi.programs.calls import check_counts
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
@@ -195,7 +196,7 @@ def _adapted(density: UnconstrainedDensity, start: Students, most: int) -> Stude
         return start
     attempt, least = 0, _efficiency(found)
     for _ in range(_ROUNDS):
-        if _efficiency(found) > _GOOD or attempt == _TRIES * len(_TOPS):
+        if is_time_over() or _efficiency(found) > _GOOD or attempt == _TRIES * len(_TOPS):
             break
         new = _refitted(best, found, _TOPS[attempt % len(_TOPS)] if len(best.loc) < most else 0.0)
         if not bool(found.log_weight.isfinite().all()):

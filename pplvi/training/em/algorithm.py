@@ -18,6 +18,7 @@ from pplvi.programs.sites import is_enumerated, latent_sites
 from pplvi.programs.summing import summing
 from pplvi.training.batches import Batches
 from pplvi.training.em.complete import CompleteData, Counts
+from pplvi.training.em.conjugate import ConjugateData, ConjugateLatents
 from pplvi.training.em.families import CollapseError
 from pplvi.training.em.maximisation import Maximisation
 from pplvi.training.em.starts import kmeans_start, random_start, tells_apart
@@ -34,7 +35,7 @@ _ROUNDING = 10.0  # rounding errors of the log evidence
 
 @dataclass(frozen=True)
 class ExpectationMaximization:
-    r"""Maximum likelihood with discrete latents: exact E-steps, M-steps exact or complete.
+    r"""Maximum likelihood with latents: exact E-steps, M-steps exact or complete.
 
     .. math:: \theta_{k+1} = \arg\max_\theta E_{p(z \mid x, \theta_k)}[\log p_\theta(x, z)],
         \qquad \log p_{\theta_{k+1}}(x) \ge \log p_{\theta_k}(x)
@@ -45,6 +46,10 @@ class ExpectationMaximization:
     all other parameters, under any constraint, are maximised by L-BFGS to convergence. ``fit.losses`` is
     :math:`-\log p(x)` (nats) at the beginning of each iteration and never rises.
 
+    Continuous latents are taken where their exact posterior is in closed form, by what :class:`pplvi.AutoConjugate`
+    knows: factor analysis, probabilistic PCA, linear-Gaussian state spaces, random effects, Gamma rates of counts. E-
+    and M-step are recorded once; ``fit.guide`` draws from the posterior at the maximum.
+
     Source: Dempster, Laird & Rubin (1977), "Maximum likelihood from incomplete data via the EM algorithm"; Neal &
     Hinton (1998), "A view of the EM algorithm that justifies incremental, sparse, and other variants", for ``m_steps``.
 
@@ -53,11 +58,11 @@ class ExpectationMaximization:
     :param tol: stop when an iteration raises :math:`\log p(x)` by less than this, in nats, or by less than its rounding
         errors.
     :param start: ``"kmeans"`` starts from the clusters of what each latent explains (k-means++), ``"random"`` from
-        random probabilities of the latents, ``"program"`` from the values that the parameters have in the program.
-        ``None``: the first restart from the program, unless its components are all alike, which EM cannot tell apart;
-        that, and the others, from k-means.
-    :raises ValueError: for other arguments; when fitting, for continuous latents, minibatches, and a likelihood without
-        a maximum, such as that of a component that closes in on one datum.
+        random probabilities of the latents (continuous ones: from draws of their prior), ``"program"`` from the values
+        that the parameters have in the program. ``None``: the first restart from the program, unless its components
+        are all alike, which EM cannot tell apart; that, and the others, from k-means, or from draws of the prior.
+    :raises ValueError: for other arguments; when fitting, for latents without a closed form, minibatches, and a
+        likelihood without a maximum, such as that of a component that closes in on one datum.
 
     >>> import pyro, pplvi, pyro.distributions as dist
     >>> from torch.distributions import constraints
@@ -179,7 +184,7 @@ class EMStepper(Stepper):
         self.algorithm, self.model, self.guide = algorithm, model, guide
         self.before_first, self.restart, self.several = before_first, restart, several
         self.update = EMUpdate()
-        self.problem: CompleteData | None = None
+        self.problem: CompleteData | ConjugateData | None = None
         self.maximise: Maximisation
 
     def many(self, calls: Sequence[Call]) -> Sequence[float]:
@@ -209,7 +214,7 @@ class EMStepper(Stepper):
             self.guide.collapsed, self.update.converged = str(error), True
 
     @property
-    def _problem(self) -> CompleteData:
+    def _problem(self) -> CompleteData | ConjugateData:
         if self.problem is None:
             raise ValueError("EM has no data yet: expected prepare(call) first.")
         return self.problem
@@ -219,16 +224,23 @@ class EMStepper(Stepper):
         return _ROUNDING * max(torch.finfo(leaf.dtype).eps for leaf in self._problem.leaves.values())
 
     def _begin(self) -> None:
-        """Go to the start: an M-step from given probabilities of the latents, unless the program has good values."""
-        with torch.no_grad():
-            run = self._problem.run()
-            run.expected_counts()  # packs its tensors
+        """Go to the start: an M-step from given distributions of the latents, unless the program has good values."""
+        start = self._start(self._problem)
+        if start is not None:
+            Maximisation(self._problem)(self._problem.expect(start)[1])  # a whole one, whatever the others are
+
+    @torch.no_grad()
+    def _start(self, problem: CompleteData | ConjugateData) -> dict[str, Tensor] | None:
         kind = self.algorithm.start
+        if isinstance(problem, ConjugateData):
+            if kind == "kmeans":
+                raise ValueError(f"start='kmeans' is for discrete latents, not {problem.sites}: expected 'random'.")
+            return None if kind == "program" or (kind is None and self.restart == 0) else problem.random_start()
+        run = problem.run()
+        run.expected_counts()  # packs its tensors
         if kind is None:
             kind = "program" if self.restart == 0 and tells_apart(run) else "kmeans"
-        if kind != "program":
-            start = (kmeans_start if kind == "kmeans" else random_start)(run)
-            Maximisation(self._problem)(self._problem.expect(start)[1])  # a whole one, whatever the others are
+        return None if kind == "program" else (kmeans_start if kind == "kmeans" else random_start)(run)
 
     def stride(self, at: int, batches: Batches, watch: Watch, settle_every: int) -> int:
         """One: every iteration may be the last."""
@@ -241,7 +253,8 @@ class EMStepper(Stepper):
     def prepare(self, call: Call) -> None:
         """Read the program: which latents are summed, which parameters have a closed form."""
         if self.problem is None:
-            self.problem = CompleteData(self.model, self.guide, call)
+            kind = ConjugateData if isinstance(self.guide, ConjugateLatents) else CompleteData
+            self.problem = kind(self.model, self.guide, call)
             self.maximise = Maximisation(self.problem, self.algorithm.m_steps)
             self.guide.closed, self.guide.searched = self.maximise.closed, self.maximise.searched
 

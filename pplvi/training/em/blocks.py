@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs.sites import base_distribution
-from pplvi.training.em.complete import CompleteData
+from pplvi.training.em.complete import CompleteData, ParameterLeaves
 from pplvi.training.em.families import Cells, CollapseError, ExponentialFamily
 from pplvi.training.em.gathers import Link
 
@@ -44,7 +44,7 @@ class Block:
     cells: Mapping[str, Cells]
     fn: Any
 
-    def maximise(self, problem: CompleteData, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def maximise(self, problem: ParameterLeaves, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """New constrained values by name.
 
         :raises ValueError: where the likelihood has no maximum.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,45 +22,34 @@ from pplvi.types import Call, Program
 Counts = dict[str, Tensor]
 
 
-class CompleteData:
-    r"""A program with its latents enumerated, at fixed arguments.
+class ParameterLeaves:
+    """The parameters of a program, as unconstrained leaves.
 
-    .. math:: Q(\theta) = E_{p(z \mid x, \theta_\text{old})}[\log p_\theta(x, z)]
-        = \sum_s \sum_e c_{se} \log p_\theta(s)_e
-
-    over the entries ``e`` of the log density of each site ``s``, with their posterior expected counts ``c``.
-
-    :param model: the program; discrete latents that do not ask for enumeration are enumerated too.
-    :param guide: a guide without sites.
+    :param model: the program.
     :param call: its arguments.
-    :raises ValueError: for latents without a finite number of values, subsampled plates, and a program without
-        parameters.
+    :raises ValueError: for a program without parameters.
     """
 
-    def __init__(self, model: Program, guide: Program, call: Call) -> None:
-        self.model, self.guide, self.call = summing(model, *call), guide, call
+    def __init__(self, model: Program, call: Call) -> None:
+        self.model, self.call = model, call
         self.leaves = parameters_of(lambda: self.model(*call[0], **call[1]))
-        if cut := _subsampled(self.run()):
-            raise ValueError(
-                f"plates {cut} are subsampled, so that log p(x) would change by itself: expected whole plates."
-            )
         if not self.leaves:
             raise ValueError("the model has no parameters, so there is nothing to maximise: expected pyro.param.")
 
-    def run(self) -> Run:
-        """The program at the present parameters."""
-        return execute(self.model, self.guide, *self.call)
-
-    @torch.no_grad()
+    @abstractmethod
     def expect(self, instead: Mapping[str, Tensor] | None = None) -> tuple[float, Counts]:
-        """The log evidence (nats), and the expected counts by site."""
-        total, counts = self.run().expected_counts(instead)
-        return float(total), counts
+        """The log evidence (nats), and what the M-step needs of the posterior."""
 
+    @abstractmethod
     def expected_log_joint(self, counts: Mapping[str, Tensor]) -> Tensor:
         """``Q`` at the present parameters, a scalar with its gradient, in nats."""
-        sites = [(n, s) for n, s in sample_sites(self.run().model) if not is_deterministic(s)]
-        return torch.stack([_weighted(counts[name], unscaled_log_prob(name, site)) for name, site in sites]).sum()
+
+    def value_and_gradient(self, counts: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Minus ``Q``, and its gradient in these leaves as a vector."""
+        with torch.enable_grad():
+            loss = -self.expected_log_joint(counts)
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return loss.detach(), torch.cat([g.flatten() for g in found])
 
     # ------------------------------------------------------------------ parameters
 
@@ -89,6 +79,45 @@ class CompleteData:
         finally:
             for name, leaf in self.leaves.items():
                 leaf.data = before[name]
+
+
+class CompleteData(ParameterLeaves):
+    r"""A program with its latents enumerated, at fixed arguments.
+
+    .. math:: Q(\theta) = E_{p(z \mid x, \theta_\text{old})}[\log p_\theta(x, z)]
+        = \sum_s \sum_e c_{se} \log p_\theta(s)_e
+
+    over the entries ``e`` of the log density of each site ``s``, with their posterior expected counts ``c``.
+
+    :param model: the program; discrete latents that do not ask for enumeration are enumerated too.
+    :param guide: a guide without sites.
+    :param call: its arguments.
+    :raises ValueError: for latents without a finite number of values, subsampled plates, and a program without
+        parameters.
+    """
+
+    def __init__(self, model: Program, guide: Program, call: Call) -> None:
+        super().__init__(summing(model, *call), call)
+        self.guide = guide
+        if cut := _subsampled(self.run()):
+            raise ValueError(
+                f"plates {cut} are subsampled, so that log p(x) would change by itself: expected whole plates."
+            )
+
+    def run(self) -> Run:
+        """The program at the present parameters."""
+        return execute(self.model, self.guide, *self.call)
+
+    @torch.no_grad()
+    def expect(self, instead: Mapping[str, Tensor] | None = None) -> tuple[float, Counts]:
+        """The log evidence (nats), and the expected counts by site."""
+        total, counts = self.run().expected_counts(instead)
+        return float(total), counts
+
+    def expected_log_joint(self, counts: Mapping[str, Tensor]) -> Tensor:
+        """``Q`` at the present parameters, a scalar with its gradient, in nats."""
+        sites = [(n, s) for n, s in sample_sites(self.run().model) if not is_deterministic(s)]
+        return torch.stack([_weighted(counts[name], unscaled_log_prob(name, site)) for name, site in sites]).sum()
 
 
 def _subsampled(run: Run) -> list[str]:

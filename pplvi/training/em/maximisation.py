@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pplvi.guides.search.lbfgs import Options, minimise
 from pplvi.training.em.blocks import Block, blocks_of
-from pplvi.training.em.complete import CompleteData
+from pplvi.training.em.complete import CompleteData, ParameterLeaves
 from pplvi.training.em.gathers import links_of
 
 
@@ -23,9 +23,11 @@ class Maximisation:
     :ivar searched: names of the others.
     """
 
-    def __init__(self, problem: CompleteData, m_steps: int | None = None) -> None:
+    def __init__(self, problem: ParameterLeaves, m_steps: int | None = None) -> None:
         self.problem, self.m_steps = problem, m_steps
-        self.blocks: list[Block] = [] if m_steps is not None else blocks_of(problem, links_of(problem))
+        self.blocks: list[Block] = []
+        if m_steps is None and isinstance(problem, CompleteData):
+            self.blocks = blocks_of(problem, links_of(problem))
         self.closed = sorted(name for block in self.blocks for name in block.roles)
         self.searched = [name for name in problem.leaves if name not in self.closed]
 
@@ -52,10 +54,8 @@ class Maximisation:
 
         def value(x: Tensor) -> tuple[Tensor, Tensor]:
             place(x)
-            with torch.enable_grad():
-                loss = -self.problem.expected_log_joint(counts)
-                found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            return loss.detach().double(), torch.cat([g.flatten() for g in found]).double()
+            loss, gradient = self.problem.value_and_gradient(counts, leaves)
+            return loss.double(), gradient.double()
 
         start = torch.cat([leaf.detach().flatten() for leaf in leaves]).double()
         (trail,) = minimise(rows, [start], options)

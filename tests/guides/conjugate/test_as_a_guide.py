@@ -251,7 +251,7 @@ def test_minibatches_end_where_sweeps_do() -> None:
     make = partial(pplvi.AutoConjugate, init_loc_fn=start, rate=pplvi.RobbinsMonro(10, 0.7))
     fit = pplvi.fit(model, lambda model: make(model), data=batches, num_steps=80, seed=0, progress=False)
     assert fit.losses.shape == (1, 80)
-    assert full.bounds[-1] - 2.0 < sum(fit.guide.terms(y).values()) <= full.bounds[-1]
+    assert full.bounds[-1] - 0.5 < sum(fit.guide.terms(y).values()) <= full.bounds[-1]
     with pytest.raises(ValueError, match=r"plate 'data', which is subsampled.*rate="):
         pplvi.AutoConjugate(model).run(y[:100])
 

@@ -213,11 +213,45 @@ def test_a_robust_regression_of_two_fallbacks() -> None:
 
 def test_predictors_that_no_fallback_covers_are_refused() -> None:
     def model() -> None:
-        w = pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
-        data(dist.Categorical(logits=X @ w), torch.zeros(30).long())
+        f = pyro.sample("f", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+        data(dist.Bernoulli(logits=f.tanh().cumsum(0)), (Y > 0).double())
 
     with pytest.raises(ValueError, match="'y' is not conjugate: a density whose elements depend on several predictors"):
-        interacting(model, fallback={"w": "cvi"})
+        interacting(model, fallback={"f": "cvi"})
+
+
+# ---------------------------------------------------------------------- softmax
+
+
+def softmax(classes: int) -> Any:
+    """Classes of the data by the softmax of linear maps, of which the first is zero."""
+    labels = (Y.argsort().argsort() * classes) // len(Y)
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2, classes - 1), 1.0).to_event(2))
+        data(dist.Categorical(logits=torch.cat([torch.zeros(len(X), 1), X @ w], -1)), labels)
+
+    return model
+
+
+def test_a_softmax_of_two_classes_is_a_logistic_function() -> None:
+    def two() -> None:
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        data(dist.Bernoulli(logits=X @ b), (Y.argsort().argsort() >= 15).double())
+
+    one, other = interacting(softmax(2), fallback={"w": "cvi"}), interacting(two, fallback={"b": "cvi"})
+    assert one.guide.bounds[-1] == pytest.approx(other.guide.bounds[-1], abs=1e-6)
+    assert torch.allclose(one.guide.median()["w"][:, 0], other.guide.median()["b"], atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_the_bound_of_a_softmax_is_that_of_draws(classes: int) -> None:
+    fit = interacting(softmax(classes), fallback={"w": "cvi"})
+    bounds = torch.tensor(fit.guide.bounds)
+    assert (bounds.diff() >= -1e-12 * bounds[1:].abs()).all()
+    posterior = fit.posterior(4000)
+    assert posterior.elbo.value == pytest.approx(bounds[-1].item(), abs=4 * posterior.elbo.error + 0.01)
+    assert posterior.pareto_k < 0.7
 
 
 @pytest.mark.slow
