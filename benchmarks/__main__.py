@@ -43,6 +43,7 @@ NAMES = (
     "restricted_boltzmann",
     "sparse_coding",
     "speed",
+    "undirected",
     "wake_sleep",
 )
 

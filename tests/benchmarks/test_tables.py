@@ -203,6 +203,21 @@ def sparse(run: Command, module: ModuleType) -> None:
     assert binary[2]["falls_at_once"] > binary[2]["falls_damped"] > 0
 
 
+def undirected(run: Command, module: ModuleType) -> None:
+    """Machines of all kinds learn something, and their likelihoods lie in their intervals."""
+    options = "--tables labels music images --machines conditional RTRBM --frames 20 --betas 4"
+    tables = run(f"{options} --share 0.0012")
+    assert [row["model"].split(",")[0] for row in tables["labels"]] == ["discriminative", "hybrid"]
+    assert tables["labels"][0]["test error"] < 0.6
+    for row in tables["music"]:
+        assert row["low"] < row["test nats"] < row["high"]
+        assert row["test nats"] > -88 * math.log(2)
+    assert tables["images"][0]["ms an update"] > 0
+    again = run("--tables music --machines RTRBM --frames 20 --betas 4 --share 0.0003")
+    assert len(again["music"]) == 1
+    assert [row["model"] for row in run.written["tables"]["music"]][1:] == ["RTRBM"]  # replaced, not repeated
+
+
 CASES = [
     Case("annealed_kernels", "ESS/N", "rows", 6, kernels),
     Case("bars_and_stripes", "negative phase", "rows", 7, bars),
@@ -217,6 +232,7 @@ CASES = [
     Case("nested_gradients", "NVI", "rows", 8, nested),
     Case("particle_ways", "vmap / broadcast", "loop", 2, ways),
     Case("pyro_examples", "hmm-7", "rows", 3, examples),
+    Case("undirected", "test error", "tables", 3, undirected),
     Case("wake_sleep", "log p", "rows", 2, wake_sleep),
 ]
 

@@ -311,7 +311,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
             {"v": BernoulliUnits(2), "x": BernoulliUnits(2), "h": BernoulliUnits(2)},
             [FactoredCoupling(("v", "x", "h"), (2, 2, 2), 3)],
         ),
-        "centered=True with couplings",
+        "that are not dense: expected centered=False",
     ),
     "blocks": (lambda: PooledUnits(2, (3, 4), pool=2), "expected a divisor of both"),
     "filters": (lambda: ConvolutionalBoltzmannMachine((1, 3, 3), maps=2, filter_size=4), "filter_size=4"),

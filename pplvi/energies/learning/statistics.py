@@ -92,7 +92,8 @@ class Statistics:
         for layer in self.machine.layers:
             value = self.values[layer]
             own = weight if self.offsets is None else weight - weight * self._reach(layer, self.offsets)
-            _add(gradients, layer, own @ value)
+            shared = self.machine.layers[layer].num_biases
+            _add(gradients, layer, (own @ value).reshape(shared, -1).sum(-1))
 
     def _add_weights(self, gradients: dict[Any, Tensor], weight: Tensor) -> None:
         weighted = {b: self.values[b] * weight.unsqueeze(-1) for _, b in self.machine.connections}

@@ -54,7 +54,7 @@ class BoltzmannMachine(EnergyModel):
     :param given: width of what the machine is conditional on, which has weights to the layers that ``connections`` pair
         with ``"given"``, or to all layers. Every datum has its own ``log Z`` then. It is not centered.
     :raises ValueError: for connections of unknown layers, given twice, or without a normalisable energy; for centered
-        ones that have no statistics.
+        ones that are not dense.
 
     Source: Ackley, Hinton & Sejnowski (1985); Salakhutdinov & Hinton (2009); Montavon & Mueller (2012) for centering.
 

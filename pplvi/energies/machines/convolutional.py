@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, conv_transpose2d, one_hot
+from torch.nn.functional import conv2d, fold, one_hot, softplus
+from torch.nn.grad import conv2d_weight
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.couplings import Coupling, Edge, Products
@@ -37,49 +39,53 @@ class PooledUnits(Units):
     (tensor([0.2000, 0.2000, 0.2000, 0.2000]), tensor([1.]))
     """
 
-    blocks: Tensor
-    back: Tensor
-
     def __init__(self, maps: int, shape: tuple[int, int], *, pool: int = 2) -> None:
         height, width = shape
         if not isinstance(pool, int) or pool < 1 or height % pool or width % pool:
             raise ValueError(f"pool={pool!r} of maps of {height} x {width}: expected a divisor of both.")
         size = maps * height * width
         super().__init__(size // pool**2, size)
-        self.num_states, self.num_biases = pool**2 + 1, maps
-        index = torch.arange(size).view(maps, height // pool, pool, width // pool, pool)
-        self.register_buffer("blocks", index.permute(0, 1, 3, 2, 4).reshape(-1, pool**2))
-        self.register_buffer("back", torch.argsort(self.blocks.reshape(-1)))
+        self.pool, self.num_states, self.num_biases = pool, pool**2 + 1, maps
+        self._sides = maps, height // pool, pool, width // pool, pool
 
-    def _logits(self, field: Tensor) -> Tensor:
-        """Log odds of all states of each block, ``(*batch, num_blocks, states)``: all off comes first."""
-        apart = field[..., self.blocks]
-        return torch.cat([torch.zeros_like(apart[..., :1]), apart], -1)
+    def _apart(self, x: Tensor) -> Tensor:
+        """The units of a block on the first dimension, ``(pool**2, *batch, maps, rows, columns)``."""
+        blocks = x.reshape(*x.shape[:-1], *self._sides)
+        return blocks.movedim((-3, -1), (0, 1)).flatten(0, 1)
 
-    def _whole(self, states: Tensor) -> Tensor:
-        return states[..., 1:].flatten(-2)[..., self.back]
+    def _whole(self, apart: Tensor) -> Tensor:
+        """Back to ``(*batch, width)``."""
+        return apart.unflatten(0, (self.pool, self.pool)).movedim((0, 1), (-3, -1)).flatten(-5)
+
+    def _chances(self, field: Tensor, beta: Beta) -> Tensor:
+        logits = self._apart(times(beta, field))
+        return torch.exp(logits - softplus(logits.logsumexp(0)))
 
     def mean(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """Probability that each unit is the one that is on."""
-        return self._whole(self._logits(times(beta, field)).softmax(-1))
+        return self._whole(self._chances(field, beta))
 
     def sample(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
-        """At most one unit of each block, by the largest of its field plus Gumbel noise."""
-        logits = self._logits(times(beta, field.detach()))
-        largest = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1, keepdim=True)
-        return self._whole(torch.zeros_like(logits).scatter_(-1, largest, 1.0))
+        """At most one unit of each block: the one in whose share of the unit interval a uniform number lies."""
+        chances = self._chances(field.detach(), beta)
+        above, uniform = chances.cumsum(0), torch.empty_like(chances[0]).uniform_()
+        below = torch.cat([torch.zeros_like(above[:1]), above[:-1]])
+        drawn = (below <= uniform) & (uniform < above)
+        return self._whole(drawn.to(field.dtype))
 
     def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """``sum log(1 + sum exp(beta f))`` over blocks."""
-        return self._logits(times(beta, field)).logsumexp(-1).sum(-1)
+        return softplus(self._apart(times(beta, field)).logsumexp(0)).flatten(-3).sum(-1)
 
     def pooled(self, value: Tensor) -> Tensor:
         """Whether a block has a unit that is on, or the probability of that, ``(*batch, num_blocks)``."""
-        return value[..., self.blocks].sum(-1)
+        return self._apart(value).sum(0).flatten(-3)
 
     def encode(self, levels: Tensor) -> Tensor:
         """Values of states of the blocks, ``(*batch, num_blocks)`` integers: 0 is all off."""
-        return self._whole(one_hot(levels.long(), len(self.blocks[0]) + 1))
+        maps, rows, _, columns, _ = self._sides
+        codes = one_hot(levels.long(), self.pool**2 + 1)[..., 1:].movedim(-1, 0)
+        return self._whole(codes.unflatten(-1, (maps, rows, columns)))
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Each state of a block with the same probability."""
@@ -110,6 +116,7 @@ class ConvolutionalCoupling(Coupling):
     tensor([4., 4., 4., 4., 4., 4., 4., 4.])
     """
 
+    has_statistics: ClassVar[bool] = True
     edge: Edge
     image: tuple[int, int, int]
     maps: int
@@ -127,11 +134,24 @@ class ConvolutionalCoupling(Coupling):
     def field(self, target: str, values: Values, parameter: Tensor, products: Products | None = None) -> Tensor:
         """The convolution of an image with the filters, or of maps with the filters turned round."""
         image, maps = self.edge
-        if target == maps:
-            field = conv2d(values[image].reshape(-1, *self.image), parameter)
-            return field.reshape(*values[image].shape[:-1], -1)
-        field = conv_transpose2d(values[maps].reshape(-1, self.maps, *self.inner), parameter)
-        return field.reshape(*values[maps].shape[:-1], -1)
+        if target != maps:
+            value = values[maps]
+            columns = parameter.flatten(1).T @ value.reshape(-1, self.maps, self.inner[0] * self.inner[1])
+            return fold(columns, self.image[1:], self.filter_size).reshape(*value.shape[:-1], -1)
+        value, kept = values[image], None if products is None or torch.is_grad_enabled() else products[self.edge]
+        known: Tensor | None = None if kept is None else kept.get(value)
+        if known is None:
+            known = conv2d(value.reshape(-1, *self.image), parameter).reshape(*value.shape[:-1], -1)
+            if kept is not None:
+                kept[value] = known
+        return known
+
+    def statistics(self, first: Tensor, second: Tensor, into: Tensor | None = None) -> Tensor:
+        """Sums over rows and places of what ``K`` is multiplied with, of its shape."""
+        shape = (self.maps, self.image[0], self.filter_size, self.filter_size)
+        images, maps = first.reshape(-1, *self.image), second.reshape(-1, self.maps, *self.inner)
+        product = conv2d_weight(images, shape, maps)
+        return product if into is None else into.add_(product)
 
     def filters(self, parameter: Tensor) -> Tensor:
         """The filters, ``(maps, channels * filter_size**2)``."""

@@ -37,6 +37,7 @@ class Coupling:
 
     :ivar edge: names of the layers.
     :ivar has_statistics: whether its gradient is known from sufficient statistics: declared, never guessed.
+    :ivar has_centering: whether the centered gradient is, :meth:`DenseCoupling.centered`.
 
     >>> class Shared(Coupling):  # one weight for all pairs of units
     ...     edge = ("v", "h")
@@ -52,6 +53,7 @@ class Coupling:
 
     edge: Edge
     has_statistics: ClassVar[bool] = False
+    has_centering: ClassVar[bool] = False
 
     @property
     def is_lateral(self) -> bool:
@@ -125,6 +127,7 @@ class DenseCoupling(Coupling):
     """
 
     has_statistics: ClassVar[bool] = True
+    has_centering: ClassVar[bool] = True
     edge: Edge
     widths: tuple[int, int]
 
@@ -230,8 +233,8 @@ def check_centering(couplings: Mapping[Edge, Coupling], centered: bool) -> None:
 
     :raises ValueError: then.
     """
-    if centered and (without := [edge for edge, coupling in couplings.items() if not coupling.has_statistics]):
-        raise ValueError(f"centered=True with couplings {without} that have no statistics: expected centered=False.")
+    if centered and (without := [edge for edge, coupling in couplings.items() if not coupling.has_centering]):
+        raise ValueError(f"centered=True with couplings {without} that are not dense: expected centered=False.")
 
 
 def check_graph(layers: Mapping[str, Units], connections: Sequence[Edge], given: int | None = None) -> None:
