@@ -24,6 +24,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,13 @@ class Run:
         return time.process_time() - self.started
 
 
+def annealed(machine: Any, chains: int, betas: int, **options: Any) -> Any:
+    """An estimate, whose effective sample size is in the table: no warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return annealed_importance_sampling(machine, chains, betas, num_raise_chains=1, seed=0, **options)
+
+
 def at_the_mean(machine: Any, v: Tensor) -> Any:
     """The machine with visible biases that give the data's mean."""
     mean = v.reshape(-1, v.shape[-1]).mean(0).clamp(1e-3, 1 - 1e-3)
@@ -124,7 +132,8 @@ def labels(settings: argparse.Namespace) -> Iterator[Row]:
     """Test errors of classifiers."""
     data = load(None if settings.data is None else settings.data / "mnist", "threshold")
     held = len(data.v) // 6
-    v, y, valid_v, valid_y = data.v[:-held], data.y[:-held], data.v[-held:], data.y[-held:]
+    v, y, few = data.v[:-held], data.y[:-held], settings.frames
+    valid_v, valid_y = data.v[-held:][:few], data.y[-held:][:few]
 
     def error(machine: Any, v: Tensor, y: Tensor) -> float:
         with torch.no_grad():
@@ -152,7 +161,7 @@ def labels(settings: argparse.Namespace) -> Iterator[Row]:
             "model": f"{name}, {v.shape[1]}-500-10",
             "updates": run.best[1],
             "validation error": -run.best[0],
-            "test error": error(best, data.test_v, data.test_y),
+            "test error": error(best, data.test_v[:few], data.test_y[:few]),
             "published": published,
             "cpu_seconds": run.seconds,
         }
@@ -202,8 +211,7 @@ def nats(
     machine: Any, data: dict[str, Tensor], settings: argparse.Namespace, chains: int = 10, betas: int = 100
 ) -> Any:
     """The estimate of the likelihood of frames."""
-    betas = settings.betas or betas
-    return annealed_importance_sampling(machine, chains, betas, data=data, num_raise_chains=1, seed=0)
+    return annealed(machine, chains, settings.betas or betas, data=data)
 
 
 def music(settings: argparse.Namespace) -> Iterator[Row]:
@@ -303,9 +311,7 @@ def images(settings: argparse.Namespace) -> Iterator[Row]:
         run.svi.step(*run.batch())
     each = (time.process_time() - start) / count
     best = run.go(lambda m: -float(m.free_energy(v[:200]).detach().mean()) if m is machine else -math.inf, points=4)
-    found = annealed_importance_sampling(
-        best, 20, settings.betas or 500, data=data.test_v[:500], base_rate=v.mean(0), num_raise_chains=1, seed=0
-    )
+    found = annealed(best, 20, settings.betas or 500, data=data.test_v[:500], base_rate=v.mean(0))
     if settings.pictures is not None:
         settings.pictures.mkdir(parents=True, exist_ok=True)
         plot_filters(best, num_filters=24, columns=8).savefig(settings.pictures / "filters.png")
@@ -378,7 +384,7 @@ def patches(settings: argparse.Namespace) -> Iterator[Row]:
         chosen = run.average
         if hasattr(machine, "step_size"):
             chosen.step_size.copy_(machine.step_size)
-        found = annealed_importance_sampling(chosen, 100, settings.betas or 2000, data=test, num_raise_chains=1, seed=0)
+        found = annealed(chosen, 100, settings.betas or 2000, data=test)
         mean, error = found.log_likelihood
         yield {
             "model": f"{name}, {hidden} hidden",
