@@ -105,7 +105,7 @@ def annealed(machine: Any, chains: int, betas: int, **options: Any) -> Any:
     """An estimate, whose effective sample size is in the table: no warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return annealed_importance_sampling(machine, chains, betas, num_raise_chains=1, seed=0, **options)
+        return annealed_importance_sampling(machine, chains, betas, num_raise_chains=0, seed=0, **options)
 
 
 def at_the_mean(machine: Any, v: Tensor) -> Any:

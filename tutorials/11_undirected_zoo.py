@@ -56,7 +56,7 @@ crbm = pplvi.RestrictedBoltzmannMachine(32, 40, given=32)
 loss = pplvi.BoltzmannELBO(negative="contrastive", sweeps=5)
 train(lambda v, x: crbm.model(v, given=x), lambda v, x: crbm.guide(v, given=x), (lower, upper), loss)
 test = {"v": test_v[:, 32:], "given": test_v[:, :32]}
-print(pplvi.annealed_importance_sampling(crbm, 20, NUM_BETAS, data=test, num_raise_chains=1, seed=0).log_likelihood)
+print(pplvi.annealed_importance_sampling(crbm, 20, NUM_BETAS, data=test, num_raise_chains=0, seed=0).log_likelihood)
 
 # %%
 x = test_v[:10, :32]
@@ -130,7 +130,7 @@ kinds = {
 for name, kind in kinds.items():
     train(kind.marginal, kind.marginal_guide, (patches[:12000],), pplvi.BoltzmannELBO(num_chains=100, sweeps=1))
     found = pplvi.annealed_importance_sampling(
-        kind, 50, NUM_BETAS, data=patches[12000:14000], num_raise_chains=1, seed=0
+        kind, 50, NUM_BETAS, data=patches[12000:14000], num_raise_chains=0, seed=0
     )
     print(f"{name}: {found.log_likelihood[0]:.2f} +- {found.log_likelihood[1]:.2f} nats; {found}")
 mixing = chain_mixing(kinds["mean and covariance"], 4, 20 if SMOKE else 500, seed=0)
@@ -148,7 +148,7 @@ rings = torch.nn.functional.one_hot((start + torch.arange(length)) % 10, 10).flo
 walk = pplvi.RNNBoltzmannMachine(10, 12, num_state=16)
 train(walk.model, walk.guide, (rings,), pplvi.BoltzmannELBO(negative="contrastive", sweeps=2), lr=1e-2, size=20)
 frames = walk.frames(rings[:20])
-found = pplvi.annealed_importance_sampling(walk.machine, 10, NUM_BETAS, data=frames, num_raise_chains=1, seed=0)
+found = pplvi.annealed_importance_sampling(walk.machine, 10, NUM_BETAS, data=frames, num_raise_chains=0, seed=0)
 print(f"{found.log_likelihood[0]:.2f} nats a frame")
 print(walk.generate(1, length, num_sweeps=20 if SMOKE else 200)[0].int())
 

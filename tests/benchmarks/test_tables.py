@@ -205,17 +205,13 @@ def sparse(run: Command, module: ModuleType) -> None:
 
 def undirected(run: Command, module: ModuleType) -> None:
     """Machines of all kinds learn something, and their likelihoods lie in their intervals."""
-    options = "--tables labels music images --machines conditional RTRBM --frames 20 --betas 4"
-    tables = run(f"{options} --share 0.0005")
+    tables = run("--tables labels music images --machines conditional --frames 20 --betas 4 --share 0.0003")
     assert [row["model"].split(",")[0] for row in tables["labels"]] == ["discriminative", "hybrid"]
     assert all(0 <= row["test error"] <= 1 for row in tables["labels"])
     for row in tables["music"]:
         assert row["low"] < row["test nats"] < row["high"]
         assert row["test nats"] > -88 * math.log(2)
     assert tables["images"][0]["ms an update"] > 0
-    again = run("--tables music --machines RTRBM --frames 20 --betas 4 --share 0.0002")
-    assert len(again["music"]) == 1
-    assert [row["model"] for row in run.written["tables"]["music"]][1:] == ["RTRBM"]  # replaced, not repeated
 
 
 CASES = [

@@ -369,3 +369,12 @@ def test_particles_of_a_conditional_posterior_bound_the_same() -> None:
     machine = conditional()
     found = ImportanceWeightedELBO(3).loss(machine.model, machine.guide, V, given=GIVEN)
     assert found == pytest.approx(machine.free_energy(V, given=GIVEN).sum().item())
+
+
+def test_the_likelihood_goes_without_raise() -> None:
+    machine, data = conditional(), {"v": V, "given": GIVEN}
+    plain = annealed_importance_sampling(machine, 20, 10, data=data, num_raise_chains=0, seed=0)
+    both = annealed_importance_sampling(machine, 20, 10, data=data, num_raise_chains=2, seed=0)
+    assert plain.log_likelihood == both.log_likelihood
+    assert plain.log_likelihood_bound is None
+    assert both.log_likelihood_bound[0] < 0

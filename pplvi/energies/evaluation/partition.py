@@ -98,7 +98,7 @@ def annealed_importance_sampling(
     :param guide: for ``data`` where hidden layers are not independent given the visible one: the guide whose bound
         stands for the likelihood, and from which the chains of RAISE start; mean field unless given. Without it, the
         likelihood of a machine that is small enough to sum out the rest is exact.
-    :param num_raise_chains: chains of each datum for its RAISE bound.
+    :param num_raise_chains: chains of each datum for its RAISE bound; with 0 there is none.
     :param path: ``"geometric"``, or ``"moment_averaged"``: through machines whose mean statistics lie evenly between
         those of the base-rate model and of the machine (Grosse, Maddison & Salakhutdinov 2013).
     :param knots: of the latter: number of machines between, from one to the next of which the path is geometric, and
@@ -132,6 +132,8 @@ def annealed_importance_sampling(
         if machine.visible not in values:
             return found
         likelihood = _log_likelihood(machine, values, log_evidence(log_weights)[0], guide)
+        if not num_raise_chains:
+            return replace(found, log_likelihood=_mean(likelihood))
         bound = _raise(route, chosen, values, num_raise_chains, guide)
     return replace(found, log_likelihood=_mean(likelihood), log_likelihood_bound=_mean(bound))
 
