@@ -12,7 +12,8 @@ import torch
 from pyro.infer import SVI
 from torch import Tensor
 
-from pplvi import BoltzmannELBO, CompiledSVI
+import pplvi
+from pplvi import BoltzmannELBO, CompiledSVI, SparsityPenalty
 from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
@@ -276,3 +277,41 @@ def test_missing_units_are_bounded_by_the_exact_marginal(kind: str) -> None:
     assert (bound > exact - 1.5).all()
     svi = SVI(machine.model, MeanFieldGuide(machine, 2), pyro.optim.SGD({"lr": 0.01}), BoltzmannELBO(negative="exact"))
     assert math.isfinite(svi.step(found.data, mask=mask))
+
+
+def test_missing_real_units_are_bounded_beside_spikes_and_slabs() -> None:
+    found = case("spike and slab")
+    machine, mask = found.machine, torch.tensor([True, False])
+    axis = torch.arange(-9.0, 9.0, 0.05)
+    with torch.no_grad():
+        v = torch.stack(torch.broadcast_tensors(found.data["v"][:, :1], axis), -1)
+        exact = machine.log_marginal({"v": v}).logsumexp(-1) + math.log(0.05)
+        bound = MeanFieldGuide(machine, 30).bound(found.data, mask=mask)
+    assert (bound <= exact + 1e-6).all()
+    assert (bound > exact - 0.5).all()
+    svi = SVI(machine.model, MeanFieldGuide(machine, 2), pyro.optim.SGD({"lr": 0.01}), BoltzmannELBO(5, 1))
+    assert math.isfinite(svi.step(found.data, mask=mask))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_machines_of_all_kinds_are_fitted(kind: str) -> None:
+    found = case(kind)
+    loss = BoltzmannELBO(20, 2, negative="persistent" if found.machine.given is None else "contrastive")
+    before = found.log_prob().mean().item()
+    program = through(found.machine, "marginal" if kind == "third order" else "model")
+    pplvi.fit(*program, args=(found.data,), objective=loss, num_steps=40, learning_rate=0.02, seed=0, progress=False)
+    assert found.log_prob().mean().item() > before + 0.02
+
+
+def test_pooled_units_are_kept_rarely_active() -> None:
+    found = case("pooled")
+    machine = found.machine
+    loss = SparsityPenalty(0.02)
+    svi = SVI(machine.model, machine.guide, pyro.optim.SGD({"lr": 0.2}), loss)
+    losses = [svi.step(found.data["v"]) for _ in range(30)]
+    assert losses[-1] < losses[0]
+    mean = machine.guide.factorised(found.data["v"]).means["h"].mean(0)
+    assert mean.max() < 0.2
+    real = case("Gaussian hidden").machine
+    with pytest.raises(ValueError, match="hidden layers of binary units"):
+        loss.loss(real.model, real.guide, found.data["v"][:, :4])
