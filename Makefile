@@ -13,10 +13,10 @@ QUICK := pplvi/types.py pplvi/weights pplvi/objectives pplvi/programs \
 	tests/weights tests/objectives tests/programs \
 	tests/fitting/test_fit.py::test_equal_to_a_loop_by_hand_to_the_bit
 
-.PHONY: demo test test-all test-quick lint format clean
+.PHONY: demo docs test test-all test-quick fuzz mutants lint format clean
 
 demo: $(STAMP)
-	$(BIN)/python -m pplvi.examples.demo --out out
+	$(BIN)/python -m pplvi.demo --out out
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --durations 20
@@ -25,8 +25,16 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m ""
 
+# Hostile values, 22,000 of them, for every argument of every public name.
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "" tests/project/test_hostile_values.py
+
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not exhaustive" $(QUICK)
+
+# The site in docs/_build/html, tutorials and pages executed; warnings are errors. It needs no network.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --jobs auto -q docs docs/_build/html
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,7 +46,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out docs/_build docs/api/names .pytest_cache .mypy_cache .ruff_cache
 
 # torch goes first and alone, so that no later requirement can pull another (CUDA) build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -46,3 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	touch $(VENV)/.docs

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from pplvi.energies import pretrain as pretrain
     from pplvi.energies import raise_bound as raise_bound
     from pplvi.energies import to_classifier as to_classifier
+    from pplvi.evaluation import compare_densities as compare_densities
+    from pplvi.fitting import Calibration as Calibration
     from pplvi.fitting import Fit as Fit
+    from pplvi.fitting import calibrate as calibrate
     from pplvi.fitting import fit as fit
     from pplvi.fitting import flow_recipe as flow_recipe
     from pplvi.fitting import load as load
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
     from pplvi.kernels import LangevinKernel as LangevinKernel
     from pplvi.kernels import ResidualKernel as ResidualKernel
     from pplvi.losses import ELBO as ELBO
+    from pplvi.losses import BetaELBO as BetaELBO
     from pplvi.losses import ChiELBO as ChiELBO
     from pplvi.losses import FilteringELBO as FilteringELBO
     from pplvi.losses import ForwardKL as ForwardKL
@@ -75,8 +79,21 @@ if TYPE_CHECKING:
     from pplvi.losses import WakeSleep as WakeSleep
     from pplvi.losses import WeightedELBO as WeightedELBO
     from pplvi.models import LISTA as LISTA
+    from pplvi.models import MADE as MADE
+    from pplvi.models import NADE as NADE
+    from pplvi.models import RNADE as RNADE
+    from pplvi.models import Adversarial as Adversarial
     from pplvi.models import BinaryMeanField as BinaryMeanField
     from pplvi.models import BinarySparseCoding as BinarySparseCoding
+    from pplvi.models import DeepLatentGaussian as DeepLatentGaussian
+    from pplvi.models import FactorAnalysis as FactorAnalysis
+    from pplvi.models import FullyVisibleBeliefNetwork as FullyVisibleBeliefNetwork
+    from pplvi.models import GaussianBeliefNetwork as GaussianBeliefNetwork
+    from pplvi.models import Generator as Generator
+    from pplvi.models import MomentMatching as MomentMatching
+    from pplvi.models import OrderlessNADE as OrderlessNADE
+    from pplvi.models import ProbabilisticPCA as ProbabilisticPCA
+    from pplvi.models import SigmoidBeliefNetwork as SigmoidBeliefNetwork
     from pplvi.models import SparseCoding as SparseCoding
     from pplvi.models import learn_binary_coding as learn_binary_coding
     from pplvi.models import learn_dictionary as learn_dictionary
@@ -124,7 +141,10 @@ _HOMES = {
     "pretrain": "energies",
     "raise_bound": "energies",
     "to_classifier": "energies",
+    "Calibration": "fitting",
+    "compare_densities": "evaluation",
     "Fit": "fitting",
+    "calibrate": "fitting",
     "fit": "fitting",
     "flow_recipe": "fitting",
     "load": "fitting",
@@ -154,6 +174,7 @@ _HOMES = {
     "LangevinKernel": "kernels",
     "ResidualKernel": "kernels",
     "ELBO": "losses",
+    "BetaELBO": "losses",
     "ChiELBO": "losses",
     "FilteringELBO": "losses",
     "ForwardKL": "losses",
@@ -171,6 +192,19 @@ _HOMES = {
     "SparseCoding": "models",
     "learn_binary_coding": "models",
     "learn_dictionary": "models",
+    "MADE": "models",
+    "NADE": "models",
+    "RNADE": "models",
+    "Adversarial": "models",
+    "DeepLatentGaussian": "models",
+    "FactorAnalysis": "models",
+    "FullyVisibleBeliefNetwork": "models",
+    "GaussianBeliefNetwork": "models",
+    "Generator": "models",
+    "MomentMatching": "models",
+    "OrderlessNADE": "models",
+    "ProbabilisticPCA": "models",
+    "SigmoidBeliefNetwork": "models",
     "Posterior": "posterior",
     "Verdict": "posterior",
     "compare": "posterior",

@@ -1,11 +1,16 @@
 """The names of what goes around: programs, their arguments and their values. Each is said once, here."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from torch import Tensor
 
-Program: TypeAlias = Callable[..., Any]
+from pplvi.kinds.kinds import Condition
+
+Program: TypeAlias = Annotated[
+    Callable[..., Any],
+    Condition("a Pyro program, that is a callable with pyro.sample statements", lambda x: not isinstance(x, type)),
+]
 """A model or a guide: a function or a module with Pyro's sample statements."""
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]

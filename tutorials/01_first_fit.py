@@ -94,11 +94,14 @@ figure.savefig(OUT / "first_fit_objective_and_weights.png")
 
 # %%
 data = flow.to_arviz(coords={"school": SCHOOLS})
-print(list(data.groups()))
+print(list(data))
 print(az.summary(data, var_names=["mu", "tau", "theta"], round_to=2).to_string())
 
 # %%
-az.plot_ppc(data, num_pp_samples=20, random_seed=0)
+if hasattr(az, "plot_ppc_dist"):  # ArviZ 1.x
+    az.plot_ppc_dist(data, num_samples=20)
+else:
+    az.plot_ppc(data, num_pp_samples=20, random_seed=0)
 plt.gcf().savefig(OUT / "first_fit_predictions.png")
 
 # %% [markdown]

@@ -161,7 +161,7 @@ posterior = Posterior(StateSpace(Volatility()), guide, (ys,), num_draws=NUM_DRAW
 log_z, error = posterior.log_evidence
 print(f"log Z {log_z:.2f} +- {error:.2f}, Pareto k-hat {posterior.pareto_k:.2f}, {posterior.ess:.0f} effective draws")
 data = pplvi.to_arviz(posterior)
-print(list(data.groups()))
+print(list(data))
 
 paths = posterior.resample()
 z = torch.stack([paths[name] for name in ["z", *(f"z_{t}" for t in range(1, NUM_TIMES + 1))]], -1)

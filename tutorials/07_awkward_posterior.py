@@ -120,7 +120,10 @@ figure.savefig(OUT / "awkward_funnels.png")
 
 # %%
 data = {name: result.to_arviz() for name, result in fits.items()}
-az.plot_forest(list(data.values()), model_names=list(data), var_names=["mu", "tau"], combined=True)
+if hasattr(az, "plot_ppc_dist"):  # ArviZ 1.x, which takes them by name
+    az.plot_forest(data, var_names=["mu", "tau"], combined=True)
+else:
+    az.plot_forest(list(data.values()), model_names=list(data), var_names=["mu", "tau"], combined=True)
 plt.savefig(OUT / "awkward_forest.png")
 
 # %% [markdown]

@@ -8,7 +8,7 @@ Counts, rates and bias corrections are kept in float64, as torch keeps them in P
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from pyro.optim.adagrad_rmsprop import AdagradRMSProp
 from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor
 from torch.optim import Optimizer
+
+from pplvi.kinds.checked import checked
 
 Hyper = Mapping[str, Any]
 State = tuple[Tensor, ...]
@@ -198,6 +200,23 @@ _RULES: dict[type, tuple[Callable[..., Any], int]] = {
 }
 
 
+class Exchange:
+    """What becomes of loss and gradient before the clip: they stay as they are.
+
+    :ivar key: equal where the same recorded program will do.
+
+    >>> Exchange()(torch.tensor(1.0), torch.zeros(2))
+    (tensor(1.), tensor([0., 0.]))
+    """
+
+    key: Hashable = None
+
+    def __call__(self, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the gradient, along the flat parameters, that the step goes on with."""
+        return loss, gradient
+
+
+@checked
 class FlatParameters:
     """The parameters of a model and guide as one flat vector that shares their memory.
 

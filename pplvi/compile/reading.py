@@ -169,13 +169,13 @@ class Programs:
     def __bool__(self) -> bool:
         return bool(self._made)
 
-    def find(self, arguments: Arguments, stacks: int | None, make: Callable[[int], Variant]) -> Variant:
+    def find(self, arguments: Arguments, kind: Hashable, make: Callable[[int], Variant]) -> Variant:
         """The program for such arguments.
 
-        :param stacks: how many of its arguments are stacked; ``None`` for a program of one step.
+        :param kind: what else tells programs apart, such as how many of their arguments are stacked.
         :param make: makes one, given how many there are for other values.
         """
-        variants = self._made.setdefault((arguments.key, stacks), [])
+        variants = self._made.setdefault((arguments.key, kind), [])
         for variant in variants:
             if variant.guard.holds(arguments.tensors):
                 return variant

@@ -20,6 +20,7 @@ from torch import Tensor
 from pplvi.compile import backends
 from pplvi.compile.flat_optimizers import (
     Clip,
+    Exchange,
     FlatParameters,
     FlatUpdate,
     OptimFactory,
@@ -29,6 +30,8 @@ from pplvi.compile.flat_optimizers import (
 )
 from pplvi.compile.reading import Guard, Programs, Variant
 from pplvi.compile.tracing import Traced, Untraceable, check_variants, record, unchanged
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.losses.elbo import own_loss
 from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, in_runs, stacked, to_call
 from pplvi.programs.errors import warn
@@ -43,6 +46,7 @@ CompileMode = Literal["trace", "max", "auto"] | bool
 MODES = (False, "trace", True, "max", "auto")
 
 
+@checked
 class CompiledSVI:
     r"""Pyro's ``SVI`` with a step that is traced once and compiled.
 
@@ -66,14 +70,14 @@ class CompiledSVI:
     :param last_batch: what to do with a batch that is shorter than the first: ``"compile"`` a second program for it,
         ``"drop"`` it, or ``"pad"`` it with its own first elements, which count twice in that step.
     :param chunk: steps in one call of a ``"max"`` program.
+    :param exchange: of loss and gradient with other processes, before the clip.
     :raises ValueError: for an optimiser, loss or option that is not one of these; at the first step, for programs that
         cannot be traced, with the site and the reason, and without a compiler. Parameters are as they were then.
 
     A new graph is recorded for every new shape, dtype, or value of an argument that is no tensor, and for new values
     of what the programs read of tensor arguments, such as ``int(lengths.max())``. Python code runs only while
-    recording: counters and closures of a program keep the values that they had. Parameters share the memory of one
-    vector, so that the parameter store, ``guide.median`` and ``Predictive`` see every step. Compiled programs for the
-    CPU stay in inductor's folder (``TORCHINDUCTOR_CACHE_DIR``), where other processes find them by their graph.
+    recording: counters and closures keep the values that they had. Parameters share the memory of one vector:
+    ``guide.median`` and ``Predictive`` see every step. What is compiled for the CPU is in ``TORCHINDUCTOR_CACHE_DIR``.
 
     Source: Ranganath, Gerrish & Blei (2014), "Black box variational inference", for the step.
 
@@ -100,11 +104,12 @@ class CompiledSVI:
         schedule: Callable[[int], float] | None = None,
         clip: Clip = None,
         last_batch: LastBatch = "compile",
-        chunk: int = 100,
+        chunk: Count = 100,
+        exchange: Exchange | None = None,
     ) -> None:
-        _check_options(mode, schedule, last_batch, chunk)
+        _check_options(mode, last_batch)
         self.model, self.guide, self.optim, self.mode = model, guide, optim, mode
-        self.loss = own_loss(loss)
+        self.loss, self.exchange = own_loss(loss), exchange or Exchange()
         self.schedule, self.clip, self.last_batch, self.chunk = schedule, clip, last_batch, chunk
         self.parameters: FlatParameters | None = None
         self.state: State = ()
@@ -258,10 +263,10 @@ class CompiledSVI:
             args, kwargs = arguments.call(tensors)
             with torch.enable_grad():
                 loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                gradient = parameters.gradient(loss)
+                loss, gradient = self.exchange(loss.detach(), parameters.gradient(loss))
             with torch.no_grad():
                 new, new_state = update(flat, gradient, tuple(state), rate)
-            return new, *new_state, loss.detach()
+            return new, *new_state, loss
 
         return step
 
@@ -313,7 +318,8 @@ class CompiledSVI:
         def make(others: int) -> Variant:
             return cast(Variant, self.settled(lambda: self._make(arguments, loop, others)))
 
-        return self._programs.find(arguments, None if loop is None else loop[0], make)
+        kind = None if loop is None else loop[0], self.exchange.key
+        return self._programs.find(arguments, kind, make)
 
     def settled(self, make: Callable[[], Any]) -> Any:
         """What this makes; in mode ``"auto"`` with the first mode that it can be made in, and a warning for another."""
@@ -387,11 +393,7 @@ class CompiledSVI:
         return buffers_of(model=self.model, guide=self.guide, loss=self.loss)
 
 
-def _check_options(mode: Any, schedule: Any, last_batch: Any, chunk: Any) -> None:
+def _check_options(mode: Any, last_batch: Any) -> None:
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {MODES}.")
     check_last_batch(last_batch)
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk={chunk!r}: expected a whole number of steps, at least 1.")
-    if schedule is not None and not callable(schedule):
-        raise ValueError(f"schedule={schedule!r}: expected a function from the step to a factor, such as Cosine.")

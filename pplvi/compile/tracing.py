@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from pplvi.compile.reading import MANY, Guard
 from pplvi.compile.watching import Refusal, Varying, VaryingCalls, Writes, written_by
+from pplvi.kinds.checked import checked
 from pplvi.programs.handlers import last_site
 
 aten = torch.ops.aten
@@ -59,6 +60,7 @@ class Traced:
     guard: Guard = field(default_factory=Guard)
 
 
+@checked
 def record(
     step: Callable[..., tuple[Tensor, ...]],
     inputs: Sequence[Tensor],

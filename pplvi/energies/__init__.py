@@ -1,4 +1,4 @@
-"""Undirected models: machines, their posteriors, training and judging. Imports ``fitting`` and what stands below."""
+"""Undirected models, their posteriors and training. Imports ``fitting``, ``evaluation`` and what stands below."""
 
 from pplvi.energies import evaluation, learning, machines, posteriors
 from pplvi.energies.evaluation import *

@@ -3,12 +3,17 @@
 `load(name)` gives an `Example` with `model`, `args`, and `coords` and `dims` for ArviZ.
 """
 
-from pplvi.examples import diabetes, eight_schools, grunfeld
+from pplvi.examples import bioassay, diabetes, eight_schools, grunfeld
 from pplvi.examples.example import Example
 
-LOADERS = {"eight_schools": eight_schools.load, "diabetes": diabetes.load, "grunfeld": grunfeld.load}
+LOADERS = {
+    "eight_schools": eight_schools.load,
+    "bioassay": bioassay.load,
+    "grunfeld": grunfeld.load,
+    "diabetes": diabetes.load,
+}
 
-__all__ = ["LOADERS", "Example", "diabetes", "eight_schools", "grunfeld", "load"]
+__all__ = ["LOADERS", "Example", "bioassay", "diabetes", "eight_schools", "grunfeld", "load"]
 
 
 def load(name: str) -> Example:

@@ -1,7 +1,8 @@
-"""The main job on three real data sets: three guides, three objectives and NUTS as the reference.
+"""The main job on four real data sets: ``fit(model, "auto")``, with NUTS as the reference.
 
-``python -m pplvi.examples.demo --out out`` fits the models of :mod:`pplvi.examples`, prints a table, and writes plots
-(PNG) and ArviZ data (NetCDF). The runs are independent, so they share the cores as processes of one thread each.
+``python -m pplvi.demo --out out`` fits the models of :mod:`pplvi.examples`, prints a table, and writes a page with
+pictures (HTML, PNG), reports and ArviZ data (NetCDF). The runs are independent, so they share the cores as processes of
+one thread each.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,153 +27,131 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer import NUTS
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
 from pplvi.fitting import Fit, fit
-from pplvi.guides import AutoFlow
-from pplvi.losses.elbo import ELBO, ImportanceWeightedELBO, RenyiELBO
-from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
-
-REFERENCE = "NUTS"
-SHOWN = ("AutoFlow", "ImportanceWeightedELBO")  # the run of which report, plots and data are written
-NUM_PARTICLES = 4
+from pplvi.posterior.plots import plot_against_reference, plot_weights
 
 # Compiled by Pyro's own tracer, and with a full mass matrix, because the posteriors are correlated.
 KERNEL = partial(NUTS, jit_compile=True, ignore_jit_warnings=True, full_mass=True)
-GUIDES: dict[str, Callable[..., Any]] = {
-    "AutoFlow": partial(AutoFlow, transforms=2, hidden_features=(32, 32)),
-    "AutoMultivariateNormal": AutoMultivariateNormal,
-    "AutoNormal": AutoNormal,
-}
-OBJECTIVES: dict[str, Callable[[], Any]] = {
-    "ELBO": partial(ELBO, num_particles=NUM_PARTICLES),
-    "ImportanceWeightedELBO": partial(ImportanceWeightedELBO, num_particles=NUM_PARTICLES),
-    "RenyiELBO": partial(RenyiELBO, alpha=0.5, num_particles=NUM_PARTICLES),
-}
-HEADER = ("guide", "objective", "ELBO", "k-hat", "ESS", "log evidence", "mean err", "sd err", "seconds")
-ROW = "{:<23}{:<23}{:>8}{:>7}{:>6}{:>17}{:>13}{:>13}{:>9}"
+CHAINS = 2
+ALGORITHMS = ("NUTS", "auto")
+REFERENCE, SHOWN = ALGORITHMS
+HEADER = ("fit", "guide", "k-hat", "ESS", "log evidence", "mean err", "sd err", "seconds", "verdict")
+ROW = "{:<6}{:<24}{:>6}{:>7}{:>17}{:>10}{:>8}{:>9}  {}"
 LEGEND = (
-    "ELBO and log evidence in nats, ESS in draws. Errors of the mean and of the standard deviation: the largest over\n"
-    "all latents, in standard deviations under NUTS, of the guide's own draws / after Pareto-smoothed weighting.\n"
-    "In the row of NUTS, the smallest bulk ESS and the largest Monte Carlo errors of that run itself."
+    "Seconds of a processor, up to the verdict. Log evidence in nats, ESS in draws. Errors of the mean and of the\n"
+    "standard deviation: the largest over all latents, in standard deviations under NUTS; in the row of NUTS the\n"
+    "Monte Carlo error of that run itself."
 )
-_NO_NUMBERS = ("",) * 4
+STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+    "td,th{padding:.2em .8em;text-align:right}td:first-child,th:first-child{text-align:left}"
+    "tr{border-bottom:1px solid #ddd}"
+    "img{max-width:100%}pre{overflow-x:auto;background:#f6f6f6;padding:1em}"
+)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, by names: an example with a guide and an objective, or with NUTS and none."""
+    """One run, by names: an example with an algorithm."""
 
     example: str
-    guide: str
-    objective: str
-    num_steps: int
+    algorithm: str
     num_draws: int
     out: Path
 
     @property
     def stem(self) -> str:
         """How the names of this run's files begin."""
-        return str(self.out / "-".join(part for part in (self.example, self.guide, self.objective) if part))
+        return str(self.out / f"{self.example}-{self.algorithm}")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: latent draws, each ``(num_draws, *shape)``, and the cells of its row.
+    """What a run leaves: latent draws that all count alike, each ``(num_draws, *shape)``, and the cells of its row.
 
-    ``draws`` are the guide's own, ``weighted`` the same resampled by their Pareto-smoothed weights. A run that failed
-    has neither, and says why.
+    A run that failed has none, and says why.
     """
 
     job: Job
     draws: dict[str, Tensor]
-    weighted: dict[str, Tensor]
     seconds: float
-    quality: tuple[str, ...]
+    cells: tuple[str, ...] = ("",) * 4
     noise: tuple[float, float] = (0.0, 0.0)
+    verdict: str = ""
     failure: str = ""
 
 
-def plan(examples: Sequence[str], num_steps: int, num_draws: int, out: Path) -> list[Job]:
+def plan(examples: Sequence[str], num_draws: int, out: Path) -> list[Job]:
     """All runs, the long ones first so that the cores end together.
 
-    >>> jobs = plan(["eight_schools"], 100, 100, Path("out"))
-    >>> len(jobs), jobs[0].guide, jobs[1].stem
-    (10, 'NUTS', 'out/eight_schools-AutoFlow-ELBO')
+    >>> [job.stem for job in plan(["eight_schools"], 100, Path("out"))]
+    ['out/eight_schools-NUTS', 'out/eight_schools-auto']
     """
-    pairs = [(REFERENCE, ""), *((guide, objective) for guide in GUIDES for objective in OBJECTIVES)]
-    return [Job(example, *pair, num_steps, num_draws, out) for pair in pairs for example in examples]
+    return [Job(example, algorithm, num_draws, out) for algorithm in ALGORITHMS for example in examples]
 
 
 def run(job: Job) -> Outcome:
     """Do one run, in whatever process; its error is its outcome."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
-        return sample(job) if job.guide == REFERENCE else approximate(job)
+        return sample(job) if job.algorithm == REFERENCE else approximate(job)
     except Exception as error:  # whatever it is, the other runs go on
-        return failed(job, f"{type(error).__name__}: {error}", time.perf_counter() - start)
+        return failed(job, f"{type(error).__name__}: {error}", time.process_time() - start)
 
 
 def failed(job: Job, why: str, seconds: float = math.nan) -> Outcome:
     """The outcome of a run that has none."""
-    return Outcome(job, {}, {}, seconds, _NO_NUMBERS, failure=" ".join(why.split()))
+    return Outcome(job, {}, seconds, failure=" ".join(why.split()))
 
 
 def sample(job: Job) -> Outcome:
-    """Run NUTS, write its ArviZ data, and say how exact a reference it is."""
+    """Run NUTS, and say how exact a reference it is."""
     import arviz as az
 
-    example = load(job.example)
+    example, start = load(job.example), time.process_time()
     result = fit(
         example.model,
         KERNEL,
-        num_warmup=job.num_draws // 2,
         args=example.args,
-        num_steps=job.num_draws,
+        num_warmup=job.num_draws // 3,
+        num_steps=job.num_draws // CHAINS,
+        restarts=CHAINS,
         seed=0,
         progress=False,
     )
-    data = result.to_arviz(coords=example.coords, dims=example.dims)
-    data.to_netcdf(f"{job.stem}.nc")
+    verdict, seconds = result.verdict.word, time.process_time() - start
+    data = show(job, example, result)
     draws = result.posterior().draws.latents
     summary = az.summary(data, var_names=list(draws), round_to="none")
     mean, spread = (float((summary[name] / summary["sd"]).max()) for name in ("mcse_mean", "mcse_sd"))
-    return Outcome(job, draws, draws, result.seconds, ("", "", f"{summary['ess_bulk'].min():.0f}", ""), (mean, spread))
+    return Outcome(job, draws, seconds, ("NUTS", "", f"{summary['ess_bulk'].min():.0f}", ""), (mean, spread), verdict)
 
 
 def approximate(job: Job) -> Outcome:
-    """Train a guide and weigh its draws; for the run that is shown, write report, plots and data too."""
-    example = load(job.example)
-    result = fit(
-        example.model,
-        GUIDES[job.guide],
-        args=example.args,
-        objective=OBJECTIVES[job.objective](),
-        learning_rate=0.03,
-        num_steps=job.num_steps,
-        seed=0,
-        progress=False,
-    )
-    posterior = result.posterior(job.num_draws)
-    if (job.guide, job.objective) == SHOWN:
-        show(job, example, result)
-    evidence = posterior.total_log_evidence
-    cells = (posterior.elbo.value, posterior.pareto_k.item(), posterior.ess.item(), evidence.value, evidence.error)
-    quality = "{:.2f}|{:.2f}|{:.0f}|{:.2f} +- {:.2f}".format(*cells)
-    weighted = posterior.resample(seed=0)
-    return Outcome(job, posterior.draws.latents, weighted, result.seconds, tuple(quality.split("|")))
-
-
-def show(job: Job, example: Example, result: Fit) -> None:
-    """Write what a fit has to say: its report, its ArviZ data and its plots."""
-    Path(f"{job.stem}.txt").write_text(result.summary() + "\n", encoding="utf-8")
-    result.to_arviz(coords=example.coords, dims=example.dims).to_netcdf(f"{job.stem}.nc")
-    save_figure(plot_objective(result), f"{job.stem}-objective.png")
+    """Let ``"auto"`` find a guide; its draws are resampled by their weights."""
+    example, start = load(job.example), time.process_time()
+    result = fit(example.model, "auto", args=example.args, seed=0, progress=False)
+    posterior, verdict = result.posteriors[result.best], result.verdict.word
+    seconds, evidence = time.process_time() - start, posterior.total_log_evidence
+    numbers = (posterior.pareto_k.max().item(), posterior.ess.min().item(), evidence.value, evidence.error)
+    cells = "{:.2f}|{:.0f}|{:.2f} +- {:.2f}".format(*numbers).split("|")
+    show(job, example, result)
     save_figure(plot_weights(result), f"{job.stem}-weights.png")
+    draws = posterior.resample(job.num_draws, seed=0)
+    return Outcome(job, draws, seconds, (result.guide_name, *cells), verdict=verdict)
+
+
+def show(job: Job, example: Example, result: Fit) -> Any:
+    """Write what a fit has to say, its report and its ArviZ data, and return the latter."""
+    Path(f"{job.stem}.txt").write_text(result.summary() + "\n", encoding="utf-8")
+    data = result.to_arviz(coords=example.coords, dims=example.dims, num_prior=100)
+    data.to_netcdf(f"{job.stem}.nc")
+    return data
 
 
 def save_figure(axes: Any, path: str) -> None:
@@ -179,7 +159,7 @@ def save_figure(axes: Any, path: str) -> None:
     from matplotlib import pyplot
 
     figure = np.ravel(axes)[0].figure
-    figure.savefig(path, dpi=80, bbox_inches="tight")
+    figure.savefig(path, dpi=60, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -230,75 +210,100 @@ def _import_arviz_once() -> None:
         import_module("arviz")
 
 
-def table(outcomes: Iterable[Outcome]) -> str:
-    """A block of rows for each example, in the order of the plan."""
-    rows = {(outcome.job.example, outcome.job.guide, outcome.job.objective): outcome for outcome in outcomes}
+def rows_of(outcomes: Iterable[Outcome]) -> dict[str, list[tuple[str, ...]]]:
+    """The cells of the table, a list of rows for each example, in the order of the plan."""
+    found = {(outcome.job.example, outcome.job.algorithm): outcome for outcome in outcomes}
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for (example, _), outcome in found.items():
+        rows.setdefault(example, []).append(row(outcome, found[example, REFERENCE]))
+    return rows
+
+
+def row(outcome: Outcome, reference: Outcome) -> tuple[str, ...]:
+    """The cells of one run."""
+    if outcome.failure:
+        return (outcome.job.algorithm, *("",) * 7, f"failed: {outcome.failure}")
+    pair: tuple[str, ...] = ("", "")
+    if outcome is reference:
+        pair = tuple(f"({noise:.2f})" for noise in outcome.noise)
+    elif reference.draws:
+        pair = tuple(f"{error:.2f}" for error in errors(outcome.draws, reference.draws))
+    return (outcome.job.algorithm, *outcome.cells, *pair, f"{outcome.seconds:.1f}", outcome.verdict)
+
+
+def table(rows: dict[str, list[tuple[str, ...]]]) -> str:
+    """A block of lines for each example."""
     lines: list[str] = []
-    for example in dict.fromkeys(key[0] for key in rows):
-        reference = rows[example, REFERENCE, ""]
-        lines += ["", example, ROW.format(*HEADER)]
-        lines += [row(outcome, reference) for key, outcome in rows.items() if key[0] == example]
+    for example, cells in rows.items():
+        lines += ["", example, *(ROW.format(*each).rstrip() for each in (HEADER, *cells))]
     return "\n".join([*lines, "", LEGEND])
 
 
+def page(outcomes: Sequence[Outcome]) -> str:
+    """The same as HTML, with the pictures and the words of every fit."""
+    body = ["<h1>pplvi</h1>", f"<p>{escape(LEGEND)}</p>"]
+    for example, cells in rows_of(outcomes).items():
+        body.append(
+            f"<h2>{escape(example)}</h2><table>{_line('th', HEADER)}{''.join(_line('td', c) for c in cells)}</table>"
+        )
+        for outcome in (each for each in outcomes if each.job.example == example):
+            stem = Path(outcome.job.stem)
+            body += [
+                f'<p><img src="{picture.name}" alt="{escape(picture.stem)}"></p>'
+                for picture in sorted(stem.parent.glob(f"{stem.name}-*.png"))
+            ]
+            if (words := stem.with_name(f"{stem.name}.txt")).exists():
+                body.append(f"<h3>{escape(stem.name)}</h3><pre>{escape(words.read_text(encoding='utf-8'))}</pre>")
+    head = f'<meta charset="utf-8"><title>pplvi</title><style>{STYLE}</style>'
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
 def plot_all(outcomes: Iterable[Outcome]) -> None:
-    """The weighted draws of every run that is shown, on top of those of NUTS."""
-    rows = {(outcome.job.example, outcome.job.guide, outcome.job.objective): outcome for outcome in outcomes}
-    for (example, *names), outcome in rows.items():
-        if tuple(names) == SHOWN:
-            reference = rows[example, REFERENCE, ""].draws
-            if not (outcome.draws and reference):
-                continue
-            axes = plot_against_reference(outcome.weighted, reference, labels=[SHOWN[0], REFERENCE])
+    """The draws of ``"auto"`` on top of those of NUTS."""
+    found = {(outcome.job.example, outcome.job.algorithm): outcome for outcome in outcomes}
+    for (example, algorithm), outcome in found.items():
+        reference = found[example, REFERENCE].draws
+        if algorithm == SHOWN and outcome.draws and reference:
+            axes = plot_against_reference(outcome.draws, reference, labels=ALGORITHMS[::-1])
             save_figure(axes, f"{outcome.job.stem}-against-{REFERENCE}.png")
 
 
-def row(outcome: Outcome, reference: Outcome) -> str:
-    """One line of the table."""
-    if outcome.failure:
-        return f"{outcome.job.guide:<23}{outcome.job.objective:<23}failed: {outcome.failure}"
-    if not reference.draws:
-        return ROW.format(outcome.job.guide, outcome.job.objective, *outcome.quality, "", "", f"{outcome.seconds:.1f}")
-    raw, weighted = (errors(draws, reference.draws) for draws in (outcome.draws, outcome.weighted))
-    pairs = [f"({noise:.2f})" for noise in outcome.noise]
-    if outcome is not reference:
-        pairs = [f"{before:.2f} / {after:.2f}" for before, after in zip(raw, weighted, strict=True)]
-    names = outcome.job.guide, outcome.job.objective
-    return ROW.format(*names, *outcome.quality, *pairs, f"{outcome.seconds:.1f}")
-
-
-def demo(examples: Sequence[str], num_steps: int, num_draws: int, processes: int, out: Path) -> str:
-    """Do all runs behind a progress bar, and return the table."""
+def demo(examples: Sequence[str], num_draws: int, processes: int, out: Path) -> str:
+    """Do all runs behind a progress bar, write the page, and return the table."""
     from tqdm.auto import tqdm
 
     out.mkdir(parents=True, exist_ok=True)
-    jobs = plan(examples, num_steps, num_draws, out)
+    jobs = plan(examples, num_draws, out)
     with tqdm(total=len(jobs), desc="runs", unit="run") as bar:
         outcomes: dict[Job, Outcome] = {}
         for outcome in run_all(jobs, processes):
             outcomes[outcome.job] = outcome
-            bar.set_postfix_str(" ".join((outcome.job.example, outcome.job.guide, outcome.job.objective)))
+            bar.set_postfix_str(f"{outcome.job.example} {outcome.job.algorithm}")
             bar.update()
-    plot_all(outcomes.values())
-    return table(outcomes[job] for job in jobs)
+    done = [outcomes[job] for job in jobs]
+    plot_all(done)
+    text = table(rows_of(done))
+    (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    (out / "index.html").write_text(page(done), encoding="utf-8")
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: ``python -m pplvi.examples.demo --help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pplvi.examples.demo", description="Three guides, three objectives, NUTS."
-    )
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for table, plots and data")
+    """The command line: ``python -m pplvi.demo --help``."""
+    parser = argparse.ArgumentParser(prog="python -m pplvi.demo", description='"auto" and NUTS on four models.')
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the page, pictures and data")
     parser.add_argument("--examples", nargs="+", default=list(LOADERS), choices=list(LOADERS))
-    parser.add_argument("--steps", type=int, default=800, help="most training steps of a guide")
-    parser.add_argument("--draws", type=int, default=1000, help="draws of a posterior, and of NUTS after warm-up")
+    parser.add_argument("--draws", type=int, default=1000, help="draws that are compared, and of NUTS after warm-up")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)
     start = time.perf_counter()
-    text = demo(options.examples, options.steps, options.draws, options.processes, options.out)
-    (options.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+    text = demo(options.examples, options.draws, options.processes, options.out)
     seconds = f"{time.perf_counter() - start:.0f} s"
-    print(f"{text}\n\n{seconds}; the table, plots (PNG), reports and ArviZ data (NetCDF) are in {options.out}")
+    print(f"{text}\n\n{seconds}; the same with pictures: {options.out / 'index.html'}, beside reports and ArviZ data")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What an example is: a Pyro model, the arguments that carry its data, and names for the elements of its plates."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from pplvi.types import Program
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Example:
     """
 
     name: str
-    model: Callable[..., Any]
+    model: Program
     args: tuple[Tensor, ...]
     coords: dict[str, list[Any]] = field(default_factory=dict)
     dims: dict[str, list[str]] = field(default_factory=dict)

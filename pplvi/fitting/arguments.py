@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from math import inf
 from typing import Any
 
 import pyro.infer
@@ -16,6 +15,7 @@ import torch
 from pyro.infer.elbo import ELBO as PyroELBO
 
 from pplvi.fitting.clock import Clock, Timing
+from pplvi.kinds.kinds import is_number, is_whole
 from pplvi.losses.base import Loss
 from pplvi.programs.calls import check_counts, to_call
 from pplvi.programs.handlers import sized
@@ -90,7 +90,7 @@ def optimizer_of(optim: OptimLike, learning_rate: float | None) -> OptimLike:
             f"learning_rate={learning_rate!r} beside optim=: expected one of them, since an optimiser has a learning "
             "rate of its own. Leave optim= out for Adam."
         )
-    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)) or not 0 < learning_rate < inf:
+    if not (is_number(learning_rate) and 0 < learning_rate < torch.finfo(torch.float32).max):
         raise ValueError(f"learning_rate={learning_rate!r}: expected a positive number, such as 0.01.")
     return partial(torch.optim.Adam, lr=float(learning_rate))
 
@@ -209,7 +209,7 @@ def check_seed(seed: Any, restarts: int) -> None:
     """
     if seed is None:
         return
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= 2**32 - restarts:
+    if not (is_whole(seed) and 0 <= seed <= 2**32 - restarts):
         raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 2**32 - restarts, or None.")
 
 
@@ -231,5 +231,5 @@ def check_budget(budget: Any) -> None:
     """
     if budget is None or isinstance(budget, (Clock, Timing)):
         return
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+    if not (is_number(budget) and budget > 0):
         raise ValueError(f"budget={budget!r}: expected a positive number of seconds, or the timing of a fit.")

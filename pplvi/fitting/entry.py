@@ -30,10 +30,12 @@ from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
-from pplvi.fitting.options import Checkpoint, Compile, Minibatches
+from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
 from pplvi.fitting.starts import SearchedStart, check_init
+from pplvi.kinds.checked import check_values
+from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.losses.elbo import ELBO, own_loss
 from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
@@ -74,15 +76,15 @@ def fit(
     data: Iterable[Any] | Minibatches | None = None,
     objective: Any = None,
     optim: OptimLike = None,
-    learning_rate: float | None = None,
+    learning_rate: Positive | None = None,
     schedule: str | Schedule | None = "cosine",
     clip: str | float | None = "adaptive",
     init: Any = None,
-    num_steps: int | None = None,
-    num_warmup: int | None = None,
-    budget: float | Timing | None = None,
-    restarts: int = 1,
-    seed: int | None = None,
+    num_steps: Count | None = None,
+    num_warmup: Count | None = None,
+    budget: Positive | Timing | None = None,
+    restarts: Count = 1,
+    seed: Seed | None = None,
     compile: CompileMode | Compile = False,
     stop: Plateau | Literal["auto"] | None = "auto",
     monitor: Any = None,
@@ -93,6 +95,7 @@ def fit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     vectorize: Vectorize = None,
+    parallel: DataParallel | Literal["none"] | None = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -165,6 +168,8 @@ def fit(
     :param vectorize: the way of running several particles and draws: ``"broadcast"``, as one more dimension on the left
         of all tensors; ``"vmap"``, carried by ``torch.func.vmap``; ``"loop"`` (``False``), one after another. The
         fastest that is right for the programs is found by trying unless one is named.
+    :param parallel: under ``torchrun``, or in a process group that was made before, the ranks train together on shares
+        of the data: ``None``, or a :class:`pplvi.fitting.DataParallel`. ``"none"``: each by itself.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
     :raises ValueError: for arguments of a wrong kind or that contradict each other, programs that do not fit together,
@@ -190,8 +195,12 @@ def fit(
     environment = Environment(dtype, device)
     check_numbers(num_steps=num_steps, num_warmup=num_warmup, restarts=restarts)
     check_budget(budget)
+    check_values(bool, progress=progress)
+    check_values(CompileMode | Compile, compile=compile)
+    check_values(Sequence[Callable[..., Any]], callbacks=callbacks)
     check_seed(seed, restarts)
     ways.named(vectorize)
+    ranks = DataParallel.of(parallel)
     if data is None:
         call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
@@ -218,7 +227,7 @@ def fit(
         )
         same = {"num_steps": num_steps, "restarts": restarts, "seed": seed, "callbacks": callbacks}
         return maximise_likelihood(model, guide, call, environment, progress=progress, **same, **kept)
-    if data is None:
+    if data is None and not getattr(objective, "compares_draws", False):
         warn_of_no_data(model, *call, environment)
     if settings is not None:
         refuse({**unused, "init": None, "num_warmup": num_warmup}, "SMC", "init, num_steps, budget, ")
@@ -270,6 +279,8 @@ def fit(
         },
         start=SearchedStart(init, compiled.mode),
     )
+    if ranks is not None:
+        plan = ranks.applied(plan)
     runs = train_restarts(plan)
     best = best_of(runs, bound)
     recipe.adopt(runs[best])

@@ -112,7 +112,9 @@ def _call(
         if facts["data"] is None:
             raise ValueError(f"{fspath(path)!r} holds no data (data=False): expected args= (or kwargs=) with them.")
         args, kwargs = facts["data"]
-    return checked_inputs(model, *checked_call(args or (), kwargs, "load(path, model, args=(x, y))"), environment)
+    return checked_inputs(
+        model, *checked_call(() if args is None else args, kwargs, "load(path, model, args=(x, y))"), environment
+    )
 
 
 class _Loaded:

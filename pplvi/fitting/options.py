@@ -6,13 +6,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pplvi.compile.svi import MODES, CompileMode
-from pplvi.fitting.arguments import check_numbers
+from pplvi.compile.svi import CompileMode
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.programs.calls import LastBatch, check_last_batch
 from pplvi.training.checkpoint import PathLike
+from pplvi.training.parallel.distributing import distributed
+from pplvi.training.parallel.ranks import ProcessGroup, join
+from pplvi.training.plan import TrainingPlan
 from pplvi.training.steps import CompiledSteps, EagerSteps, Steps
 
 
+@checked
 @dataclass(frozen=True)
 class Minibatches:
     """Data of ``fit`` whose last batch may be shorter; the iterable itself for short.
@@ -27,7 +32,7 @@ class Minibatches:
     'drop'
     """
 
-    data: Iterable[Any]
+    data: Iterable[Any] | None
     last_batch: LastBatch = "compile"
 
     def __post_init__(self) -> None:
@@ -39,6 +44,7 @@ class Minibatches:
         return data if isinstance(data, cls) else cls(data)
 
 
+@checked
 @dataclass(frozen=True)
 class Compile:
     """How ``fit`` compiles its steps; the mode for short.
@@ -54,12 +60,9 @@ class Compile:
     """
 
     mode: CompileMode = True
-    chunk: int = 50
+    chunk: Count = 50
 
     def __post_init__(self) -> None:
-        check_numbers(chunk=self.chunk)
-        if self.mode not in MODES:
-            raise ValueError(f"compile={self.mode!r}: expected one of {MODES}.")
         if self.chunk > 50:
             raise ValueError(f"chunk={self.chunk}: expected at most 50, after which the loop looks at the losses.")
 
@@ -82,6 +85,7 @@ class Compile:
         return CompiledSteps(*options, mode=self.mode, chunk=self.chunk)
 
 
+@checked
 @dataclass(frozen=True)
 class Checkpoint:
     """A file that ``fit`` writes now and then, and at the end of every restart; its path for short.
@@ -95,12 +99,58 @@ class Checkpoint:
     """
 
     path: PathLike
-    every: int = 500
-
-    def __post_init__(self) -> None:
-        check_numbers(every=self.every)
+    every: Count = 500
 
     @classmethod
     def of(cls, checkpoint: Any) -> Checkpoint | None:
         """The path alone, or the whole; ``None`` for none."""
         return checkpoint if checkpoint is None or isinstance(checkpoint, cls) else cls(checkpoint)
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    r"""How ``fit`` splits a plate over the ranks of a ``torch.distributed`` group.
+
+    Rank :math:`r` of :math:`R` has :math:`n_r` of the :math:`n` rows of a batch, and all ranks move the same parameters
+    by the mean :math:`\tfrac1R \sum_r g_r` of gradients whose plates are scaled by :math:`R`: the gradient of one
+    process with all rows, whatever the sizes of the shards. Where latents are outside of the plate, the densities of
+    the sites inside are averaged before the objective, so that bounds of joint weights are exact too.
+
+    :param shard: every rank is given the full data as ``args=`` and keeps a slice. Otherwise batches that all ranks
+        have in common are sliced, and others, such as those of a ``DistributedSampler``, are the shards.
+    :param timeout: seconds after which a rank that does not answer counts as lost, where ``fit`` makes the group; those
+        of ``torch.distributed`` unless given.
+    :raises ValueError: for a time that is no positive number.
+
+    Source: Li et al. (2020), "PyTorch distributed: experiences on accelerating data parallel training".
+
+    >>> DataParallel(shard=True)
+    DataParallel(shard=True, timeout=None)
+    """
+
+    shard: bool = False
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shard, bool):
+            raise ValueError(f"shard={self.shard!r}: expected True or False.")
+        number = isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool)
+        if self.timeout is not None and not (number and self.timeout > 0):
+            raise ValueError(f"timeout={self.timeout!r}: expected a positive number of seconds, or None.")
+
+    @classmethod
+    def of(cls, parallel: Any) -> DataParallel | None:
+        """The options; ``None`` for ``"none"``, one process.
+
+        :raises ValueError: for anything else.
+        """
+        if parallel is None or isinstance(parallel, cls):
+            return parallel or cls()
+        if parallel == "none":
+            return None
+        raise ValueError(f"parallel={parallel!r}: expected None, 'none', or pplvi.fitting.DataParallel().")
+
+    def applied(self, plan: TrainingPlan) -> TrainingPlan:
+        """The plan for all ranks of the group that there is or that torchrun describes; the same one without."""
+        ranks = join(self.timeout)
+        return distributed(plan, ranks, self.shard) if isinstance(ranks, ProcessGroup) else plan

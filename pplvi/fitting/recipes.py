@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from pplvi.fitting.result import Fit
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 from pplvi.losses.elbo import ELBO
 from pplvi.training.restart import publish
 
@@ -18,7 +20,8 @@ _DRAWS = 10_000
 _FLOOR = 0.05  # of Adam's denominators
 
 
-def flow_recipe(num_steps: int = 1000, learning_rate: float = 5e-3, num_particles: int = 256) -> dict[str, Any]:
+@checked
+def flow_recipe(num_steps: Count = 1000, learning_rate: Positive = 5e-3, num_particles: Count = 256) -> dict[str, Any]:
     """Arguments of :func:`pplvi.fit` that train a flow as the literature has come to do it.
 
     Sticking the landing, many draws in one call, a full-rank start at the Gaussian of batch and match, a small learning
@@ -47,8 +50,9 @@ def flow_recipe(num_steps: int = 1000, learning_rate: float = 5e-3, num_particle
     }
 
 
+@checked
 def search_learning_rate(
-    train: Callable[[float], Fit], rates: Sequence[float] = (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
+    train: Callable[[float], Fit], rates: Sequence[Positive] = (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 ) -> Fit:
     """Train once with each learning rate; the fit whose guide has the largest ELBO.
 
@@ -81,6 +85,8 @@ def search_learning_rate(
     for rate in rates:
         try:
             fit = train(rate)
+            if not hasattr(fit, "posterior"):
+                raise TypeError(f"train({rate:g}) returned a {type(fit).__name__}: expected what pplvi.fit returns.")
             elbo = float(fit.posterior(_DRAWS, seed=0).elbo.value)
         except ValueError as error:
             failures[rate] = error
@@ -98,6 +104,5 @@ def search_learning_rate(
 
 
 def _check_rates(rates: Sequence[float]) -> None:
-    good = [isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate < float("inf") for rate in rates]
-    if not rates or not all(good) or len(set(rates)) < len(rates):
+    if not rates or len(set(rates)) < len(rates):
         raise ValueError(f"rates={rates!r}: expected different positive numbers, such as (5e-4, 1.5e-3, 5e-3).")

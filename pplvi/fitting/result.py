@@ -18,10 +18,13 @@ from pplvi.fitting.mcmc import SavedChains
 from pplvi.fitting.saving import save
 from pplvi.fitting.smc import Islands
 from pplvi.fitting.summary import describe_end, describe_guide, describe_restarts, has_latents
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Natural, Seed
 from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gathering import disagreements
+from pplvi.posterior.leave_one_out import LeftOut
 from pplvi.posterior.particles import posterior_of_islands
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.report import report, report_likelihood
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     import arviz
 
 
+@checked
 class Fit:
     r"""The result of :func:`pplvi.fit`: every restart with its parameters, and the best one.
 
@@ -80,12 +84,12 @@ class Fit:
     def __init__(
         self,
         runs: list[Restart],
-        best: int,
+        best: Natural,
         *,
         guide_name: str,
         args: tuple[Any, ...] | None,
         kwargs: Mapping[str, Any],
-        seed: int | None,
+        seed: Seed | None,
         objective: Any = None,
         is_bound: bool = False,
         mcmc: MCMC | SavedChains | None = None,
@@ -291,17 +295,21 @@ class Fit:
     def loo(
         self,
         var_name: str | Sequence[str] | None = None,
+        groups: LeftOut | None = None,
         *,
         args: tuple[Any, ...] | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> arviz.ELPDData:
-        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.loo`.
+        """Leave-one-out cross-validation of the best restart: see :func:`pplvi.posterior.leave_one_out.loo`.
 
-        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
+        :param var_name: the observed site or ``pyro.factor``, or several that share a plate; for one it may be left
+            out.
+        :param groups: leave out what belongs to an element of a plate, ``"school"``, or to all elements of one label,
+            ``{"pupil": school_of_pupil}``.
         :param args: the full data, where the fit saw minibatches.
         :param kwargs: keyword arguments that go with ``args``.
         """
-        return self._best_posterior(args, kwargs).loo(var_name)
+        return self._best_posterior(args, kwargs).loo(var_name, groups)
 
     def to_arviz(
         self,

@@ -25,6 +25,8 @@ from pplvi.guides.owned import claim_name
 from pplvi.kernels.base import Kernel
 from pplvi.kernels.coordinates import coordinates_of, sites_of
 from pplvi.kernels.residual import ResidualKernel
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Probability
 from pplvi.programs.running import plain_run
 from pplvi.programs.single import log_density_of
 from pplvi.programs.sites import is_subsample
@@ -183,6 +185,7 @@ def _check_cover(kind: str, sampled: Mapping[str, Tensor], sites: Mapping[str, T
         )
 
 
+@checked
 class AnnealedGuide(_Walked):
     """Anneal from a base to a model along a geometric path, with kernels that are learned.
 
@@ -215,11 +218,11 @@ class AnnealedGuide(_Walked):
         self,
         target: Program,
         base: Program,
-        num_steps: int,
+        num_steps: Count,
         kernel: Kernel | Sequence[Kernel] | None = None,
         *,
         learn_path: bool = False,
-        betas: Sequence[float] | None = None,
+        betas: Sequence[Probability] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -291,6 +294,7 @@ def _partial(kernel: Kernel) -> bool:
     return bool(getattr(kernel, "partial", False))
 
 
+@checked
 class NestedGuide(_Walked):
     """Anneal along the user's own targets with the user's own kernels.
 
@@ -323,7 +327,7 @@ class NestedGuide(_Walked):
         initial: Program,
         steps: Sequence[tuple[Program, Program, Program]],
         *,
-        num_inner: int = 1,
+        num_inner: Count = 1,
         name: str | None = None,
     ) -> None:
         super().__init__(name)

@@ -9,7 +9,6 @@ that leave the original alone. A subclass declares its parameters in ``_setup_pa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any
@@ -25,13 +24,17 @@ from torch.distributions import Distribution, Transform, biject_to
 from torch.distributions.transforms import IndependentTransform
 
 from pplvi.guides.owned import OwnedGuide
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Positive
 from pplvi.programs.errors import explanation, is_own, without_empty_tables
+from pplvi.types import Program
 
 __all__ = ["ContinuousGuide"]
 
 _CHUNK = 1_000  # draws pushed through the map at once by `median` and `quantiles`
 
 
+@checked
 class ContinuousGuide(OwnedGuide, AutoContinuous):
     """Base of guides ``z = T(x)``, ``x ~ Normal(0, 1)``, over all continuous latents in unconstrained space.
 
@@ -48,13 +51,11 @@ class ContinuousGuide(OwnedGuide, AutoContinuous):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
         init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
+        init_scale: Positive = 0.1,
     ) -> None:
-        if not isinstance(init_scale, (int, float)) or isinstance(init_scale, bool) or not 0 < init_scale < math.inf:
-            raise ValueError(f"init_scale is {init_scale!r}; expected a positive finite number, for example 0.1")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._init_scale = float(init_scale)
 

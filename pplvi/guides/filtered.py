@@ -19,6 +19,8 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Rate
 from pplvi.objectives.step import Routing
 from pplvi.programs.handlers import aside
 from pplvi.programs.markov import numbered
@@ -33,6 +35,7 @@ from pplvi.weights.resampling import Resampling, ResamplingScheme, resample
 _FILTERS = "_pplvi_filters"
 
 
+@checked
 class FilteredGuide(PyroModule):
     """A particle filter as a guide: draws whole sequences, weighted by the filter's estimate of the evidence.
 
@@ -68,9 +71,9 @@ class FilteredGuide(PyroModule):
         self,
         model: Any,
         proposal: Any,
-        num_particles: int = 100,
+        num_particles: Count = 100,
         *,
-        resample: bool | float = 0.5,
+        resample: bool | Rate = 0.5,
         scheme: ResamplingScheme = "systematic",
         name: str = "FilteredGuide",
     ) -> None:

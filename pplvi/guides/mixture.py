@@ -17,8 +17,11 @@ from torch.distributions import Transform
 
 from pplvi.guides.base import ContinuousGuide
 from pplvi.guides.flows.build import AffineFlowTransform
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative, Positive
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.state import random_state
+from pplvi.types import Program
 from pplvi.weights.resampling import resample
 
 __all__ = ["AutoMixture"]
@@ -31,6 +34,7 @@ class _Identity:
         return x, torch.zeros_like(x[..., 0])
 
 
+@checked
 class AutoMixture(ContinuousGuide):
     r"""A mixture of normals over all continuous latents, in unconstrained space.
 
@@ -73,17 +77,15 @@ class AutoMixture(ContinuousGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        num_components: int = 4,
+        model: Program,
+        num_components: Count = 4,
         *,
         full_rank: bool = True,
         enumerate_components: bool = False,
         init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
-        init_spread: float = 1.0,
+        init_scale: Positive = 0.1,
+        init_spread: NonNegative = 1.0,
     ) -> None:
-        if isinstance(num_components, bool) or not isinstance(num_components, int) or num_components < 1:
-            raise ValueError(f"num_components is {num_components!r}; expected a whole number of at least 1")
         super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale)
         self._size, self._full_rank, self._spread = num_components, full_rank, init_spread
         self._enumerate, self._num_fixed = enumerate_components, 0

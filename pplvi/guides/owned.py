@@ -18,6 +18,8 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.nn.module import PyroModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pplvi.types import Program
+
 __all__ = ["OwnedGuide", "claim_name"]
 
 # Which guide put a tensor into the parameter store. Weak, so it forgets a parameter when the store does.
@@ -39,7 +41,7 @@ class OwnedGuide(AutoGuide):
 
     marker = "loc"
 
-    def __init__(self, model: Callable[..., Any], **options: Any) -> None:
+    def __init__(self, model: Program, **options: Any) -> None:
         super().__init__(model, **options)
         self._token = object()
 

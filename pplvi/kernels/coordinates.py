@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, identity_transform
 from torch.distributions.transforms import IndependentTransform
 
+from pplvi.kinds.checked import checked
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import Plate, base_distribution, latent_sites, site_plates
 from pplvi.types import Program, Values
 
 
+@checked
 @dataclass(frozen=True)
 class Coordinates:
     """A latent site in unconstrained coordinates.

@@ -21,9 +21,12 @@ from torch import Tensor
 from pplvi.kernels.base import ReverseProgram
 from pplvi.kernels.coordinates import Coordinates, seen_by, side_by_side
 from pplvi.kernels.maps import Known, MapProgram
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.types import LogDensity, MutableValues, Values
 
 
+@checked
 @dataclass(frozen=True)
 class FlowKernel:
     """Deterministic affine coupling flow in unconstrained coordinates, the identity at first.
@@ -40,12 +43,8 @@ class FlowKernel:
     >>> kernel = FlowKernel(hidden=16, num_layers=3)
     """
 
-    hidden: int = 32
-    num_layers: int = 2
-
-    def __post_init__(self) -> None:
-        if self.hidden < 1 or self.num_layers < 1:
-            raise ValueError(f"hidden={self.hidden}, num_layers={self.num_layers}: expected positive numbers.")
+    hidden: Count = 32
+    num_layers: Count = 2
 
     def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[FlowProgram, ReverseProgram]:
         """The flow and its bookkeeping; the target plays no part."""

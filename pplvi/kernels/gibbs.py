@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pplvi.kernels.coordinates import Finite
 from pplvi.kernels.invariant import Frame, InvariantKernel, SitesMove
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.types import Values
 
 
@@ -47,6 +49,7 @@ class GibbsMove(SitesMove["GibbsKernel", Finite]):
         return torch.where(mask, options[chosen], value)
 
 
+@checked
 @dataclass(frozen=True)
 class GibbsKernel(InvariantKernel):
     """Gibbs sampling of all discrete sites, one coordinate after another (Geman & Geman 1984).
@@ -67,11 +70,7 @@ class GibbsKernel(InvariantKernel):
         "have no finite support: expected discrete sites for GibbsKernel. Use HamiltonianKernel or another kernel for "
         "continuous ones."
     )
-    num_sweeps: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_sweeps < 1:
-            raise ValueError(f"num_sweeps={self.num_sweeps}: expected at least 1.")
+    num_sweeps: Count = 1
 
 
 def _masks(site: Finite, value: Tensor, aligned: Tensor) -> Iterator[Tensor]:

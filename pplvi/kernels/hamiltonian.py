@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pplvi.kernels.coordinates import Coordinates
 from pplvi.kernels.invariant import Frame, InvariantKernel, SitesMove
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 from pplvi.types import MutableValues, Values
 
 
@@ -71,6 +73,7 @@ class HamiltonianMove(SitesMove["HamiltonianKernel", Coordinates]):
         return log_density.detach(), dict(zip(leaves, gradients, strict=True))
 
 
+@checked
 @dataclass(frozen=True)
 class HamiltonianKernel(InvariantKernel):
     """Hamiltonian Monte Carlo with a Metropolis test, ``num_moves`` moves of ``num_leapfrog`` steps.
@@ -91,16 +94,9 @@ class HamiltonianKernel(InvariantKernel):
     moves: ClassVar[type[SitesMove[Any, Any]]] = HamiltonianMove
     kind: ClassVar[type] = Coordinates
     lacking: ClassVar[str] = "are discrete: expected continuous ones for HamiltonianKernel. Use GibbsKernel."
-    step_size: float = 0.1
-    num_leapfrog: int = 1
-    num_moves: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.step_size > 0 or self.num_leapfrog < 1 or self.num_moves < 1:
-            raise ValueError(
-                f"step_size={self.step_size}, num_leapfrog={self.num_leapfrog}, num_moves={self.num_moves}: expected "
-                "positive numbers."
-            )
+    step_size: Positive = 0.1
+    num_leapfrog: Count = 1
+    num_moves: Count = 1
 
 
 def _with(kept: Values, log_density: Callable[[Values], Tensor]) -> Callable[[Values], Tensor]:

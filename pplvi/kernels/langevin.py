@@ -14,9 +14,12 @@ from torch import Tensor
 
 from pplvi.kernels.base import ReverseProgram, log_density_gradient
 from pplvi.kernels.coordinates import Coordinates, seen_by, side_by_side
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 from pplvi.types import LogDensity, Program, Values
 
 
+@checked
 @dataclass(frozen=True)
 class LangevinKernel:
     """Unadjusted Langevin kernel, ``N(x + eps grad log gamma[k](x), 2 eps)``, its own reverse kernel.
@@ -32,12 +35,8 @@ class LangevinKernel:
     >>> kernel = LangevinKernel(step_size=0.05)
     """
 
-    step_size: float = 0.01
+    step_size: Positive = 0.01
     learn: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.step_size > 0:
-            raise ValueError(f"step_size={self.step_size}: expected a positive number.")
 
     def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[Program, Program]:
         """One program for both directions."""
@@ -66,6 +65,7 @@ class LangevinProgram(PyroModule):
                 pyro.sample(site.name, site.normal(mean, (2 * self.step_size).sqrt()))
 
 
+@checked
 @dataclass(frozen=True)
 class ControlledLangevinKernel:
     """Unadjusted Langevin kernels with a learned control ``u``, one network for each transition.
@@ -90,18 +90,10 @@ class ControlledLangevinKernel:
     >>> kernel = ControlledLangevinKernel(step_size=0.05, hidden=16)
     """
 
-    step_size: float = 0.01
-    hidden: int = 32
+    step_size: Positive = 0.01
+    hidden: Count = 32
     control: Literal["both", "reverse"] = "both"
     learn: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.step_size > 0 or self.hidden < 1:
-            raise ValueError(f"step_size={self.step_size}, hidden={self.hidden}: expected positive numbers.")
-        if self.control not in ("both", "reverse"):
-            raise ValueError(
-                f"control={self.control!r}: expected 'both' or 'reverse'. Without a control use LangevinKernel."
-            )
 
     def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[ControlledProgram, ReverseProgram]:
         """Forward program, which has all parameters, and the reverse program that shares them."""

@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pplvi.kernels.coordinates import Coordinates, seen_by, side_by_side
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 from pplvi.types import LogDensity, Program, Values
 
 
+@checked
 @dataclass(frozen=True)
 class ResidualKernel:
     """Residual conditional Gaussian, ``N(x + W h(x) + b, diag(softplus(V h(x) + c)))`` with ``h = relu(Linear(x))``.
@@ -33,12 +36,8 @@ class ResidualKernel:
     >>> kernel = ResidualKernel(hidden=50)
     """
 
-    hidden: int = 50
-    covariance: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.hidden < 1 or not self.covariance > 0:
-            raise ValueError(f"hidden={self.hidden}, covariance={self.covariance}: expected positive numbers.")
+    hidden: Count = 50
+    covariance: Positive = 1.0
 
     def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[Program, Program]:
         """Two programs with parameters of their own; the target plays no part."""

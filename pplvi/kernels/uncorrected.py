@@ -15,9 +15,12 @@ from torch import Tensor
 from pplvi.kernels.base import ReverseProgram, log_density_gradient
 from pplvi.kernels.coordinates import Coordinates
 from pplvi.kernels.maps import Known, MapProgram
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Fraction, Positive
 from pplvi.types import LogDensity, MutableValues, Values
 
 
+@checked
 @dataclass(frozen=True)
 class UncorrectedHamiltonianKernel:
     """Hamiltonian dynamics without a Metropolis test, with momenta that are refreshed in part.
@@ -38,17 +41,10 @@ class UncorrectedHamiltonianKernel:
     >>> kernel = UncorrectedHamiltonianKernel(step_size=0.1, num_leapfrog=3, keep=0.5)
     """
 
-    step_size: float = 0.1
-    num_leapfrog: int = 1
-    keep: float = 0.0
+    step_size: Positive = 0.1
+    num_leapfrog: Count = 1
+    keep: Fraction = 0.0
     learn: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.step_size > 0 or self.num_leapfrog < 1 or not 0 <= self.keep < 1:
-            raise ValueError(
-                f"step_size={self.step_size}, num_leapfrog={self.num_leapfrog}, keep={self.keep}: expected positive "
-                "numbers, and keep in [0, 1)."
-            )
 
     def build(self, sites: Sequence[Coordinates], log_density: LogDensity) -> tuple[HamiltonianProgram, ReverseProgram]:
         """The dynamics and their bookkeeping."""

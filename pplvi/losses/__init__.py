@@ -1,7 +1,7 @@
 """What Pyro's ``SVI`` sees: an objective on a sampler. Imports ``samplers`` and what stands below."""
 
 from pplvi.losses.base import Loss, WeightedELBO
-from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
+from pplvi.losses.elbo import ELBO, BetaELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
 from pplvi.losses.filtering import FilteringELBO
 from pplvi.losses.nested import NestedELBO
 from pplvi.losses.recognition import RecognitionLoss
@@ -9,6 +9,7 @@ from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
 
 __all__ = [
     "ELBO",
+    "BetaELBO",
     "ChiELBO",
     "FilteringELBO",
     "ForwardKL",

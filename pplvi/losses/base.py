@@ -8,13 +8,15 @@ they fit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.infer import ELBO as PyroELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.objectives.step import BoundSide, Objective, Step
 from pplvi.programs.joint import execute
 from pplvi.programs.ways import Vectorize, named
@@ -27,6 +29,7 @@ class Loss(PyroELBO):
     """A Pyro ELBO defined by its differentiable loss. Losses add, and scale: ``a + 0.5 * b``, ``sum([a, b]) / 2``."""
 
     monitor: BoundSide | None = None
+    compares_draws: ClassVar[bool] = False  # with the data, so that the model need not observe these
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, in nats, as a scalar tensor whose gradient is the gradient estimate."""
@@ -93,6 +96,7 @@ class LossSum(Loss):
         return " + ".join(repr(loss) if weight == 1.0 else f"{weight:g} * {loss!r}" for weight, loss in self.terms)
 
 
+@checked
 class WeightedELBO(Loss):
     """An objective on the steps of a sampler: what every named class here is made of.
 
@@ -125,7 +129,7 @@ class WeightedELBO(Loss):
         self,
         objective: Objective,
         sampler: Sampler | None = None,
-        num_particles: int = 1,
+        num_particles: Count = 1,
         *,
         vectorize_particles: Vectorize = True,
         allow_biased_subsampling: bool = False,

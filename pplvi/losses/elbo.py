@@ -19,11 +19,14 @@ import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Number, Probability
 from pplvi.losses.base import Loss, WeightedELBO
 from pplvi.objectives.bounds import RenyiBound, ThermodynamicBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.objectives.step import Estimator, Objective
 from pplvi.programs.joint import execute
+from pplvi.programs.scales import LatentWeight
 from pplvi.programs.traces import Run
 from pplvi.samplers.importance import exact_entropies
 from pplvi.types import Program
@@ -48,6 +51,7 @@ def _check_estimator(estimator: str | None, name: str, allowed: Sequence[str]) -
         raise ValueError(f"{name} has no estimator={estimator!r}: expected one of {choices}.")
 
 
+@checked
 class ELBO(_Named):
     """The evidence lower bound, ``loss = -mean_k [log p(x, z_k) - log q(z_k)]`` (Jordan et al. 1999).
 
@@ -75,15 +79,13 @@ class ELBO(_Named):
 
     def __init__(
         self,
-        num_particles: int = 1,
+        num_particles: Count = 1,
         entropy: Literal["sampled", "exact", "kl"] = "sampled",
         *,
         estimator: Estimator | None = None,
         **options: Any,
     ) -> None:
         _check_estimator(estimator, "ELBO", ("reparam", "score", "vimco", "stl"))
-        if entropy not in ("sampled", "exact", "kl"):
-            raise ValueError(f"entropy={entropy!r}: expected 'sampled', 'exact' or 'kl'.")
         if entropy != "sampled" and estimator == "stl":
             raise ValueError(f"entropy={entropy!r} leaves no sampled log q to freeze: drop it or estimator='stl'.")
         objective = RenyiBound(1.0, estimator, exact_entropy=entropy == "exact", analytic_kl=entropy == "kl")
@@ -113,6 +115,41 @@ class ELBO(_Named):
         return {**found, "sites": _sites(run, entropies)} if per_site else found
 
 
+class BetaELBO(_Named):
+    r"""The ELBO with a weight on the divergence of its guide from the prior; no bound that is reported.
+
+    .. math:: \ell = -E_q[\log p(x \mid z)] - \beta\, E_q[\log p(z) - \log q(z)]
+
+    Above one it trades likelihood for latents that are nearer to independent. Weights, evidence and
+    :class:`pplvi.Posterior` are those of the unweighted pair, and ``monitor`` is ``None``: judge by
+    ``fit(..., monitor=ELBO())``.
+
+    Source: Higgins et al. (2017), "beta-VAE: learning basic visual concepts with a constrained variational framework".
+
+    :param beta: the weight of all latent sites, positive.
+    :param num_particles: number of draws.
+    :param estimator: as in :class:`ELBO`.
+    :raises ValueError: for a weight that is not positive, or an unknown estimator.
+
+    >>> BetaELBO(4.0, num_particles=2), BetaELBO(4.0).monitor
+    (BetaELBO(num_particles=2, beta=4.0), None)
+    """
+
+    def __init__(
+        self, beta: float, num_particles: int = 1, *, estimator: Estimator | None = None, **options: Any
+    ) -> None:
+        _check_estimator(estimator, "BetaELBO", ("reparam", "score", "vimco", "stl"))
+        if not beta > 0:
+            raise ValueError(f"beta={beta!r}: expected a positive number, and 1 for the ELBO.")
+        self._set_up(RenyiBound(1.0, estimator), num_particles, options, beta=beta, estimator=estimator)
+        self.beta, self.monitor = float(beta), None
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The weighted loss, in nats."""
+        with LatentWeight(self.beta):
+            return super().differentiable_loss(model, guide, *args, **kwargs)
+
+
 def _mean(run: Run, density: Tensor) -> float:
     return float(run.scale * density.mean(0).sum())
 
@@ -130,6 +167,7 @@ def _sites(run: Run, entropies: dict[str, Tensor] | None) -> dict[str, dict[str,
 _MULTI_SAMPLE = ("reparam", "score", "vimco", "stl", "dreg")
 
 
+@checked
 class ImportanceWeightedELBO(_Named):
     """The importance-weighted bound, ``loss = -log mean_k p(x, z_k) / q(z_k)``, per datum (Burda et al. 2016).
 
@@ -142,11 +180,12 @@ class ImportanceWeightedELBO(_Named):
     ImportanceWeightedELBO(num_particles=16, estimator='dreg')
     """
 
-    def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
+    def __init__(self, num_particles: Count = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
         _check_estimator(estimator, "ImportanceWeightedELBO", _MULTI_SAMPLE)
         self._set_up(RenyiBound(0.0, estimator), num_particles, options, estimator=estimator)
 
 
+@checked
 class RenyiELBO(_Named):
     """The variational Renyi bound, ``loss = -log mean_k w_k^(1-alpha) / (1-alpha)``, per datum (Li & Turner 2016).
 
@@ -160,7 +199,7 @@ class RenyiELBO(_Named):
     """
 
     def __init__(
-        self, alpha: float = 0.5, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any
+        self, alpha: Number = 0.5, num_particles: Count = 10, *, estimator: Estimator | None = None, **options: Any
     ) -> None:
         _check_estimator(estimator, "RenyiELBO", _MULTI_SAMPLE)
         if alpha < 0:
@@ -173,6 +212,7 @@ class RenyiELBO(_Named):
         self._set_up(RenyiBound(float(alpha), estimator), num_particles, options, alpha=alpha, estimator=estimator)
 
 
+@checked
 class ChiELBO(_Named):
     """The chi upper bound (CUBO, n=2), ``loss = +log mean_k w_k^2 / 2``, minimised (Dieng et al. 2017).
 
@@ -185,11 +225,12 @@ class ChiELBO(_Named):
     'upper'
     """
 
-    def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
+    def __init__(self, num_particles: Count = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
         _check_estimator(estimator, "ChiELBO", _MULTI_SAMPLE)
         self._set_up(RenyiBound(-1.0, estimator), num_particles, options, estimator=estimator)
 
 
+@checked
 class ThermodynamicELBO(_Named):
     """The thermodynamic variational objective, a left Riemann sum over inverse temperatures (Masrani et al. 2019).
 
@@ -207,8 +248,8 @@ class ThermodynamicELBO(_Named):
 
     def __init__(
         self,
-        num_particles: int = 10,
-        betas: Sequence[float] = (0.0, 0.1, 0.3),
+        num_particles: Count = 10,
+        betas: Sequence[Probability] = (0.0, 0.1, 0.3),
         *,
         estimator: Estimator | None = None,
         **options: Any,
@@ -220,6 +261,7 @@ class ThermodynamicELBO(_Named):
         self._set_up(ThermodynamicBound(betas), num_particles, options, betas=betas)
 
 
+@checked
 class ForwardKL(_Named):
     """The forward KL divergence ``KL(p(z | x) || q)``, self-normalised: ``loss = -sum_k u_k log q(z_k)``, per datum.
 
@@ -235,7 +277,7 @@ class ForwardKL(_Named):
     True
     """
 
-    def __init__(self, num_particles: int = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
+    def __init__(self, num_particles: Count = 10, *, estimator: Estimator | None = None, **options: Any) -> None:
         _check_estimator(estimator, "ForwardKL", ())
         self._set_up(ForwardKLDivergence(), num_particles, options)
 

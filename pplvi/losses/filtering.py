@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Rate
 from pplvi.losses.base import WeightedELBO
 from pplvi.objectives.nested import FilteringBound, FilteringForwardKL, IncrementalBound
 from pplvi.objectives.step import Objective
@@ -13,6 +15,7 @@ from pplvi.weights.resampling import Resampling, ResamplingScheme
 _OBJECTIVES: dict[str, Objective] = {"bound": FilteringBound(), "forward_kl": FilteringForwardKL()}
 
 
+@checked
 class FilteringELBO(WeightedELBO):
     """The filtering bound of a state-space model, and other objectives of its time steps.
 
@@ -64,10 +67,10 @@ class FilteringELBO(WeightedELBO):
 
     def __init__(
         self,
-        num_particles: int = 10,
+        num_particles: Count = 10,
         objective: Literal["bound", "forward_kl"] | Objective = "bound",
         *,
-        resample: bool | float = True,
+        resample: bool | Rate = True,
         scheme: ResamplingScheme = "systematic",
         **options: Any,
     ) -> None:

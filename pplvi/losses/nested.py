@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Rate
 from pplvi.losses.base import WeightedELBO
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
@@ -28,6 +30,7 @@ _OBJECTIVES: dict[Any, Objective] = {
 }
 
 
+@checked
 class NestedELBO(WeightedELBO):
     """Nested variational inference: the loss is the sum over levels of a divergence (Zimmermann et al. 2021).
 
@@ -55,9 +58,9 @@ class NestedELBO(WeightedELBO):
     def __init__(
         self,
         divergence: Divergence | tuple[Divergence, Divergence] = "reverse_kl",
-        num_particles: int = 10,
+        num_particles: Count = 10,
         *,
-        resample: bool | float | Resampling = False,
+        resample: bool | Rate | Resampling = False,
         scheme: ResamplingScheme = "systematic",
         vectorize_levels: bool | None = None,
         **options: Any,

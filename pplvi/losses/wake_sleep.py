@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Probability
 from pplvi.losses.base import LossSum, WeightedELBO
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence, weighted_sum
@@ -95,6 +97,7 @@ class _WakeSleep(LossSum):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments.items() if v is not None)})"
 
 
+@checked
 class WakeSleep(_WakeSleep):
     """The wake-sleep algorithm (Hinton, Dayan, Frey & Neal 1995): ``-E_q[log p(x, z)] - E_p[log q(z | x)]``.
 
@@ -125,12 +128,13 @@ class WakeSleep(_WakeSleep):
     0.5
     """
 
-    def __init__(self, num_particles: int = 1, num_sleep_particles: int | None = None, **options: Any) -> None:
+    def __init__(self, num_particles: Count = 1, num_sleep_particles: Count | None = None, **options: Any) -> None:
         wake = WeightedELBO(WakePhase(alpha=1.0), None, num_particles, **options)
         sleep = _sleep(num_sleep_particles, num_particles, options)
         super().__init__(wake, sleep, 1.0, num_particles=num_particles, num_sleep_particles=num_sleep_particles)
 
 
+@checked
 class ReweightedWakeSleep(_WakeSleep):
     """Reweighted wake-sleep (Bornschein & Bengio 2015; Le et al. 2019), weights per datum.
 
@@ -159,15 +163,13 @@ class ReweightedWakeSleep(_WakeSleep):
 
     def __init__(
         self,
-        num_particles: int = 10,
-        insomnia: float = 1.0,
-        num_sleep_particles: int | None = None,
+        num_particles: Count = 10,
+        insomnia: Probability = 1.0,
+        num_sleep_particles: Count | None = None,
         *,
-        mixture: float | DefensiveMixture = 0.0,
+        mixture: Probability | DefensiveMixture = 0.0,
         **options: Any,
     ) -> None:
-        if not 0 <= insomnia <= 1:
-            raise ValueError(f"insomnia={insomnia!r}: expected a share from 0 (sleep-phi only) to 1 (wake-phi only).")
         sampler = mixture if isinstance(mixture, DefensiveMixture) else DefensiveMixture(mixture) if mixture else None
         wake = WeightedELBO(WakePhase(0.0, insomnia), sampler, num_particles, **options)
         sleep = _sleep(num_sleep_particles, num_particles, options)

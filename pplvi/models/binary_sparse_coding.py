@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pplvi.guides.owned import claim_name
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Floats, Fraction, Natural, Positive
 from pplvi.programs.calls import check_counts
-from pplvi.programs.plates import data_plate
-from pplvi.programs.running import is_recording
+from pplvi.programs.plates import data_plate, full_size
+from pplvi.programs.state import is_recording
 
 __all__ = ["BinaryMeanField", "BinarySparseCoding", "learn_binary_coding"]
 
@@ -36,6 +38,7 @@ class Moments(NamedTuple):
     second: Tensor
 
 
+@checked
 class BinarySparseCoding(PyroModule):
     r"""Binary codes, linear Gaussian observations.
 
@@ -63,16 +66,15 @@ class BinarySparseCoding(PyroModule):
 
     def __init__(
         self,
-        num_visible: int,
-        num_codes: int,
+        num_visible: Count,
+        num_codes: Count,
         *,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        precision: Tensor | None = None,
+        weight: Floats | None = None,
+        bias: Floats | None = None,
+        precision: Floats | None = None,
         name: str = "binary_sparse_coding",
     ) -> None:
         super().__init__(name)
-        check_counts(num_visible=num_visible, num_codes=num_codes)
         self.num_visible, self.num_codes = num_visible, num_codes
         start = torch.randn(num_visible, num_codes) / math.sqrt(num_visible) if weight is None else weight
         parameters: dict[str, tuple[Tensor, tuple[int, ...], Any]] = {
@@ -102,7 +104,7 @@ class BinarySparseCoding(PyroModule):
         """
         claim_name(self)
         weight, bias, scale = self.weight, self.bias, self.precision.rsqrt()
-        with data_plate(size or 1, None) if v is None else data_plate(len(v), size):
+        with data_plate(full_size(1, size), None) if v is None else data_plate(len(v), size):
             h = pyro.sample("h", dist.Bernoulli(logits=bias).to_event(1))
             found: Tensor = pyro.sample("v", dist.Normal(h @ weight.T, scale).to_event(1), obs=v)
         return found
@@ -213,6 +215,7 @@ class BinaryProblem:
         return torch.lerp(torch.sigmoid(field), means, damping)
 
 
+@checked
 class BinaryMeanField:
     r"""The factorised posterior of binary codes, by coordinate ascent from several starts.
 
@@ -244,20 +247,17 @@ class BinaryMeanField:
     def __init__(
         self,
         coding: BinarySparseCoding,
-        sweeps: int = 100,
+        sweeps: Natural = 100,
         *,
-        restarts: int = 0,
+        restarts: Natural = 0,
         update: Literal["in turn", "at once"] = "in turn",
-        damping: float = 0.0,
-        tol: float = 1e-8,
+        damping: Fraction = 0.0,
+        tol: Positive = 1e-8,
         network: torch.nn.Module | None = None,
     ) -> None:
         check_counts(int(network is None), sweeps=sweeps)
-        check_counts(0, restarts=restarts)
-        if update not in ("in turn", "at once"):
-            raise ValueError(f"update={update!r}: expected 'in turn' or 'at once'.")
-        if not 0 <= damping < 1 or (damping and update == "in turn"):
-            raise ValueError(f"damping={damping!r}: expected a number in [0, 1), and update='at once' above 0.")
+        if damping and update == "in turn":
+            raise ValueError(f"damping={damping!r}: expected update='at once' with it.")
         self.coding, self.sweeps, self.restarts = coding, sweeps, restarts
         self.update, self.damping, self.tol, self.network = update, damping, tol, network
 
@@ -339,8 +339,9 @@ class BinaryMeanField:
             pyro.sample("h", dist.Bernoulli(means).to_event(1))
 
 
+@checked
 def learn_binary_coding(
-    coding: BinarySparseCoding, v: Tensor, posterior: BinaryMeanField | Literal["exact"], num_steps: int = 100
+    coding: BinarySparseCoding, v: Tensor, posterior: BinaryMeanField | Literal["exact"], num_steps: Count = 100
 ) -> Tensor:
     """EM with an exact or a factorised posterior of the codes, in place; parameters are maximised in closed form.
 

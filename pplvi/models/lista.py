@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from pplvi.guides.search.lasso import soft_threshold
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Matrix, Natural, Positive
 
 __all__ = ["LISTA"]
 
 
+@checked
 class LISTA(nn.Module):
     r"""Learned iterative shrinkage and thresholding: an encoder of sparse codes.
 
@@ -31,14 +34,8 @@ class LISTA(nn.Module):
     tensor([[2., 0.]])
     """
 
-    def __init__(self, dictionary: Tensor, num_layers: int, penalty: float = 0.1) -> None:
+    def __init__(self, dictionary: Matrix, num_layers: Natural, penalty: Positive = 0.1) -> None:
         super().__init__()
-        if dictionary.dim() != 2:
-            raise ValueError(f"dictionary of shape {tuple(dictionary.shape)}: expected (num_visible, num_codes).")
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 0:
-            raise ValueError(f"num_layers={num_layers!r}: expected a whole number of at least 0.")
-        if not penalty > 0:
-            raise ValueError(f"penalty={penalty!r}: expected a positive number.")
         atoms = dictionary.detach().T
         gram = atoms @ atoms.T
         largest = torch.linalg.eigvalsh(gram)[-1]

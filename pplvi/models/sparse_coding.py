@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Self
 
 import pyro
@@ -14,14 +13,16 @@ from torch import Tensor
 
 from pplvi.guides.owned import claim_name
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
-from pplvi.programs.calls import check_counts
-from pplvi.programs.plates import data_plate
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Floats, Positive
+from pplvi.programs.plates import data_plate, full_size
 
 __all__ = ["SparseCoding", "learn_dictionary"]
 
 _TINY = 1e-12
 
 
+@checked
 class SparseCoding(PyroModule):
     r"""Linear sparse coding with a Laplace prior.
 
@@ -56,19 +57,15 @@ class SparseCoding(PyroModule):
 
     def __init__(
         self,
-        num_visible: int,
-        num_codes: int,
+        num_visible: Count,
+        num_codes: Count,
         *,
-        penalty: float = 0.1,
-        noise: float = 1.0,
-        dictionary: Tensor | None = None,
+        penalty: Positive = 0.1,
+        noise: Positive = 1.0,
+        dictionary: Floats | None = None,
         name: str = "sparse_coding",
     ) -> None:
         super().__init__(name)
-        check_counts(num_visible=num_visible, num_codes=num_codes)
-        for what, number in (("penalty", penalty), ("noise", noise)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{what}={number!r}: expected a positive number.")
         self.num_visible, self.num_codes = num_visible, num_codes
         self.penalty, self.noise = float(penalty), float(noise)
         start: Any = PyroParam(self._start(dictionary), constraint=constraints.sphere)
@@ -112,7 +109,7 @@ class SparseCoding(PyroModule):
         """
         claim_name(self)
         atoms = self.atoms
-        with data_plate(size or 1, None) if v is None else data_plate(len(v), size):
+        with data_plate(full_size(1, size), None) if v is None else data_plate(len(v), size):
             zero = atoms.new_zeros(self.num_codes)
             h = pyro.sample("h", dist.Laplace(zero, self.noise**2 / self.penalty).to_event(1))
             found: Tensor = pyro.sample("v", dist.Normal(h @ atoms, self.noise).to_event(1), obs=v)
@@ -153,14 +150,15 @@ def _unit(rows: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- learning
 
 
+@checked
 @torch.no_grad()
 def learn_dictionary(
     coding: SparseCoding,
     v: Tensor,
     *,
-    num_steps: int = 60,
-    batch_size: int | None = None,
-    code_steps: int = 20,
+    num_steps: Count = 60,
+    batch_size: Count | None = None,
+    code_steps: Count = 20,
     forget: float = 0.75,
 ) -> Tensor:
     r"""Learn a dictionary, in place: codes by FISTA, and columns one after another, each at its minimum.
@@ -191,9 +189,6 @@ def learn_dictionary(
     >>> bool(trace[-1] < 0.9 * trace[0])
     True
     """
-    for what, number in (("num_steps", num_steps), ("code_steps", code_steps), ("batch_size", batch_size)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{what}={number!r}: expected a whole number of at least 1.")
     if not 0.5 < forget <= 1:
         raise ValueError(f"forget={forget!r}: expected a number above 0.5 and at most 1.")
     if _checked(v).shape[1] != coding.num_visible:

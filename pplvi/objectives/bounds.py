@@ -22,11 +22,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Number
 from pplvi.objectives.forward_kl import weighted_sum
 from pplvi.objectives.step import BoundSide, Estimator, Objective, Routing, Step, Terms
 from pplvi.weights.algebra import logmeanexp
 
 
+@checked
 @dataclass(frozen=True)
 class RenyiBound(Objective):
     """The variational Renyi bound, ``L = log mean w^(1-alpha) / (1-alpha)``, by its gradient estimators.
@@ -47,7 +50,7 @@ class RenyiBound(Objective):
     tensor(0.5000)
     """
 
-    alpha: float
+    alpha: Number
     estimator: Estimator | None = None
     exact_entropy: bool = False
     analytic_kl: bool = False

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
 from pplvi.objectives.step import Objective, Routing, Step, Terms
 from pplvi.weights.algebra import expectation
 
@@ -17,6 +18,7 @@ def weighted_sum(weight: Tensor, values: Tensor) -> Tensor:
     return (weight * values.masked_fill(weight == 0, 0.0)).sum(0)
 
 
+@checked
 @dataclass(frozen=True)
 class ForwardKLDivergence(Objective):
     """The forward KL divergence ``KL(p || q)`` up to a constant: ``-E_p[log q]``, self-normalised.
@@ -53,6 +55,7 @@ def log_normalizer_gradient(step: Step) -> Tensor:
     return expectation(step.log_weight_in + step.log_increment, step.log_target_fixed)
 
 
+@checked
 @dataclass(frozen=True)
 class LogPartition(Objective):
     """The negative phase: a surrogate whose gradient is that of ``log Z``, ``E_B[log_target_fixed]``.

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
 from pplvi.objectives.forward_kl import log_normalizer_gradient
 from pplvi.objectives.step import BoundSide, Objective, Routing, Step, Terms
 from pplvi.weights.algebra import expectation
@@ -30,6 +31,7 @@ def _outgoing(step: Step, values: Tensor) -> Tensor:
     return expectation(step.log_weight_out, values)
 
 
+@checked
 def log_normalizer_ratio(step: Step) -> Tensor:
     """``log E_A[v]``, shape ``(*batch)``: the estimate of ``log Z[k] - log Z[k-1]``, in nats, gradients included.
 
@@ -105,6 +107,7 @@ class NestedReverseKL(_SelfNormalised):
         return Terms((log_normalizer_ratio(step) - mean).detach(), surrogate)
 
 
+@checked
 @dataclass(frozen=True)
 class NestedForwardKL(_SelfNormalised):
     """Forward KL divergence of one level, from extended target to extended proposal (Zimmermann et al. 2021).
@@ -148,6 +151,7 @@ class _OverTime(Objective):
     monitor: ClassVar[BoundSide] = "lower"
 
 
+@checked
 @dataclass(frozen=True)
 class FilteringBound(_OverTime):
     """Filtering bound of one level, ``-log E_A[v]``, end to end.

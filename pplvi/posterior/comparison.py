@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Condition
 from pplvi.posterior.arviz.groups import quality
-from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
+from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.arviz.schema import equal
+from pplvi.posterior.arviz.versions import compared, totals
 from pplvi.posterior.posterior import Posterior, name_of
 from pplvi.posterior.verdict import UNRELIABLE, Verdict
 
@@ -17,7 +20,14 @@ if TYPE_CHECKING:
     from arviz import ELPDData
 
 
-def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = None) -> pandas.DataFrame:
+_Fits: TypeAlias = Annotated[
+    Mapping[str, Any],
+    Condition("a dictionary of fits or posteriors by name, such as {'flow': fit, 'normal': other}", bool),
+]
+
+
+@checked
+def compare(fits: _Fits, *, var_name: str | Sequence[str] | None = None) -> pandas.DataFrame:
     r"""Compare fits of the same data by leave-one-out cross-validation, corrected for the guide.
 
     The expected log predictive density of each fit is :math:`\sum_i \log p(x_i \mid x_{-i})`, estimated by
@@ -32,8 +42,8 @@ def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = N
     column                              meaning
     ==================================  ======================================================================
     ``verdict``                         the word of :attr:`pplvi.Posterior.verdict`, by which the table is ordered first
-    ``rank``, ``elpd_loo``, ``p_loo``,  as ``az.compare`` has them, densities in nats; missing, and last in the
-    ``elpd_diff``, ``weight``, ``se``,  table, for a guide that holds sites at a point
+    ``rank``, ``elpd_loo``, ``p_loo``,  of ``az.compare``, densities in nats; differences to the best are at most 0.
+    ``elpd_diff``, ``weight``, ``se``,  Missing, and last in the table, for a guide that holds sites at a point
     ``dse``, ``warning``
     ``pareto_k``                        k-hat of the guide, the largest of the batch; missing for MCMC
     ``ess``                             effective draws: of the weights, the smallest of the batch; for MCMC
@@ -70,7 +80,6 @@ def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = N
     """
     import pandas
 
-    _check_names(fits)
     posteriors = {name: _posterior(name, fit) for name, fit in fits.items()}
     _check_data(posteriors)
     scores = {name: _loo(name, each, var_name) for name, each in posteriors.items() if _has_loo(each)}
@@ -84,16 +93,6 @@ def compare(fits: Mapping[str, Any], *, var_name: str | Sequence[str] | None = N
     table = ranked.reindex(order).join(pandas.DataFrame.from_dict(rows, orient="index"))
     table.insert(0, "verdict", table.pop("verdict"))
     return table.astype({"rank": "Int64", "warning": "boolean"})
-
-
-def _check_names(fits: Any) -> None:
-    if not isinstance(fits, Mapping):
-        raise ValueError(
-            f"fits has type {type(fits).__name__}; expected a dictionary of fits or posteriors by name. Name them: "
-            "{'flow': fit, 'normal': other}."
-        )
-    if not fits:
-        raise ValueError("there is nothing to compare; expected fits or posteriors by name: {'flow': fit}.")
 
 
 def _posterior(name: str, fit: Any) -> Posterior:
@@ -135,33 +134,14 @@ def _ordered(scores: Mapping[str, ELPDData], verdicts: Mapping[str, Verdict]) ->
     import pandas
 
     believed = {name: score for name, score in scores.items() if verdicts[name].word != UNRELIABLE}
-    ranked = _ranked(believed)
+    ranked = compared(believed)
     ranked = ranked.loc[sorted(ranked.index, key=lambda name: (verdicts[name].rank, ranked["rank"][name]))]
-    others = {name: _score(score) for name, score in scores.items() if name not in believed}
+    others = {name: {**totals(score), "warning": True} for name, score in scores.items() if name not in believed}
     if others:
         rest = pandas.DataFrame.from_dict(others, orient="index").sort_values("elpd_loo", ascending=False)
         ranked = pandas.concat([ranked, rest]) if len(ranked) else rest.reindex(columns=ranked.columns)
     ranked["rank"] = range(len(ranked))
     return ranked
-
-
-def _score(score: ELPDData) -> dict[str, Any]:
-    """What is said of draws that are not reliable."""
-    total, effective = (score[key] for key in (("elpd_loo", "p_loo") if "elpd_loo" in score else ("elpd", "p")))
-    return {"elpd_loo": float(total), "p_loo": float(effective), "se": float(score["se"]), "warning": True}
-
-
-def _ranked(scores: Mapping[str, ELPDData]) -> pandas.DataFrame:
-    """ArviZ's own comparison, with the column names that ArviZ 0.x gives."""
-    import pandas
-
-    columns = ["rank", "elpd_loo", "p_loo", "elpd_diff", "weight", "se", "dse", "warning"]
-    if not scores:
-        return pandas.DataFrame(columns=columns, dtype=float)
-    with its_own_affairs():
-        table = arviz_itself().compare(dict(scores))
-    found = table.rename(columns={"elpd": "elpd_loo", "p": "p_loo"})
-    return found[columns]
 
 
 def _quality(posterior: Posterior) -> dict[str, float]:

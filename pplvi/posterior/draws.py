@@ -6,14 +6,14 @@ Nothing here carries a gradient.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
 from pplvi.programs import enumeration
 from pplvi.programs.errors import warn
 from pplvi.programs.joint import execute
@@ -38,6 +38,7 @@ from pplvi.programs.ways import Vectorize
 from pplvi.types import Call, Program
 
 
+@checked
 @dataclass(frozen=True)
 class Draws:
     """``S`` draws of a program.
@@ -53,6 +54,8 @@ class Draws:
     :ivar plates: each site's plates, left to right.
     :ivar factors: names of ``pyro.factor`` sites of the model.
     :ivar random: whether the guide has a random latent site at all (a point estimate has none).
+    :ivar log_factors: log density of each ``pyro.factor`` of the model, as in ``log_likelihood``; none where sites are
+        enumerated.
     """
 
     latents: dict[str, Tensor]
@@ -65,6 +68,7 @@ class Draws:
     plates: dict[str, tuple[Plate, ...]]
     factors: frozenset[str]
     random: bool = True
+    log_factors: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         fields = ("latents", "deterministics", "observed")
@@ -265,6 +269,7 @@ def _read(run: Run, shapes: _Shapes, *, predicted: bool = False) -> Draws:
         plates={n: _plates(s) for n, s in sites.items()},
         factors=frozenset(kinds["factor"]),
         random=any(not is_delta(s) for s in latent_sites(run.guide).values()),
+        log_factors={} if predicted or run.enumerated else _log_likelihoods(run, kinds["factor"]),
     )
 
 
@@ -348,51 +353,3 @@ def _log_likelihood(run: Run, name: str, site: Site) -> Tensor | None:
 def _unscaled(run: Run, name: str, site: Site) -> Tensor:
     """Masked log density of a site without any scale."""
     return run.site_log_prob(name, {**site, "scale": run.scale})
-
-
-def stack(parts: Iterable[Draws], num_draws: int) -> Draws:
-    """Put several sets of draws of one program behind each other, each freed once it is copied.
-
-    :param num_draws: how many there are in all of them.
-    """
-    iterator = iter(parts)
-    first = next(iterator)
-    if first.num_draws == num_draws:
-        return first
-    drawn = ["latents", "deterministics", "log_likelihood", "log_p", "log_q"]
-    if first.log_p is None:
-        drawn.append("observed")  # predictions
-    whole = replace(first, **{name: _room_for(getattr(first, name), num_draws) for name in drawn})
-    start = 0
-    for part in itertools.chain([first], iterator):
-        stop = start + part.num_draws
-        for name in drawn:
-            _copy(getattr(whole, name), getattr(part, name), start, stop)
-        start = stop
-    return whole
-
-
-def _room_for(value: Any, size: int) -> Any:
-    if isinstance(value, dict):
-        return {name: _room_for(each, size) for name, each in value.items()}
-    return None if value is None else value.new_empty(size, *value.shape[1:])
-
-
-def _copy(whole: Any, part: Any, start: int, stop: int) -> None:
-    if isinstance(whole, dict):
-        for name, each in whole.items():
-            _copy(each, part[name], start, stop)
-    elif whole is not None:
-        whole[start:stop] = part
-
-
-def repeated(draws: Draws, num_draws: int) -> Draws:
-    """One draw as many: every tensor with a draw dimension shows the same numbers ``num_draws`` times."""
-
-    def again(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: again(entry) for name, entry in value.items()}
-        return None if value is None else value.expand(num_draws, *value.shape[1:])
-
-    names = ("latents", "deterministics", "log_likelihood", "log_p", "log_q")
-    return replace(draws, **{name: again(getattr(draws, name)) for name in names})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pplvi.posterior.arviz.quiet import arviz_itself
-from pplvi.posterior.draws import Draws, stack
+from pplvi.posterior.draws import Draws
 from pplvi.posterior.looking import work_of_draw
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
@@ -31,6 +31,7 @@ from pplvi.posterior.scouts import (
     weighed,
     wide,
 )
+from pplvi.posterior.stacking import stack
 from pplvi.posterior.students import Students, joined
 from pplvi.posterior.verdict import (
     POINT,

@@ -11,14 +11,15 @@ out. Plain ``az.loo`` on the draws knows only the second. The result is ArviZ's 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pplvi.posterior.arviz.quiet import arviz_itself
+from pplvi.posterior.arviz.schema import to_numpy
+from pplvi.posterior.arviz.versions import Pointwise, loo_of_chains
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import align
 from pplvi.posterior.weighted import WeightedDraws
@@ -27,14 +28,19 @@ from pplvi.programs.sites import Plate
 from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
 
 if TYPE_CHECKING:
-    from arviz.stats.stats_utils import ELPDData
+    from arviz import ELPDData
     from xarray import DataArray
 
 _CHUNK = 2**22
 """How many weights are smoothed at a time: 32 MiB in double precision, a few times over."""
 
+LeftOut = str | Mapping[str, Sequence[Any] | np.ndarray | Tensor]
+Members = dict[str, tuple[Tensor, np.ndarray]]  # the group of each element of a plate, and names of the groups
 
-def loo(posterior: WeightedDraws, var_name: str | Sequence[str] | None = None) -> ELPDData:
+
+def loo(
+    posterior: WeightedDraws, var_name: str | Sequence[str] | None = None, groups: LeftOut | None = None
+) -> ELPDData:
     r"""Expected log predictive density of each observation given all others.
 
     .. math::
@@ -43,19 +49,30 @@ def loo(posterior: WeightedDraws, var_name: str | Sequence[str] | None = None) -
 
     with :math:`\tilde r_i` and :math:`\tilde w` Pareto-smoothed and normalised. Where weights are per batch element,
     an observation uses those of its own element. Observations that are masked out (their log likelihood is 0 in every
-    draw) do not count. Several sites are one: an observation is what they have in an element of the plates that all of
-    them are in, and its density is the product of theirs. MCMC draws are passed to ArviZ's own ``az.loo``.
+    draw) do not count. MCMC draws are passed to ArviZ's own ``az.loo``.
+
+    Several sites are one: an observation is what they have in an element of the plates that all of them are in, and its
+    density is the product of theirs. A ``pyro.factor`` in a plate can be one of them; one that is not named stays where
+    it is, as a part of the prior.
+
+    ``groups`` leaves out more at once: all that belongs to an element of a plate, ``groups="school"``, or all elements
+    of a plate that have the same label, ``groups={"pupil": school_of_pupil}``. An observation is then a group, and its
+    density is the product of those in it. Latents of a group that is left out are drawn with its data, so that their
+    weights are uneven and k-hat is often too large.
 
     Warns (``UserWarning``) as ``az.loo`` does, if a Pareto k is above the threshold for this number of draws.
 
     Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data;
-    Vehtari, Gelman and Gabry 2017, Practical Bayesian model evaluation using leave-one-out cross-validation.
+    Vehtari, Gelman and Gabry 2017, Practical Bayesian model evaluation using leave-one-out cross-validation; Merkle,
+    Furr and Rabe-Hesketh 2019, Bayesian comparison of latent variable models (leave-group-out).
 
     :param posterior: draws with their weights, or MCMC draws.
-    :param var_name: the observed site, or several; may be left out if there is only one.
+    :param var_name: the observed site or factor, or several; may be left out if there is only one.
+    :param groups: the plate whose elements are left out, or labels of the elements of a plate, by its name.
     :returns: ArviZ's ``ELPDData``, pointwise, in nats, with the plates as dimensions: ``az.compare`` takes it.
-    :raises ValueError: if there is no such site, several and none is named, or no plate that those named share, or if
-        the draws have no weights (a guide that holds sites at a point, a subsampled plate).
+    :raises ValueError: if there is no such site, several and none is named, or no plate that those named share; if a
+        factor may or may not belong to the observations; if groups do not fit; or if the draws have no weights (a guide
+        that holds sites at a point, a subsampled plate).
 
     >>> from pyro.distributions import Normal
     >>> from pplvi.programs.sites import Plate
@@ -65,23 +82,36 @@ def loo(posterior: WeightedDraws, var_name: str | Sequence[str] | None = None) -
     >>> likelihood = Normal(z[:, None], 1.0).log_prob(y)
     >>> log_p, plates = prior.log_prob(z) + likelihood.sum(1), {"z": (), "y": (Plate("data", -1, 3, 3),)}
     >>> draws = Draws({"z": z}, {}, {"y": y}, {"y": likelihood}, log_p, guide.log_prob(z), (), plates, frozenset())
-    >>> round(loo(WeightedDraws(draws))["elpd_loo"], 1)
-    -4.1
+    >>> found = loo(WeightedDraws(draws))
+    >>> round(found["se"], 1), found.pareto_k.dims
+    (0.3, ('data',))
+    >>> loo(WeightedDraws(draws), groups={"data": ["a", "a", "b"]}).pareto_k.coords["data"].values
+    array(['a', 'b'], dtype='<U1')
     """
-    names = _sites(posterior.draws, var_name)
-    likelihood, plates = _together(posterior.draws, names)
+    draws, names = posterior.draws, _sites(posterior.draws, var_name)
+    plates = _common_plates(draws, names)
+    members = _members(groups, plates, names)
+    batch = () if posterior.is_mcmc else draws.batch
+    own = {plate.name for plate in batch}
+    kept = tuple(plate for plate in plates if plate.name in own or plate.name in members)
+    rest = {plate.name for plate in kept} - own
+    likelihood = _joined(_together(draws, names, kept), kept, members, rest)
     counted = (likelihood != 0).any(0)
     if not counted.any():
         raise ValueError(f"every observation of {_quoted(names)} is masked out: expected at least one that counts.")
-    coords = _coordinates(counted.cpu().numpy(), [plate.name for plate in plates])
     if posterior.is_mcmc:
-        return _loo_of_mcmc(posterior, likelihood[:, counted], coords)
-    weight = align(posterior.log_weight, posterior.draws.batch, plates)
-    columns = (
-        torch.arange(weight[0].numel(), device="cpu").reshape(weight.shape[1:]).expand(counted.shape)[counted.cpu()]
-    )
-    elpd, lpd, pareto_k = _pointwise(likelihood[:, counted], weight.reshape(len(weight), -1), columns)
-    return _elpd_data(elpd, (lpd - elpd).sum().item(), pareto_k, coords, posterior.num_draws)
+        return _loo_of_mcmc(posterior, likelihood, counted, members)
+    weight = align(posterior.log_weight, batch, kept)
+    columns = torch.arange(weight[0].numel(), device="cpu").reshape(weight.shape[1:]).expand(counted.shape)
+    found = _pointwise(likelihood[:, counted], weight.reshape(len(weight), -1), columns[counted.cpu()])
+    # Elements of the batch are independent: what each predicts does not depend on the others that are left out.
+    elpd, lpd = (_joined(_on_grid(each, counted, 0.0), kept, members, own) for each in found[:2])
+    pareto_k = _joined(_on_grid(found[2], counted, -math.inf), kept, members, own, torch.amax)
+    counted = _joined(counted.cpu(), kept, members, own, torch.any)
+    return _elpd_data((elpd, lpd - elpd, pareto_k), counted, members, posterior.num_draws)
+
+
+# --- what is left out -----------------------------------------------------------------------------------------------
 
 
 def _quoted(names: Sequence[str]) -> str:
@@ -89,30 +119,50 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _sites(draws: Draws, var_name: str | Sequence[str] | None) -> list[str]:
-    names = sorted(draws.log_likelihood)
+    observed, factors = sorted(draws.log_likelihood), sorted(draws.log_factors)
+    names = observed or [name for name in factors if draws.plates[name]]
     if not names:
         raise ValueError(
-            "the model has no observed site with a log likelihood for each datum: they come in by pyro.factor, or are "
-            "joined by a site that is summed out. Expected pyro.sample(..., obs=...) given the latents that are drawn."
+            "the model has no observed site with a log likelihood for each datum: they come in by pyro.factor outside "
+            "of plates, or are joined by a site that is summed out. Expected pyro.sample(..., obs=...) given the "
+            "latents that are drawn, or pyro.factor in the plate of the data."
         )
-    if var_name is None and len(names) == 1:
-        return names
-    if var_name is None and names:
+    if var_name is None:
+        return [_only(draws, names, factors)]
+    asked = [var_name] if isinstance(var_name, str) else list(dict.fromkeys(var_name))
+    if not asked or not set(asked) <= {*observed, *factors}:
         raise ValueError(
-            f"several observed sites {names}, and it is not known what one observation is: pass var_name, the name "
-            "of one or a list of those that belong together."
+            f"var_name={var_name!r} names no observed site with a log likelihood; expected one of "
+            f"{[*observed, *factors]}, or a list of some. Pass its name as var_name."
         )
-    asked = [var_name] if var_name is None or isinstance(var_name, str) else list(dict.fromkeys(var_name))
-    if not asked or not set(asked) <= set(names):
+    if alone := [name for name in asked if name in factors and not draws.plates[name]]:
         raise ValueError(
-            f"var_name={var_name!r} names no observed site with a log likelihood; expected one of {names}, or a list "
-            "of some. Pass its name as var_name."
+            f"the factor {alone[0]!r} is in no plate, so that it is not known which observations it belongs to: "
+            "expected pyro.factor inside the plate of the data. Leave it out of var_name, as a part of the prior."
         )
-    return [name for name in asked if name is not None]
+    return asked
 
 
-def _together(draws: Draws, names: Sequence[str]) -> tuple[Tensor, tuple[Plate, ...]]:
-    """The log likelihood of several sites for each element of the plates that they share, and these plates."""
+def _only(draws: Draws, names: Sequence[str], factors: Sequence[str]) -> str:
+    """The one site that can be meant."""
+    if len(names) > 1:
+        raise ValueError(
+            f"several observed sites {list(names)}, and it is not known what one observation is: pass var_name, the "
+            "name of one or a list of those that belong together."
+        )
+    around = {plate.name for plate in draws.plates[names[0]]}
+    beside = [n for n in factors if n != names[0] and around & {plate.name for plate in draws.plates[n]}]
+    if beside:
+        raise ValueError(
+            f"the factors {beside} are in plates of {names[0]!r}, and it is not known whether they are left out with "
+            f"its observations: pass var_name={[names[0], *beside]} if they are, or var_name={names[0]!r} if they "
+            "belong to the prior."
+        )
+    return names[0]
+
+
+def _common_plates(draws: Draws, names: Sequence[str]) -> tuple[Plate, ...]:
+    """The plates that several sites share, or those of one."""
     plates = {name: draws.plates[name] for name in names}
     common = [p for p in plates[names[0]] if all(p.name in {q.name for q in plates[name]} for name in names)]
     if len(names) > 1 and not common:
@@ -121,22 +171,83 @@ def _together(draws: Draws, names: Sequence[str]) -> tuple[Tensor, tuple[Plate, 
             f"the sites {list(names)} have no plate in common ({inside}), so that it is not known which of their "
             "observations are left out together: expected sites of one plate. Leave them out one site at a time."
         )
-    kept = common if len(names) > 1 else plates[names[0]]
+    return tuple(common)
+
+
+def _members(groups: LeftOut | None, plates: Sequence[Plate], names: Sequence[str]) -> Members:
+    """The group of each element of the plates that remain, and what the groups are called."""
+    if groups is None:
+        return {plate.name: _each(plate) for plate in plates}
+    sizes = {plate.name: plate.size for plate in plates}
+    given = {groups: None} if isinstance(groups, str) else groups
+    if not isinstance(given, Mapping) or not given or not set(given) <= set(sizes):
+        raise ValueError(
+            f"groups={groups!r}; expected a plate of {_quoted(names)}, one of {list(sizes)}, or a dictionary of labels "
+            "for the elements of one, {'plate': labels}."
+        )
+    labels = {name: None if found is None else to_numpy(found) for name, found in given.items()}
+    for name, found in labels.items():
+        if found is not None and found.shape != (sizes[name],):
+            raise ValueError(
+                f"groups[{name!r}] has shape {found.shape}; expected one label for each of the {sizes[name]} elements "
+                f"of plate {name!r}."
+            )
+    chosen = [plate for plate in plates if plate.name in labels]
+    return {p.name: _each(p) if labels[p.name] is None else _labelled(labels[p.name]) for p in chosen}
+
+
+def _each(plate: Plate) -> tuple[Tensor, np.ndarray]:
+    return torch.arange(plate.size, device="cpu"), np.arange(plate.size)
+
+
+def _labelled(labels: Any) -> tuple[Tensor, np.ndarray]:
+    names, numbers = np.unique(labels, return_inverse=True)
+    return torch.as_tensor(numbers, device="cpu"), names
+
+
+def _joined(
+    values: Tensor, plates: Sequence[Plate], members: Members, only: set[str], how: Callable[..., Tensor] = torch.sum
+) -> Tensor:
+    """Values of shape ``(..., *plates)``, put together by the groups of some plates; one without groups is a group."""
+    for dim, plate in reversed(list(enumerate(plates, values.dim() - len(plates)))):
+        if plate.name in only and plate.name not in members:
+            values = how(values, dim)
+        elif plate.name in only:
+            numbers, names = members[plate.name]
+            if not torch.equal(numbers, torch.arange(values.shape[dim], device="cpu")):
+                own = [(numbers == group).nonzero()[:, 0].to(values.device) for group in range(len(names))]
+                values = torch.stack([how(values.index_select(dim, each), dim) for each in own], dim)
+    return values
+
+
+def _together(draws: Draws, names: Sequence[str], kept: Sequence[Plate]) -> Tensor:
+    """The log density of several sites for each element of some plates that they share."""
     total: Tensor | int = 0
     for name in names:
-        others = [p.name for p in plates[name] if p.name not in {q.name for q in kept}]
-        value, own = draws.log_likelihood[name], [p.name for p in plates[name]]
+        others = [p.name for p in draws.plates[name] if p.name not in {q.name for q in kept}]
+        value = draws.log_likelihood[name] if name in draws.log_likelihood else draws.log_factors[name]
+        own = [p.name for p in draws.plates[name]]
         value = value.permute(0, *(1 + own.index(n) for n in [*(p.name for p in kept), *others]))
         total = total + value.flatten(1 + len(kept)).sum(-1) if others else total + value
-    return torch.as_tensor(total), tuple(kept)
+    return torch.as_tensor(total)
 
 
-def _coordinates(counted: np.ndarray, dims: list[str]) -> DataArray:
+def _on_grid(values: Tensor, counted: Tensor, missing: float) -> Tensor:
+    grid = values.new_full(counted.shape, missing)
+    grid[counted.cpu()] = values
+    return grid
+
+
+def _coordinates(counted: np.ndarray, members: Members) -> DataArray:
     """An empty array with the dimensions of the observations: the plates, or one dimension where some do not count."""
     from xarray import DataArray
 
-    grid = DataArray(np.zeros(counted.shape), {d: np.arange(n) for d, n in zip(dims, counted.shape, strict=True)}, dims)
+    dims = list(members)
+    grid = DataArray(np.zeros(counted.shape), {name: names for name, (_, names) in members.items()}, dims)
     return grid if counted.all() else grid.stack(observation=dims)[counted.ravel()].reset_index("observation")
+
+
+# --- densities of what is left out ----------------------------------------------------------------------------------
 
 
 def _pointwise(likelihood: Tensor, log_weight: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,55 +279,24 @@ def _leave_out(density: Tensor, log_weight: Tensor, posterior: Tensor) -> tuple[
     return elpd.masked_fill(undefined, math.nan), torch.logsumexp(posterior + density, 0), pareto_k
 
 
-def _elpd_data(elpd: Tensor, p_loo: float, pareto_k: Tensor, coords: DataArray, num_draws: int) -> ELPDData:
-    threshold = pareto_k_threshold(num_draws)
-    high = int((pareto_k > threshold).sum())
-    if high:
+def _elpd_data(found: Sequence[Tensor], counted: Tensor, members: Members, num_draws: int) -> ELPDData:
+    coords, threshold = _coordinates(counted.numpy(), members), pareto_k_threshold(num_draws)
+    elpd, p, pareto_k = (coords.copy(data=each[counted].numpy().reshape(coords.shape)) for each in found)
+    result = Pointwise(elpd, p, pareto_k, num_draws, threshold)
+    if result.num_high:
         warn(
-            f"Pareto k is above {threshold:.2f} for {high} of {len(elpd)} observations, whose leave-one-out densities "
-            "are not to be trusted: they are influential, or the guide is far from the posterior (see its own k-hat).",
+            f"Pareto k is above {threshold:.2f} for {result.num_high} of {elpd.size} observations, whose leave-one-out "
+            "densities are not to be trusted: they are influential, or the guide is far from the posterior (see its "
+            "own k-hat).",
         )
-    fields = {
-        "elpd_loo": elpd.sum().item(),
-        "se": math.sqrt(len(elpd) * elpd.var(correction=0).item()),
-        "p_loo": p_loo,
-        "n_samples": num_draws,
-        "n_data_points": len(elpd),
-        "warning": bool(high),
-        "loo_i": coords.copy(data=elpd.numpy().reshape(coords.shape)).rename("loo_i"),
-        "pareto_k": coords.copy(data=pareto_k.numpy().reshape(coords.shape)).rename("pareto_shape"),
-        "scale": "log",
-        "good_k": threshold,
-    }
-    return _wrap(fields)
+    return result.elpd_data()
 
 
-def _wrap(fields: dict[str, Any]) -> ELPDData:
-    """ArviZ 0.x keeps the fields in a pandas Series, ArviZ 1.x in a data class with shorter names."""
-    try:
-        from arviz.stats.stats_utils import ELPDData
-    except ImportError:
-        from arviz_stats import utils
-
-        names = {"elpd_loo": "elpd", "p_loo": "p", "loo_i": "elpd_i"}
-        renamed = {names.get(name, name): value for name, value in fields.items()}
-        kind = {} if hasattr(utils, "ELPDDataLOO") else {"kind": "loo"}
-        return getattr(utils, "ELPDDataLOO", utils.ELPDData)(**kind, **renamed, approx_posterior=True)
-    return ELPDData(data=list(fields.values()), index=list(fields))
-
-
-def _loo_of_mcmc(posterior: WeightedDraws, likelihood: Tensor, coords: DataArray) -> ELPDData:
-    arviz = arviz_itself()
-
+def _loo_of_mcmc(posterior: WeightedDraws, likelihood: Tensor, counted: Tensor, members: Members) -> ELPDData:
     def chains(value: Tensor) -> np.ndarray:
-        return value.reshape(posterior.num_chains, -1, *value.shape[1:]).cpu().numpy()
+        return to_numpy(value.reshape(posterior.num_chains, -1, *value.shape[1:]))
 
-    likelihood = likelihood.reshape(posterior.num_draws, *coords.shape)
-    groups: dict[str, Any] = {
-        "posterior": {name: chains(value) for name, value in posterior.draws.latents.items()},
-        "log_likelihood": {"observed": chains(likelihood)},
-    }
-    dims = {"observed": [str(dim) for dim in coords.dims]}
-    if hasattr(arviz, "InferenceData"):
-        return arviz.loo(arviz.from_dict(**groups, dims=dims), pointwise=True)
-    return arviz.loo(arviz.from_dict(groups, dims=dims), pointwise=True)
+    coords = _coordinates(counted.cpu().numpy(), members)
+    likelihood = likelihood[:, counted].reshape(posterior.num_draws, *coords.shape)
+    latents = {name: chains(value) for name, value in posterior.draws.latents.items()}
+    return loo_of_chains(latents, chains(likelihood), coords)

@@ -1,6 +1,6 @@
 """Plots of a fit: its objective, its weights, and its posterior beside a reference.
 
-Densities and k-hat are drawn by ArviZ 0.x. Every function draws into the axes it is given, or into new ones, and
+Every function draws into the axes it is given, or into new ones, and
 returns them, so that a caller can go on from there. ArviZ and matplotlib are imported on the first call.
 """
 
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
 from pplvi.posterior.arviz.schema import to_numpy
+from pplvi.posterior.arviz.versions import density, group_of, plot_densities
 from pplvi.posterior.posterior import Posterior
 from pplvi.weights.pareto import pareto_k_threshold
 
@@ -27,8 +30,9 @@ _LIGHTEST = 0.01
 _TEXT = 10
 
 
+@checked
 def plot_objective(
-    source: Any, *, window: int | None = None, labels: Sequence[str] | None = None, ax: Axes | None = None
+    source: Any, *, window: Count | None = None, labels: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
     r"""Trace of the objective, one colour for each restart: every step, and a moving average on top.
 
@@ -55,6 +59,8 @@ def plot_objective(
     losses = _losses(source)
     window = max(1, losses.shape[1] // 50) if window is None else window
     names = [f"restart {i}" for i in range(len(losses))] if labels is None else list(labels)
+    if ax is not None and not hasattr(ax, "plot"):
+        raise ValueError(f"ax is {type(ax).__name__}; expected axes of matplotlib, or None for new ones.")
     if window < 1 or len(names) != len(losses):
         raise ValueError(
             f"window={window} and {len(names)} labels for {len(losses)} restarts; expected a window of at least 1 step "
@@ -73,8 +79,8 @@ def plot_objective(
 
 def _losses(source: Any) -> np.ndarray:
     found = getattr(source, "losses", source)
-    if hasattr(source, "groups") and "optimization" in _groups(source):
-        found = source["optimization"]["loss"].values
+    if hasattr(source, "groups"):
+        found = source["optimization"]["loss"].values if "optimization" in source else []
     losses = np.atleast_2d(to_numpy(found))
     if losses.dtype.kind not in "fiu" or losses.ndim != 2 or losses.size == 0:
         raise ValueError(
@@ -82,11 +88,6 @@ def _losses(source: Any) -> np.ndarray:
             "its to_arviz() returned, or losses of shape (restarts, num_steps). MCMC has no objective."
         )
     return losses.astype(float)
-
-
-def _groups(data: Any) -> list[str]:
-    groups = data.groups() if callable(data.groups) else data.groups
-    return [name.strip("/") for name in groups]
 
 
 def _moving_average(losses: np.ndarray, window: int) -> np.ndarray:
@@ -105,7 +106,7 @@ def _fit_axis(ax: Axes, averages: np.ndarray) -> None:
         ax.set_ylim(late.min() - margin, late.max() + margin)
 
 
-@its_own_affairs()
+@checked
 def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarray:
     r"""Importance weights of a guide: their density on the left, Pareto k-hat on the right.
 
@@ -135,7 +136,7 @@ def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarr
 
     posteriors = _posteriors(source)
     pair = np.asarray(pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")[1] if axes is None else axes)
-    if pair.shape != (2,):
+    if pair.shape != (2,) or not all(hasattr(ax, "plot") for ax in pair):
         raise ValueError(f"axes has shape {pair.shape}; expected two axes, as pyplot.subplots(1, 2) makes them.")
     for index, posterior in enumerate(posteriors):
         name = f"restart {index}: " if len(posteriors) > 1 else ""
@@ -163,28 +164,22 @@ def _plot_density(posterior: Posterior, color: str, name: str, ax: Axes) -> None
     if np.ptp(relative) < 1e-6:  # an exact guide has no density to estimate
         ax.axvline(relative[0], color=color, label=label)
     else:
-        _arviz().plot_dist(relative, color=color, label=label, textsize=_TEXT, ax=ax)
+        ax.plot(*density(relative), color=color, label=label)
 
 
 def _plot_pareto_k(posteriors: Sequence[Posterior], ax: Axes) -> None:
-    import xarray
     from matplotlib.ticker import MaxNLocator
 
-    az = _arviz()
     values = torch.stack([posterior.pareto_k for posterior in posteriors])
+    ax.scatter(np.arange(values.numel()), to_numpy(values).ravel(), marker="+")
+    ax.hlines([0.0, pareto_k_threshold(posteriors[0].num_draws), 1.0], *ax.get_xlim(), colors="C7", linestyles="--")
     dims = ["restart", *(plate.name for plate in posteriors[0].draws.batch)]
-    threshold = pareto_k_threshold(posteriors[0].num_draws)
-    az.plot_khat(
-        az.ELPDData(data=[xarray.DataArray(to_numpy(values), dims=dims), threshold], index=["pareto_k", "good_k"]),
-        show_hlines=True,
-        textsize=_TEXT,
-        ax=ax,
-    )
     ax.set_xlabel(" x ".join(dims), fontsize=_TEXT)
     ax.set_ylabel("Pareto k-hat", fontsize=_TEXT)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+@checked
 @its_own_affairs()
 def plot_against_reference(
     source: Any,
@@ -206,21 +201,21 @@ def plot_against_reference(
     :param reference: the same.
     :param var_names: which variables; all that both have unless given.
     :param labels: what the legend calls the two.
-    :param options: other arguments of ``az.plot_density``, which draws.
+    :param options: other arguments of what draws, ``az.plot_dist``, or ``az.plot_density`` before ArviZ 1.0.
     :returns: the axes, one for each scalar, in an array.
     :raises ValueError: if the two share no variable, one lacks a name in ``var_names``, or a variable has two shapes.
 
     >>> _ = torch.manual_seed(0)
     >>> axes = plot_against_reference({"z": torch.randn(500)}, {"z": torch.randn(500), "other": torch.randn(500)})
-    >>> axes.size, [text.get_text() for text in axes.ravel()[0].get_legend().get_texts()]
-    (1, ['posterior', 'reference'])
+    >>> axes.size, axes.ravel()[0].get_title()
+    (1, 'z')
     """
     first, second = (_draws(each) for each in (source, reference))
     shared = [str(name) for name in first.data_vars if name in second.data_vars]
     names = shared if var_names is None else list(var_names)
     _check_names(names, shared, first, second)
     pair = [first[names], _same_dims(second[names], first[names])]
-    return np.asarray(_arviz().plot_density(pair, data_labels=list(labels), **options))
+    return plot_densities(pair, labels, **options)
 
 
 def _draws(source: Any) -> xarray.Dataset:
@@ -230,8 +225,12 @@ def _draws(source: Any) -> xarray.Dataset:
     elif isinstance(source, Posterior):
         source = to_arviz(source, num_prior=0, posterior_predictive=False)
     elif isinstance(source, Mapping) and "posterior" not in source:
-        return _arviz().convert_to_dataset({name: to_numpy(value)[None] for name, value in source.items()})
-    return source["posterior"]
+        return arviz_itself().convert_to_dataset({name: to_numpy(value)[None] for name, value in source.items()})
+    elif not isinstance(source, Mapping):
+        raise ValueError(
+            f"source is {type(source).__name__}; expected a fit, a posterior, what to_arviz returns, or draws by name."
+        )
+    return group_of(source, "posterior")
 
 
 def _check_names(names: Sequence[str], shared: Sequence[str], *datasets: xarray.Dataset) -> None:
@@ -256,13 +255,3 @@ def _same_dims(data: xarray.Dataset, like: xarray.Dataset) -> xarray.Dataset:
     coords = {name: values for name, values in like.coords.items() if name not in ("chain", "draw")}
     variables = {name: (like[name].dims, data[name].values) for name in data.data_vars}
     return xarray.Dataset(variables, coords=coords)
-
-
-def _arviz() -> Any:
-    arviz = arviz_itself()
-    if not hasattr(arviz, "plot_density"):
-        raise ValueError(
-            f"these plots are drawn by ArviZ 0.x, but {arviz.__version__} is installed; expected arviz<1. Give what "
-            "to_arviz returns to the plots of ArviZ 1.x instead."
-        )
-    return arviz

@@ -10,19 +10,22 @@ weights of its own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
-from pplvi.posterior.draws import Draws, draw, predict, repeated, score, stack
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Seed
+from pplvi.posterior.draws import Draws, draw, predict, score
 from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
-from pplvi.posterior.leave_one_out import loo
+from pplvi.posterior.leave_one_out import LeftOut, loo
 from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
+from pplvi.posterior.predictions import observed_as_before, told_how_to_predict
+from pplvi.posterior.stacking import repeated, stack
 from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
@@ -37,15 +40,16 @@ from pplvi.programs.sites import batch_sizes, latent_sites
 from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.traces import Run
-from pplvi.programs.ways import Vectorize, named, way_of
+from pplvi.programs.ways import Vectorize, named, way_taken
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
-    from arviz.stats.stats_utils import ELPDData
+    from arviz import ELPDData
 
 _FAR_SEED = 1_000_003
 
 
+@checked
 class Posterior(WeightedDraws):
     r"""Draws of a trained guide with the importance weights that correct them.
 
@@ -100,10 +104,10 @@ class Posterior(WeightedDraws):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        num_draws: int = 1000,
+        num_draws: Count = 1000,
         vectorize: Vectorize = None,
-        chunk_size: int | None = None,
-        seed: int | None = None,
+        chunk_size: Count | None = None,
+        seed: Seed | None = None,
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
@@ -144,7 +148,7 @@ class Posterior(WeightedDraws):
         """
         if self.guide is None:
             return None
-        return way_of(*self._pair, self.args, self.kwargs, named(self.vectorize))
+        return way_taken(*self._pair, self.args, self.kwargs, named(self.vectorize))
 
     @cached_property
     def pool(self) -> WeightedDraws:
@@ -347,45 +351,26 @@ class Posterior(WeightedDraws):
         return observed_as_before(found, self.draws)
 
     @explained()
-    def loo(self, var_name: str | Sequence[str] | None = None) -> ELPDData:
-        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.loo`.
+    def loo(self, var_name: str | Sequence[str] | None = None, groups: LeftOut | None = None) -> ELPDData:
+        """Leave-one-out cross-validation, corrected for the guide; see :func:`pplvi.posterior.leave_one_out.loo`.
 
         Source: Magnusson, Andersen, Jonasson and Vehtari 2019, Bayesian leave-one-out cross-validation for large data.
 
-        :param var_name: the observed site, or several that share a plate; may be left out if there is only one.
+        :param var_name: the observed site or ``pyro.factor``, or several that share a plate; for one it may be left
+            out.
+        :param groups: leave out what belongs to an element of a plate, ``"school"``, or to all elements of one label,
+            ``{"pupil": school_of_pupil}``.
         :returns: ArviZ's ``ELPDData`` with pointwise values, ready for ``az.compare``.
         :raises ValueError: where :attr:`log_weight` does (but not for MCMC draws), and if the site is ambiguous or
             unknown.
         """
-        return loo(self, var_name)
-
-
-@contextmanager
-def told_how_to_predict() -> Iterator[None]:
-    """Add to the error about latents of another shape what the user of a posterior can do."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("the draws of latent site"):
-            raise
-        raise ValueError(
-            f"{error} In predict(...) the latter is new_sites=['name of the site']. A guide that maps data to latents "
-            "(amortised) has draws for the new data: Posterior(model, guide, (x_new,)).predict()."
-        ) from error
+        return loo(self, var_name, groups)
 
 
 def name_of(program: Any) -> str:
     """What a reader calls a model or guide: the name of the function or of the class."""
     program = inspect.unwrap(program)
     return str(getattr(program, "__name__", type(program).__name__))
-
-
-def observed_as_before(found: Draws, fitted: Draws) -> Draws:
-    """Data left out of the new arguments make latent sites of the observed ones: put those back."""
-    names = set(found.latents) & set(fitted.observed)
-    moved = {name: value for name, value in found.latents.items() if name in names}
-    rest = {name: value for name, value in found.latents.items() if name not in names}
-    return replace(found, latents=rest, observed={**found.observed, **moved})
 
 
 def _check_latents(draws: Draws) -> None:

@@ -65,7 +65,7 @@ def report(
     What to try next:
     - more draws (num_draws=), which is cheap
     - a richer guide: AutoNormal, then AutoMultivariateNormal, then pplvi.AutoFlow
-    - posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model
+    - posterior predictive checks (az.plot_ppc...): all of the above judges the guide, not the model
     """
     if verdict is None:
         verdict = getattr(posterior, "verdict", None) or verdict_of(posterior)

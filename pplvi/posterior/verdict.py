@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from pplvi.kinds.checked import checked
+from pplvi.posterior.arviz.versions import predictive_plot
 from pplvi.posterior.scouts import Missed
 from pplvi.weights.pareto import pareto_k_threshold
 
@@ -25,6 +27,7 @@ _SOME, _MANY = 0.01, 0.1  # parts of the data that are badly approximated
 _RHAT, _RHAT_USABLE, _CHAIN_ESS, _CHAIN_FEW = 1.01, 1.05, 400.0, 100.0
 
 
+@checked
 @dataclass(frozen=True)
 class Verdict:
     """How far a posterior can be believed.
@@ -100,7 +103,7 @@ COVERING = (
     "an objective that covers the tails: pplvi.ImportanceWeightedELBO(num_particles=16), pplvi.RenyiELBO(alpha=0.5)"
 )
 NUTS = 'a reference run with pplvi.fit(model, "nuts", ...), if the model is small enough'
-CHECK = "posterior predictive checks (az.plot_ppc): all of the above judges the guide, not the model"
+CHECK = f"posterior predictive checks ({predictive_plot()}): all of the above judges the guide, not the model"
 MODES = 'all modes at once: pplvi.fit(model, "auto", ...) starts at what scouts find'
 TRAIN = "train on: the training had not converged; more steps (num_steps=) or another learning rate"
 MORE = "more draws (num_draws=), which is cheap"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import take
 from pplvi.posterior.islands import evidence_of_islands, smallest_ess
@@ -40,6 +42,7 @@ class Estimate(NamedTuple):
         return f"{self.value:.3f} +- {self.error:.3f}"
 
 
+@checked
 class WeightedDraws:
     """Draws with importance weights, if they have any; the part of a posterior that runs no program.
 
@@ -59,7 +62,7 @@ class WeightedDraws:
         self,
         draws: Draws,
         point_sites: frozenset[str] = frozenset(),
-        num_chains: int = 1,
+        num_chains: Count = 1,
         evidence: Tensor | None = None,
     ) -> None:
         if draws.log_p is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pplvi.kinds.kinds import is_whole
 from pplvi.types import Call
 
 LastBatch = Literal["compile", "drop", "pad"]
@@ -67,7 +68,7 @@ def check_counts(least: int = 1, /, **counts: Any) -> None:
     (None, None)
     """
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not (is_whole(value) and value >= least):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least {least}.")
 
 

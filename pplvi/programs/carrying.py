@@ -24,8 +24,9 @@ from pplvi.programs.handlers import without_padding
 from pplvi.programs.masks import balance_missing
 from pplvi.programs.minibatches import minibatch
 from pplvi.programs.randomness import OutOfPlace, carried, for_all_particles
-from pplvi.programs.running import How, is_recording, run_guide, run_pair, trace_within
+from pplvi.programs.running import How, run_guide, run_pair, trace_within
 from pplvi.programs.sites import is_enumerated, is_subsample
+from pplvi.programs.state import is_recording
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 

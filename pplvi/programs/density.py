@@ -26,13 +26,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import LOOP, Way, for_each, ways_of_rows
-from pplvi.programs.factorising import Apart
+from pplvi.programs.factorising import SeparateFactors
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import PARTICLES, Site, base_distribution, latent_sites, site_plates
 from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named
+from pplvi.types import Program
 
 CHUNK = 1_000  # rows that go through the model in one call
 
@@ -109,7 +110,7 @@ class UnconstrainedDensity:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
@@ -279,7 +280,7 @@ class UnconstrainedDensity:
         rows = self.start + 0.1 * torch.linspace(-1.0, 1.0, 8, dtype=self.dtype)[:, None]
         rows = torch.cat([rows.to(self.device), self.start[None]])
         try:
-            with Apart(len(rows), active=self.way.model and len(self._ways) > 1):
+            with SeparateFactors(len(rows), active=self.way.model and len(self._ways) > 1):
                 together = self(rows)
             each = torch.cat([self._chunk(row) for row in rows[[0, -1]].split(1)])
         except Exception as error:  # the model's own errors were met alone
@@ -292,7 +293,7 @@ def _agree(found: Tensor) -> bool:
     return torch.allclose(found, found[:1], rtol=1e-3, atol=1e-3 * float(size), equal_nan=True)
 
 
-def _units(model: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def _units(model: Program, args: Any, kwargs: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Zero and one, in unconstrained space, of the sites whose priors have scales far from 1, given a draw of all that
     is above them: real numbers are counted in that scale, positive ones, by their logarithms, from it on."""
     try:

@@ -18,6 +18,7 @@ from pplvi.programs.first_run import layout_of
 from pplvi.programs.handlers import Supply, Uncondition, last_site
 from pplvi.programs.memo import remember
 from pplvi.programs.running import How, run_guide, trace_within
+from pplvi.programs.sharding import sharded
 from pplvi.programs.sites import is_deterministic, is_factor, is_subsample, latent_sites, sample_sites, site_plates
 from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.programs.traces import Run
@@ -195,7 +196,7 @@ def prior_run(
             return trace_within(model, args, kwargs, how.particles())
 
     trace = _of_all(run, how, way, Given(layout.indices, frozenset(values)))
-    return Run(trace, trace, num_particles, layout.nesting)
+    return sharded(Run(trace, trace, num_particles, layout.nesting))
 
 
 def _of_all(run: Callable[[Mapping[str, Tensor], How], Trace], how: How, way: Way, given: Given) -> Trace:

@@ -98,11 +98,11 @@ class SoundFactors(TorchFunctionMode):
         return factor.mH if upper else factor
 
 
-class Together(RuntimeError):
+class JointFactorisation(RuntimeError):
     """Matrices of several particles would be factorised in one call, which fails for all if it does for one."""
 
 
-class Apart(TorchFunctionMode):
+class SeparateFactors(TorchFunctionMode):
     """Refuse to factorise matrices of several particles in one call.
 
     :param num_particles: how many there are.
@@ -116,8 +116,8 @@ class Apart(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch.
 
-        :raises Together: if it factorises so.
+        :raises JointFactorisation: if it factorises so.
         """
         if self.active and func in FACTORISATIONS and self.num_particles in args[0].shape[:-2]:
-            raise Together("matrices of all particles are factorised in one call.")
+            raise JointFactorisation("matrices of all particles are factorised in one call.")
         return func(*args, **kwargs or {})

@@ -16,7 +16,8 @@ from pplvi.programs import checks
 from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.handlers import SubsampleRecorder
 from pplvi.programs.memo import Layout, recall, remember
-from pplvi.programs.running import is_recording, isolated, plain_run, plain_run_of_pair
+from pplvi.programs.running import isolated, plain_run, plain_run_of_pair
+from pplvi.programs.state import is_recording
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 

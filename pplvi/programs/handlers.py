@@ -17,6 +17,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pplvi.kinds.checked import checked
 from pplvi.programs.randomness import carries_gradient
 from pplvi.programs.sites import can_draw, is_computed, is_delta, is_deterministic, is_factor, is_subsample, site_plates
 
@@ -176,6 +177,7 @@ def last_site() -> Iterator[list[str]]:
         yield noting.names
 
 
+@checked
 def parameters_of(run: Callable[[], Any]) -> dict[str, Tensor]:
     """Unconstrained leaf tensors, by name, of every parameter that a computation asks for; random state untouched."""
     state = pyro.util.get_rng_state()

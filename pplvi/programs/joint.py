@@ -14,11 +14,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, Given, Way, guide_all, run_particles
 from pplvi.programs.first_run import layout_of, renewed, supplied_values, widened
 from pplvi.programs.memo import Layout, remember
 from pplvi.programs.running import How
+from pplvi.programs.sharding import sharded
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named, way_for
 from pplvi.types import Program
@@ -26,13 +29,14 @@ from pplvi.types import Program
 Exact = Literal["entropy", "divergence"]
 
 
+@checked
 def execute(
     model: Program,
     guide: Program,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
-    num_particles: int = 1,
+    num_particles: Count = 1,
     detach: bool = False,
     values: Mapping[str, Tensor] | None = None,
     vectorize: Vectorize = None,
@@ -73,7 +77,7 @@ def execute(
         remember(model, guide, args, kwargs, layout := needed)
         run = attempt(layout)
     checks.check_run(run)
-    return run
+    return sharded(run)
 
 
 def _for(exact: Exact | None, way: Way) -> Way:

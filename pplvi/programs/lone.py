@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, gathered, one_sound, ways_of_rows
-from pplvi.programs.factorising import Apart
+from pplvi.programs.factorising import SeparateFactors
 from pplvi.programs.memo import Memo, dimensions
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import How, is_recording, isolated
+from pplvi.programs.running import How, isolated
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites, site_plates
-from pplvi.programs.state import preserved_buffers
+from pplvi.programs.state import is_recording, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import OutsideState, Vectorize, held_by, named
 from pplvi.types import Program, Values
@@ -200,7 +200,7 @@ class Lone:
         shared = {name: value for name, value in alone.values.items() if name in alone.indices}
         values = {name: value[:2].detach() for name, value in alone.own.items()}
         two = replace(alone, num_particles=2, values={**shared, **values}, detach=False, redraw=False)
-        with OutsideState() as outside, Apart(2, active=way.model):
+        with OutsideState() as outside, SeparateFactors(2, active=way.model):
             run = self._run(two, way)
         outside.check(way)
         drawn = {name: site["value"].clone() for name, site in latent_sites(run.model).items()}

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 
+from pplvi.kinds.kinds import is_whole
 from pplvi.programs.checks import check_pair
 from pplvi.programs.handlers import within
 from pplvi.programs.running import plain_run_of_pair
@@ -17,13 +18,28 @@ from pplvi.programs.traces import Run
 from pplvi.types import Program
 
 
+def full_size(count: int, size: int | None) -> int:
+    """How many data ``count`` of them stand for: ``size`` if it is given.
+
+    :raises ValueError: for a size that is no whole number, or smaller than the data that are there.
+
+    >>> full_size(3, None), full_size(3, 12)
+    (3, 12)
+    """
+    if size is not None and not (is_whole(size) and size >= count):
+        raise ValueError(
+            f"size={size!r}: expected how many data there are in all, a whole number of at least the {count} given."
+        )
+    return count if size is None else int(size)
+
+
 def data_plate(count: int, size: int | None) -> Any:
     """The plate ``"data"`` of ``count`` data, which stand for ``size`` of them.
 
     >>> data_plate(3, None).size, data_plate(3, 12).size
     (3, 12)
     """
-    return pyro.plate("data", size or count, subsample_size=None if size is None else count, dim=-1)
+    return pyro.plate("data", full_size(count, size), subsample_size=None if size is None else count, dim=-1)
 
 
 @contextmanager

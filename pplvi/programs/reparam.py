@@ -13,9 +13,11 @@ from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, TransformedDistribution, constraints
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Fraction
 from pplvi.programs.handlers import Supply, aside, rewritten
 from pplvi.programs.running import isolated, plain_run
-from pplvi.programs.sites import latent_sites
+from pplvi.programs.sites import latent_sites, sample_sites
 from pplvi.types import Program, Values
 
 __all__ = ["Reparametrized", "noncentered"]
@@ -32,6 +34,7 @@ class Reparametrized:
 
     def __init__(self, model: Program, centered: float | None, sites: frozenset[str] | None) -> None:
         self.__wrapped__, self.centered, self.sites = model, centered, sites
+        self._looked = False
         self.__doc__ = model.__doc__
 
     @property
@@ -49,10 +52,17 @@ class Reparametrized:
         return f"noncentered({name}, sites={sorted(self.sites or ())})"
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
-        """Names of the sites to rewrite, found in two runs of the program unless they are known."""
-        if self.sites is None:
-            self.sites = dependent_sites(self.__wrapped__, args, kwargs)
-        return self.sites
+        """Names of the sites to rewrite, found in two runs of the program unless they are known.
+
+        :raises ValueError: for names of no site.
+        """
+        if not self._looked:
+            if self.sites is None:
+                self.sites = dependent_sites(self.__wrapped__, args, kwargs)
+            elif unknown := sorted(self.sites - (known := _names(self.__wrapped__, args, kwargs))):
+                raise ValueError(f"sites={unknown}: the model has no such sites, expected some of {sorted(known)}.")
+            self._looked = True
+        return self.sites or frozenset()
 
     def _rule(self, msg: Any) -> Reparam | None:
         whole = msg["name"].removesuffix("_base")
@@ -71,7 +81,10 @@ class Reparametrized:
         return LocScaleReparam(self.centered)
 
 
-def noncentered(model: Program, *, sites: Iterable[str] | None = None, centered: float | None = 0.0) -> Reparametrized:
+@checked
+def noncentered(
+    model: Program, *, sites: Iterable[str] | None = None, centered: Fraction | None = 0.0
+) -> Reparametrized:
     r"""The same model with the latents of its hierarchies standardised, a plain Pyro program as before.
 
     A latent :math:`x \sim \mu + \sigma \varepsilon` whose location or scale depends on other latents becomes
@@ -109,11 +122,6 @@ def noncentered(model: Program, *, sites: Iterable[str] | None = None, centered:
     >>> model().shape, sorted(model.sites)
     (torch.Size([8]), ['effect'])
     """
-    if not callable(model) or isinstance(model, type):
-        raise ValueError(f"model={model!r}: expected a Pyro program, a callable with pyro.sample statements.")
-    known = isinstance(centered, (int, float)) and not isinstance(centered, bool)
-    if centered is not None and not (known and 0 <= centered < 1):
-        raise ValueError(f"centered={centered!r}: expected a number from 0 to below 1, or None to learn it.")
     if isinstance(sites, str):
         raise ValueError(f"sites={sites!r}: expected a list of names, [{sites!r}].")
     found = None if sites is None else frozenset(sites)
@@ -131,6 +139,11 @@ def forms_of(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def dependent_sites(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[str]:
     """Latents of a location-scale family whose location or scale depends on other latents: two runs differ in them."""
     return frozenset(_dependent(model, args, kwargs))
+
+
+def _names(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[str]:
+    with aside(), isolated():
+        return {name for name, _ in sample_sites(plain_run(model, args, kwargs).model)}
 
 
 def _dependent(model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

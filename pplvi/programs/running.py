@@ -19,8 +19,9 @@ from pplvi.programs.factorising import retried
 from pplvi.programs.handlers import Detach, Somewhere, SubsampleRecorder, Supply
 from pplvi.programs.masks import balance_missing
 from pplvi.programs.minibatches import FewIndices
+from pplvi.programs.sharding import unsplit
 from pplvi.programs.sites import PARTICLES, is_subsample
-from pplvi.programs.state import preserved_buffers, preserved_parameters, preserved_rng
+from pplvi.programs.state import is_recording, preserved_buffers, preserved_parameters, preserved_rng
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
@@ -94,17 +95,10 @@ def trace_within(program: Program, args: Any, kwargs: Any, *contexts: AbstractCo
 def isolated() -> Iterator[None]:
     """Run a program for inspection: no gradient, no new parameter in the store (its initial value would depend on who
     inspected first), and a random state that is neither advanced nor used twice."""
-    with preserved_rng(), preserved_parameters(), torch.no_grad():
+    with preserved_rng(), preserved_parameters(), torch.no_grad(), unsplit():
         if not is_recording():
             pyro.set_rng_seed(int(torch.randint(2**31, ())))
         yield
-
-
-def is_recording() -> bool:
-    """Whether operations are being written down (``make_fx``): values cannot be looked at then."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    return get_proxy_mode() is not None
 
 
 def plain_run_of_pair(model: Program, guide: Program, args: Any, kwargs: Any) -> Run:

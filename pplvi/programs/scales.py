@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 
 from pplvi.programs.handlers import within
 from pplvi.programs.running import plain_run_of_pair
-from pplvi.programs.sites import PARTICLES, Site, sample_sites
+from pplvi.programs.sites import PARTICLES, Site, is_subsample, sample_sites
 from pplvi.types import Program
 
 _CLOSE = 1e-5  # of single precision
@@ -37,6 +37,25 @@ class Unscale(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["scale"] = plate_scale(msg)
+
+
+class LatentWeight(Messenger):
+    """Multiply log densities of latent sites inside, of model and guide alike, by a weight.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> with LatentWeight(4.0), poutine.trace() as recorder:
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    >>> recorder.trace.nodes["z"]["scale"]
+    4.0
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not is_subsample(msg):
+            msg["scale"] = msg["scale"] * self.weight
 
 
 def without_scale(

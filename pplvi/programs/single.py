@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import distributions as torch_dist
 
 from pplvi.programs.handlers import Detach, Supply
+from pplvi.programs.sharding import current_shard, sharded
 from pplvi.programs.sites import PARTICLES, is_enumerated, is_subsample, latent_sites
 from pplvi.programs.state import preserved_rng
 from pplvi.programs.traces import Run
@@ -58,7 +59,7 @@ def run_alone(
     recorder = _Recorder(values, detach, redraw)
     with recorder, _SideBySide(PARTICLES, num_particles, -nesting - 1) if num_particles > 1 else nullcontext():
         program(*args, **kwargs)
-    run = Run(poutine.Trace(), recorder.trace, num_particles, nesting)
+    run = sharded(Run(poutine.Trace(), recorder.trace, num_particles, nesting))
     latents = latent_sites(recorder.trace)
     if complete and (drawn := sorted(latents.keys() - values.keys())):
         raise ValueError(
@@ -111,7 +112,7 @@ def rescored(run: Run, values: Mapping[str, Tensor]) -> Run:
     """
     trace = run.model.copy()
     trace.nodes.update({name: {**trace.nodes[name], "value": value} for name, value in values.items()})
-    return Run(run.guide, trace, run.num_particles, run.nesting)
+    return sharded(Run(run.guide, trace, run.num_particles, run.nesting))
 
 
 def carried_path(density: Tensor, at: Values, live: Values, total: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -221,7 +222,20 @@ def log_density_of(
     tensor(-1.8379)
     """
     with poutine.block(hide_fn=lambda msg: msg["type"] == "sample" and not _draws_minibatch(msg)), Supply(values):
-        return torch.as_tensor(poutine.trace(program).get_trace(*args, **kwargs).log_prob_sum())
+        trace = poutine.trace(program).get_trace(*args, **kwargs)
+        _check_together(trace)
+        return torch.as_tensor(trace.log_prob_sum())
+
+
+def _check_together(trace: Any) -> None:
+    """Check that the gradient of a density in its values needs no other rank."""
+    shard = current_shard()
+    outside = {n for n, s in latent_sites(trace).items() if not shard.splits(s)} if shard is not None else set()
+    if outside:
+        raise ValueError(
+            f"a kernel follows the gradient of a density in the sites {sorted(outside)}, whose data are on several "
+            "ranks: expected kernels that do not, such as ResidualKernel, or latents inside the plate of the data."
+        )
 
 
 def _draws_minibatch(msg: Any) -> bool:

@@ -42,6 +42,13 @@ def set_torch_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def is_recording() -> bool:
+    """Whether operations are being written down (``make_fx``): values cannot be looked at then."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 @contextmanager
 def preserved_rng(active: bool = True) -> Iterator[None]:
     """Leave the global random state as it was, unless ``active`` is false."""
@@ -114,7 +121,7 @@ def fingerprint(tree: Any) -> str:
 class Environment:
     """Default dtype and device of a run; ``None`` leaves them alone.
 
-    :raises ValueError: if ``dtype`` is not a floating point dtype.
+    :raises ValueError: if ``dtype`` is not a floating point dtype, or ``device`` none.
     """
 
     dtype: torch.dtype | None = None
@@ -123,6 +130,13 @@ class Environment:
     def __post_init__(self) -> None:
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"dtype={self.dtype!r}: expected a floating point dtype such as torch.float64, or None.")
+        try:
+            torch.device("cpu" if self.device is None else self.device)
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"device={self.device!r}: expected a device such as 'cpu' or 'cuda:0' ({reason})."
+            ) from error
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -139,11 +153,13 @@ class Environment:
             torch.set_default_dtype(old)
 
     def move(self, tree: Any) -> Any:
-        """Tensors on the device; floating point ones in the dtype."""
-        return tree if self.dtype is None and self.device is None else map_tree(self._move, tree)
+        """Tensors on the device, floating point ones in the dtype; data, which get no gradient of their own."""
+        live: list[Tensor] = []
+        map_tree(lambda x: live.append(x) if x.requires_grad else None, tree)
+        return map_tree(self._move, tree) if live or (self.dtype, self.device) != (None, None) else tree
 
     def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
+        return tensor.detach().to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
 
     def move_module(self, program: Any) -> None:
         """Move the parameters and buffers of a program that is, or is a method of, a module (in place)."""

@@ -8,7 +8,7 @@ scale never enters a density: it is reported as :attr:`Run.scale`, to multiply t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pplvi.programs import enumeration
 from pplvi.programs.masks import without_missing
+from pplvi.programs.shard import Shard
 from pplvi.programs.sites import (
     Plate,
     Site,
@@ -44,6 +45,7 @@ class Run:
     plates out; that scale is :attr:`scale`.
 
     :ivar kept: what a program left beside its sites, with the particles in front.
+    :ivar shard: the part of a plate that is here, where others are on other ranks; densities are those of all.
     """
 
     guide: Any
@@ -53,6 +55,7 @@ class Run:
     enumerated: bool = False
     given_subsamples: frozenset[str] = frozenset()
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    shard: Shard | None = None
 
     @cached_property
     def batch(self) -> tuple[Plate, ...]:
@@ -96,7 +99,8 @@ class Run:
     def subsampled(self) -> tuple[str, ...]:
         """Names of subsampled plates that are not batch plates: their scale sits inside the densities."""
         found = {n for trace in (self.model, self.guide) for _, s in sample_sites(trace) for n in subsampled_plates(s)}
-        return tuple(sorted(found - {p.name for p in self.batch}))
+        whole = self.shard.whole if self.shard is not None else set()
+        return tuple(sorted(found - whole - {p.name for p in self.batch}))
 
     @property
     def guide_enumerated(self) -> bool:
@@ -127,7 +131,9 @@ class Run:
 
     def drawn_log_prob(self, name: str, site: Site) -> Tensor:
         """Log density of one site as it was drawn: masked, but not scaled."""
-        return scale_and_mask(unscaled_log_prob(name, site), mask=site["mask"])
+        shard = self.joint_shard
+        copies = shard.share if shard is not None and shard.splits(site) else 1.0
+        return scale_and_mask(unscaled_log_prob(name, site), copies, site["mask"])
 
     def scaled(self, site: Site, values: Tensor) -> Tensor:
         """Values of a site's elements, scaled and masked as its log density is."""
@@ -157,7 +163,21 @@ class Run:
                     "(of its plates and the particles) may differ from 1. Declare the others with pyro.plate or "
                     ".to_event(), keep dimensions when reducing over a plate (keepdim=True), or index from the right."
                 )
-        return self.to_batch(density, name)
+        return self._of_all_ranks(self.to_batch(density, name), {f.name for f in site["cond_indep_stack"]})
+
+    def _of_all_ranks(self, density: Tensor, plates: Set[str]) -> Tensor:
+        """A density ``(num_particles, *batch)``; its mean over the ranks, if it was summed over a plate that is split.
+
+        :param plates: names of the plates that it is in.
+        """
+        shard = self.joint_shard
+        return density if shard is None or shard.plates.isdisjoint(plates) else shard.mean(density)
+
+    @cached_property
+    def joint_shard(self) -> Shard | None:
+        """The shard, if its plate is no batch plate, so that weights depend on all ranks."""
+        apart = self.shard is None or not self.shard.plates.isdisjoint(p.name for p in self.batch)
+        return None if apart else self.shard
 
     def zeros(self) -> Tensor:
         """Zeros of shape ``(num_particles, *batch)`` on the programs' device."""
@@ -168,7 +188,18 @@ class Run:
 
     @cached_property
     def _enumerated_densities(self) -> tuple[enumeration.PlateTerms, enumeration.PlateTerms]:
+        if self.joint_shard is not None:
+            self._check_enumerated(self.joint_shard)
         return enumeration.log_densities(self.model, self.guide, self.scale)
+
+    def _check_enumerated(self, shard: Shard) -> None:
+        sites = {n: s for trace in (self.model, self.guide) for n, s in sample_sites(trace) if is_enumerated(s)}
+        if outside := sorted(name for name, site in sites.items() if not shard.splits(site)):
+            raise ValueError(
+                f"sites {outside} are enumerated outside of the plates {sorted(shard.plates)}, whose elements are on "
+                "several ranks: each would sum over them with its own elements alone. Expected enumerated sites inside "
+                "that plate. Draw the others, or use parallel='none'."
+            )
 
     @property
     def enumerated_target(self) -> enumeration.PlateTerms:
@@ -178,8 +209,11 @@ class Run:
     def log_target(self) -> Tensor:
         """Log joint density of the model at the guide's draws, enumerated model sites summed out."""
         if self.enumerated:
-            return sum((self.to_batch(term) for _, term in self._enumerated_densities[0]), self.zeros())
+            return self._total_of_terms(self._enumerated_densities[0])
         return self._total(self.log_probs(self.model))
+
+    def _total_of_terms(self, terms: enumeration.PlateTerms) -> Tensor:
+        return sum((self._of_all_ranks(self.to_batch(term), plates) for plates, term in terms), self.zeros())
 
     def expected_counts(self, instead: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The log evidence where every latent is enumerated, and how often each entry of the densities counts: see
@@ -189,7 +223,7 @@ class Run:
     def log_forward(self) -> Tensor:
         """Log density of the guide at its draws, auxiliary sites included."""
         if self.enumerated:
-            return sum((self.to_batch(term) for _, term in self._enumerated_densities[1]), self.zeros())
+            return self._total_of_terms(self._enumerated_densities[1])
         return self._total(self.log_probs(self.guide))
 
     def log_score(self, *, detached: bool) -> Tensor | None:

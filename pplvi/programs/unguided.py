@@ -14,7 +14,7 @@ from torch import Tensor
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, WayName, one_sound, run_model_all, ways_of_rows
 from pplvi.programs.errors import lacks_memory
-from pplvi.programs.factorising import Apart
+from pplvi.programs.factorising import SeparateFactors
 from pplvi.programs.handlers import Supply, Uncondition
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.running import How, isolated, no_guide, plain_run, trace_within
@@ -87,7 +87,7 @@ class _Model:
     def compare(self, how: How, way: Way, *, wanted: bool) -> None:
         values = {name: value[:2] for name, value in (how.values or {}).items()}
         how = replace(how, num_particles=2, values=values)
-        with OutsideState() as outside, Apart(2, active=way.model and not wanted):
+        with OutsideState() as outside, SeparateFactors(2, active=way.model and not wanted):
             both = self.run(how, way)
         both = self.run(replace(how, values={**values, **_drawn(both)}), way)
         outside.check(way)

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, CARRIED, LOOP, LOOPED_MODEL, Given, Way, WayName, run_particles
-from pplvi.programs.factorising import Apart
+from pplvi.programs.factorising import SeparateFactors
 from pplvi.programs.first_run import supplied_values
 from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, recall, remember
 from pplvi.programs.randomness import is_batched
-from pplvi.programs.running import How, is_recording, isolated
+from pplvi.programs.running import How, isolated
 from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
-from pplvi.programs.state import modules_of, preserved_buffers
+from pplvi.programs.state import is_recording, modules_of, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
@@ -93,7 +93,7 @@ def _found(model: Program, guide: Program, args: Any, kwargs: Any, layout: Layou
     ) from errors[0]
 
 
-def way_of(model: Program, guide: Program, args: Any, kwargs: Any, word: WayName | None = None) -> WayName | None:
+def way_taken(model: Program, guide: Program, args: Any, kwargs: Any, word: WayName | None = None) -> WayName | None:
     """The way in which several particles of these programs have been run; ``None`` if there were none.
 
     :param word: the way that was named.
@@ -147,7 +147,7 @@ class Trial:
         values = supplied_values(self.model, self.args, self.kwargs, self.layout, None)
         how = How(2, self.layout.nesting, self.layout.enumerated, values=values)
         given = Given(self.layout.indices, spoil=True)
-        with OutsideState() as outside, Apart(2, active=way.model and not self.wanted):
+        with OutsideState() as outside, SeparateFactors(2, active=way.model and not self.wanted):
             both = run_particles(self.model, self.guide, self.args, self.kwargs, how, way, given)
             if not both.guide_enumerated:  # scored at given values, as each alone will be: rounding is then the same
                 how = replace(how, values={**both.subsample_indices(), **_drawn(both)})

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from pplvi.kernels.invariant import InvariantMove
+from pplvi.kinds.checked import checked
 from pplvi.objectives.step import Step
 from pplvi.programs.joint import execute
 from pplvi.programs.memo import Memo, dimensions
@@ -26,6 +27,7 @@ from pplvi.types import Program
 from pplvi.weights.resampling import Resampling as Resampling
 
 
+@checked
 class Annealed:
     """Walk along the path of a guide, ``num_steps`` steps from its first target to the model.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pplvi.objectives.step import Step
 from pplvi.programs.memo import Memo
+from pplvi.programs.sharding import current_shard, own_noise
 from pplvi.programs.single import parameter_names, run_stacked
 from pplvi.samplers.particles import draws_of, leaves, run_at
 from pplvi.samplers.paths import Planned
@@ -62,6 +63,8 @@ def _hindrance(walk: Walk, resampling: Resampling) -> str:
         return "there is one particle: expected at least 2"
     if resampling.num_particles not in (None, walk.particles.num_particles):
         return "the number of particles changes: expected the same at every level"
+    if (shard := current_shard()) is not None and shard.plates.isdisjoint(walk.particles.batch):
+        return "weights are joint over several ranks: expected latents inside the plate of the data"
     if isinstance(walk.plan.initial, Planned):
         return "the first draws come from a walk of their own: expected a base that is a program"
     others = [k for k in (*walk.plan.forward, *walk.plan.reverse) if not isinstance(k, Stackable)]
@@ -98,7 +101,9 @@ def _drawn(walk: Walk, resampling: Resampling) -> _Draws:
             else:
                 _, state = walk.move(level, state)
             draws.reached.append(state.values)
-            if level < last and (found := resampling.indices(state.log_weight)) is not None:
+            with own_noise(walk.particles.batch):
+                found = resampling.indices(state.log_weight) if level < last else None
+            if found is not None:
                 draws.chosen.append(found[0])
                 state = walk.taken(state, *found)
     return draws

@@ -23,8 +23,9 @@ from pplvi.programs.carrying import BROADCAST, LOOP, Way, ways_of_rows
 from pplvi.programs.checks import check_close
 from pplvi.programs.lone import Own, depths_of, each_own, run_each
 from pplvi.programs.memo import Memo, argument_shapes
-from pplvi.programs.running import is_recording, isolated
+from pplvi.programs.running import isolated
 from pplvi.programs.sites import latent_sites, sample_sites
+from pplvi.programs.state import is_recording
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named
 from pplvi.samplers.annealed import check_levels

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Probability
 from pplvi.objectives.step import Step
 from pplvi.programs.dreams import prior_run
 from pplvi.programs.joint import execute, guide_run
@@ -21,6 +23,7 @@ from pplvi.samplers.importance import step_of
 from pplvi.types import Program
 
 
+@checked
 @dataclass(frozen=True)
 class DefensiveMixture:
     """Importance sampling from ``(1 - weight) q(z | x) + weight c(z)``: a guide that cannot forget what is possible.
@@ -40,7 +43,7 @@ class DefensiveMixture:
     """
 
     proposal: ClassVar[str] = "mixture"
-    weight: float = 0.2
+    weight: Probability = 0.2
     component: Program | None = None
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pplvi.objectives.step import Routing
 from pplvi.programs.lone import Alone, Lone, depths_of
+from pplvi.programs.sharding import sharded
 from pplvi.programs.single import carried_path, rescored
 from pplvi.programs.sites import latent_sites
 from pplvi.programs.stacked import Stacked
@@ -89,7 +90,7 @@ class Particles:
         alone = self.alone(values, copies, **how)
         run = Lone(program, given, args, kwargs, self.depths).run(alone, self.vectorize)
         self.depths.update(depths_of(run))
-        return run
+        return sharded(run)
 
     def alone(self, values: Values, copies: int = 1, **how: Any) -> Alone:
         """How a program is run at values, with the indices of the minibatch."""
@@ -105,10 +106,14 @@ class Particles:
     def density(self, run: Run) -> Tensor:
         """A program's log density, ``(num_particles, *batch)``, the batch plates' scale left out."""
         more = [plate for plate in run.batch if plate.name not in self.batch]
-        self.subsampled |= {*run.subsampled, *(plate.name for plate in more if plate.scale != 1.0)} - self.batch
+        whole = run.shard.whole if run.shard is not None else set()
+        cut = {plate.name for plate in more if plate.scale != 1.0} - whole
+        self.subsampled |= {*run.subsampled, *cut} - self.batch
         summed = [index for index, plate in enumerate(run.batch, 1) if plate.name not in self.batch]
         density = run.log_target()
-        return (density.sum(summed) if summed else density) * math.prod(plate.scale for plate in more)
+        density = (density.sum(summed) if summed else density) * math.prod(plate.scale for plate in more)
+        split = run.shard is not None and not run.shard.plates.isdisjoint(plate.name for plate in more)
+        return run.shard.mean(density) if run.shard is not None and split else density
 
     def total(self, tensor: Tensor, events: int) -> Tensor:
         """Sum over event dimensions and all plates outside the batch: ``(num_particles, *batch)`` is left."""

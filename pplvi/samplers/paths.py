@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution, biject_to
 
 from pplvi.kernels.invariant import InvariantMove
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Probability
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites
 from pplvi.programs.traces import Run
@@ -78,6 +80,7 @@ class Betas(PyroModule):
         return torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
 
 
+@checked
 class GeometricPath(Betas):
     """Geometric path, ``log gamma[k] = (1 - beta[k]) log base + beta[k] log target``, with ``0 = beta[0] < ... <= 1``.
 
@@ -104,10 +107,10 @@ class GeometricPath(Betas):
         self,
         target: Program,
         base: Program,
-        num_steps: int,
+        num_steps: Count,
         *,
         learn: bool = False,
-        betas: Sequence[float] | None = None,
+        betas: Sequence[Probability] | None = None,
     ) -> None:
         super().__init__(num_steps, learn=learn, betas=betas)
         self.__dict__["ends"] = target, base  # programs that are modules stay what they are: no part of this one
@@ -211,6 +214,7 @@ def _anywhere(fn: Any) -> Tensor:
     return far
 
 
+@checked
 @dataclass(frozen=True)
 class ProgramPath:
     """A path of the user's own programs, one for each target; the first is normalised and can be sampled.
@@ -281,6 +285,7 @@ class RepeatedPath:
         return -(-level // self.times)
 
 
+@checked
 @dataclass(frozen=True)
 class DataPath:
     """One batch of data after another: ``gamma[k]`` is the model on the first ``k / num_steps`` of its data.
@@ -307,7 +312,7 @@ class DataPath:
 
     model: Program
     prior: Program
-    num_steps: int
+    num_steps: Count
     arguments: tuple[int | str, ...] = (0,)
 
     def __post_init__(self) -> None:

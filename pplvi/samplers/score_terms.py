@@ -52,7 +52,7 @@ class _Term:
 
 
 def score_terms(run: Run, routing: Routing) -> ScoreTerms | None:
-    """The terms of a joint run, or ``None`` if every draw carries a path gradient.
+    """The terms of a joint run, or ``None`` if every draw carries a path gradient, or weights depend on other ranks.
 
     What depends on a draw is told by its plates, as Pyro's ``Trace_ELBO`` does, and by the order of the sites, as
     ``TraceGraph_ELBO`` does: a density of the guide depends on the draws up to its own site, a density of the model on
@@ -71,7 +71,7 @@ def score_terms(run: Run, routing: Routing) -> ScoreTerms | None:
     torch.Size([2, 3])
     """
     scored = run.scored_sites(detached=routing.detach)
-    if not scored:
+    if not scored or run.joint_shard is not None:  # what a draw changes may be on other ranks: all of the weight
         return None
     with torch.no_grad():
         below = _Below(run, _terms(run, routing))

@@ -19,6 +19,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
 from pplvi.programs.errors import warn
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.markov import Iterations, Numbered, OnlyIteration
@@ -281,6 +282,7 @@ def _own(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     return module.named_parameters(recurse=False)
 
 
+@checked
 class StateSpace(PyroModule):
     """A state-space model with ``init`` and ``step`` as an ordinary Pyro program, for posteriors and predictions.
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pplvi.programs.calls import check_counts
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Probability
 from pplvi.samplers.metric import GaussianBase, Metric
 from pplvi.weights.algebra import effective_sample_size as effective_weights
 from pplvi.weights.algebra import logmeanexp
@@ -109,6 +110,7 @@ class TemperedDraws:
     reached: float = 1.0
 
 
+@checked
 @dataclass(frozen=True)
 class TemperedSMC:
     r"""Sequential Monte Carlo along the geometric path from a Gaussian :math:`q` to a target :math:`\gamma`.
@@ -149,16 +151,15 @@ class TemperedSMC:
     (4, 3.0, 2.3)
     """
 
-    num_particles: int = 512
-    num_islands: int = 4
-    num_draws: int = 4000
-    threshold: float = 0.5
-    max_moves: int = 10
-    max_kept: int = 100
-    max_leapfrog: int = 64
+    num_particles: Count = 512
+    num_islands: Count = 4
+    num_draws: Count = 4000
+    threshold: Probability = 0.5
+    max_moves: Count = 10
+    max_kept: Count = 100
+    max_leapfrog: Count = 64
 
     def __post_init__(self) -> None:
-        check_counts(**{n: v for n, v in vars(self).items() if n != "threshold"})
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold={self.threshold!r}: expected a fraction of the particles between 0 and 1.")
         if self.num_islands < 2 or self.num_particles % self.num_islands or self.num_particles < 4 * self.num_islands:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pplvi.kernels.invariant import Frame, InvariantMove
 from pplvi.objectives.step import Step
+from pplvi.programs.sharding import own_noise
 from pplvi.programs.sites import is_delta, latent_sites
 from pplvi.programs.traces import Run
 from pplvi.samplers.particles import DrawPaths, Particles, draws_of
@@ -184,9 +185,9 @@ class Walk:
         return draws_of(run)
 
     def _resampled(self, resampling: Resampling, state: WalkState) -> WalkState:
-        if (found := resampling.indices(state.log_weight.detach())) is None:
-            return state
-        return self.taken(state, *found)
+        with own_noise(self.particles.batch):
+            found = resampling.indices(state.log_weight.detach())
+        return state if found is None else self.taken(state, *found)
 
     def taken(self, state: WalkState, chosen: Tensor, log_weight: Tensor) -> WalkState:
         """Some of the draws, ``chosen`` of shape ``(num_taken, *batch)``, with new weights of that shape."""

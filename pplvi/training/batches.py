@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from pplvi.programs.calls import Arguments, LastBatch, check_last_batch, to_call
 from pplvi.programs.inputs import Inputs, is_array
@@ -26,12 +27,25 @@ def _no_batch(data: Any) -> ValueError:
     return ValueError(f"data={type(data).__name__} yielded no batch: expected at least one.")
 
 
+class Share:
+    """What of every batch is for this process: all of it.
+
+    >>> Share()(((1.0,), {}))
+    ((1.0,), {})
+    """
+
+    def __call__(self, call: Call) -> Call:
+        """This process's share of a batch."""
+        return call
+
+
 class Batches(ABC):
     """A source of batches that knows where it is."""
 
     resumable = True
     environment = Environment()
     inputs = Inputs()
+    share = Share()
     last_batch: LastBatch = "compile"
     size: int | None = None  # of the first batch, once it is asked for
 
@@ -52,7 +66,7 @@ class Batches(ABC):
         while True:
             arguments = Arguments.of(*self._call(self.next_item()))
             if (fitted := arguments.fitted(self.size, self.last_batch)) is not None:
-                return fitted.call(fitted.tensors)
+                return self.share(fitted.call(fitted.tensors))
 
     def _call(self, item: Any) -> Call:
         """What the model is called with for an item."""
@@ -79,18 +93,19 @@ class FullData(Batches):
     """The same arguments at every step."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.call = (tuple(args), dict(kwargs))
+        self.call = self.mine = (tuple(args), dict(kwargs))
 
     def start(self, restart: int, seed: int | None) -> None:
         """Nothing to do, but the data are moved once instead of at every step."""
         self.call = self.environment.move(self.call)
+        self.mine = self.share(self.call)
 
     def next_item(self) -> Any:
         """Not used: the arguments come with their keywords."""
         raise NotImplementedError
 
     def __next__(self) -> Call:
-        return self.call
+        return self.mine
 
     def peek(self) -> Call:
         """The arguments."""
@@ -121,7 +136,7 @@ class Epochs(Batches):
         self.generators = generators_of(data)
         self.original = [g.get_state() for g in self.generators]
         self.iterator: Iterator[Any] = iter(())
-        self.position = 0
+        self.position, self.epochs = 0, -1
         self.last: Any = None
 
     def start(self, restart: int, seed: int | None) -> None:
@@ -130,7 +145,7 @@ class Epochs(Batches):
             g.set_state(state)
             if restart > 0:
                 g.manual_seed(g.initial_seed() + restart if seed is None else seed)
-        self.iterator, self.position, self.last = iter(()), -1, None
+        self.iterator, self.position, self.last, self.epochs = iter(()), -1, None, -1
 
     def next_item(self) -> Any:
         """The next item of this epoch, or the first of the next one."""
@@ -149,6 +164,9 @@ class Epochs(Batches):
             raise _no_batch(self.data) from None
 
     def _begin_epoch(self) -> None:
+        self.epochs += 1
+        if isinstance(sampler := getattr(self.data, "sampler", None), DistributedSampler):
+            sampler.set_epoch(self.epochs)
         self.epoch = {"rng": rng_state(), "generators": [g.get_state() for g in self.generators]}
         self.iterator, self.position = iter(self.data), 0
 
@@ -167,7 +185,7 @@ class Epochs(Batches):
         """Random state at the start of the epoch, number of batches used, and a hash of the last one."""
         if self.position < 1:
             return {"position": 0, "generators": [g.get_state() for g in self.generators]}
-        return {**self.epoch, "position": self.position, "last": fingerprint(self.last)}
+        return {**self.epoch, "position": self.position, "epochs": self.epochs, "last": fingerprint(self.last)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Pass over the batches that were used.
@@ -179,6 +197,7 @@ class Epochs(Batches):
         if state["position"] < 1:
             return
         set_rng_state(state["rng"])
+        self.epochs = state.get("epochs", 0) - 1
         self._begin_epoch()
         for item in itertools.islice(self.iterator, state["position"]):
             self.position, self.last = self.position + 1, item

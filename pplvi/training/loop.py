@@ -22,7 +22,7 @@ from pplvi.programs.errors import warn
 from pplvi.programs.first_run import first_bad_site
 from pplvi.programs.state import clone, rng_state, set_rng_state
 from pplvi.training.batches import Batches
-from pplvi.training.restart import Restart, TrainingError, copy_into
+from pplvi.training.restart import Restart, TrainingError, bad_parameter, copy_into, is_numerical
 from pplvi.training.steps import StepLoss, Steps, Turns, drive, next_calls
 from pplvi.training.watch import Watch
 from pplvi.types import Call
@@ -47,6 +47,7 @@ class Trainer:
         self.update, run.exact = self.stepper.update, self.stepper.exact
         self.good: dict[str, Any] = self.capture()
         self.call: Call = ((), {})
+        self.since: list[Call] = []  # the calls of the steps since the last good state
 
     def train(self) -> None:
         """Take steps until there is a reason to end.
@@ -81,10 +82,11 @@ class Trainer:
         """Take steps; false if one failed and they were taken back."""
         careful = self.capture() if self.run.rollbacks else self.good
         call = calls[0]
+        self.since.extend(calls)
         try:
             losses = yield calls
         except (ValueError, LinAlgError) as error:
-            if not self._is_numerical(error):
+            if not is_numerical(error):
                 raise
             if self.run.step == 0:  # half a learning rate does not change where training starts
                 raise self._failure(call, careful, 0, error) from error
@@ -103,7 +105,7 @@ class Trainer:
 
     def _check(self, call: Call, careful: dict[str, Any]) -> bool:
         self._read()
-        if (bad := self._bad_parameter()) is not None:
+        if self.stepper.agreed(bad := bad_parameter()):
             return self._roll_back(call, careful, f"parameter {bad!r} is not finite")
         if not all(map(math.isfinite, self.run.losses[self.good["step"] :])):
             return self._roll_back(call, careful, "the loss is not finite")
@@ -119,7 +121,7 @@ class Trainer:
     def _after_step(self, call: Call) -> None:
         run, watch = self.run, self.watch
         if watch.monitor is not None and run.step % watch.monitor.every == 0:
-            run.monitored.append(watch.monitor(run, call))
+            run.monitored.append(self.stepper.watched(watch.monitor, run, call))
         due = self._is_due()
         reason = self._reason_to_end()
         if due or reason:
@@ -129,7 +131,7 @@ class Trainer:
         elif self._is_save_due():
             self._save()
         answers = [callback(run) for callback in watch.callbacks]
-        if any(answers) and not run.reason:
+        if watch.callbacks and self.stepper.agreed(any(answers)) and not run.reason:
             self._end("callback")
         watch.report(run)
 
@@ -137,7 +139,7 @@ class Trainer:
         self.run.reason = reason
         self._read()
         if self.watch.monitor is not None and self.run.losses and not self.run.monitored:
-            self.run.monitored.append(self.watch.monitor(self.run, self.call))
+            self.run.monitored.append(self.stepper.watched(self.watch.monitor, self.run, self.call))
         self._settle()
         self._save()
 
@@ -196,16 +198,7 @@ class Trainer:
             set_rng_state(state["rng"])
 
     def _settle(self) -> None:
-        self.good = self.capture()
-
-    def _is_numerical(self, error: Exception) -> bool:
-        """Whether an error came from numbers that ran away, and not from a mistake in a program or the data."""
-        named = any(text in str(error) for text in ("Expected parameter", "the log density at site"))
-        return isinstance(error, LinAlgError) or named or self._bad_parameter() is not None
-
-    def _bad_parameter(self) -> str | None:
-        named = pyro.get_param_store().named_parameters()
-        return next((name for name, p in named if not bool(p.detach().isfinite().all())), None)
+        self.good, self.since = self.capture(), []
 
     def _roll_back(self, call: Call, careful: Mapping[str, Any], cause: object) -> bool:
         """Return to the last good state with half the learning rate.
@@ -217,7 +210,7 @@ class Trainer:
         self.run.rollbacks += 1
         if self.run.rollbacks > MAX_ROLLBACKS:
             raise self._failure(call, careful, failed, cause)
-        backoff = self.update.backoff
+        backoff, self.since = self.update.backoff, []
         self.restore(self.good, rng=self.good["step"] < failed)
         self.update.backoff = 0.5 * backoff
         warn(
@@ -227,9 +220,10 @@ class Trainer:
         return False
 
     def _failure(self, call: Call, careful: Mapping[str, Any], failed: int, cause: object) -> ValueError:
-        self.restore(careful)
-        find = partial(first_bad_site, self.run.model, self.run.guide, *call)
-        site = self.stepper.replay(find, call, SETTLE_EVERY)
+        # Losses that were not looked at one by one are looked at again, from where all was well.
+        state, calls = (self.good, self.since) if self.stepper.reads_late else (careful, [call])
+        self.restore(state)
+        site = self.stepper.replay(partial(first_bad_site, self.run.model, self.run.guide), calls)
         self.restore(self.good)
         where = f"the first site at fault is {site!r}" if site else "every site is finite, but its gradient is not"
         tries = self.run.rollbacks - 1

@@ -9,7 +9,7 @@ floating point sums are the same in every process.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -224,6 +224,10 @@ def _scaled(groups: Iterable[dict[str, Any]], factor: float) -> Iterator[None]:
         g["lr"] = old if g["lr"] is scaled or factor == 0.0 else g["lr"] / factor
 
 
+def _own_norm(named: Mapping[str, Tensor]) -> None:
+    """The norm of the gradient is that of the gradients here."""
+
+
 def _named(name: str | None) -> str:
     if name is None:
         raise ValueError(
@@ -262,6 +266,7 @@ class Update(PyroOptim):
         self.schedule = make_schedule(schedule, num_steps, scheduled=isinstance(optim, PyroLRScheduler))
         self.clip = make_clip(clip)
         self.count, self.backoff = 0, 1.0
+        self.norm: Callable[[Mapping[str, Tensor]], Tensor | None] = _own_norm
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Make one step with the gradients that the parameters carry."""
@@ -274,7 +279,7 @@ class Update(PyroOptim):
             )
         gradients = [p.grad for p in named.values() if p.grad is not None]
         if self.clip is not None and gradients:
-            self.clip(gradients)
+            self.clip(gradients, self.norm(named))
         self.engine.prepare(named)
         with _scaled(self.engine.groups(), self.factor):
             self.engine.step(named)

@@ -7,20 +7,20 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch.optim import Optimizer
 
 from pplvi.compile.flat_optimizers import OptimFactory
+from pplvi.kinds.checked import checked
 from pplvi.programs.handlers import parameters_of
-from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated, plain_run
 from pplvi.types import Program
 
 ROLES = ("model", "guide")
 
 
+@checked
 class PerProgram(PyroOptim):
     """Two optimisers in the place of one: ``{"model": ..., "guide": ...}``.
 
@@ -99,10 +99,7 @@ def _check(role: str, optim: Any) -> None:
 
 def roles_of(model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, str]:
     """By name of a parameter, which of the two programs asks for it; the random state is left alone."""
-    runs = []
+    of_model = {name for name, site in plain_run(model, args, kwargs).model.nodes.items() if site["type"] == "param"}
     with isolated():
-        asked = parameters_of(lambda: runs.append(execute(model, guide, args, kwargs)))
-    if isinstance(guide, AutoMessenger):  # it draws inside the model's run
-        runs = [plain_run(model, args, kwargs)]
-    of_model = {name for name, site in runs[0].model.nodes.items() if site["type"] == "param"}
+        asked = [*parameters_of(lambda: model(*args, **kwargs)), *parameters_of(lambda: guide(*args, **kwargs))]
     return {name: "model" if name in of_model else "guide" for name in asked}

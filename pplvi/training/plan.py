@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from pplvi.training.batches import Batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.loop import Trainer
+from pplvi.training.parallel.ranks import Ranks
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Restart
 from pplvi.training.steps import Steps
@@ -44,6 +45,8 @@ class TrainingPlan:
     :ivar steps: makes what takes the steps of a restart.
     :ivar settings: readable settings that a resumed run has to share, by name.
     :ivar start: what happens before the first step.
+    :ivar ranks: the processes that train together.
+    :ivar ended: what is done with a restart that has ended.
     """
 
     recipe: Recipe
@@ -58,6 +61,8 @@ class TrainingPlan:
     resume: PathLike | None = None
     settings: Mapping[str, Any] | None = None
     start: Start = field(default_factory=Start)
+    ranks: Ranks = field(default_factory=Ranks)
+    ended: Callable[[Restart], None] = lambda run: None
 
     def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:
         """Model, guide and objective of one restart; Pyro's objectives remember the first programs that they see."""

@@ -11,6 +11,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.programs.state import Environment, buffers_of, clone, preserved_rng
 from pplvi.types import Call, Program
@@ -112,6 +113,18 @@ class TrainingError(ValueError):
     """
 
     runs: Sequence[Restart] = ()
+
+
+def bad_parameter() -> str | None:
+    """The first parameter in the store that is not finite."""
+    named = pyro.get_param_store().named_parameters()
+    return next((name for name, p in named if not bool(p.detach().isfinite().all())), None)
+
+
+def is_numerical(error: Exception) -> bool:
+    """Whether an error came from numbers that ran away, and not from a mistake in a program or the data."""
+    named = any(text in str(error) for text in ("Expected parameter", "the log density at site"))
+    return isinstance(error, LinAlgError) or named or bad_parameter() is not None
 
 
 def evaluate(objective: Any, model: Program, guide: Program, call: Call) -> float:

@@ -36,16 +36,22 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
     :raises ValueError: if restarts would share parameters, for a checkpoint that does not fit, or if a loss stays
         non-finite.
     """
-    check_paths(plan)
+    plan.ranks.first(lambda: check_paths(plan))
     _check_data(plan)
     plan.batches.environment = plan.recipe.environment
-    session = _Session(plan, checkpoint.read(plan.resume) if plan.resume is not None else {"runs": []})
-    with preserved_rng(active=plan.seed is not None or session.side_by_side):
+    session = _Session(plan, plan.ranks.first(lambda: _read(plan)))
+    with preserved_rng(active=plan.seed is not None or session.side_by_side), plan.ranks.listening():
         try:
             session.go()
         finally:
             plan.batches.finish()
+        for run in session.runs:
+            plan.ended(run)
     return session.runs
+
+
+def _read(plan: TrainingPlan) -> dict[str, Any]:
+    return checkpoint.read(plan.resume) if plan.resume is not None else {"runs": []}
 
 
 def _check_data(plan: TrainingPlan) -> None:
@@ -95,7 +101,8 @@ class _Session:
     @property
     def side_by_side(self) -> bool:
         """Whether restarts are trained together: compiled steps on the same data, no loop inside the program."""
-        return self.plan.steps.side_by_side and self.plan.restarts > 1 and isinstance(self.plan.batches, FullData)
+        alone = self.plan.restarts == 1 or self.plan.ranks.size > 1
+        return self.plan.steps.side_by_side and not alone and isinstance(self.plan.batches, FullData)
 
     def _go_side_by_side(self) -> None:
         progress = Progress(self.plan.watch.num_steps, 1, self.plan.progress)
@@ -127,7 +134,9 @@ class _Session:
 
     def _go_one_by_one(self) -> None:
         for index in range(self.plan.restarts):
-            progress = Progress(self.plan.watch.num_steps, self.plan.restarts, self.plan.progress)
+            progress = Progress(
+                self.plan.watch.num_steps, self.plan.restarts, self.plan.progress and self.plan.ranks.rank == 0
+            )
             try:
                 run = self._train(index, progress)
             except KeyboardInterrupt:  # before the first step of this restart
@@ -188,15 +197,14 @@ class _Session:
         return Restart(index, model, guide, environment, seed), objective, start
 
     def _trainer(self, run: Restart, objective: Any, watch: Watch, saved: Mapping[str, Any] | None) -> Trainer:
-        if saved is not None:
-            call = self.plan.batches.peek()
-            self.plan.start.take_back(run, saved)
-            evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
-            self._check_same(run, call, saved)
         trainer = Trainer(run, objective, self.plan.steps, self.plan.batches, watch)
         if saved is None:
             return trainer
-        trainer.call = call
+        saved = trainer.stepper.unpacked(saved)
+        call = trainer.call = self.plan.batches.share(self.plan.batches.peek())
+        self.plan.start.take_back(run, saved)
+        evaluate(objective, run.model, run.guide, call)  # parameters exist once the programs have run
+        self._check_same(run, call, saved)
         return self._put_back(trainer, saved)
 
     def _put_back(self, trainer: Trainer, saved: Mapping[str, Any]) -> Trainer:
@@ -229,7 +237,7 @@ class _Session:
 
     def _write(self) -> None:
         """Put what is new into the file; a restart that has no state yet will start anew, and those behind it too."""
-        if self.plan.checkpoint is not None and self.description:
+        if self.plan.checkpoint is not None and self.description and self.plan.ranks.rank == 0:
             states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
             checkpoint.write(self.plan.checkpoint, {**self.description, "runs": list(states)})
             self.description = {}

@@ -42,7 +42,7 @@ def check_paths(plan: TrainingPlan) -> None:
 def run_state(trainer: Training) -> dict[str, Any]:
     """What the continuation of a run depends on, as of its last good state."""
     run = trainer.run
-    return {
+    state = {
         **trainer.good,
         "losses": list(map(float, run.losses)),
         "monitored": list(run.monitored),
@@ -52,6 +52,7 @@ def run_state(trainer: Training) -> dict[str, Any]:
         "batches": trainer.batches.get_state(),
         "batch_size": trainer.batches.size,
     }
+    return trainer.stepper.packed(state)
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pplvi.compile.flat_optimizers import CLIP_FACTOR, CLIP_WINDOW, check_clip
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 
 Schedule = Callable[[int], float]
 
 
+@checked
 class Cosine:
     r"""Cosine decay of the learning rate from 1 to 0 times its value, over ``num_steps`` steps.
 
@@ -31,7 +34,7 @@ class Cosine:
     [1.0, 0.5, 0.0]
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: Count) -> None:
         self.num_steps = num_steps
         self.start, self.level = 0, 1.0
         self.end, self.cooling = num_steps, False
@@ -81,9 +84,9 @@ class NormClip:
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
 
-    def __call__(self, gradients: list[Tensor]) -> None:
-        """Clip in place."""
-        _shrink(gradients, torch.as_tensor(self.max_norm), _norm(gradients))
+    def __call__(self, gradients: list[Tensor], norm: Tensor | None = None) -> None:
+        """Clip in place; ``norm`` is that of these and of others elsewhere, if there are any."""
+        _shrink(gradients, torch.as_tensor(self.max_norm), norm_of(gradients) if norm is None else norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to remember."""
@@ -93,6 +96,7 @@ class NormClip:
         """Nothing to restore."""
 
 
+@checked
 class AdaptiveClip:
     r"""Clip the norm of the whole gradient at ``factor`` times the median of the last ``window`` norms.
 
@@ -108,14 +112,14 @@ class AdaptiveClip:
     tensor([2.])
     """
 
-    def __init__(self, factor: float = CLIP_FACTOR, window: int = CLIP_WINDOW) -> None:
+    def __init__(self, factor: Positive = CLIP_FACTOR, window: Count = CLIP_WINDOW) -> None:
         self.factor, self.window = factor, window
         self.count = 0
         self.norms: Tensor | None = None
 
-    def __call__(self, gradients: list[Tensor]) -> None:
-        """Clip in place; the first gradient passes."""
-        norm = _norm(gradients)
+    def __call__(self, gradients: list[Tensor], norm: Tensor | None = None) -> None:
+        """Clip in place; the first gradient passes. ``norm`` is that of these and of others elsewhere, if any."""
+        norm = norm_of(gradients) if norm is None else norm
         if self.norms is None:
             self.norms = torch.full((self.window,), math.nan, dtype=norm.dtype, device=norm.device)
         self.norms = self.norms.to(norm)  # a checkpoint is read onto the CPU
@@ -133,7 +137,12 @@ class AdaptiveClip:
         self.count, self.norms = state["count"], state["norms"]
 
 
-def _norm(gradients: list[Tensor]) -> Tensor:
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of several tensors together.
+
+    >>> norm_of([torch.tensor([3.0]), torch.tensor([4.0])])
+    tensor(5.)
+    """
     return torch.stack([g.norm() for g in gradients]).norm()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -18,13 +18,15 @@ from pplvi.programs.autoguides import check_local_sizes
 from pplvi.programs.state import clone
 from pplvi.training.batches import Batches, FullData
 from pplvi.training.optimizers import OptimLike, Update
+from pplvi.training.restart import Restart
 from pplvi.training.schedules import Schedule
-from pplvi.training.watch import Watch
+from pplvi.training.watch import Monitor, Watch
 from pplvi.types import Call, Program
 
 StepLoss = float | Tensor
 Turns = Generator[Sequence[Call], Sequence[StepLoss], None]
 BeforeFirst = Callable[[], None]
+Find = Callable[..., str | None]
 
 
 class Stepper(ABC):
@@ -32,10 +34,12 @@ class Stepper(ABC):
 
     :ivar update: counts them and says how large the next one is.
     :cvar exact: whether the losses have no Monte Carlo error.
+    :cvar reads_late: whether losses may be looked at some steps later.
     """
 
     update: Update
     exact: ClassVar[bool] = False
+    reads_late: ClassVar[bool] = False
 
     @abstractmethod
     def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
@@ -50,8 +54,24 @@ class Stepper(ABC):
         """
 
     @abstractmethod
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
-        """The first finding at the present parameters, or in a replay of at most so many steps."""
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
+        """What is found first at the present parameters on the first call, or after steps on the calls up to it."""
+
+    def watched(self, monitor: Monitor, run: Restart, call: Call) -> float:
+        """The value of a monitor at the present parameters, in nats."""
+        return monitor(run, call)
+
+    def packed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds of all that take these steps, from the state of this one."""
+        return state
+
+    def unpacked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state of this one, from what a checkpoint holds."""
+        return state
+
+    def agreed(self, flag: Any) -> bool:
+        """Whether all that take these steps are to act on a flag."""
+        return bool(flag)
 
     @abstractmethod
     def prepare(self, call: Call) -> None:
@@ -100,9 +120,9 @@ class EagerStepper(Stepper):
         """One: the loss of every step is looked at."""
         return 1
 
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """Steps that are taken one at a time have nothing to replay."""
-        return find()
+        return find(*calls[0])
 
     def prepare(self, call: Call) -> None:
         """Nothing: the first step makes the parameters, with the random numbers that it draws."""
@@ -141,6 +161,8 @@ class CompiledStepper(Stepper):
     :param before_first: called before parameters move for the first time.
     :param options: of :class:`pplvi.compile.CompiledSVI`.
     """
+
+    reads_late: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -184,15 +206,13 @@ class CompiledStepper(Stepper):
             ends.append(self.update.left)
         return max(1, min(ends))
 
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """The losses of steps in one call were not looked at: which of them went wrong is found step by step."""
-        site = find()
-        for _ in range(most):
-            if site is not None:
-                break
+        for call in calls:
+            if (site := find(*call)) is not None:
+                return site
             self.many([call])
-            site = find()
-        return site
+        return find(*calls[-1])
 
     def shared(self) -> CompiledSVI:
         """The recorded steps."""
@@ -271,8 +291,12 @@ class CompiledSteps(Steps):
         """A :class:`pplvi.compile.CompiledSVI`, recorded and compiled at its first call."""
         mode = self.mode if self.last is None else self.last.svi.mode
         options: dict[str, Any] = {"mode": mode, "clip": self.clip, "chunk": self.chunk}
-        self.last = CompiledStepper(model, guide, objective, self.update(), before_first, **options)
+        self.last = self.stepper(model, guide, objective, self.update(), before_first, **options)
         return self.last
+
+    def stepper(self, *programs: Any, **options: Any) -> CompiledStepper:
+        """A :class:`CompiledStepper`."""
+        return CompiledStepper(*programs, **options)
 
 
 def drive(turns: Turns, take: Callable[[Sequence[Call]], Sequence[StepLoss]]) -> None:

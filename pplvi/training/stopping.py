@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
+
 _OUTLYING = 3.0  # interquartile ranges, four standard deviations of a normal
 
 
@@ -47,6 +50,10 @@ def improvement(losses: Sequence[float] | NDArray[np.float64]) -> tuple[float, f
     return early[0] - late[0], math.hypot(early[1], late[1])
 
 
+_SHORTEST = 16
+
+
+@checked
 def has_settled(losses: Sequence[float] | NDArray[np.float64]) -> bool:
     """A verdict on a finished trace: the last gain is below three standard errors, or below a tenth of a nat.
 
@@ -59,6 +66,8 @@ def has_settled(losses: Sequence[float] | NDArray[np.float64]) -> bool:
     >>> has_settled(falling), has_settled(spikes), has_settled(np.zeros(400))
     (False, False, True)
     """
+    if len(losses) < _SHORTEST:
+        raise ValueError(f"a trace of {len(losses)} losses: expected at least {_SHORTEST}.")
     return _is_small(*improvement(losses)) and _is_small(*improvement(_without_outliers(losses)))
 
 
@@ -74,6 +83,7 @@ def _without_outliers(losses: Sequence[float] | NDArray[np.float64]) -> NDArray[
     return trace.clip(middle - reach, middle + reach)
 
 
+@checked
 @dataclass(frozen=True)
 class Plateau:
     r"""Stop when the mean objective of the last quarter of all steps is no longer below that of the quarter before.
@@ -103,14 +113,14 @@ class Plateau:
     (True, False)
     """
 
-    min_steps: int = 1000
-    every: int = 100
-    patience: int = 3
-    threshold: float = 1.0
+    min_steps: Count = 1000
+    every: Count = 100
+    patience: Count = 3
+    threshold: Positive = 1.0
 
     def __post_init__(self) -> None:
-        if self.min_steps < 32 or self.every < 1 or self.patience < 1 or self.threshold <= 0:
-            raise ValueError(f"{self}: expected min_steps >= 32 and positive every, patience and threshold.")
+        if self.min_steps < 32:
+            raise ValueError(f"min_steps={self.min_steps}: expected at least 32, to have quarters to compare.")
 
     def thinned(self, by: int) -> Plateau:
         """The same rule for a trace that has one value for every ``by`` steps."""

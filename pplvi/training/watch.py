@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.calls import to_call
 from pplvi.training.batches import Batches
@@ -14,6 +16,7 @@ from pplvi.training.stopping import Plateau
 from pplvi.types import Call
 
 
+@checked
 @dataclass(frozen=True)
 class Monitor:
     """A loss to judge by in place of the objective, now and then, on held-back data if there are any.
@@ -30,11 +33,7 @@ class Monitor:
 
     objective: Any = field(default_factory=ELBO)
     held_back: Any = None
-    every: int = 10
-
-    def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every={self.every!r}: expected a whole number of steps, at least 1.")
+    every: Count = 10
 
     def __call__(self, run: Restart, call: Call) -> float:
         """Its value (nats); the random state is left as it was, so that watching changes nothing."""
@@ -50,6 +49,17 @@ class Training(Protocol):
     batches: Batches
     good: dict[str, Any]
     call: Call
+
+    @property
+    def stepper(self) -> Packing:
+        """What takes the steps."""
+
+
+class Packing(Protocol):
+    """What knows the state of all that take steps."""
+
+    def packed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds of them."""
 
 
 @dataclass

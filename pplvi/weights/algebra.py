@@ -18,7 +18,10 @@ import math
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
 
+
+@checked
 def logmeanexp(x: Tensor, dim: int = 0, keepdim: bool = False) -> Tensor:
     r"""Logarithm of the mean of exponentials.
 
@@ -62,6 +65,7 @@ def normalize(log_weight: Tensor, dim: int = 0) -> Tensor:
     return torch.softmax(log_weight.masked_fill(dead, 0.0), dim).masked_fill(dead, 0.0)
 
 
+@checked
 def expectation(log_weight: Tensor, values: Tensor, dim: int = 0) -> Tensor:
     r"""Self-normalised expectation under detached weights.
 
@@ -93,6 +97,7 @@ def expectation(log_weight: Tensor, values: Tensor, dim: int = 0) -> Tensor:
     return average.masked_fill((weight == 0).all(dim), math.nan)
 
 
+@checked
 def effective_sample_size(log_weight: Tensor, dim: int = 0) -> Tensor:
     r"""Kish's effective sample size of a set of weights.
 
@@ -115,6 +120,7 @@ def effective_sample_size(log_weight: Tensor, dim: int = 0) -> Tensor:
     return ess.masked_fill(dead.squeeze(dim), 0.0)
 
 
+@checked
 def log_evidence(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     r"""Importance-sampling estimate of the log evidence with its standard error.
 

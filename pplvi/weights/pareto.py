@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.weights.algebra import normalize, particle_dim
 
 _MIN_TAIL = 5
@@ -14,7 +16,8 @@ _STEEP = 1e30
 _MOST_AT_ONCE = 2**21  # numbers of the fit: 16 MiB, a few times over
 
 
-def pareto_k_threshold(num_draws: int) -> float:
+@checked
+def pareto_k_threshold(num_draws: Count) -> float:
     r"""Largest Pareto k-hat at which averages over this many weighted draws can be trusted.
 
     .. math:: \min(1 - 1 / \log_{10} S, \; 0.7)
@@ -33,6 +36,7 @@ def pareto_k_threshold(num_draws: int) -> float:
     return min(1 - 1 / math.log10(num_draws), 0.7)
 
 
+@checked
 def pareto_smooth(log_weight: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     r"""Pareto-smoothed importance weights and the diagnostic k-hat.
 

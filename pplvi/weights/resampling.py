@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Rate
 from pplvi.weights.algebra import dead_columns, effective_sample_size, logmeanexp, particle_dim
 
 ResamplingScheme = Literal["systematic", "stratified", "multinomial"]
 
 
+@checked
 def resample(
-    log_weight: Tensor, num_samples: int | None = None, scheme: ResamplingScheme = "systematic", dim: int = 0
+    log_weight: Tensor, num_samples: Count | None = None, scheme: ResamplingScheme = "systematic", dim: int = 0
 ) -> Tensor:
     r"""Indices of particles drawn in proportion to their weights.
 
@@ -40,11 +43,6 @@ def resample(
     """
     dim = particle_dim(log_weight, dim)
     num_samples = log_weight.shape[dim] if num_samples is None else num_samples
-    if scheme not in get_args(ResamplingScheme) or num_samples < 1:
-        raise ValueError(
-            f"got scheme={scheme!r} and num_samples={num_samples}; expected one of "
-            f"{', '.join(map(repr, get_args(ResamplingScheme)))} and at least 1 sample."
-        )
     columns = log_weight.detach().movedim(dim, -1).double()
     columns = columns.masked_fill(dead_columns(columns, -1), 0.0)
     total = torch.softmax(columns, -1).cumsum(-1)
@@ -62,6 +60,7 @@ def _uniform_points(total: Tensor, num_samples: int, scheme: ResamplingScheme) -
     return points.clamp(max=1 - torch.finfo(total.dtype).eps)
 
 
+@checked
 @dataclass(frozen=True)
 class Resampling:
     """When and how particles are drawn anew in proportion to their weights.
@@ -77,9 +76,9 @@ class Resampling:
     (tensor([0, 1, 2, 3]), tensor([0.0000, 0.0000, 0.0000, 0.1000]))
     """
 
-    when: bool | float = False
+    when: bool | Rate = False
     scheme: ResamplingScheme = "systematic"
-    num_particles: int | None = None
+    num_particles: Count | None = None
 
     def __post_init__(self) -> None:
         if self.num_particles is not None and (self.when is not True or self.num_particles < 2):
@@ -87,8 +86,6 @@ class Resampling:
                 f"num_particles={self.num_particles} with resample={self.when!r}: expected at least 2, and True. The "
                 "number of particles cannot depend on a weight."
             )
-        if not isinstance(self.when, bool) and not 0 < self.when <= 1:
-            raise ValueError(f"resample={self.when!r}: expected True, False, or a fraction of the particles in (0, 1].")
 
     def indices(self, log_weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """Which particle to take for each one, and its new log weight, ``(num_particles, *batch)``; ``None``: never.

@@ -431,11 +431,11 @@ def test_compiled_steps_move_chains_and_learn() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BoltzmannELBO(negative="gibbs"), "expected one of"),
+        (lambda: BoltzmannELBO(negative="gibbs"), "negative='gibbs': expected 'persistent'"),
         (lambda: BoltzmannELBO(num_chains=0), "num_chains=0"),
         (lambda: BoltzmannELBO(sweeps=0), "sweeps=0"),
         (lambda: BoltzmannELBO(offset_rate=0.0), "offset_rate"),
-        (lambda: TemperedChains(num_temperatures=1), "at least 2 temperatures"),
+        (lambda: TemperedChains(num_temperatures=1), "num_temperatures=1: expected a whole number of at least 2"),
         (lambda: FastPersistentChains(decay=1.0), "decay"),
     ],
 )
@@ -511,3 +511,32 @@ def test_chains_that_need_fields_refuse_other_energies(chains: Chains) -> None:
     other = EnergyModel({"v": BernoulliUnits(3)}, centered=False, name="")
     with pytest.raises(ValueError, match=rf"{type(chains).__name__} of EnergyModel.*expected a BoltzmannMachine"):
         chains.move(other, {"v": torch.zeros(2, 3)}, False)
+
+
+def test_masked_data_have_no_share_in_log_z() -> None:
+    """Of a mean over four data of which two are masked, both phases are half as large as of the two alone."""
+    v = torch.cat([V, V[:1]])
+    mask = torch.tensor([True, False, True, False])
+    rbm = machine()
+
+    def masked(v: Tensor) -> Any:
+        with pyro.poutine.mask(mask=mask):
+            return rbm.model(v)
+
+    loss = BoltzmannELBO(negative="exact")
+    found = gradients(rbm, loss.differentiable_loss(masked, rbm.guide, v))
+    alone = gradients(rbm, loss.differentiable_loss(rbm.model, rbm.guide, v[mask]))
+    same(found, {name: gradient / 2 for name, gradient in alone.items()})
+
+
+def test_fast_weights_decay_by_their_factor() -> None:
+    rbm = machine()
+    loss = BoltzmannELBO(negative=FastPersistentChains(5, 1, fast_rate=1e-12, decay=0.3))
+    loss.prepare(rbm.model, rbm.guide, V)
+    fast = {name: buffer for name, buffer in rbm.named_buffers() if name.startswith("fast_")}
+    for buffer in fast.values():
+        buffer.normal_()
+    before = {name: buffer.clone() for name, buffer in fast.items()}
+    loss.loss_and_grads(rbm.model, rbm.guide, V)
+    assert len(fast) == 3
+    same(fast, {name: 0.3 * buffer for name, buffer in before.items()})

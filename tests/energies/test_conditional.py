@@ -297,7 +297,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "AIS without fields": (
         lambda: annealed_importance_sampling(EnergyModel({"v": BernoulliUnits(2)}, centered=False, name=""), 5, 5),
-        "annealed importance sampling of EnergyModel",
+        "machine is a EnergyModel",
     ),
     "AIS, three groups": (lambda: annealed_importance_sampling(three(), 5, 5), "expected two groups"),
     "AIS, no density": (lambda: annealed_importance_sampling(wide(), 5, 5), "no finite normaliser"),

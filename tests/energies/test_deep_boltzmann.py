@@ -332,3 +332,13 @@ def test_bad_data_are_refused() -> None:
         guide.means({"x": torch.ones(3, 6)})
     with pytest.raises(ValueError, match="a mask without data"):
         guide.means(mask=torch.ones(5).bool())
+
+
+@pytest.mark.parametrize("damping", [0.1, 0.9])
+def test_damping_is_the_share_of_the_field_before(damping: float) -> None:
+    dbm, observed = deep(), {"v": binary(3, 5)}
+    start = MeanFieldGuide(dbm, 0).solve(observed)
+    once = MeanFieldGuide(dbm, 1, parallel=True).solve(observed, start=start)
+    damped = MeanFieldGuide(dbm, 1, parallel=True, damping=damping).solve(observed, start=start)
+    for layer, field in damped.fields.items():
+        torch.testing.assert_close(field, damping * start.fields[layer] + (1 - damping) * once.fields[layer])

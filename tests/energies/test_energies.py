@@ -337,3 +337,25 @@ def test_a_continuum_has_no_states_to_list() -> None:
         BaseMeasure(rbm.layers["v"], (), rbm.like()).enumerate_support()
     with pytest.raises(ValueError, match=r"no tensor 'chain_v': expected one of.*offset_v"):
         rbm.kept("chain_v")
+
+
+@pytest.mark.parametrize("beta", [4.0, torch.tensor(4.0), torch.tensor([4.0, 0.25])])
+def test_temperature_widens_gaussian_units(beta: Any) -> None:
+    units, field = GaussianUnits(3, variance=0.25), torch.randn(2, 3)
+    draws = []
+    for value in (1.0, beta):
+        torch.manual_seed(0)
+        draws.append((units.sample(field, value) - field) * torch.as_tensor(value).reshape(-1, 1) ** 0.5)
+    torch.testing.assert_close(*draws)
+
+
+@pytest.mark.parametrize("make", [lambda: B(3), lambda: C(2, 3), lambda: GaussianUnits(3, variance=0.25)])
+def test_entropy_under_a_field_is_that_of_the_means(make: Any) -> None:
+    """At the field's own means ``log Z(f) - phi(mu) . f + base(mu)`` is the entropy; elsewhere it is the formula."""
+    units = make()
+    field = torch.randn(4, units.width)
+    mean = units.mean(field)
+    torch.testing.assert_close(units.field_entropy(field, mean), units.entropies(mean).sum(-1))
+    other = units.mean(field + 1.0)
+    by_hand = units.log_partition(field) - (units.statistic(other) * field).sum(-1) + units.base_energy(other)
+    torch.testing.assert_close(units.field_entropy(field, other), by_hand)

@@ -6,8 +6,14 @@ import matplotlib as mpl
 import pytest
 import torch
 
-from pplvi.energies import DeepBoltzmannMachine, RestrictedBoltzmannMachine
-from pplvi.energies.evaluation.monitors import chain_mixing, free_energy_gap, inpaint, nearest_neighbours
+from pplvi.energies import (
+    DeepBoltzmannMachine,
+    RestrictedBoltzmannMachine,
+    chain_mixing,
+    free_energy_gap,
+    inpaint,
+    nearest_neighbours,
+)
 from pplvi.energies.evaluation.pictures import plot_filters, plot_images
 
 mpl.use("Agg")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from pplvi.energies import (
     annealed_importance_sampling,
     raise_bound,
 )
+from pplvi.energies.evaluation import partition
 from pplvi.energies.evaluation.ais_path import Between
 from pplvi.energies.evaluation.moment_paths import averaged_machines, base_fields
 from pplvi.samplers.annealed import Annealed
@@ -243,3 +245,21 @@ def test_paths_that_do_not_exist_are_refused() -> None:
         annealed_importance_sampling(machines()["gaussian"], path="moment_averaged")
     with pytest.raises(ValueError, match=r"knots=\(0, 1000\)"):
         annealed_importance_sampling(machines()["rbm"], path="moment_averaged", knots=(0, 1000))
+
+
+def test_adapted_betas_are_at_equal_distances() -> None:
+    """In the standard deviation of the log weight's derivative, here over all states at each inverse temperature."""
+    machine = with_biases(RestrictedBoltzmannMachine(4, 3, init_scale=3.0))
+    between = Between(machine, base_fields(machine, None))
+    grid = torch.linspace(0, 1, 201)
+    with torch.no_grad():
+        betas = np.array(partition._adapted(between, 41))
+        states = {"v": torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4)}
+        log_p = torch.stack([between.log_density(states, beta) for beta in grid.tolist()])
+    (slope,) = torch.gradient(log_p, spacing=(grid,), dim=0)
+    p = log_p.softmax(1)
+    deviation = ((p * slope**2).sum(1) - (p * slope).sum(1) ** 2).clamp(min=0) ** 0.5
+    assert deviation.max() > 2 * deviation.min()  # equal distances are not equal steps
+    length = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(deviation, grid)])
+    places = np.interp(betas, grid.numpy(), (length / length[-1]).numpy())
+    assert np.abs(places - np.linspace(0, 1, 41)).max() < 0.02

@@ -309,7 +309,7 @@ def test_fit_and_compiled_fit(x: Tensor) -> None:
     ("arguments", "message"),
     [
         ({"plates": "rows"}, "no latent site inside"),
-        ({"family": "student"}, "expected one of"),
+        ({"family": "student"}, "family='student': expected 'normal'"),
         ({"init_scale": -1.0}, "positive"),
         ({"encoder": lambda x: x}, "torch.nn.Module"),
         ({"encoder": nn.Flatten(0)}, "Put plates"),

@@ -619,12 +619,12 @@ def test_hiding_discrete_sites_works():
     ("arguments", "message"),
     [
         ({"flow": "spline"}, "expected one of"),
-        ({"flow": 3}, "flow is a int"),
+        ({"flow": 3}, "flow=3: expected a string or a callable"),
         ({"init_scale": 0.0}, "expected a positive"),
         ({"init_scale": math.inf}, "expected a positive"),
         ({"init_scale": "wide"}, "expected a positive"),
-        ({"transforms": 0}, "expected positive integers"),
-        ({"hidden_features": (16, -1)}, "expected positive integers"),
+        ({"transforms": 0}, "transforms=0: expected a whole number of at least 1"),
+        ({"hidden_features": (16, -1)}, "each a whole number of at least 1"),
         ({"flow": torch.nn.Identity(), "transforms": 2}, "already built"),
     ],
 )

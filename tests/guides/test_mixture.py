@@ -172,7 +172,7 @@ def test_fit_compiled(tmp_path: Any) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="num_components is 0"):
+    with pytest.raises(ValueError, match="num_components=0"):
         AutoMixture(two_modes, num_components=0)
     with pytest.raises(ValueError, match="has not seen"):
         AutoMixture(two_modes, num_components=2).grow()

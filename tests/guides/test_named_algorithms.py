@@ -1,4 +1,4 @@
-"""The README's table of sequential algorithms: each row is a choice of parts, estimates log Z, and trains."""
+"""The documentation's table of sequential algorithms: each row is a choice of parts, estimates log Z, and trains."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ from pplvi.weights.algebra import logmeanexp
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+TABLE = (Path(__file__).parents[2] / "docs" / "sequential.md").read_text()
 Y = torch.tensor([0.8, 1.6, -0.2], dtype=torch.float64)
 
 
@@ -76,7 +76,7 @@ ROWS: dict[str, tuple[Any, Any, Any]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_row_estimates_the_evidence_and_trains(name: str) -> None:
     make, resample, loss = ROWS[name]
-    assert f"| {name}" in README
+    assert f"| {name}" in TABLE
     annealed = make()
     annealed.plan((Y,), {})
     request = Request(600, routing=Routing(detach=True, local=True))
@@ -94,7 +94,7 @@ def test_row_estimates_the_evidence_and_trains(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["FIVO", "NASMC", "VSMC"])
 def test_row_over_time_estimates_the_evidence_and_trains(name: str) -> None:
-    assert name in README
+    assert name in TABLE
     pair, loss = (
         ((StateSpace(Walk()), FilteredGuide(Walk(), Proposal(), 100)), ELBO())
         if name == "VSMC"
@@ -110,5 +110,5 @@ def test_row_over_time_estimates_the_evidence_and_trains(name: str) -> None:
 
 def test_discrete_sites_take_gibbs_moves() -> None:
     """Any row on a model with discrete sites: see test_gibbs.py and test_proper_weights.py."""
-    assert "GibbsKernel" in README
+    assert "GibbsKernel" in TABLE
     assert GibbsKernel.partial

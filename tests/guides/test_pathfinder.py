@@ -16,6 +16,7 @@ from torch.distributions import constraints
 
 from pplvi import ELBO, ImportanceWeightedELBO, Posterior
 from pplvi.guides import AutoFlow
+from pplvi.guides.search import lbfgs
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.gaussians import GaussianMixture, full_gaussian, local_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options, minimise
@@ -541,3 +542,26 @@ def test_where_a_gaussian_will_do_there_is_no_mixture():
 def test_guides_that_start_at_it_start_at_one_gaussian():
     value = init_to_pathfinder(banana, seed=0)
     assert value({"name": "b", "fn": dist.Normal(0.0, 1.0)}).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        ((0.0, 1.0, -1.0), (1.0, 1.0, 1.0), 0.5),  # a parabola's minimum
+        ((0.0, 0.0, -1e-6), (1.0, 9.0, 9.0), 0.1),  # so near the lower end that it would not move
+        ((0.0, 9.0, -9.0), (1.0, 0.0, 1e-6), 0.9),  # or the upper one
+        ((0.0, 1.0, -1.0), (math.inf, math.nan, math.nan), 1.0),  # nothing above yet: on, and then ten times as far
+        ((2.0, 1.0, -1.0), (math.inf, math.nan, math.nan), 20.0),
+        ((0.0, 1.0, -1.0), (1.0, math.nan, math.nan), 0.1),  # not finite above: back
+        ((1.0, 1.0, -1.0), (3.0, math.nan, math.nan), 2.0),
+    ],
+)
+def test_a_line_search_keeps_away_from_the_ends_of_its_bracket(low, high, expected):
+    assert lbfgs._next_step(lbfgs._Trial(*low), lbfgs._Trial(*high)) == pytest.approx(expected)
+
+
+def test_a_tolerance_of_zero_is_one():
+    AutoPathfinder(coin, lbfgs={"tol_obj": 0.0, "tol_rel_grad": 1.0})
+    for bad in (-1e-9, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"lbfgs( has |=).*'tol_obj'"):
+            AutoPathfinder(coin, lbfgs={"tol_obj": bad})

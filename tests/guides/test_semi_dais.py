@@ -297,7 +297,7 @@ def test_copies_states_and_neighbours() -> None:
 
 
 def test_bad_input_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="base is a AutoNormal: expected an AutoHierarchical"):
+    with pytest.raises(ValueError, match=r"base=.*: expected an AutoAmortized"):
         AutoSemiDAIS(AutoNormal(grouped))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_steps=0"):
         AutoSemiDAIS(hierarchical(grouped), 0)

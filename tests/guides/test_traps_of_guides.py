@@ -229,4 +229,4 @@ def test_from_pyro_takes_only_mcmc():
         az.from_pyro(guide)
     data = pplvi.to_arviz(pplvi.Posterior(model, guide, (Y,), num_draws=50, seed=0), num_prior=10)
     assert data.posterior["z"].shape == (1, 50)
-    assert {"posterior_predictive", "prior", "log_likelihood", "sample_stats", "observed_data"} <= set(data.groups())
+    assert {"posterior_predictive", "prior", "log_likelihood", "sample_stats", "observed_data"} <= set(data)

@@ -284,9 +284,9 @@ def test_posterior_of_a_trained_guide() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"step_size": 0.0}, "step_size=0.0.*expected positive numbers"),
-        ({"step_size": math.nan}, "expected positive numbers"),
-        ({"hidden": 0}, "hidden=0: expected positive numbers"),
+        ({"step_size": 0.0}, "step_size=0.0: expected a positive"),
+        ({"step_size": math.nan}, "step_size=nan: expected a positive"),
+        ({"hidden": 0}, "hidden=0: expected a whole number"),
         ({"control": "forward"}, "control='forward': expected 'both' or 'reverse'"),
     ],
 )

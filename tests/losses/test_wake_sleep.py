@@ -460,7 +460,7 @@ def test_mixtures_are_refused_where_they_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"draws of a mixture cannot be put into the guide.*automatic guides"):
         ReweightedWakeSleep(4, mixture=0.2).loss(positive_model, automatic(positive_model, y), y)
     for weight in (1.0, -0.2):
-        with pytest.raises(ValueError, match="mixture weight"):
+        with pytest.raises(ValueError, match="mixture"):
             ReweightedWakeSleep(4, mixture=weight)
     with pytest.raises(ValueError, match="cannot use draws from the mixture"):
         WeightedELBO(RenyiBound(0.0), DefensiveMixture(0.2), 4)
@@ -489,7 +489,7 @@ def test_mixtures_are_refused_where_they_cannot_be() -> None:
 def test_wake_sleep_refuses() -> None:
     with pytest.raises(ValueError, match="self-normalised weights need at least 2 particles"):
         ReweightedWakeSleep(1)
-    with pytest.raises(ValueError, match="num_particles=0"):
+    with pytest.raises(ValueError, match="num_sleep_particles=0"):
         WakeSleep(1, 0)
     with pytest.raises(ValueError, match=r"insomnia=1\.5: expected a share"):
         ReweightedWakeSleep(4, 1.5)

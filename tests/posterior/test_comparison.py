@@ -9,11 +9,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from matplotlib import pyplot
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pplvi
 from pplvi import AutoBatchAndMatch, AutoPathfinder
+from pplvi.posterior.arviz.versions import is_legacy
 from pplvi.posterior.comparison import compare
 from pplvi.posterior.posterior import Posterior
 
@@ -88,7 +90,7 @@ def test_better_models_come_first():
     assert list(table["rank"]) == [0, 1]
     assert table.loc["right", "elpd_diff"] == 0
     difference = table.loc["right", "elpd_loo"] - table.loc["far off", "elpd_loo"]
-    assert table.loc["far off", "elpd_diff"] == pytest.approx(difference)
+    assert table.loc["far off", "elpd_diff"] == pytest.approx(-difference)
     assert difference > 0.3
     assert list(table.columns) == ["verdict", *COLUMNS, *NUMBERS, "guide", "objective"]
 
@@ -107,11 +109,22 @@ def test_a_guide_that_is_not_reliable_is_marked_and_not_ranked_first():
     assert list(compare({"narrow": narrow}).index) == ["narrow"]
 
 
-def test_columns_are_those_of_arviz():
+def test_numbers_are_those_of_arviz():
     posteriors = {"a": posterior(), "b": posterior(far_off, MEAN - 2.5)}
-    expected = az.compare({name: each.loo() for name, each in posteriors.items()})
-    for column in COLUMNS:
-        assert list(compare(posteriors)[column]) == list(expected[column])
+    scores = {name: each.loo() for name, each in posteriors.items()}
+    expected = az.compare(scores) if is_legacy() else az.compare(scores, round_to="none")
+    table = compare(posteriors)
+    for column in ("rank", "weight", "se", "dse"):
+        assert list(table[column]) == list(expected[column])
+    assert list(table["elpd_diff"].abs()) == list(expected["elpd_diff"].abs())
+    assert list(table["elpd_loo"]) == list(expected["elpd_loo" if is_legacy() else "elpd"])
+    assert not table["warning"].any()
+
+
+def test_arviz_plots_the_table():
+    table = compare({"a": posterior(), "b": posterior(far_off, MEAN - 2.5)})
+    az.plot_compare(table.assign(scale="log") if is_legacy() else table)
+    pyplot.close("all")
 
 
 def test_what_does_not_exist_is_missing_and_last():
@@ -165,10 +178,10 @@ def test_different_data_are_refused(data):
 @pytest.mark.parametrize(
     ("fits", "message"),
     [
-        ({}, "nothing to compare"),
+        ({}, "fits={}: expected a dictionary of fits"),
         ({"a": 3}, "'a' is int; expected what pplvi.fit returns"),
-        ([3], "fits has type list; expected a dictionary of fits"),
-        (3, "fits has type int; expected a dictionary of fits"),
+        ([3], "fits=.*: expected a dictionary of fits"),
+        (3, "fits=3: expected a dictionary of fits"),
     ],
 )
 def test_things_that_are_no_fits_are_refused(fits, message):

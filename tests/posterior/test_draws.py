@@ -7,7 +7,8 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal, AutoNormalMessenger
 
-from pplvi.posterior.draws import draw, predict, score, stack
+from pplvi.posterior.draws import draw, predict, score
+from pplvi.posterior.stacking import stack
 from pplvi.programs.sites import Plate
 
 pytestmark = pytest.mark.usefixtures("float64")

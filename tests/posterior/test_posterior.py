@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from arviz_results import pointwise
 from models import Chains
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import (
@@ -220,13 +221,13 @@ def test_model_without_latent_sites_has_no_posterior() -> None:
 
 @pytest.mark.parametrize(("num_draws", "chunk_size"), [(0, None), (-1, None), (10, 0)])
 def test_numbers_of_draws_below_one_are_refused(num_draws: int, chunk_size: int | None) -> None:
-    with pytest.raises(ValueError, match=f"num_draws={num_draws} and chunk_size={chunk_size}"):
+    with pytest.raises(ValueError, match=r"(num_draws|chunk_size)=(0|-1): expected a whole number"):
         Posterior(mean_model, mean_guide, (Y,), num_draws=num_draws, chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [((Y,), "args is a Tensor: expected a tuple"), ((Y, Y), "args is a Tensor"), (((Y,), Y), "kwargs is a Tensor")],
+    [((Y,), r"args=tensor\(.*: expected a tuple, such as"), ((Y, Y), "args="), (((Y,), Y), "kwargs=")],
 )
 def test_arguments_that_are_no_tuple_are_refused(call: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -366,7 +367,7 @@ def test_enumerated_sites_are_summed_out_of_the_weights() -> None:
     assert abs(value - (prior.exp() * likelihood.prod(1)).mean().log().item()) < 3 * error < 0.02
     without = prior.exp()[:, None] * likelihood.prod(1, keepdim=True) / likelihood
     exact = (without * likelihood).mean(0).log() - without.mean(0).log()
-    torch.testing.assert_close(torch.as_tensor(posterior.loo().loo_i.values), exact, atol=0.015, rtol=0)
+    torch.testing.assert_close(torch.as_tensor(pointwise(posterior.loo())), exact, atol=0.015, rtol=0)
 
 
 # --- seeds ----------------------------------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ def test_state_comes_back_after_an_error() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_seeds_out_of_range_are_refused(seed: int) -> None:
-    with pytest.raises(ValueError, match=f"got seed={seed}; expected an integer"):
+    with pytest.raises(ValueError, match=f"seed={seed}: expected a whole number from 0"):
         Posterior(mean_model, wide_guide, (Y,), seed=seed)
 
 

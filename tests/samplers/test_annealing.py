@@ -760,15 +760,15 @@ def test_global_latents_make_joint_weights() -> None:
     [
         (lambda: NestedELBO("kl"), "divergence='kl'"),
         (lambda: NestedELBO("reverse_kl", 1), "at least 2"),
-        (lambda: NestedELBO(resample=1.5), "fraction"),
-        (lambda: AnnealedGuide(ring, ring_base, 0), "at least one step"),
+        (lambda: NestedELBO(resample=1.5), "resample=1.5.*above 0 and at most 1"),
+        (lambda: AnnealedGuide(ring, ring_base, 0), "num_steps=0"),
         (lambda: AnnealedGuide(ring, ring_base, 3, betas=(0.5, 0.2)), "increase strictly"),
         (lambda: NestedGuide(base, []), "at least two"),
         (lambda: NestedGuide(base, [(gaussian, shifted, shrunk)], num_inner=3), "num_inner=3"),
         (lambda: Resampling(0.5, num_particles=10), "num_particles=10"),
         (lambda: Resampling(True, num_particles=1), "at least 2"),
         (lambda: LangevinKernel(step_size=0.0), "positive"),
-        (lambda: ResidualKernel(hidden=0), "positive"),
+        (lambda: ResidualKernel(hidden=0), "hidden=0"),
     ],
 )
 def test_arguments_are_checked(make: Callable[[], Any], message: str) -> None:

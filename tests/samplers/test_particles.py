@@ -59,3 +59,17 @@ def test_frozen_densities_have_the_gradient_of_the_draws_only(freeze: bool) -> N
     else:
         assert slopes[0].abs() < 1e-12
         assert torch.allclose(slopes[1], -3 / scale)
+
+
+def test_the_scale_of_a_plate_that_holds_one_program_only_is_in_its_density() -> None:
+    """A kernel whose sites are all in a subsampled plate, on a path whose weights are joint: 4 of 12 stand for all."""
+    value = torch.randn(3, 4)
+
+    def program() -> None:
+        with pyro.plate("data", 12, subsample=torch.arange(4)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    own = Particles(3, nesting=1, batch=frozenset(), routing=Routing())
+    density = own.density(own.run(program, (), {}, {"z": value}))
+    torch.testing.assert_close(density, 3 * dist.Normal(0.0, 1.0).log_prob(value).sum(-1))
+    assert own.accounts["subsampled"] == ("data",)

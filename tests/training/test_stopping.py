@@ -64,7 +64,8 @@ def test_thinned_rule_counts_in_entries():
 
 @pytest.mark.parametrize("options", [{"min_steps": 10}, {"every": 0}, {"patience": 0}, {"threshold": 0.0}])
 def test_wrong_numbers_are_refused(options):
-    with pytest.raises(ValueError, match="expected min_steps >= 32"):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: expected"):
         Plateau(**options)
 
 
@@ -84,3 +85,11 @@ def test_spikes_do_not_hide_an_improvement(height):
     assert not has_settled(falling)
     assert not Plateau().reached(falling)
     assert has_settled(noise + spikes)
+
+
+def test_error_of_a_short_trace_is_that_of_its_batches():
+    """Four batches of four: the unbiased standard deviation of their means, by the root of their number."""
+    values = np.arange(18.0) ** 2
+    means = values[2:].reshape(4, 4).mean(1)
+    exact = np.sqrt(((means - means.mean()) ** 2).sum() / 3) / 2
+    assert mean_with_error(values) == pytest.approx((values.mean(), exact))

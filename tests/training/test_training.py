@@ -70,7 +70,7 @@ def test_an_iterator_ends_the_training():
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [([], "no batch"), (iter([]), "no batch"), ([1.0], "yielded a float"), (Y, "expected a DataLoader"), (3, "int")],
+    [([], "no batch"), (iter([]), "no batch"), ([1.0], "yielded a float"), (Y, "expected a DataLoader"), (3, "data=3")],
 )
 def test_wrong_data_are_refused(data, words):
     with pytest.raises(ValueError, match=words):

@@ -1,15 +1,18 @@
 """Log-weight algebra against exact values, plain NumPy and ArviZ."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from arviz_results import psislw
 from scipy import stats
 from torch import Tensor
 from torch.distributions import Normal
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pplvi.posterior.arviz.versions import is_legacy
 from pplvi.weights.algebra import effective_sample_size, expectation, log_evidence, logmeanexp, normalize
 from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
 from pplvi.weights.resampling import resample
@@ -133,29 +136,26 @@ def test_expectation_refuses_values_of_another_batch(batch: Tensor) -> None:
         expectation(batch, torch.ones(9, 6))
 
 
-@pytest.mark.parametrize("num_draws", [21, 26, 100, 1000, 4000])
+# ArviZ 1.x has other tails where their length is no whole number, and of few draws.
+@pytest.mark.parametrize("num_draws", [21, 26, 100, 1000, 4000] if is_legacy() else [100, 900, 3600])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
 def test_pareto_smoothing_equals_arviz(num_draws: int, spread: float) -> None:
-    import arviz as az
-
     torch.manual_seed(4)
     log_weight = spread * torch.randn(num_draws, 3, dtype=torch.float64) - 700
-    expected, expected_k = az.psislw(log_weight.numpy().T.copy(), normalize=False)
+    expected, expected_k = psislw(log_weight.numpy().T.copy())
     smoothed, pareto_k = pareto_smooth(log_weight)
-    np.testing.assert_allclose(smoothed.numpy().T, expected, atol=1e-9)
+    np.testing.assert_allclose(normalize(smoothed).numpy().T, np.exp(expected), rtol=1e-9)
     np.testing.assert_allclose(pareto_k.numpy(), expected_k, atol=1e-9)
 
 
 def test_pareto_smoothing_equals_arviz_with_ties_and_weightless_draws() -> None:
-    import arviz as az
-
     torch.manual_seed(5)
-    log_weight = torch.randn(500, dtype=torch.float64)
-    log_weight = torch.cat([log_weight, log_weight, torch.full((40,), -math.inf)])
-    expected, expected_k = az.psislw(log_weight.numpy().copy(), normalize=False)
+    log_weight = torch.randn(440, dtype=torch.float64)
+    log_weight = torch.cat([log_weight, log_weight, torch.full((20,), -math.inf)])
+    expected, expected_k = psislw(log_weight.numpy().copy())
     smoothed, pareto_k = pareto_smooth(log_weight)
     # Which of two equal draws gets the larger smoothed weight is arbitrary.
-    np.testing.assert_allclose(np.sort(smoothed.numpy()), np.sort(expected), atol=1e-9)
+    np.testing.assert_allclose(np.sort(normalize(smoothed).numpy()), np.sort(np.exp(expected)), rtol=1e-9)
     assert pareto_k.item() == pytest.approx(float(expected_k), abs=1e-9)
 
 
@@ -382,3 +382,12 @@ def test_resampled_draws_follow_the_target() -> None:
     kept = z[resample(Normal(z, 1.0).log_prob(torch.tensor(0.5)))]
     distance = stats.kstest(kept.numpy(), stats.norm(0.25, 0.5**0.5).cdf).statistic
     assert distance < 1.63 / math.sqrt(10_000)
+
+
+@pytest.mark.parametrize("scheme", ["systematic", "stratified", "multinomial"])
+def test_the_largest_random_number_picks_no_particle_without_weight(scheme: str, monkeypatch: Any) -> None:
+    """Rounding makes 1 of it, beyond the last total."""
+    largest = 1 - torch.finfo(torch.float64).eps / 2
+    monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.full(shape, largest, **how))
+    for log_weight, last in ((torch.zeros(3), 2), (torch.tensor([0.0, 0.0, -math.inf]), 1)):
+        assert resample(log_weight, scheme=scheme).max() == last  # type: ignore[arg-type]

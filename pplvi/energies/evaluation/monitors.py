@@ -1,4 +1,4 @@
-"""Does a Boltzmann machine overfit, do its chains mix, does it copy its data, what does it make of half an image?"""
+"""Does a Boltzmann machine overfit, do its chains mix, what does it make of half an image?"""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import EnergyModel
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Seed
 from pplvi.programs.state import random_state
 from pplvi.types import Values
 
-__all__ = ["FreeEnergyGap", "Mixing", "Neighbours", "chain_mixing", "free_energy_gap", "inpaint", "nearest_neighbours"]
+__all__ = ["FreeEnergyGap", "Mixing", "chain_mixing", "free_energy_gap", "inpaint"]
 
 
 class FreeEnergyGap(NamedTuple):
@@ -27,6 +29,7 @@ class FreeEnergyGap(NamedTuple):
     standard_error: float
 
 
+@checked
 def free_energy_gap(machine: EnergyModel, training: Tensor | Values, validation: Tensor | Values) -> FreeEnergyGap:
     """How much more likely a machine finds its training data (Hinton 2010, section 6).
 
@@ -60,13 +63,14 @@ class Mixing(NamedTuple):
     free_energy: Tensor
 
 
+@checked
 def chain_mixing(
     machine: EnergyModel,
-    num_chains: int = 20,
-    num_sweeps: int = 200,
+    num_chains: Count = 20,
+    num_sweeps: Count = 200,
     *,
     start: Mapping[str, Tensor] | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> Mixing:
     """Run chains and see how well they mix (Vehtari et al. 2021 for R-hat and the effective sample size).
 
@@ -100,44 +104,14 @@ def chain_mixing(
     return Mixing(float(arviz.rhat(chains)), float(arviz.ess(chains)), float(torch.stack(changed).mean()), trace)
 
 
-class Neighbours(NamedTuple):
-    """The data that are nearest to samples.
-
-    :ivar indices: which datum, ``(num_samples,)``.
-    :ivar distance: Euclidean distance; of binary units the root of the number of units that differ.
-    """
-
-    indices: Tensor
-    distance: Tensor
-
-
-def nearest_neighbours(samples: Tensor, data: Tensor) -> Neighbours:
-    """The training datum that is nearest to each sample: a machine that copies its data has distances near 0.
-
-    :param samples: ``(num_samples, width)``.
-    :param data: ``(num_data, width)``.
-    :raises ValueError: for different widths or no data.
-
-    >>> nearest_neighbours(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
-    Neighbours(indices=tensor([1]), distance=tensor([1.]))
-    """
-    if not len(data) or samples.shape[-1] != data.shape[-1]:
-        raise ValueError(
-            f"samples of shape {tuple(samples.shape)} and data of shape {tuple(data.shape)}: expected some data, and "
-            "the same width. Flatten images."
-        )
-    distance, index = torch.cdist(samples, data).min(1)
-    return Neighbours(index, distance)
-
-
 def inpaint(
     machine: BoltzmannMachine,
     v: Tensor | Values,
     observed: Tensor,
     *,
-    num_sweeps: int = 500,
-    num_draws: int = 10,
-    seed: int | None = None,
+    num_sweeps: Count = 500,
+    num_draws: Count = 10,
+    seed: Seed | None = None,
 ) -> Tensor:
     """Mean values of missing visible units given the others, ``(num_data, width)``, by clamped Gibbs sampling.
 

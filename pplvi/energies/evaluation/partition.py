@@ -21,6 +21,8 @@ from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.spike_slab import SpikeSlabUnits
 from pplvi.energies.machines.units import GaussianUnits
 from pplvi.energies.posteriors.mean_field import MeanFieldGuide
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Natural, Plural, Seed
 from pplvi.programs.errors import warn
 from pplvi.programs.plates import data_plate
 from pplvi.programs.state import random_state
@@ -33,6 +35,7 @@ _PILOT_CHAINS, _PILOT_BETAS = 100, 200
 _MEAN_FIELD_SWEEPS = 50
 
 
+@checked
 @dataclass(frozen=True)
 class PartitionEstimate:
     """An estimate of a machine's ``log Z`` and of the likelihood of data, in nats.
@@ -66,20 +69,21 @@ class PartitionEstimate:
         return f"log Z = {self.log_z:.3f} [{low:.3f}, {high:.3f}], ESS {self.ess:.0f} of {len(self.log_weights)} chains"
 
 
+@checked
 def annealed_importance_sampling(
     machine: BoltzmannMachine | HamiltonianMachine,
-    num_chains: int = 100,
-    num_betas: int = 1000,
+    num_chains: Plural = 100,
+    num_betas: Plural = 1000,
     *,
     base_rate: Tensor | None = None,
     betas: Tensor | Literal["adaptive"] | None = None,
     data: Tensor | Values | None = None,
     samples: Tensor | Values | None = None,
     guide: FactorisedGuide | None = None,
-    num_raise_chains: int = 10,
+    num_raise_chains: Natural = 10,
     path: Literal["geometric", "moment_averaged"] = "geometric",
-    knots: tuple[int, int] = (9, 1000),
-    seed: int | None = None,
+    knots: tuple[Plural, Plural] = (9, 1000),
+    seed: Seed | None = None,
 ) -> PartitionEstimate:
     """Estimate ``log Z`` of a machine by annealed importance sampling (Neal 2001; Salakhutdinov & Murray 2008).
 
@@ -118,10 +122,8 @@ def annealed_importance_sampling(
     >>> abs(estimate.log_z - rbm.log_partition().item()) < 0.05
     True
     """
-    _check(machine, num_chains, num_betas)
+    _check(machine)
     values = {} if data is None else machine.checked(data)
-    if path not in ("geometric", "moment_averaged"):
-        raise ValueError(f"path={path!r}: expected 'geometric' or 'moment_averaged'.")
     with random_state(seed), torch.no_grad():
         base = _base(machine, values, base_rate)
         chosen = _betas(base, num_betas, betas)
@@ -138,15 +140,16 @@ def annealed_importance_sampling(
     return replace(found, log_likelihood=_mean(likelihood), log_likelihood_bound=_mean(bound))
 
 
+@checked
 def raise_bound(
     machine: BoltzmannMachine | HamiltonianMachine,
     data: Tensor | Values,
-    num_chains: int = 10,
-    num_betas: int = 1000,
+    num_chains: Count = 10,
+    num_betas: Plural = 1000,
     *,
     base_rate: Tensor | None = None,
     guide: FactorisedGuide | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> Tensor:
     """RAISE: what the annealed model of a machine makes of each datum, on average from below, ``(num_data,)``, in nats.
 
@@ -173,7 +176,7 @@ def raise_bound(
     >>> bool(((raise_bound(rbm, v, num_chains=200, num_betas=50, seed=0) - exact).abs() < 0.1).all())
     True
     """
-    _check(machine, 2, num_betas)
+    _check(machine)
     values = machine.checked(data)
     with random_state(seed), torch.no_grad():
         base = _base(machine, values, base_rate)
@@ -195,15 +198,7 @@ def _base(machine: BoltzmannMachine | HamiltonianMachine, values: Values, base_r
     return Between(machine, base_fields(machine, base_rate, given), given=given)
 
 
-def _check(machine: BoltzmannMachine | HamiltonianMachine, num_chains: int, num_betas: int) -> None:
-    if not isinstance(machine, BoltzmannMachine | HamiltonianMachine):
-        raise ValueError(
-            f"annealed importance sampling of {type(machine).__name__}, which has no fields of layers to anneal: "
-            "expected a BoltzmannMachine or a HamiltonianMachine."
-        )
-    for name, count in (("num_chains", num_chains), ("num_betas", num_betas)):
-        if not isinstance(count, int) or count < 2:
-            raise ValueError(f"{name}={count!r}: expected a whole number of at least 2.")
+def _check(machine: BoltzmannMachine | HamiltonianMachine) -> None:
     if isinstance(machine, HamiltonianMachine):
         return
     _check_normalisable(machine)
@@ -234,11 +229,11 @@ def _check_normalisable(machine: BoltzmannMachine) -> None:
 
 def _betas(between: Levels, num_betas: int, given: Tensor | str | None) -> tuple[float, ...]:
     if isinstance(given, str):
-        if given != "adaptive":
-            raise ValueError(f"betas={given!r}: expected 'adaptive', a tensor from 0 to 1, or None.")
         return _adapted(between, num_betas)
     found = torch.linspace(0, 1, num_betas, dtype=torch.float64) if given is None else torch.as_tensor(given).double()
-    if len(found) < 2 or found[0] != 0 or found[-1] != 1 or not bool((found.diff() > 0).all()):
+    if found.dim() != 1 or len(found) < 2:
+        raise ValueError(f"betas of shape {tuple(found.shape)}: expected two numbers at least, from 0 to 1.")
+    if found[0] != 0 or found[-1] != 1 or not bool((found.diff() > 0).all()):
         raise ValueError(f"betas from {found[0]:g} to {found[-1]:g}: expected increasing numbers from 0 to 1.")
     return tuple(found.tolist())
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,11 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["plot_filters", "plot_images"]
 
 
+@checked
 def plot_images(
     images: Tensor,
     shape: tuple[int, int] | None = None,
     *,
-    columns: int = 10,
+    columns: Count = 10,
     labels: list[str] | None = None,
     symmetric: bool = False,
 ) -> Figure:
@@ -63,13 +66,14 @@ def plot_images(
     return figure
 
 
+@checked
 def plot_filters(
     machine: BoltzmannMachine,
     layer: str | None = None,
     shape: tuple[int, int] | None = None,
     *,
-    num_filters: int = 50,
-    columns: int = 10,
+    num_filters: Count = 50,
+    columns: Count = 10,
 ) -> Figure:
     """Weights between the visible layer and the units of another one as images, the strongest first.
 

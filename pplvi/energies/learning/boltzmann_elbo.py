@@ -17,11 +17,15 @@ from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.energy import EnergyModel
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
 from pplvi.energies.machines.training_step import training_step
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Rate
 from pplvi.losses.base import Loss
 from pplvi.objectives.bounds import RenyiBound
 from pplvi.objectives.forward_kl import LogPartition
 from pplvi.objectives.step import Estimator, Objective, Step
 from pplvi.programs.joint import execute
+from pplvi.programs.plates import full_size
+from pplvi.programs.sharding import data_scale, mean_of_ranks, own_noise
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites
 from pplvi.programs.state import preserved_rng
@@ -41,6 +45,7 @@ class _Term:
     copies: Tensor | float
 
 
+@checked
 class BoltzmannELBO(Loss):
     r"""Stochastic maximum likelihood for undirected models, by variational inference for their hidden layers.
 
@@ -79,21 +84,15 @@ class BoltzmannELBO(Loss):
 
     def __init__(
         self,
-        num_chains: int = 100,
-        sweeps: int = 5,
+        num_chains: Count = 100,
+        sweeps: Count = 5,
         *,
         negative: Negative | Chains = "persistent",
-        num_particles: int = 2,
+        num_particles: Count = 2,
         estimator: Estimator | None = None,
-        offset_rate: float = 0.01,
+        offset_rate: Rate = 0.01,
         per_datum: bool = True,
     ) -> None:
-        if not isinstance(negative, Chains) and negative not in NAMED_CHAINS:
-            raise ValueError(
-                f"negative={negative!r}: expected one of {list(NAMED_CHAINS)}, or chains such as TemperedChains."
-            )
-        if not 0 < offset_rate <= 1:
-            raise ValueError(f"offset_rate={offset_rate!r}: expected a number above 0 and at most 1.")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.negative = negative if isinstance(negative, Chains) else NAMED_CHAINS[negative](num_chains, sweeps)
         self.objective: Objective = RenyiBound(1.0, estimator)
@@ -119,7 +118,7 @@ class BoltzmannELBO(Loss):
                 )
             for term in terms:
                 total = total + self._negative(term)
-        return self._reduced(total, step.scale * math.prod(run.shape[1:]))
+        return self._reduced(total, *mean_of_ranks(step.scale * math.prod(run.shape[1:])))
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss; its gradients are added to the parameters' ``grad``."""
@@ -145,15 +144,20 @@ class BoltzmannELBO(Loss):
         data = {**observed, **posterior.means}
         partly = machine.masks(kwargs.get("mask"), observed).keys()
         _check_complete(posterior.means, partly | (machine.layers.keys() - observed.keys()))
-        draws = self.negative.move(machine, data, torch.is_grad_enabled())
+        with own_noise():
+            draws = self.negative.move(machine, data, torch.is_grad_enabled())
         log_data, log_draws = joint_log_densities(machine, [data, draws])
         self._follow(machine, data)
-        scale = 1.0 if size is None else size / len(log_data)
+        scale = data_scale(len(log_data), full_size(len(log_data), size))
         positive = Step.from_proposal(log_data.unsqueeze(0), -posterior.entropy.unsqueeze(0), scale=scale)
         negative = self.negative.step(log_draws, num_data_dims(machine, draws))
-        normaliser = _differentiable(LogPartition(), negative).expand(log_data.shape)
-        total = scale * (_differentiable(self.objective, positive).sum() + normaliser.sum())
-        return self._reduced(total, scale * len(log_data))
+        (num_data,) = mean_of_ranks(scale * len(log_data))
+        each = machine.given is not None
+        normaliser = _normalisers(
+            negative, torch.full_like(log_data, scale).detach() if each else scale * len(log_data)
+        )
+        total = scale * _differentiable(self.objective, positive).sum() + normaliser
+        return self._reduced(total, num_data)
 
     def _follow(self, machine: EnergyModel, values: Values) -> None:
         """Let the offsets of a centered machine follow, in a training step."""
@@ -177,12 +181,32 @@ class BoltzmannELBO(Loss):
 
     def _negative(self, term: _Term) -> Tensor:
         """``log Z`` as often as the factor counts; its gradient is that of the negative phase."""
-        step = self.negative(term.machine, term.values, advance=torch.is_grad_enabled())
+        with own_noise():
+            step = self.negative(term.machine, term.values, advance=torch.is_grad_enabled())
         self._follow(term.machine, term.values)
-        return (term.copies * _differentiable(LogPartition(), step)).sum()
+        return _normalisers(step, term.copies)
 
     def __repr__(self) -> str:
         return f"BoltzmannELBO(negative={self.negative!r})"
+
+
+def _normalisers(step: Step, copies: Any) -> Tensor:
+    """``log Z`` as often as it counts, on all ranks together; of a conditional machine that of each datum of this one.
+
+    :param copies: how many, or how many of each datum.
+    """
+    each = _differentiable(LogPartition(), step)
+    if each.dim():
+        return (copies * each).sum()
+    (mean,) = mean_of_ranks(copies)
+    total: Tensor = _share(step, mean) * each
+    return total
+
+
+def _share(step: Step, copies: Any) -> Any:
+    """As how many normalisers the chains of a step count: by their number, where there are others on other ranks."""
+    (mean,) = mean_of_ranks(step.num_particles)
+    return copies * (step.num_particles / mean)
 
 
 def _own_program(model: Program) -> BoltzmannMachine | None:

@@ -18,16 +18,14 @@ from torch import Tensor
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import EnergyModel
 from pplvi.energies.machines.training_step import Live, active_step
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Fraction, Plural, Positive
 from pplvi.objectives.step import Step
 from pplvi.programs.state import preserved_rng
 from pplvi.types import Values
 
 
-def _checked(name: str, count: int) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}={count!r}: expected a whole number of at least 1.")
-
-
+@checked
 @dataclass(frozen=True)
 class Chains:
     """Chains of block Gibbs sampling; subclasses say where they start and what is kept.
@@ -37,12 +35,8 @@ class Chains:
     """
 
     proposal: ClassVar[str] = "chains"
-    num_chains: int = 100
-    sweeps: int = 1
-
-    def __post_init__(self) -> None:
-        _checked("num_chains", self.num_chains)
-        _checked("sweeps", self.sweeps)
+    num_chains: Count = 100
+    sweeps: Count = 1
 
     def __call__(self, machine: EnergyModel, data: Values, *, advance: bool = False) -> Step:
         """One step of the chains.
@@ -125,6 +119,7 @@ def _pairwise(machine: EnergyModel, chains: Chains) -> BoltzmannMachine:
     return machine
 
 
+@checked
 @dataclass(frozen=True)
 class PersistentChains(Chains):
     """Persistent contrastive divergence, stochastic maximum likelihood: chains go on from step to step.
@@ -146,6 +141,7 @@ class PersistentChains(Chains):
         return settled(machine, moved)
 
 
+@checked
 @dataclass(frozen=True)
 class EveryState(Chains):
     """The exact negative phase of a tiny machine: every state of its smaller side, weighted by its probability.
@@ -176,6 +172,7 @@ class EveryState(Chains):
         return replace(super().step(log_density, batch), log_weight_in=weight, log_weight=weight)
 
 
+@checked
 @dataclass(frozen=True)
 class ContrastiveDivergence(Chains):
     """Contrastive divergence, CD-k: chains start at the data, with hidden layers drawn given them.
@@ -194,6 +191,7 @@ class ContrastiveDivergence(Chains):
         return settled(machine, machine.gibbs(start, self.sweeps))
 
 
+@checked
 @dataclass(frozen=True)
 class MeanFieldContrastiveDivergence(Chains):
     """Mean-field contrastive divergence: conditional means instead of draws, from the data and their posterior means.
@@ -217,6 +215,7 @@ class MeanFieldContrastiveDivergence(Chains):
         return settled(machine, {**values, **machine.conditions(data)})
 
 
+@checked
 @dataclass(frozen=True)
 class TemperedChains(Chains):
     """Parallel tempering: chains at several inverse temperatures that exchange their states.
@@ -232,16 +231,8 @@ class TemperedChains(Chains):
     Source: Swendsen & Wang (1986); Desjardins et al. (2010); Cho, Raiko & Ilin (2010).
     """
 
-    num_temperatures: int = 10
-    lowest: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.num_temperatures, int) or self.num_temperatures < 2 or not 0 <= self.lowest < 1:
-            raise ValueError(
-                f"num_temperatures={self.num_temperatures!r}, lowest={self.lowest!r}: expected at least 2 "
-                "temperatures, from a number of at least 0 and less than 1."
-            )
+    num_temperatures: Plural = 10
+    lowest: Fraction = 0.0
 
     def _shape(self, machine: EnergyModel) -> tuple[int, ...]:
         return self.num_temperatures, self.num_chains
@@ -282,6 +273,7 @@ class TemperedChains(Chains):
         return {n: v.gather(0, source.unsqueeze(-1).expand_as(v)) for n, v in values.items()}
 
 
+@checked
 @dataclass(frozen=True)
 class FastPersistentChains(Chains):
     """Fast persistent contrastive divergence: the chains see weights that also have a fast, forgetful part.
@@ -295,16 +287,8 @@ class FastPersistentChains(Chains):
     Source: Tieleman & Hinton (2009), "Using fast weights to improve persistent contrastive divergence".
     """
 
-    fast_rate: float = 0.01
-    decay: float = 0.95
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.fast_rate > 0 or not 0 <= self.decay < 1:
-            raise ValueError(
-                f"fast_rate={self.fast_rate!r}, decay={self.decay!r}: expected a positive rate, and a decay of at "
-                "least 0 and less than 1."
-            )
+    fast_rate: Positive = 0.01
+    decay: Fraction = 0.95
 
     def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """One step of ``sweeps`` sweeps under the fast weights.

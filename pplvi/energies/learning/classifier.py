@@ -13,8 +13,11 @@ from pplvi.energies.machines.dbm import LABELS
 from pplvi.energies.machines.dbn import DeepBeliefNetwork
 from pplvi.energies.machines.units import Units
 from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Floats, Matrix, Natural, Plural
 
 
+@checked
 class BoltzmannClassifier(nn.Module):
     r"""A feed-forward network made of a machine's layers, with a linear layer of classes on top.
 
@@ -36,15 +39,19 @@ class BoltzmannClassifier(nn.Module):
 
     def __init__(
         self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
+        weights: Sequence[Matrix],
+        biases: Sequence[Floats],
         units: Sequence[Units],
-        num_classes: int,
+        num_classes: Plural,
         *,
         guide: FactorisedInference | None = None,
-        feedback: Sequence[Tensor] = (),
+        feedback: Sequence[Matrix] = (),
     ) -> None:
         super().__init__()
+        if not weights or not len(weights) == len(biases) == len(units):
+            raise ValueError(
+                f"{len(weights)} weights, {len(biases)} biases, units of {len(units)} layers: expected as many of each."
+            )
         self.up = nn.ParameterList([nn.Parameter(w.detach().clone()) for w in weights])
         self.down = nn.ParameterList([nn.Parameter(w.detach().clone()) for w in feedback])
         self.biases = nn.ParameterList([nn.Parameter(b.detach().clone()) for b in biases])
@@ -83,8 +90,9 @@ class BoltzmannClassifier(nn.Module):
         return logits
 
 
+@checked
 def to_classifier(
-    network: BoltzmannMachine | DeepBeliefNetwork, num_classes: int, *, iterations: int = 25
+    network: BoltzmannMachine | DeepBeliefNetwork, num_classes: Plural, *, iterations: Natural = 25
 ) -> BoltzmannClassifier:
     """A classifier that starts with the features of a trained machine.
 
@@ -100,8 +108,6 @@ def to_classifier(
     >>> classifier(torch.ones(5, 4)).shape
     torch.Size([5, 10])
     """
-    if not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f"num_classes={num_classes!r}: expected a whole number of at least 2.")
     if isinstance(network, DeepBeliefNetwork):
         return _of_directed(network, num_classes)
     chain = [layer for layer in network.layers if layer != LABELS]

@@ -13,10 +13,14 @@ from pplvi.energies.machines.training_step import training_step
 from pplvi.energies.machines.units import Units
 from pplvi.energies.posteriors.mean_field import MeanFieldGuide
 from pplvi.energies.posteriors.problem import MeanField
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Fraction, Rate
 from pplvi.losses.base import Loss
+from pplvi.programs.plates import full_size
 from pplvi.types import Values
 
 
+@checked
 class MultiPrediction(Loss):
     r"""The multi-prediction criterion: mean field predicts random subsets of the observed units from the others.
 
@@ -51,13 +55,8 @@ class MultiPrediction(Loss):
             [0., 0., 1., 1.]])
     """
 
-    def __init__(self, keep: float = 0.5, *, keep_labels: float | None = None, offset_rate: float = 0.01) -> None:
+    def __init__(self, keep: Fraction = 0.5, *, keep_labels: Fraction | None = None, offset_rate: Rate = 0.01) -> None:
         super().__init__(num_particles=1, vectorize_particles=True)
-        for name, value in (("keep", keep), ("keep_labels", keep if keep_labels is None else keep_labels)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={value!r}: expected a probability of at least 0 and less than 1.")
-        if not 0 < offset_rate <= 1:
-            raise ValueError(f"offset_rate={offset_rate!r}: expected a number above 0 and at most 1.")
         self.keep, self.offset_rate = keep, offset_rate
         self.keep_labels = keep if keep_labels is None else keep_labels
 
@@ -81,6 +80,7 @@ class MultiPrediction(Loss):
         machine = guide.machine
         machine.announce()
         observed = machine.checked(v, mask)
+        full_size(len(next(iter(observed.values()))), size)  # the mean over the data is that of any number
         seen = {n: torch.ones_like(x, dtype=torch.bool) for n, x in observed.items()} | machine.masks(mask, observed)
         keep = {n: self._mask(machine.layers[n], value, n == machine.visible) for n, value in observed.items()}
         found = guide.solve(observed, mask={n: seen[n] & keep[n] for n in observed})

@@ -16,19 +16,22 @@ from pplvi.energies.machines.dbm import DeepBoltzmannMachine
 from pplvi.energies.machines.dbn import DeepBeliefNetwork
 from pplvi.fitting.entry import fit
 from pplvi.fitting.result import Fit
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Seed
 from pplvi.losses.base import Loss
 from pplvi.programs.state import preserved_rng
 
 
+@checked
 def pretrain(
     network: DeepBoltzmannMachine | DeepBeliefNetwork,
     data: Tensor,
     *,
-    num_steps: int | Sequence[int] = 1000,
-    batch_size: int = 100,
+    num_steps: Count | Sequence[Count] = 1000,
+    batch_size: Count = 100,
     objective: Loss | None = None,
     optim: Any = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
     **options: Any,
 ) -> list[Fit]:
     r"""Train a deep machine greedily: each pair of layers as a restricted machine, on draws of the layers below.

@@ -13,17 +13,20 @@ from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
 from pplvi.energies.machines.training_step import training_step
 from pplvi.energies.machines.units import BernoulliUnits
+from pplvi.kinds.checked import checked
 from pplvi.losses.base import Loss
 from pplvi.types import Program
 
 
+@checked
 class SparsityPenalty(Loss):
     r"""Cross entropy between a target activity and the mean activity of each hidden unit over the batch.
 
     .. math:: -\sum_j \rho \log \bar q_j + (1 - \rho) \log(1 - \bar q_j)
 
     A loss to add to another one: ``BoltzmannELBO() + 0.01 * SparsityPenalty(0.1)``. For a machine's own program and a
-    guide that declares its factorised posterior, and layers of binary units, pooled ones too (Lee et al. 2009); activities are those of a unit given the guide's means of the others.
+    guide that declares its factorised posterior; activities are those of a unit given the guide's means of the others.
+    Layers of binary units count, pooled ones too (Lee et al. 2009).
 
     :param target: activity ``rho`` that units are drawn to.
     :raises ValueError: for a target outside (0, 1), or, at the first step, another program or guide.

@@ -14,8 +14,11 @@ from pplvi.energies.machines.dbm import DeepBoltzmannMachine
 from pplvi.energies.machines.dbn import DeepBeliefNetwork
 from pplvi.energies.machines.rbm import RestrictedBoltzmannMachine
 from pplvi.energies.machines.units import Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 
 
+@checked
 @dataclass
 class Stage:
     """Two neighbouring layers of a deep machine, as a restricted machine of their own.
@@ -35,7 +38,7 @@ class Stage:
     below: str
     above: str
     machine: RestrictedBoltzmannMachine
-    copies: tuple[int, int]
+    copies: tuple[Count, Count]
 
     def inputs(self, value: Tensor) -> Tensor:
         """Data of the machine for values of the lower layer, ``(*batch, width)``."""
@@ -86,6 +89,7 @@ def _adopt_directed(
     network.guide.recognition.adopt(below, above, weight, upper)
 
 
+@checked
 def stages(network: DeepBoltzmannMachine | DeepBeliefNetwork) -> Iterator[Stage]:
     """The stages of a deep machine, bottom to top, each with a new restricted machine.
 

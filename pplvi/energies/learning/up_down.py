@@ -9,9 +9,13 @@ from torch import Tensor
 
 from pplvi.energies.machines.dbn import DeepBeliefGuide, DeepBeliefNetwork
 from pplvi.energies.machines.training_step import training_step
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Rate
 from pplvi.losses.base import Loss
+from pplvi.programs.plates import full_size
 
 
+@checked
 class UpDown(Loss):
     r"""Fine-tuning of a deep belief network: up with the data, some sweeps in the top machine, down from there.
 
@@ -33,10 +37,8 @@ class UpDown(Loss):
     >>> loss = svi.step(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     """
 
-    def __init__(self, sweeps: int = 10, *, offset_rate: float = 0.01) -> None:
+    def __init__(self, sweeps: Count = 10, *, offset_rate: Rate = 0.01) -> None:
         super().__init__(num_particles=1, vectorize_particles=True)
-        if not isinstance(sweeps, int) or sweeps < 1:
-            raise ValueError(f"sweeps={sweeps!r}: expected a whole number of at least 1.")
         self.sweeps, self.offset_rate = sweeps, offset_rate
 
     def __repr__(self) -> str:
@@ -59,6 +61,7 @@ class UpDown(Loss):
         network.announce()
         guide.recognition.announce()
         network.layers[network.visible].validate(v, network.visible)
+        full_size(len(v), size)  # the mean over the data is that of any number of them
         wake, top = guide.upward(v), network.top
         start = {top.visible: wake[top.visible]}
         start[top.hidden[0]] = top.redrawn(top.hidden[0], start)

@@ -31,13 +31,16 @@ from pplvi.energies.machines.couplings import (
 )
 from pplvi.energies.machines.energy import Clamped, EnergyModel
 from pplvi.energies.machines.training_step import active_step
-from pplvi.energies.machines.units import Beta, Units
+from pplvi.energies.machines.units import Beta, Units, check_beta
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Natural, NonNegative, Positive
 from pplvi.types import Values
 
 MAX_BITS = 20
 _CHUNK = 2**13
 
 
+@checked
 class BoltzmannMachine(EnergyModel):
     r"""A pairwise Boltzmann machine over named layers.
 
@@ -71,8 +74,8 @@ class BoltzmannMachine(EnergyModel):
         *,
         centered: bool = True,
         name: str = "",
-        init_scale: float = 0.01,
-        given: int | None = None,
+        init_scale: NonNegative = 0.01,
+        given: Count | None = None,
     ) -> None:
         super().__init__(layers, centered=centered, name=name, given=given)
         couplings = list(connections)
@@ -139,7 +142,8 @@ class BoltzmannMachine(EnergyModel):
         step = active_step()
         return self._raw(f"weight_{'_'.join(edge)}") if step is None else step.live(self).parameters[edge]
 
-    def limit_norms(self, limit: float) -> None:
+    @checked
+    def limit_norms(self, limit: Positive) -> None:
         """Shrink, in place, the weights into each unit of the upper layer of a pair to a norm of at most ``limit``.
 
         The max-norm constraint: call it after a training step, such as ``fit(..., callbacks=[lambda run:
@@ -149,8 +153,6 @@ class BoltzmannMachine(EnergyModel):
 
         Source: Srebro & Shraibman (2005); Srivastava et al. (2014).
         """
-        if not limit > 0:
-            raise ValueError(f"limit={limit!r}: expected a positive number.")
         with torch.no_grad():
             for edge, weight in self.edges().items():
                 self.couplings[edge].limit(weight, limit)
@@ -242,6 +244,7 @@ class BoltzmannMachine(EnergyModel):
 
         :raises ValueError: if more than 20 bits would have to be enumerated.
         """
+        check_beta(beta)
         missing = tuple(layer for layer in self.layers if layer not in values)
         listed = self.to_enumerate(missing)
         if not listed:
@@ -319,8 +322,9 @@ class BoltzmannMachine(EnergyModel):
 
     # ------------------------------------------------------------------ Gibbs sampling
 
+    @checked
     def gibbs(
-        self, values: Values, num_sweeps: int = 1, *, clamped: Clamped = (), beta: Beta = 1.0
+        self, values: Values, num_sweeps: Natural = 1, *, clamped: Clamped = (), beta: Beta = 1.0
     ) -> dict[str, Tensor]:
         """Sweeps of block Gibbs sampling, one colour class after another; the first one is drawn first.
 
@@ -329,8 +333,12 @@ class BoltzmannMachine(EnergyModel):
             ``(width,)``; a mask of ``None`` is all units.
         :param beta: inverse temperature, a number or ``(*batch)``.
         :returns: new values of every layer; the given tensors are not changed.
+        :raises ValueError: for layers without values, unknown ones among the clamped, or another beta.
         """
-        held: Mapping[str, Tensor | None] = clamped if isinstance(clamped, Mapping) else dict.fromkeys(clamped)
+        check_beta(beta)
+        held = self._held(clamped)
+        if missing := sorted(self.layers.keys() - values.keys()):
+            raise ValueError(f"no values for the layers {missing}: expected {list(self.layers)}. See draw().")
         state = dict(values)
         with torch.no_grad():
             for _ in range(num_sweeps):
@@ -338,6 +346,12 @@ class BoltzmannMachine(EnergyModel):
                     if not (layer in held and held[layer] is None):
                         state[layer] = self.redrawn(layer, state, beta, held=held.get(layer))
         return state
+
+    def _held(self, clamped: Clamped) -> Mapping[str, Tensor | None]:
+        held: Mapping[str, Tensor | None] = clamped if isinstance(clamped, Mapping) else dict.fromkeys(clamped)
+        if unknown := [layer for layer in held if layer not in self.layers]:
+            raise ValueError(f"clamped={unknown}: expected some of the layers {list(self.layers)}.")
+        return held
 
     def redrawn(self, layer: str, values: Values, beta: Beta = 1.0, *, held: Tensor | None = None) -> Tensor:
         """A draw of one layer given the values of the others, ``(*batch, width)``, without gradient.

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.units import BernoulliUnits, Beta, GaussianUnits, Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 
 
+@checked
 class CopiedUnits(Units):
     r"""``copies`` independent copies of a layer with tied weights; the value is their sum.
 
@@ -28,10 +31,8 @@ class CopiedUnits(Units):
     8.0
     """
 
-    def __init__(self, units: Units, copies: int = 2) -> None:
+    def __init__(self, units: Units, copies: Count = 2) -> None:
         super().__init__(units.num_units, units.width)
-        if not isinstance(copies, int) or copies < 1:
-            raise ValueError(f"copies={copies!r}: expected a whole number of at least 1.")
         self.units, self.copies = units, copies
 
     @property

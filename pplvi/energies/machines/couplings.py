@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pplvi.energies.machines.units import BernoulliUnits, GaussianUnits, Units
+from pplvi.kinds.checked import checked
 from pplvi.types import Values
 
 GIVEN = "given"
@@ -107,6 +108,7 @@ class Coupling:
         raise ValueError(f"{type(self).__name__} between {self.edge} limits no norms: expected DenseCoupling.")
 
 
+@checked
 @dataclass(frozen=True)
 class DenseCoupling(Coupling):
     r"""A weight for each pair of units of two layers, or (lateral) for each pair of different units of one.

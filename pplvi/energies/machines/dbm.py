@@ -8,10 +8,13 @@ from itertools import pairwise
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.rbm import Kind, make_units
 from pplvi.energies.machines.units import CategoricalUnits, Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative, Plural
 
 LABELS = "y"
 
 
+@checked
 class DeepBoltzmannMachine(BoltzmannMachine):
     r"""A deep Boltzmann machine: layers ``"v"``, ``"h1"``, ``"h2"`` and so on, each connected with the next.
 
@@ -41,16 +44,16 @@ class DeepBoltzmannMachine(BoltzmannMachine):
 
     def __init__(
         self,
-        widths: Sequence[int],
+        widths: Sequence[Count],
         *,
         visible: Kind | Units = "bernoulli",
         hidden: Kind | Sequence[Units] = "bernoulli",
-        num_categories: int | None = None,
-        num_labels: int | None = None,
+        num_categories: Plural | None = None,
+        num_labels: Count | None = None,
         mean_field_visible: bool = False,
         centered: bool = True,
         name: str = "",
-        init_scale: float = 0.01,
+        init_scale: NonNegative = 0.01,
     ) -> None:
         if len(widths) < 2:
             raise ValueError(

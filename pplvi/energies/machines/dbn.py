@@ -13,6 +13,8 @@ from torch import Tensor
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.rbm import Kind, make_units
 from pplvi.energies.machines.units import Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative, Plural
 from pplvi.programs.plates import data_plate
 
 
@@ -58,6 +60,7 @@ class DirectedLayers(PyroModule):
             self.get_parameter(f"bias_{above if self.upward else below}").copy_(bias)
 
 
+@checked
 class DeepBeliefNetwork(PyroModule):
     r"""A deep belief network: layers ``"v"``, ``"h1"`` and so on, the top two a restricted Boltzmann machine.
 
@@ -85,14 +88,14 @@ class DeepBeliefNetwork(PyroModule):
 
     def __init__(
         self,
-        widths: Sequence[int],
+        widths: Sequence[Count],
         *,
         visible: Kind | Units = "bernoulli",
-        num_categories: int | None = None,
+        num_categories: Plural | None = None,
         mean_field_visible: bool = False,
         centered: bool = True,
         name: str = "",
-        init_scale: float = 0.01,
+        init_scale: NonNegative = 0.01,
     ) -> None:
         super().__init__(name)
         if len(widths) < 3:
@@ -162,7 +165,8 @@ class DeepBeliefNetwork(PyroModule):
                 found[layer] = self.layers[layer].sample(field)
         return found
 
-    def generate(self, num_draws: int, *, num_sweeps: int = 1000) -> dict[str, Tensor]:
+    @checked
+    def generate(self, num_draws: Count, *, num_sweeps: Count = 1000) -> dict[str, Tensor]:
         """Ancestral draws of all layers, ``(num_draws, width)`` each, from Gibbs chains in the top machine."""
         return self.downward(self.top.gibbs(self.top.draw((num_draws,)), num_sweeps))
 
@@ -175,7 +179,8 @@ class DeepBeliefNetwork(PyroModule):
             total = total + self.layers[layer].conditional(field).log_prob(values[layer])
         return total
 
-    def bound(self, v: Tensor, *, log_z: Tensor | float = 0.0, num_particles: int = 100) -> Tensor:
+    @checked
+    def bound(self, v: Tensor, *, log_z: Tensor | float = 0.0, num_particles: Count = 100) -> Tensor:
         """A lower bound of ``log p(v)``, ``(num_data,)``, in nats: the mean over draws of the guide; without gradient.
 
         .. math:: E_q[\\log p(v, h_1, .., h_{L-1}) - \\log q(h_1, .., h_{L-1} \\mid v)]
@@ -188,6 +193,7 @@ class DeepBeliefNetwork(PyroModule):
             return (self.log_joint(values) - self.guide.log_density(values)).mean(0) - log_z
 
 
+@checked
 class DeepBeliefGuide(PyroModule):
     """The recognition model of a deep belief network: layer by layer from the data up, then the top posterior.
 
@@ -197,7 +203,9 @@ class DeepBeliefGuide(PyroModule):
     Source: Hinton, Dayan, Frey & Neal (1995), "The wake-sleep algorithm for unsupervised neural networks".
     """
 
-    def __init__(self, network: DeepBeliefNetwork, *, name: str = "recognition", init_scale: float = 0.01) -> None:
+    def __init__(
+        self, network: DeepBeliefNetwork, *, name: str = "recognition", init_scale: NonNegative = 0.01
+    ) -> None:
         super().__init__(name)
         self.__dict__["network"] = network  # not a part of the guide: its parameters are the model's
         self.recognition = DirectedLayers(network.directed, upward=True, init_scale=init_scale)

@@ -19,14 +19,17 @@ from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.training_step import Reminder, active_step
 from pplvi.energies.machines.units import Units
+from pplvi.kinds.checked import checked
 from pplvi.programs.errors import warn
 from pplvi.programs.plates import data_plate
+from pplvi.programs.sharding import data_mean
 from pplvi.types import Values
 
 Mask = Tensor | Mapping[str, Tensor] | None
 Clamped = Sequence[str] | Mapping[str, Tensor | None]
 
 
+@checked
 class EnergyModel(PyroModule):
     """An unnormalised density over named layers of units.
 
@@ -79,7 +82,7 @@ class EnergyModel(PyroModule):
             weight = torch.clamp(1 / count, min=rate)
             for layer in self.layers.keys() & values.keys():
                 units = self.layers[layer]
-                mean = units.statistic(values[layer]).reshape(-1, units.width).mean(0)
+                mean = data_mean(units.statistic(values[layer]).reshape(-1, units.width).mean(0))
                 self.offset(layer).lerp_(mean, weight.to(mean.dtype))
 
     def forget_chains(self) -> None:
@@ -355,7 +358,7 @@ class _LayerDraw:
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         machine = self.machine
         held = {n: v.detach().expand(*shape, v.shape[-1]) for n, v in self.above.items()}
-        start, clamped = {**machine.draw(shape), **held}, dict.fromkeys(held)
+        start, clamped = {**machine.draw(shape), **held}, dict.fromkeys(held.keys() - {GIVEN})
         if self.pinned is not None:
             start[self.layer] = torch.where(*self.pinned, start[self.layer])
             clamped[self.layer] = self.pinned[0]

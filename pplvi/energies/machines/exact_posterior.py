@@ -18,10 +18,12 @@ from torch import Tensor
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import Mask
 from pplvi.energies.machines.training_step import active_step
+from pplvi.kinds.checked import checked
 from pplvi.programs.plates import data_plate
 from pplvi.types import Values
 
 
+@checked
 @dataclass(frozen=True)
 class Factorised:
     """A factorised distribution of hidden layers, one for each datum.
@@ -44,6 +46,7 @@ class FactorisedGuide(Protocol):
         ...
 
 
+@checked
 class ConditionalGuide:
     """The exact posterior ``p(h | v)`` of a machine whose hidden layers are independent given the data.
 

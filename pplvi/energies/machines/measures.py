@@ -9,8 +9,10 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 
 from pplvi.energies.machines.units import Units
+from pplvi.kinds.checked import checked
 
 
+@checked
 class BaseMeasure(TorchDistribution):
     """The measure of a layer that an energy is a density for: counting measure, or Lebesgue's; ``log_prob`` is 0.
 
@@ -76,6 +78,7 @@ class BaseMeasure(TorchDistribution):
         return states.expand(count, *self.batch_shape, self.units.width) if expand else states
 
 
+@checked
 class PartlyObserved(TorchDistribution):
     """Units of one layer under a field, of which some were observed: these have their values, with probability 1.
 

@@ -13,10 +13,13 @@ from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.exact_posterior import ConditionalGuide
 from pplvi.energies.machines.spike_slab import SpikeSlabUnits
 from pplvi.energies.machines.units import BernoulliUnits, CategoricalUnits, GaussianUnits, Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative, Plural
 
 Kind = Literal["bernoulli", "gaussian", "categorical", "spike_slab"]
 
 
+@checked
 class RestrictedBoltzmannMachine(BoltzmannMachine):
     r"""A restricted Boltzmann machine: visible layer ``"v"``, hidden layer ``"h"``, weights between them.
 
@@ -48,17 +51,17 @@ class RestrictedBoltzmannMachine(BoltzmannMachine):
 
     def __init__(
         self,
-        num_visible: int,
-        num_hidden: int,
+        num_visible: Count,
+        num_hidden: Count,
         *,
         visible: Kind | Units = "bernoulli",
         hidden: Kind | Units = "bernoulli",
-        num_categories: int | None = None,
+        num_categories: Plural | None = None,
         mean_field_visible: bool = False,
         centered: bool = True,
         name: str = "",
-        init_scale: float = 0.01,
-        given: int | None = None,
+        init_scale: NonNegative = 0.01,
+        given: Count | None = None,
     ) -> None:
         layers = {
             "v": make_units(visible, num_visible, num_categories, mean_field_visible),
@@ -100,6 +103,7 @@ def make_units(
     raise ValueError(f"units {kind!r}: expected 'bernoulli', 'gaussian', 'categorical', 'spike_slab' or Units.")
 
 
+@checked
 class BoltzmannDistribution(TorchDistribution):
     r"""The distribution of a machine's visible layer, :math:`p(v) = e^{-F(v)} / Z`, with one event dimension.
 
@@ -125,7 +129,7 @@ class BoltzmannDistribution(TorchDistribution):
         machine: BoltzmannMachine,
         *,
         log_z: Tensor | float | None = None,
-        num_sweeps: int = 1000,
+        num_sweeps: Count = 1000,
         given: Tensor | None = None,
     ) -> None:
         self.machine, self.num_sweeps = machine, num_sweeps

@@ -21,8 +21,24 @@ from torch.nn.functional import one_hot, softplus
 
 from pplvi.energies.machines.one_hot import OneHots
 from pplvi.energies.machines.under_field import UnderField
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Plural, Positive, is_number
+from pplvi.programs.state import is_recording
 
 Beta = float | Tensor
+
+
+def check_beta(beta: Beta) -> None:
+    """Check that inverse temperatures are numbers of at least 0, where a step is not being recorded.
+
+    :raises ValueError: if they are not.
+    """
+    if isinstance(beta, Tensor):
+        wrong = not is_recording() and bool((beta.isnan() | (beta < 0)).any())
+    else:
+        wrong = not (is_number(beta) and beta >= 0)
+    if wrong:
+        raise ValueError(f"beta={beta}: expected an inverse temperature, a number of at least 0.")
 
 
 def times(beta: Beta, x: Tensor) -> Tensor:
@@ -32,6 +48,7 @@ def times(beta: Beta, x: Tensor) -> Tensor:
     return x if beta == 1.0 else beta * x
 
 
+@checked
 class Units(PyroModule):
     """The units of one layer.
 
@@ -43,10 +60,8 @@ class Units(PyroModule):
 
     num_states: int | None = None
 
-    def __init__(self, num_units: int, width: int | None = None) -> None:
+    def __init__(self, num_units: Count, width: Count | None = None) -> None:
         super().__init__()
-        if not isinstance(num_units, int) or num_units < 1:
-            raise ValueError(f"num_units={num_units!r}: expected a whole number of at least 1.")
         self.num_units = num_units
         self.width = num_units if width is None else width
         self.num_biases = self.width
@@ -180,6 +195,7 @@ def _range_of(value: Tensor) -> str:
     return f"values from {value.min().item():.4g} to {value.max().item():.4g}"
 
 
+@checked
 class BernoulliUnits(Units):
     """Binary units, 0 or 1: ``p(s = 1) = sigmoid(f)`` and ``log Z = sum softplus(f)``.
 
@@ -193,7 +209,7 @@ class BernoulliUnits(Units):
 
     num_states = 2
 
-    def __init__(self, num_units: int, *, mean_field: bool = False) -> None:
+    def __init__(self, num_units: Count, *, mean_field: bool = False) -> None:
         super().__init__(num_units)
         self.mean_field = mean_field
 
@@ -236,6 +252,7 @@ class BernoulliUnits(Units):
         )
 
 
+@checked
 class CategoricalUnits(Units):
     """Units with one of ``num_categories`` values: ``p(s = k) = softmax(f)_k`` (softmax units).
 
@@ -251,9 +268,7 @@ class CategoricalUnits(Units):
     tensor([0., 0., 1., 1., 0., 0.])
     """
 
-    def __init__(self, num_units: int, num_categories: int) -> None:
-        if not isinstance(num_categories, int) or num_categories < 2:
-            raise ValueError(f"num_categories={num_categories!r}: expected a whole number of at least 2.")
+    def __init__(self, num_units: Count, num_categories: Plural) -> None:
         super().__init__(num_units, num_units * num_categories)
         self.num_categories = self.num_states = num_categories
 
@@ -312,6 +327,7 @@ class CategoricalUnits(Units):
         return f"{_range_of(value)}: expected one-hot codes side by side. Make them from integers with units.encode()."
 
 
+@checked
 class GaussianUnits(Units):
     """Real units with a learned precision ``t``: ``base(s) = t s^2 / 2``, ``phi(s) = t s``, so ``s ~ N(f, 1 / t)``.
 
@@ -327,10 +343,8 @@ class GaussianUnits(Units):
     tensor([0.2500, 0.2500])
     """
 
-    def __init__(self, num_units: int, *, variance: float = 1.0, learn_variance: bool = True) -> None:
+    def __init__(self, num_units: Count, *, variance: Positive = 1.0, learn_variance: bool = True) -> None:
         super().__init__(num_units)
-        if not variance > 0:
-            raise ValueError(f"variance={variance}: expected a positive number.")
         value = torch.full((num_units,), -math.log(variance))
         self.log_precision = torch.nn.Parameter(value, requires_grad=learn_variance)
 

@@ -15,10 +15,13 @@ from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.posteriors.problem import MeanField
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Natural
 from pplvi.programs.plates import data_plate
 from pplvi.types import Values
 
 
+@checked
 class GibbsGuide(FactorisedInference):
     r"""The posterior of the hidden layers by Gibbs sampling with the data clamped, from draws of mean field.
 
@@ -44,9 +47,7 @@ class GibbsGuide(FactorisedInference):
     {'h1': (5, 3), 'h2': (5, 2)}
     """
 
-    def __init__(self, machine: BoltzmannMachine, num_sweeps: int = 5, *, iterations: int = 1) -> None:
-        if not isinstance(num_sweeps, int) or num_sweeps < 1:
-            raise ValueError(f"num_sweeps={num_sweeps!r}: expected a whole number of at least 1.")
+    def __init__(self, machine: BoltzmannMachine, num_sweeps: Count = 5, *, iterations: Natural = 1) -> None:
         if real := [layer for layer in machine.hidden if machine.layers[layer].num_states is None]:
             raise ValueError(f"hidden layers {real} have a continuum of values: expected discrete units.")
         self.machine, self.num_sweeps, self.tol = machine, num_sweeps, None

@@ -22,7 +22,8 @@ from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.measures import PartlyObserved
 from pplvi.energies.machines.training_step import active_step
 from pplvi.energies.posteriors.problem import MeanField, Problem
-from pplvi.programs.calls import check_counts
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Fraction, Natural, Positive
 from pplvi.programs.plates import data_plate
 from pplvi.types import Values
 
@@ -144,6 +145,7 @@ class FactorisedInference:
         return total
 
 
+@checked
 class MeanFieldGuide(FactorisedInference):
     r"""The mean-field posterior of a machine's hidden layers, for the data that it is called with.
 
@@ -174,17 +176,12 @@ class MeanFieldGuide(FactorisedInference):
     def __init__(
         self,
         machine: BoltzmannMachine,
-        iterations: int = 10,
+        iterations: Natural = 10,
         *,
-        tol: float | None = None,
+        tol: Positive | None = None,
         parallel: bool = False,
-        damping: float = 0.0,
+        damping: Fraction = 0.0,
     ) -> None:
-        check_counts(0, iterations=iterations)
-        if not 0 <= damping < 1:
-            raise ValueError(f"damping={damping}: expected a number in [0, 1).")
-        if tol is not None and not tol > 0:
-            raise ValueError(f"tol={tol}: expected a positive number, or None for all {iterations} sweeps.")
         self.machine, self.iterations, self.tol = machine, iterations, tol
         self.parallel, self.damping = parallel, damping
         self._check()

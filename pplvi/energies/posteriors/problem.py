@@ -11,9 +11,11 @@ from torch import Tensor
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.energy import Mask
+from pplvi.kinds.checked import checked
 from pplvi.types import Values
 
 
+@checked
 @dataclass(frozen=True)
 class MeanField:
     """A factorised posterior of the layers that are not observed.

@@ -13,9 +13,12 @@ from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.training_step import active_step
 from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
 from pplvi.energies.posteriors.problem import MeanField
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Natural, Positive
 from pplvi.types import Values
 
 
+@checked
 class RecognitionNetwork(PyroModule):
     r"""One bottom-up pass with weights of its own, ``nu_l = mean(c_l + nu_(l-1) R_l)``.
 
@@ -81,6 +84,7 @@ class RecognitionNetwork(PyroModule):
         return MeanField(values, fields)
 
 
+@checked
 class RecognitionGuide(PyroModule, FactorisedInference):
     r"""A recognition network, and mean field refined from it by some sweeps.
 
@@ -109,9 +113,9 @@ class RecognitionGuide(PyroModule, FactorisedInference):
     def __init__(
         self,
         machine: BoltzmannMachine,
-        iterations: int = 10,
+        iterations: Natural = 10,
         *,
-        tol: float | None = None,
+        tol: Positive | None = None,
         network: RecognitionNetwork | None = None,
         name: str = "recognition",
     ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -17,9 +16,11 @@ from pyro.nn.module import PyroModule, PyroParam, to_pyro_module_
 from torch import Tensor, nn
 
 from pplvi.guides.amortized.elements import Locals
-from pplvi.guides.flows.conditional import CONDITIONALS, DeltaConditional, build_conditional
+from pplvi.guides.flows.conditional import DeltaConditional, build_conditional
 from pplvi.guides.owned import OwnedGuide
 from pplvi.kernels.coordinates import Coordinates, coordinates
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Positive
 from pplvi.programs.autoguides import auxiliary_values
 from pplvi.programs.calls import Arguments
 from pplvi.programs.first_run import given_subsamples
@@ -33,6 +34,7 @@ __all__ = ["AutoAmortized"]
 Family = Literal["normal", "multivariate_normal", "flow", "delta"]
 
 
+@checked
 class AutoAmortized(OwnedGuide):
     r"""A guide whose local latents get their posterior from a network that sees their data.
 
@@ -86,9 +88,8 @@ class AutoAmortized(OwnedGuide):
         inputs: Callable[..., Any] | None = None,
         family: Family = "normal",
         global_guide: Callable[[Program], Program] = AutoNormal,
-        init_scale: float = 0.1,
+        init_scale: Positive = 0.1,
     ) -> None:
-        _check(encoder, family, init_scale)
         super().__init__(model)
         to_pyro_module_(encoder)
         self.encoder = encoder
@@ -327,16 +328,10 @@ class AutoAmortized(OwnedGuide):
 
 
 def _first(*args: Any, **kwargs: Any) -> Any:
-    return next(iter((*args, *kwargs.values())))
-
-
-def _check(encoder: Any, family: str, init_scale: float) -> None:
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(f"encoder is a {type(encoder).__name__}: expected a torch.nn.Module, from inputs to features.")
-    if family not in CONDITIONALS:
-        raise ValueError(f"family={family!r}: expected one of {sorted(CONDITIONALS)}.")
-    if not 0 < init_scale < math.inf:
-        raise ValueError(f"init_scale={init_scale!r}: expected a positive number.")
+    given = (*args, *kwargs.values())
+    if not given:
+        raise ValueError("an amortised guide got no data: expected the model's arguments. Call guide(*args).")
+    return given[0]
 
 
 def _head(features: Tensor, num_outputs: int, size: int) -> nn.Module:

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from pplvi.guides.amortized.amortized import AutoAmortized, Family
 from pplvi.guides.amortized.elements import Locals
 from pplvi.kernels.coordinates import Coordinates, coordinates
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 from pplvi.programs.sites import latent_sites, site_plates
+from pplvi.types import Program
 
 __all__ = ["AutoHierarchical"]
 
 
+@checked
 class AutoHierarchical(AutoAmortized):
     r"""A structured guide: a joint distribution of the global latents, and of each plate element's given those.
 
@@ -55,16 +59,14 @@ class AutoHierarchical(AutoAmortized):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         plates: str | Sequence[str],
         *,
         family: Family = "normal",
         global_guide: Callable[[Any], Any] = AutoMultivariateNormal,
-        hidden: int = 32,
-        init_scale: float = 0.1,
+        hidden: Count = 32,
+        init_scale: Positive = 0.1,
     ) -> None:
-        if not isinstance(hidden, int) or hidden < 1:
-            raise ValueError(f"hidden={hidden!r}: expected a whole number of at least 1.")
         if family == "delta":
             raise ValueError("family='delta' is for the encoder of an AutoAmortized: expected a density, or AutoDelta.")
         super().__init__(model, nn.Identity(), plates, family=family, global_guide=global_guide, init_scale=init_scale)

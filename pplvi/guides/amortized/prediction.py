@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pplvi.guides.owned import claim_name
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Positive
 from pplvi.types import Program
 
 __all__ = ["PredictionPenalty"]
 
 
+@checked
 class PredictionPenalty(PyroModule):
     r"""A program with a penalty on how far a latent is from what an encoder predicts.
 
@@ -56,15 +58,11 @@ class PredictionPenalty(PyroModule):
         encoder: nn.Module,
         site: str = "h",
         *,
-        weight: float = 1.0,
+        weight: Positive = 1.0,
         inputs: Callable[..., Any] | None = None,
         name: str = "prediction",
     ) -> None:
         super().__init__(name)
-        if not isinstance(encoder, nn.Module):
-            raise ValueError(f"encoder is a {type(encoder).__name__}: expected a torch.nn.Module, from data to codes.")
-        if not 0 < weight < math.inf:
-            raise ValueError(f"weight={weight!r}: expected a positive number.")
         to_pyro_module_(encoder)
         self.encoder, self.site, self.weight = encoder, site, float(weight)
         self._parts = (model, inputs)  # a tuple, so that a model that is a module keeps its own parameters' names

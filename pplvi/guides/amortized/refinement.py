@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 
 from pplvi.guides.amortized.amortized import AutoAmortized
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.programs.joint import execute
 from pplvi.programs.state import preserved_parameters, random_state
 
 __all__ = ["AmortizationGap", "amortization_gap", "refine"]
 
 
+@checked
 def refine(
     guide: AutoAmortized,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    num_steps: int = 100,
-    lr: float = 0.05,
-    num_particles: int = 8,
-    seed: int | None = None,
+    num_steps: Count = 100,
+    lr: Positive = 0.05,
+    num_particles: Count = 8,
+    seed: Seed | None = None,
 ) -> AutoAmortized:
     """Semi-amortised inference: for these data, the posterior of each element by gradient steps from where the
     network puts it (Hjelm et al. 2016; Kim et al. 2018).
@@ -82,13 +85,14 @@ class AmortizationGap(NamedTuple):
     standard_error: float
 
 
+@checked
 def amortization_gap(
     guide: AutoAmortized,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    num_draws: int = 200,
-    seed: int | None = None,
+    num_draws: Count = 200,
+    seed: Seed | None = None,
     **refinement: Any,
 ) -> AmortizationGap:
     """How much ELBO one network for all elements costs, against parameters of their own for each (Cremer et al. 2018).

@@ -28,6 +28,8 @@ from pplvi.guides.owned import OwnedGuide
 from pplvi.kernels.base import Kernel
 from pplvi.kernels.coordinates import Coordinates
 from pplvi.kernels.uncorrected import UncorrectedHamiltonianKernel
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Probability
 from pplvi.programs.handlers import aside
 from pplvi.programs.single import log_density_of
 from pplvi.samplers.paths import Betas
@@ -75,6 +77,7 @@ class _LocalDensity:
         return beta * setting.log_density(noise) - (1 - beta) * noise.square().sum() / 2
 
 
+@checked
 class AutoSemiDAIS(OwnedGuide):
     r"""Anneal the local latents of another guide, each plate element by itself, in minibatches too.
 
@@ -114,16 +117,15 @@ class AutoSemiDAIS(OwnedGuide):
     def __init__(
         self,
         base: AutoAmortized,
-        num_steps: int = 4,
+        num_steps: Count = 4,
         kernel: Kernel | None = None,
         *,
         learn_path: bool = True,
-        betas: Sequence[float] | None = None,
+        betas: Sequence[Probability] | None = None,
     ) -> None:
-        if not isinstance(base, AutoAmortized):
+        if base._pyro_context.used:
             raise ValueError(
-                f"base is a {type(base).__name__}: expected an AutoHierarchical or AutoAmortized of the model, whose "
-                "local draws are annealed. For models without plates use AnnealedGuide."
+                "base has been run by itself, and its parameters have their names: expected one that is new."
             )
         if base.is_point:
             raise ValueError("base has family='delta', a point without a density: expected a family to anneal from.")

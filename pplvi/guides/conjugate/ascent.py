@@ -17,8 +17,8 @@ from pplvi.guides.conjugate.normal import NormalFamily
 from pplvi.guides.conjugate.parameters import parameters
 from pplvi.guides.conjugate.reading import Factor, Reading
 from pplvi.programs.enumeration import factor_marginals
-from pplvi.programs.running import is_recording
 from pplvi.programs.sites import base_distribution
+from pplvi.programs.state import is_recording
 
 _LOCAL_SWEEPS, _LOCAL_TOLERANCE = 100, 1e-8
 

@@ -24,11 +24,14 @@ from pplvi.guides.conjugate.reading import Reading
 from pplvi.guides.conjugate.shapes import Structure
 from pplvi.guides.owned import OwnedGuide
 from pplvi.guides.search.base import Search
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Fraction, Seed
 from pplvi.programs.density import outside_of_handlers
 from pplvi.programs.errors import explained
 from pplvi.programs.sites import Plate, site_plates
 from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
+from pplvi.types import Program
 
 __all__ = ["AutoConjugate"]
 
@@ -37,6 +40,7 @@ _RECENT = 4.0  # how much the average of a walk is of its last steps: they count
 _TRACE = "trace_of_bound"
 
 
+@checked
 class AutoConjugate(OwnedGuide, Search):
     r"""Coordinate ascent for conditionally conjugate models, on the program as it is written.
 
@@ -91,20 +95,16 @@ class AutoConjugate(OwnedGuide, Search):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
-        blocks: Sequence[Sequence[str]] = (),
+        blocks: Sequence[str | Sequence[str]] = (),
         fallback: Mapping[str, str] | None = None,
         rate: RobbinsMonro | Callable[[int], float] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_sample,
-        max_sweeps: int = 1000,
-        tolerance: float = 1e-10,
-        seed: int | None = None,
+        max_sweeps: Count = 1000,
+        tolerance: Fraction = 1e-10,
+        seed: Seed | None = None,
     ) -> None:
-        if isinstance(max_sweeps, bool) or not isinstance(max_sweeps, int) or max_sweeps < 1:
-            raise ValueError(f"max_sweeps={max_sweeps!r}: expected a whole number of at least 1.")
-        if isinstance(tolerance, bool) or not 0 <= float(tolerance) < 1:
-            raise ValueError(f"tolerance={tolerance!r}: expected a number from 0 to 1, for example 1e-10.")
         super().__init__(model)
         self.blocks, self.fallback, self.rate = _checked_blocks(blocks), dict(fallback or {}), rate
         self._init_loc_fn, self._seed = init_loc_fn, seed

@@ -36,13 +36,14 @@ from pplvi.programs.sites import (
     site_plates,
 )
 from pplvi.programs.summing import is_summed
+from pplvi.types import Program
 
 _MANY = 5  # sites of a block that its name does not list
 FALLBACKS = ("cvi", "laplace", "delta")
 
 
 def read_program(
-    model: Callable[..., Any],
+    model: Program,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
@@ -161,7 +162,7 @@ def _nesting(trace: Any) -> int:
 
 
 def _symbolic_run(
-    model: Callable[..., Any], args: Any, kwargs: Any, prior: Any, latents: Mapping[str, Latent], enumerated: bool
+    model: Program, args: Any, kwargs: Any, prior: Any, latents: Mapping[str, Latent], enumerated: bool
 ) -> Any:
     values: dict[str, Any] = {name: latent(name, found.start) for name, found in latents.items()}
     values |= {name: site["value"] for name, site in prior.nodes.items() if is_subsample(site)}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pplvi.kinds.checked import checked
 
+
+@checked
 @dataclass(frozen=True)
 class RobbinsMonro:
     r"""Rates that fall as :math:`\rho_t = (t + \tau)^{-\kappa}`, for stochastic natural-gradient steps.
@@ -29,7 +32,7 @@ class RobbinsMonro:
     exponent: float = 0.7
 
     def __post_init__(self) -> None:
-        if isinstance(self.delay, bool) or not 1 <= self.delay < math.inf:
+        if not 1 <= self.delay < math.inf:
             raise ValueError(f"delay={self.delay!r}: expected a number of at least 1, for example 10.")
         if not 0.5 < self.exponent <= 1:
             raise ValueError(f"exponent={self.exponent!r}: expected a number above 0.5 and at most 1, for example 0.7.")

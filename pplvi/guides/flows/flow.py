@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.distributions import constraints
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from pplvi.guides.base import ContinuousGuide
 from pplvi.guides.flows.build import FAMILIES, AffineFlowTransform, build, make_identity, with_tensors
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
+from pplvi.types import Program
 
 __all__ = ["AutoFlow"]
 
 _FULL_UP_TO = 100  # dimensions
 
 
+@checked
 class AutoFlow(ContinuousGuide):
     r"""A normalising flow over all continuous latents, in unconstrained space.
 
@@ -97,24 +101,21 @@ class AutoFlow(ContinuousGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         flow: str | Callable[..., Any] | nn.Module = "nsf",
         *,
-        transforms: int | None = None,
-        hidden_features: Sequence[int] | None = None,
+        transforms: Count | None = None,
+        hidden_features: Sequence[Count] | None = None,
         inverse: bool | None = None,
-        affine: str | None = None,
+        affine: Literal["full", "diagonal"] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
+        init_scale: Positive = 0.1,
         identity_init: bool | None = None,
         **options: Any,
     ) -> None:
         sizes = {"transforms": transforms, "hidden_features": hidden_features}
         given = {key: value for key, value in sizes.items() if value is not None}
         _check_flow(flow, {**given, **options})
-        _check_sizes(transforms, hidden_features)
-        if affine not in (None, "full", "diagonal"):
-            raise ValueError(f"affine is {affine!r}; expected 'full', 'diagonal', or None to choose by the dimension")
         super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale)
         self._flow = (flow,)  # a tuple, so that a flow given as a module is not registered: the guide trains its copy
         self._options = {**given, **options}
@@ -183,16 +184,5 @@ class AutoFlow(ContinuousGuide):
 def _check_flow(flow: Any, options: Mapping[str, Any]) -> None:
     if isinstance(flow, str) and flow not in FAMILIES:
         raise ValueError(f"flow is {flow!r}; expected one of {sorted(FAMILIES)}, a factory, or a zuko.lazy.Flow")
-    if not isinstance(flow, str) and not callable(flow):
-        raise ValueError(f"flow is a {type(flow).__name__}; expected a name, a factory, or a zuko.lazy.Flow")
     if isinstance(flow, nn.Module) and options:
         raise ValueError(f"{sorted(options)} came with a flow that is already built; pass them to its constructor")
-
-
-def _check_sizes(transforms: int | None, hidden_features: Sequence[int] | None) -> None:
-    sizes = [*([] if transforms is None else [transforms]), *(hidden_features or ())]
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-        raise ValueError(
-            f"transforms is {transforms!r} and hidden_features is {hidden_features!r}; expected positive integers, "
-            "for example transforms=3, hidden_features=(64, 64)"
-        )

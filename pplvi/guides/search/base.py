@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -23,6 +22,7 @@ from pplvi.programs.handlers import float_dtype
 from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
 from pplvi.programs.ways import Vectorize
+from pplvi.types import Program
 
 _TRIES = 100
 _STATIONARY = 1e-8
@@ -67,15 +67,13 @@ class FoundGuide(ContinuousGuide, Search):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
         init_radius: float = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: int | None = None,
         vectorize: Vectorize = None,
     ) -> None:
-        if isinstance(init_radius, bool) or not 0 < float(init_radius) < math.inf:
-            raise ValueError(f"init_radius is {init_radius!r}; expected a positive finite number, for example 2.0")
         super().__init__(model, init_loc_fn=partial(_init_site, init_loc_fn or _init_to_zero))
         self._model: Any = (self._model[0], model)  # shared by copies, left out by pickle
         self._init_radius, self._init_loc_fn = float(init_radius), init_loc_fn
@@ -124,7 +122,7 @@ class FoundGuide(ContinuousGuide, Search):
 
     @property
     def _target(self) -> Callable[..., Any]:
-        model: Callable[..., Any] = self._model[1]
+        model: Program = self._model[1]
         return model
 
     def _check_size(self) -> None:

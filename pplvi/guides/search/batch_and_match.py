@@ -12,10 +12,12 @@ from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import elbos, explore
 from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
-from pplvi.programs.calls import check_counts
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Plural, Positive, Seed
 from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
+from pplvi.types import Program
 
 __all__ = ["AutoBatchAndMatch"]
 
@@ -24,6 +26,7 @@ _AVERAGED = 0.25  # of the iterations, at the end
 _LOW_RANK_ABOVE = 256  # dimensions: batches are larger than that below, and small beyond
 
 
+@checked
 class AutoBatchAndMatch(FoundGuide):
     r"""Batch and match: the full-rank Gaussian whose score agrees best with the posterior's.
 
@@ -70,22 +73,17 @@ class AutoBatchAndMatch(FoundGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
-        batch_size: int | None = None,
-        num_iterations: int = 200,
-        num_paths: int = 4,
+        batch_size: Plural | None = None,
+        num_iterations: Count = 200,
+        num_paths: Count = 4,
         start: FoundGuide | None = None,
-        init_radius: float = 2.0,
+        init_radius: Positive = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         vectorize: Vectorize = None,
     ) -> None:
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 2
-        ):
-            raise ValueError(f"batch_size is {batch_size!r}; expected a whole number of at least 2, or None")
-        check_counts(num_iterations=num_iterations, num_paths=num_paths)
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._batch_size, self._num_iterations, self._num_paths = batch_size, num_iterations, num_paths
         self._begin = start

@@ -15,8 +15,11 @@ from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussia
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.programs.density import CHUNK, UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
+from pplvi.types import Program
 
 __all__ = ["AutoDeterministicNormal"]
 
@@ -24,6 +27,7 @@ _NEWTON_STEPS = 100
 _LOOK = 50  # iterations
 
 
+@checked
 class AutoDeterministicNormal(FoundGuide):
     r"""Deterministic ADVI: a Gaussian mean field fitted on fixed draws, with the linear-response covariance.
 
@@ -64,20 +68,18 @@ class AutoDeterministicNormal(FoundGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
-        num_draws: int = 30,
+        num_draws: Count = 30,
         linear_response: bool = True,
-        init_scale: float = 0.1,
-        init_radius: float = 0.5,
+        init_scale: Positive = 0.1,
+        init_radius: Positive = 0.5,
         init_loc_fn: Callable[..., Any] | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         vectorize: Vectorize = None,
     ) -> None:
-        if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 2 or num_draws % 2:
+        if num_draws % 2:
             raise ValueError(f"num_draws is {num_draws!r}; expected an even number of at least 2, for example 30")
-        if isinstance(init_scale, bool) or not 0 < float(init_scale) < math.inf:
-            raise ValueError(f"init_scale is {init_scale!r}; expected a positive finite number, for example 0.1")
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._num_draws, self._linear_response, self._log_scale = num_draws, linear_response, math.log(init_scale)
         self.elbo = math.nan

@@ -15,13 +15,17 @@ from pplvi.guides.search.explore import OptimizationPath, explore
 from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
 from pplvi.guides.search.moments import match_moments
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Natural, Positive, Seed
 from pplvi.programs.calls import check_counts
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
+from pplvi.types import Program
 
 __all__ = ["AutoPathfinder", "OptimizationPath", "init_to_pathfinder"]
 
 
+@checked
 class AutoPathfinder(FoundGuide):
     r"""Pathfinder: the best local Gaussian of each of several quasi-Newton paths, mixed with equal weights.
 
@@ -80,24 +84,20 @@ class AutoPathfinder(FoundGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
-        num_paths: int = 4,
-        history: int = 6,
-        elbo_draws: int = 25,
+        num_paths: Count = 4,
+        history: Count = 6,
+        elbo_draws: Count = 25,
         exact_hessian: bool = True,
-        moment_matching: int = 10,
-        num_components: int = 8,
-        init_radius: float = 2.0,
+        moment_matching: Natural = 10,
+        num_components: Count = 8,
+        init_radius: Positive = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
         lbfgs: Mapping[str, float] | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         vectorize: Vectorize = None,
     ) -> None:
-        if isinstance(moment_matching, bool) or not isinstance(moment_matching, int) or moment_matching < 0:
-            raise ValueError(f"moment_matching is {moment_matching!r}; expected a number of rounds, 0 for none")
-        check_counts(num_paths=num_paths, history=history, elbo_draws=elbo_draws)
-        check_counts(num_components=num_components)
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._options = _options(history, lbfgs or {})
         self._num_paths, self._elbo_draws = num_paths, elbo_draws
@@ -117,8 +117,9 @@ class AutoPathfinder(FoundGuide):
         return self._paths
 
 
+@checked
 def init_to_pathfinder(
-    model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
+    model: Program, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, **options: Any
 ) -> Callable[..., Any]:
     """An ``init_loc_fn`` for any guide: the mean of the best Gaussian that Pathfinder finds. It runs at once.
 

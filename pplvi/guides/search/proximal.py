@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import pyro
 import pyro.distributions as dist
@@ -17,12 +17,14 @@ from torch import Tensor
 from pplvi.guides.owned import OwnedGuide
 from pplvi.guides.search.base import Search
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 from pplvi.programs.calls import Arguments
 from pplvi.programs.handlers import parameters_of
-from pplvi.programs.running import is_recording, plain_run
+from pplvi.programs.running import plain_run
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import base_distribution, is_deterministic, latent_sites, sample_sites, site_plates
-from pplvi.programs.state import buffers_of, map_tree, preserved_rng
+from pplvi.programs.state import buffers_of, is_recording, map_tree, preserved_rng
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
@@ -31,6 +33,7 @@ __all__ = ["AutoProximal"]
 _MOST = 2**26  # entries of all Gram matrices
 
 
+@checked
 class AutoProximal(OwnedGuide, Search):
     r"""The posterior mode of sparse codes, by proximal gradient steps or coordinate descent, with its duality gap.
 
@@ -81,18 +84,10 @@ class AutoProximal(OwnedGuide, Search):
         sites: str,
         method: LassoMethod = "fista",
         *,
-        tol: float = 1e-6,
-        max_iterations: int = 10_000,
+        tol: Positive = 1e-6,
+        max_iterations: Count = 10_000,
     ) -> None:
         super().__init__(model)
-        if method not in get_args(LassoMethod):
-            raise ValueError(f"method={method!r}: expected one of {list(get_args(LassoMethod))}.")
-        if not isinstance(sites, str):
-            raise ValueError(f"sites={sites!r}: expected the name of the site of the codes.")
-        if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
-            raise ValueError(f"max_iterations={max_iterations!r}: expected a whole number of at least 1.")
-        if not 0 < tol < math.inf:
-            raise ValueError(f"tol={tol!r}: expected a positive number of nats.")
         self._site, self._method, self._tol, self._most = sites, method, float(tol), max_iterations
         self._found: tuple[Any, Tensor] | None = None
         self.gap, self.iterations = torch.zeros(()), 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.pathfinder import AutoPathfinder
+from pplvi.kinds.checked import checked
 from pplvi.programs.errors import explained
+from pplvi.types import Program
 
 __all__ = ["start_at_pathfinder"]
 
@@ -42,10 +44,11 @@ class _Found:
         return self.loc[index], self.covariance[index][:, index]
 
 
+@checked
 @torch.no_grad()
 def start_at_pathfinder(
     guide: AutoGuide,
-    model: Callable[..., Any],
+    model: Program,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,

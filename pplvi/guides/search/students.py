@@ -14,6 +14,8 @@ from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.constant import ConstantMixture
 from pplvi.guides.search.explore import check_proper
 from pplvi.guides.search.gaussians import full_gaussian
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
     Weighed,
@@ -26,10 +28,10 @@ from pplvi.posterior.scouts import (
     wide,
 )
 from pplvi.posterior.students import Students, joined
-from pplvi.programs.calls import check_counts
 from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.ways import Vectorize
+from pplvi.types import Program
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
 from pplvi.weights.pareto import pareto_smooth
 
@@ -44,6 +46,7 @@ _LIGHTER = 15.0  # degrees of freedom
 _LIGHT = 0.02  # nats of evidence that a mixture may not lose, beyond its error
 
 
+@checked
 class AutoStudentMixture(FoundGuide):
     r"""A mixture of multivariate t distributions, from the modes that scouts meet, adapted by importance sampling.
 
@@ -83,16 +86,15 @@ class AutoStudentMixture(FoundGuide):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         *,
-        num_scouts: int = 64,
-        num_components: int = 16,
-        init_radius: float = 2.0,
+        num_scouts: Count = 64,
+        num_components: Count = 16,
+        init_radius: Positive = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
-        seed: int | None = None,
+        seed: Seed | None = None,
         vectorize: Vectorize = None,
     ) -> None:
-        check_counts(num_scouts=num_scouts, num_components=num_components)
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._num_scouts, self._num_components = num_scouts, num_components
 

@@ -8,13 +8,15 @@ resampled with their Pareto-smoothed weights, so that summaries which know no we
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from pyro.infer import MCMC
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Natural, Seed
 from pplvi.posterior.arviz.groups import (
     Dims,
     DrawsKind,
@@ -29,7 +31,8 @@ from pplvi.posterior.arviz.groups import (
     prior_groups,
     summary,
 )
-from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, storable, to_numpy, wrap
+from pplvi.posterior.arviz.schema import Groups, Labels, attributes, datasets, equal_values, storable, to_numpy
+from pplvi.posterior.arviz.versions import wrap
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.posterior import Posterior
 from pplvi.programs.errors import explained
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 RestartsKind = Literal["all", "best"] | int
 
 
+@checked
 @explained()
 def to_arviz(
     source: Posterior | Sequence[Posterior] | MCMC,
@@ -49,12 +53,12 @@ def to_arviz(
     restarts: RestartsKind = "all",
     coords: Mapping[str, Labels] | None = None,
     dims: Dims | None = None,
-    num_prior: int = 500,
+    num_prior: Natural = 500,
     posterior_predictive: bool = True,
     predictions: NewInputs | None = None,
     losses: Tensor | np.ndarray | None = None,
     attrs: Mapping[str, Any] | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
     args: tuple[Any, ...] = (),
 ) -> arviz.InferenceData:
     r"""Posterior draws, predictions, densities and data in the groups of ArviZ's schema.
@@ -71,8 +75,8 @@ def to_arviz(
     posterior                     latent and deterministic sites, in constrained space
     posterior_predictive          observed sites, drawn anew given the same draw of ``posterior``
     prior, prior_predictive       the same sites, drawn from the model; one chain
-    log_prior                     each latent site, one number (nats) for each element of its plates: what ``az.psens``
-                                  scales; not for models with enumerated sites
+    log_prior                     each latent site, one number (nats) for each element of its plates: what ``az.psense``
+                                  (``psens`` before 1.0) scales; not for models with enumerated sites
     predictions,                  observed sites, drawn for new inputs given the same draw of ``posterior``, and these
     predictions_constant_data     inputs
     log_likelihood                each observed site, one number (nats) for each element of its plates
@@ -86,9 +90,9 @@ def to_arviz(
     ============================  =========================================================================
 
     Masked observations keep their place in ``log_likelihood``, with zeros: ArviZ's schema has none for elements that
-    are not there. Plain ``az.loo`` takes them for observations of density 1: that leaves ``elpd_loo`` and ``p_loo`` as
-    they are, but changes ``n_data_points`` and ``se`` and gives them an infinite Pareto k, with a warning.
-    :meth:`pplvi.Posterior.loo` leaves them out.
+    are not there. Plain ``az.loo`` refuses them as values that are all the same; before ArviZ 1.0 it takes them for
+    observations of density 1, which leaves ``elpd_loo`` and ``p_loo`` as they are, but changes ``n_data_points`` and
+    ``se`` and gives them an infinite Pareto k, with a warning. :meth:`pplvi.Posterior.loo` leaves them out.
 
     The plates are named dimensions; what follows them is named by ``dims`` or ``<variable>_dim_<i>``. Dimensions of a
     constant are named after the plates of a site if its shape begins with theirs. A slash in a name, which a NetCDF
@@ -112,7 +116,7 @@ def to_arviz(
     :param seed: makes the export reproducible and leaves the global random state as it was.
     :param args: the arguments of an MCMC run of its kernel's model; for another model, or keyword arguments, export
         ``Posterior.from_mcmc(mcmc, model, args, kwargs)``.
-    :returns: ``arviz.InferenceData``; with ArviZ 1.x an :class:`xarray.DataTree` of the same groups. Its attributes,
+    :returns: an :class:`xarray.DataTree` of these groups; before ArviZ 1.0 its ``InferenceData``. Its attributes,
         and those of ``posterior``, are ``attrs``, ``pareto_k`` (the largest of the batch), ``ess`` (the smallest),
         ``elbo``, ``log_evidence``, ``log_evidence_error`` (nats), for each chain, the ``verdict`` on the best of them
         with its reasons, and the versions of the libraries.
@@ -131,7 +135,6 @@ def to_arviz(
     >>> data.log_likelihood.y.dims, round(float(data.posterior.z.mean()), 1)  # exact: 1
     (('chain', 'draw', 'school'), 1.0)
     """
-    _check_choices(draws=draws, restarts=restarts if isinstance(restarts, str) else "all")
     _check_mappings(coords=coords, dims=dims)
     dims, posteriors = dims or {}, _posteriors(source, args)
     traces = _traces(losses, len(posteriors))
@@ -160,12 +163,6 @@ def to_arviz(
 
 
 # --- what is exported -----------------------------------------------------------------------------------------------
-
-
-def _check_choices(**choices: str) -> None:
-    for (name, value), kinds in zip(choices.items(), (get_args(DrawsKind), ("all", "best")), strict=True):
-        if value not in kinds:
-            raise ValueError(f"{name}={value!r}; expected one of {list(kinds)}.")
 
 
 def _check_mappings(**given: Any) -> None:

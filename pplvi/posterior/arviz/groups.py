@@ -20,7 +20,8 @@ from torch import Tensor
 from pplvi.posterior.arviz.schema import SAMPLE, Group, Groups, Names, equal, stack_chains, to_numpy
 from pplvi.posterior.draws import Draws, log_prior, predict, score
 from pplvi.posterior.gather import align
-from pplvi.posterior.posterior import Posterior, name_of, observed_as_before, told_how_to_predict
+from pplvi.posterior.posterior import Posterior, name_of
+from pplvi.posterior.predictions import observed_as_before, told_how_to_predict
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
 from pplvi.programs.inputs import to_inputs
@@ -86,6 +87,7 @@ def _chain(posterior: Posterior, index: Tensor, pool: WeightedDraws | None = Non
         latents=latents,
         deterministics=_deterministics(posterior, draws, latents, index),
         log_likelihood=pick(draws.log_likelihood, draws.plates),
+        log_factors=pick(draws.log_factors, draws.plates),
         log_p=None,
         log_q=None,
     )

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.programs.sites import Plate
 
 if TYPE_CHECKING:
@@ -239,21 +238,3 @@ def _attribute(value: Any) -> Any:
         flat = to_numpy(value).reshape(-1)
         return flat.item() if flat.size == 1 else flat
     return value if isinstance(value, (int, float)) else str(value)
-
-
-def wrap(found: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> Any:
-    """Make what the installed ArviZ works on: ``InferenceData`` before 1.0, :class:`xarray.DataTree` from then on."""
-    arviz = arviz_itself()
-    groups: dict[str, Any] = dict(found)
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return arviz.InferenceData(attrs=dict(attrs), **groups)
-    return to_datatree(groups, attrs)
-
-
-def to_datatree(found: Mapping[str, xarray.Dataset], attrs: Mapping[str, Any]) -> xarray.DataTree:
-    """A tree with one child a group, which is what ArviZ 1.x works on."""
-    import xarray
-
-    tree = xarray.DataTree.from_dict(dict(found))
-    tree.attrs.update(attrs)
-    return tree

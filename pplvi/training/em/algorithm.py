@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pplvi.compile.svi import CompiledSVI
 from pplvi.compile.vectorized import Apart
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated
 from pplvi.programs.sites import is_enumerated, latent_sites
@@ -23,7 +25,7 @@ from pplvi.training.em.families import CollapseError
 from pplvi.training.em.maximisation import Maximisation
 from pplvi.training.em.starts import kmeans_start, random_start, tells_apart
 from pplvi.training.optimizers import Update
-from pplvi.training.steps import BeforeFirst, Stepper, Steps
+from pplvi.training.steps import BeforeFirst, Find, Stepper, Steps
 from pplvi.training.watch import Watch
 from pplvi.types import Call, Program
 
@@ -33,6 +35,7 @@ EMStart = Literal["program", "kmeans", "random"]
 _ROUNDING = 10.0  # rounding errors of the log evidence
 
 
+@checked
 @dataclass(frozen=True)
 class ExpectationMaximization:
     r"""Maximum likelihood with latents: exact E-steps, M-steps exact or complete.
@@ -81,18 +84,9 @@ class ExpectationMaximization:
     tensor([1., 1., 1., 1., 1.])
     """
 
-    m_steps: int | None = None
-    tol: float = 1e-9
+    m_steps: Count | None = None
+    tol: NonNegative = 1e-9
     start: EMStart | None = None
-
-    def __post_init__(self) -> None:
-        steps, tol = self.m_steps, self.tol
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"m_steps={steps!r}: expected a whole number of at least 1, or None for a whole M-step.")
-        if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
-            raise ValueError(f"tol={tol!r}: expected nats, a number of at least 0.")
-        if self.start not in (None, "program", "kmeans", "random"):
-            raise ValueError(f"start={self.start!r}: expected 'program', 'kmeans', 'random', or None.")
 
 
 class SummedLatents:
@@ -246,9 +240,9 @@ class EMStepper(Stepper):
         """One: every iteration may be the last."""
         return 1
 
-    def replay(self, find: Callable[[], str | None], call: Call, most: int) -> str | None:
+    def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """Nothing to replay."""
-        return find()
+        return find(*calls[0])
 
     def prepare(self, call: Call) -> None:
         """Read the program: which latents are summed, which parameters have a closed form."""

@@ -1,0 +1,1 @@
+"""Models that have draws and no density, and what they learn from."""

@@ -1,0 +1,1 @@
+"""Directed models with layers of latent variables."""

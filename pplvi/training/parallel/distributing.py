@@ -1,0 +1,63 @@
+"""From a training plan of one process to one of all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pyro
+import torch
+
+from pplvi.losses.elbo import own_loss
+from pplvi.programs.state import preserved_rng
+from pplvi.training.batches import FullData
+from pplvi.training.parallel.ranks import ProcessGroup
+from pplvi.training.parallel.shares import share_of, split_of
+from pplvi.training.parallel.stepping import Meeting, together
+from pplvi.training.plan import TrainingPlan
+from pplvi.training.restart import Restart, copy_into, evaluate
+
+
+def distributed(plan: TrainingPlan, ranks: ProcessGroup, shard: bool) -> TrainingPlan:
+    """The plan with the data split over the ranks.
+
+    :param shard: whether every rank has the full data as arguments and is to keep a slice.
+    :raises ValueError: for guides that are found and not trained, losses that are not of this package, and programs or
+        data that cannot be split.
+    """
+    batches = plan.batches
+    batches.environment = plan.recipe.environment
+    if plan.seed is None:  # a common one
+        pyro.set_rng_seed(ranks.first(lambda: int(torch.randint(2**31, ()))))
+    share = share_of(ranks, batches, shard)
+    split = split_of(plan.recipe, batches.peek())
+    batches.share = share
+    monitor = plan.watch.monitor
+    watch = plan.watch
+    if monitor is not None:
+        watch = replace(watch, monitor=replace(monitor, objective=own_loss(monitor.objective)))
+    settings = plan.settings if share.common else {**(plan.settings or {}), "data": "of every rank"}
+    meeting = Meeting(ranks, share, split)
+    steps = together(plan.steps, meeting)
+    return replace(plan, steps=steps, watch=watch, ranks=ranks, settings=settings, ended=partial(_whole, plan, meeting))
+
+
+def _whole(plan: TrainingPlan, meeting: Meeting, run: Restart) -> None:
+    """Give a guide whose parameters have rows for single data those of all ranks.
+
+    On slices of full data only: ranks that bring their own data keep the guide of their own.
+    """
+    local, batches = meeting.split.local, plan.batches
+    if not local or not isinstance(batches, FullData) or not meeting.share.common:
+        return
+    with run.scope():
+        mine = {name: p.detach() for name, p in pyro.get_param_store().named_parameters()}
+    absent = meeting.share.part.absent
+    for name, dim in local.items():
+        rows = mine[name].narrow(dim, 0, 0) if absent else mine[name]
+        mine[name] = torch.cat(meeting.ranks.gather(rows), dim)
+    run.store = {"params": {}, "constraints": {}}
+    with preserved_rng(), run.scope():
+        run.model, run.guide = plan.recipe.build()
+        evaluate(plan.objective, run.model, run.guide, batches.call)
+        copy_into(dict(pyro.get_param_store().named_parameters()), mine)

@@ -1,0 +1,178 @@
+"""The processes that train together: one alone, or the ranks of a ``torch.distributed`` group."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pplvi.programs.shard import mean_over
+
+T = TypeVar("T")
+
+
+class RankLostError(RuntimeError):
+    """Another rank has ended, or has not answered within the group's time limit."""
+
+
+class Ranks:
+    """One process, which has nobody to ask.
+
+    >>> Ranks().any(True), Ranks().gather("here")
+    (True, ['here'])
+    """
+
+    rank = 0
+    size = 1
+
+    def any(self, flag: Any) -> bool:
+        """Whether it is true on any rank."""
+        return bool(flag)
+
+    def mean(self, number: float) -> float:
+        """The mean of a number over the ranks."""
+        return number
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        return [value]
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank; what it raises, too."""
+        return make()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, Ctrl-C ends all ranks at the same step."""
+        yield
+
+
+class ProcessGroup(Ranks):
+    """The ranks of a process group. Every method is a collective: all ranks call it, in the same order."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        gloo = "gloo" in str(dist.get_backend_config(group))
+        self.device = torch.device("cpu") if gloo else torch.device("cuda", torch.cuda.current_device())
+        self.interrupted = False
+
+    def any(self, flag: Any) -> bool:
+        """Whether it is true on any rank."""
+        return any(self.gather(bool(flag)))
+
+    def mean(self, number: float) -> float:
+        """The mean of a number over the ranks."""
+        return float(self.mean_of(torch.tensor(number, dtype=torch.float64, device=self.device)))
+
+    def mean_of(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks."""
+        with heard():
+            return mean_over(tensor, self.group, self.size)
+
+    def sums(self, *numbers: int) -> list[int]:
+        """Sums of whole numbers over the ranks."""
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        with heard():
+            dist.all_reduce(tensor, group=self.group)
+        return [int(x) for x in tensor.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        found: list[Any] = [None] * self.size
+        with heard():
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank; what it raises, too."""
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except Exception as error:  # of whatever kind: it is raised on all ranks
+                box[1] = error
+        with heard():
+            dist.broadcast_object_list(box, group=self.group, group_src=0)
+        if box[1] is not None:
+            raise box[1]
+        made: T = box[0]
+        return made
+
+    def spread(self, tensors: list[Tensor]) -> None:
+        """Give every rank the values that rank 0 has."""
+        with heard(), torch.no_grad():
+            for tensor in tensors:
+                dist.broadcast(tensor, group=self.group, group_src=0)
+
+    def agree(self, value: Any) -> bool:
+        """Whether all ranks have the same."""
+        return len(set(self.gather(value))) == 1
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, Ctrl-C is kept until the ranks meet next; a second one is not."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def keep(number: int, frame: Any) -> None:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, keep)
+        try:
+            yield
+        finally:
+            self.interrupted = False
+            signal.signal(signal.SIGINT, before)
+
+
+_LOST = ("gloo", "pair closure", "Connection closed", "Timed out")  # what gloo says, in plain RuntimeErrors
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Say in words that another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST)):
+            raise
+        raise RankLostError(
+            f"rank {dist.get_rank()}: another rank of the process group has ended or did not answer in time "
+            f"({str(error).strip().splitlines()[0]}). What was trained since the last checkpoint is lost: start all "
+            "ranks again with resume=; torchrun --max-restarts does so by itself."
+        ) from error
+
+
+def join(timeout: float | None = None) -> Ranks:
+    """The group that there is, or that torchrun's environment describes; one process if there is neither.
+
+    :param timeout: seconds after which a rank that does not answer counts as lost, where the group is made here.
+    """
+    if not dist.is_available():
+        return Ranks()
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+            return Ranks()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group(timeout=None if timeout is None else timedelta(seconds=timeout))
+        atexit.register(_leave)
+    return ProcessGroup(dist.group.WORLD) if dist.get_world_size() > 1 else Ranks()
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,272 @@
+"""Fits that any number of ranks has to do alike, each a function of the parallel options to what came out."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_feasible
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import pplvi
+from pplvi.energies import PersistentChains
+from pplvi.fitting import Checkpoint
+from pplvi.training.parallel.ranks import Ranks, join
+
+ROWS, PARTICLES = 11, 4
+_RANDOM = torch.Generator().manual_seed(0)
+X = torch.randn(ROWS, 3, generator=_RANDOM, dtype=torch.float64)
+Y = X @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + 0.3
+NOISE = torch.randn(PARTICLES, ROWS, generator=_RANDOM, dtype=torch.float64)  # of local latents, the same on any rank
+ROW = torch.arange(ROWS)
+ALL = (X, Y, ROW)
+
+
+class Noise(Messenger):
+    """Draws of local latents whose noise belongs to the row."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == "z" and msg["value"] is None and not msg["done"]:
+            noise = NOISE[:, self.rows] if len(msg["fn"].batch_shape) > 1 else NOISE[0, self.rows]
+            msg["value"], msg["done"] = msg["fn"].loc + msg["fn"].scale * noise, True
+
+
+def regression(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    s = pyro.param("s", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), s), obs=y)
+
+
+def factors(x, y, rows):
+    slope = pyro.param("slope", torch.tensor(0.3))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(slope * z + x[:, 0], 1.0), obs=y)
+
+
+def amortised(x, y, rows):
+    a, b = pyro.param("a", torch.tensor([0.2, -0.1, 0.3])), pyro.param("b", torch.tensor(-0.5))
+    with pyro.plate("data", len(y)), Noise(rows):
+        pyro.sample("z", dist.Normal(x @ a, b.exp()))
+
+
+def both(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal((x * w.unsqueeze(-2)).sum(-1), 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def both_guide(x, y, rows):
+    loc, scale = pyro.param("loc", torch.zeros(3)), pyro.param("scale", torch.full((3,), -1.0)).exp()
+    pyro.sample("w", dist.Normal(loc, scale).to_event(1))
+    amortised(x, y, rows)
+
+
+def fitted(model: Any, guide: Any, parallel: Any, **options: Any) -> dict[str, Any]:
+    """What is left of a short fit."""
+    options = {
+        "optim": partial(torch.optim.SGD, lr=0.002),
+        "args": ALL,
+        "num_steps": 3,
+        "seed": 0,
+        "progress": False,
+        "dtype": torch.float64,
+        **options,
+    }
+    fit = pplvi.fit(model, guide, parallel=parallel, **options)
+    return {**{n: p.numpy() for n, p in fit.runs[0].params.items()}, "losses": fit.losses[0]}
+
+
+def minibatch(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", ROWS, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), 0.7), obs=y)
+
+
+def loader(size: int) -> DataLoader[Any]:
+    """Shuffled batches, the last of which is shorter."""
+    return DataLoader(TensorDataset(*ALL), batch_size=size, shuffle=True)
+
+
+def base(x, y, rows):
+    pyro.sample("w", dist.Normal(pyro.param("w0", torch.zeros(3)), 1.0).to_event(1))
+
+
+def ahead(previous, x, y, rows):
+    pull = pyro.param("pull", torch.tensor(0.6))
+    with pyro.plate("data", len(y)), Noise(rows):
+        pyro.sample("z", dist.Normal(pull * previous["z"] + 0.1 * x[:, 0], 0.8))
+
+
+def back(previous, x, y, rows):
+    push = pyro.param("push", torch.tensor(0.5))
+    with pyro.plate("data", len(y)):
+        pyro.sample("z", dist.Normal(push * previous["z"], 0.9))
+
+
+def annealed(model: Any, base: Any, parallel: Any, **options: Any) -> dict[str, Any]:
+    """Nested variational inference along a path of two levels."""
+    guide = pplvi.AnnealedGuide(model, base, 2, pplvi.ResidualKernel(), learn_path=True)
+    return fitted(model, guide, parallel, **options)
+
+
+STATES = torch.rand(6, 4, generator=_RANDOM, dtype=torch.float64).round()
+ROWS_OF_UNITS = torch.rand(7, 4, generator=_RANDOM, dtype=torch.float64).round()
+
+
+@dataclass(frozen=True)
+class GivenChains(PersistentChains):
+    """Chains whose moves are not random: every rank has its part of the same six."""
+
+    first: int = 0
+
+    def move(self, machine: Any, data: Any, advance: bool) -> dict[str, Tensor]:
+        """Mean-field sweeps of the visible units."""
+        with torch.no_grad():
+            v = STATES[self.first :: 6 // self.num_chains]
+            h = machine.layers["h"].mean(machine.field("h", {"v": v}))
+            return {"v": machine.layers["v"].mean(machine.field("v", {"h": h}))}
+
+
+def machine(parallel: Any, negative: Any = None) -> dict[str, Any]:
+    """Persistent contrastive divergence of a centered machine."""
+    pyro.set_rng_seed(1)
+    rbm = pplvi.RestrictedBoltzmannMachine(4, 3)
+    ranks = join() if parallel != ALONE else Ranks()
+    negative = GivenChains(6 // ranks.size, first=ranks.rank) if negative is None else negative
+    found = fitted(
+        rbm.model, rbm.guide, parallel, args=(ROWS_OF_UNITS,), objective=pplvi.BoltzmannELBO(negative=negative)
+    )
+    return {**found, **{n: b.numpy() for n, b in rbm.named_buffers() if n.startswith("offset")}}
+
+
+FULL, ALONE = pplvi.fitting.DataParallel(shard=True), "none"
+MODELS = {"global": (regression, AutoMultivariateNormal), "local": (factors, amortised), "both": (both, both_guide)}
+OBJECTIVES = {
+    "ELBO": pplvi.ELBO(PARTICLES),
+    "vimco": pplvi.ImportanceWeightedELBO(PARTICLES, estimator="vimco"),
+    "IWAE": pplvi.ImportanceWeightedELBO(PARTICLES),
+    "dreg": pplvi.ImportanceWeightedELBO(PARTICLES, estimator="dreg"),
+    "Renyi": pplvi.RenyiELBO(0.5, PARTICLES),
+    "chi": pplvi.ChiELBO(PARTICLES),
+    "RWS": pplvi.ReweightedWakeSleep(PARTICLES),
+    "sum": pplvi.ELBO(PARTICLES) + 0.5 * pplvi.ForwardKL(PARTICLES),
+}
+CHOSEN = {
+    "global": ("ELBO", "vimco", "IWAE", "Renyi", "RWS"),
+    "local": ("ELBO", "IWAE"),
+    "both": ("IWAE", "dreg", "chi", "sum"),
+}
+CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    f"{latents}, {name}": partial(fitted, *MODELS[latents], objective=OBJECTIVES[name])
+    for latents, names in CHOSEN.items()
+    for name in names
+}
+NVI = pplvi.NestedELBO(num_particles=4)
+FORWARD_NVI = pplvi.NestedELBO("forward_kl", 4, resample=True)
+CASES |= {
+    "global, NVI": partial(annealed, regression, base, objective=NVI),
+    "global, NVI forward": partial(annealed, regression, base, objective=FORWARD_NVI),
+    "local, NVI": lambda parallel: fitted(
+        factors, pplvi.NestedGuide(amortised, [(factors, ahead, back)]), parallel, objective=NVI
+    ),
+    "PCD": machine,
+    "exact": partial(machine, negative="exact"),
+    "minibatches": partial(fitted, minibatch, AutoNormal, data=loader(4), args=()),
+    "fewer rows than ranks": partial(fitted, minibatch, AutoNormal, data=loader(5), args=()),
+    "recorded": partial(fitted, regression, AutoNormal, compile="trace", objective=pplvi.ImportanceWeightedELBO(3)),
+    "recorded minibatches": partial(fitted, minibatch, AutoNormal, data=loader(5), args=(), compile="trace"),
+    "adaptive": partial(fitted, regression, AutoNormal, optim=None, num_steps=8),
+}
+
+
+def rank_of(parallel: Any) -> int:
+    """The rank that a case runs on, 0 alone."""
+    return join().rank if parallel != ALONE else 0
+
+
+def broken(parallel: Any, kind: str, **options: Any) -> dict[str, Any]:
+    """A fit in which one rank, or one process alone, meets numbers that are none at one of its steps."""
+    steps = [0]
+
+    def model(x, y, rows):
+        bad = steps.count(5) == 1 and steps[-1] == 5 and 0 in rows
+        if bad:
+            steps.append(0)
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            scale = x.new_tensor(torch.nan if bad and kind == "error" else 0.7)
+            pyro.sample("y", dist.Normal((x * w).sum(-1), scale), obs=y)
+            pyro.factor("penalty", torch.full((len(y),), torch.nan if bad and kind == "loss" else 0.0))
+
+    options |= {"callbacks": [lambda run: steps.append(run.step)], "dtype": torch.float64, "parallel": parallel}
+    fit = pplvi.fit(model, AutoNormal, args=ALL, num_steps=8, seed=0, progress=False, **options)
+    run = fit.runs[0]
+    return {"rollbacks": run.rollbacks, "steps": run.step, **{n: p.numpy() for n, p in run.params.items()}}
+
+
+def stopped(parallel: Any) -> dict[str, Any]:
+    """A callback on the last rank ends the training of all."""
+    last = parallel == ALONE or join().rank == join().size - 1
+    return fitted(regression, AutoNormal, parallel, callbacks=[lambda run: last and run.step == 2])
+
+
+def started_apart(parallel: Any) -> dict[str, Any]:
+    """A module whose first weights are other ones on every rank."""
+    torch.manual_seed(rank_of(parallel))
+    net = torch.nn.Linear(3, 1, dtype=torch.float64)
+
+    def model(x, y, rows):
+        pyro.module("net", net)
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(net(x).squeeze(-1), 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    return fitted(model, amortised, parallel)
+
+
+def checkpointed(parallel: Any, path: Any = None, dies: bool = False, **options: Any) -> dict[str, Any]:
+    """A fit that writes a checkpoint every four steps, and may be killed in the seventh."""
+    steps = [0]
+
+    def model(x, y, rows):
+        if dies and steps[-1] == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        minibatch(x, y, rows)
+
+    options |= {"checkpoint": None if path is None else Checkpoint(path, every=4)}
+    watching = [lambda run: steps.append(run.step)]
+    return fitted(model, AutoNormal, parallel, data=loader(5), args=(), num_steps=10, callbacks=watching, **options)
+
+
+def grouped(x, y, rows):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        z = pyro.sample("z", dist.Normal(loc, 0.5))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+CASES |= {
+    "NaN in the loss": partial(broken, kind="loss"),
+    "NaN in a program": partial(broken, kind="error"),
+    "callback": stopped,
+    "starts": started_apart,
+    "rows of parameters": partial(
+        fitted, grouped, partial(AutoDelta, init_loc_fn=init_to_feasible), optim=None, num_steps=8
+    ),
+    "monitor": partial(fitted, regression, AutoNormal, monitor=pplvi.ImportanceWeightedELBO(4)),
+}

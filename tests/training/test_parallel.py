@@ -1,0 +1,121 @@
+"""Fits of two and three ranks are those of one process; what only one rank meets is met by all."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import parallel_cases as cases
+import pyro
+import pytest
+import torch
+import torch.distributed
+
+import pplvi
+from pplvi.fitting import DataParallel
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+MAIN = [f"global, {objective}" for objective in ("ELBO", "IWAE", "Renyi", "RWS", "NVI")]
+TWO = [*MAIN, "PCD", "fewer rows than ranks"]
+
+
+def launched(ranks: int, work: Callable[[int], Any], folder: Path, killed: int | None = None) -> list[Any]:
+    """What every rank makes; each is a fork, so that nothing is imported again."""
+
+    def run(rank: int) -> None:
+        pyro.clear_param_store()
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(work(rank)))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os._exit(0)  # what the parent registered is its own
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 0 for rank in range(ranks)]
+    return [pickle.loads((folder / f"{r}.pickle").read_bytes()) for r in range(ranks) if r != killed]
+
+
+def outcome(name: str, parallel: Any) -> Any:
+    """What comes of a case, or what it raises."""
+    try:
+        return cases.CASES[name](parallel)
+    except Exception as error:
+        return repr(error)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
+    """The outcomes of all cases on every rank of three, and of the main ones on two."""
+
+    def work(ranks: int, names: Any) -> list[Any]:
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+
+        def on(rank: int) -> dict[str, Any]:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks
+            )
+            return {name: outcome(name, cases.FULL) for name in names}
+
+        return launched(ranks, on, folder)
+
+    return {2: work(2, TWO), 3: work(3, cases.CASES)}
+
+
+def check_same(found: Any, expected: Any) -> None:
+    """Equal but for rounding."""
+    assert isinstance(found, dict), found
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-10, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_ranks_do_what_one_process_does(together, name):
+    alone = cases.CASES[name]("none")
+    for outcomes in together.values():
+        for found in outcomes:
+            if name in found:
+                check_same(found[name], alone)
+
+
+def test_what_one_rank_meets_is_met_by_all(together):
+    for found in together[3]:
+        assert (found["NaN in the loss"]["rollbacks"], found["NaN in a program"]["rollbacks"]) == (1, 1)
+        assert len(found["callback"]["losses"]) == 2
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> tuple[Path, str]:
+    """A checkpoint of two ranks, one of which is killed in the middle of a step, and what the other says."""
+    folder = tmp_path_factory.mktemp("killed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work(rank: int) -> str:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            cases.checkpointed(DataParallel(timeout=30), folder / "run.pt", dies=rank == 1)
+        except pplvi.training.parallel.RankLostError as error:
+            return str(error)
+        return ""
+
+    (said,) = launched(2, work, folder, killed=1)
+    return folder / "run.pt", said
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_words(killed):
+    assert "another rank of the process group has ended" in killed[1]
+    assert "resume=" in killed[1]
+
+
+def test_nothing_past_the_last_checkpoint_is_lost(killed):
+    check_same(cases.checkpointed("none", resume=killed[0]), cases.checkpointed("none"))
