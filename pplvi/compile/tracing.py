@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyro
 import torch
@@ -64,7 +65,7 @@ class Traced:
 def record(
     step: Callable[..., tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
-    parameters: Mapping[int, tuple[int, Tensor]],
+    parameters: Mapping[Any, tuple[int, Tensor]],
     num_carried: int = 0,
     num_arguments: int = 0,
 ) -> Traced:
