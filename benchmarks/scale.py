@@ -224,7 +224,11 @@ def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The slope of log seconds between the two largest sizes of each cell that were done."""
     found = {}
     for cell in dict.fromkeys(row["cell"] for row in rows):
-        done = [(math.log(row["size"]), math.log(row["seconds"])) for row in rows if row["cell"] == cell and "seconds" in row]
+        done = [
+            (math.log(row["size"]), math.log(row["seconds"]))
+            for row in rows
+            if row["cell"] == cell and "seconds" in row
+        ]
         if len(done) > 1:
             (x, a), (y, b) = done[-2:]
             found[cell] = (b - a) / (y - x)
