@@ -27,7 +27,6 @@ from pplvi.energies import (
     RecognitionGuide,
     RecurrentTemporalMachine,
     RNNBoltzmannMachine,
-    SequenceMachine,
     SpikeSlabUnits,
     TAPGuide,
     TemperedChains,
@@ -38,6 +37,7 @@ from pplvi.energies import (
     plot_filters,
     raise_bound,
 )
+from pplvi.energies.machines.recurrent import SequenceMachine
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -338,7 +338,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: MeanCovarianceMachine(4, num_covariance=2, num_mean=2).gibbs({"v": V}, clamped={"v": V > 0}),
         "single units of MeanCovarianceMachine",
     ),
-    "no units": (lambda: MeanCovarianceMachine(4, num_covariance=0, num_mean=2), "at least 1 of each"),
+    "no units": (lambda: MeanCovarianceMachine(4, num_covariance=0, num_mean=2), "num_covariance=0"),
     "no step": (lambda: MeanCovarianceMachine(4, num_covariance=1, num_mean=2, step_size=0.0), "step_size=0.0"),
     "precision": (lambda: SpikeSlabUnits(2, precision=0.0), "precision=0.0"),
     "labels unknown": (lambda: labelled().guide.factorised(V), "data without values of the layers .'y'."),

@@ -10,13 +10,11 @@ from pplvi.energies.machines.dbn import DeepBeliefGuide, DeepBeliefNetwork
 from pplvi.energies.machines.energy import EnergyModel
 from pplvi.energies.machines.exact_posterior import ConditionalGuide, Factorised, FactorisedGuide
 from pplvi.energies.machines.gated import FactoredCoupling, GatedBoltzmannMachine
-from pplvi.energies.machines.hamiltonian import HamiltonianMachine
 from pplvi.energies.machines.mean_covariance import MeanCovarianceMachine, MeanProductOfStudents
 from pplvi.energies.machines.measures import BaseMeasure, PartlyObserved
 from pplvi.energies.machines.rbm import BoltzmannDistribution, RestrictedBoltzmannMachine
-from pplvi.energies.machines.recurrent import RecurrentTemporalMachine, RNNBoltzmannMachine, SequenceMachine
+from pplvi.energies.machines.recurrent import RecurrentTemporalMachine, RNNBoltzmannMachine
 from pplvi.energies.machines.spike_slab import SpikeSlabUnits
-from pplvi.energies.machines.under_field import UnderField
 from pplvi.energies.machines.units import (
     BernoulliUnits,
     CategoricalUnits,
@@ -46,7 +44,6 @@ __all__ = [
     "FactorisedGuide",
     "GatedBoltzmannMachine",
     "GaussianUnits",
-    "HamiltonianMachine",
     "MeanCovarianceMachine",
     "MeanProductOfStudents",
     "PartlyObserved",
@@ -54,8 +51,6 @@ __all__ = [
     "RNNBoltzmannMachine",
     "RecurrentTemporalMachine",
     "RestrictedBoltzmannMachine",
-    "SequenceMachine",
     "SpikeSlabUnits",
-    "UnderField",
     "Units",
 ]

@@ -13,9 +13,12 @@ from pplvi.energies.machines.exact_posterior import ConditionalGuide
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.rbm import Kind, make_units
 from pplvi.energies.machines.units import CategoricalUnits, Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative, Plural
 from pplvi.programs.plates import data_plate
 
 
+@checked
 class ClassificationBoltzmannMachine(BoltzmannMachine):
     r"""A restricted Boltzmann machine of data ``"v"`` and labels ``"y"``, with one hidden layer ``"h"``.
 
@@ -44,14 +47,14 @@ class ClassificationBoltzmannMachine(BoltzmannMachine):
 
     def __init__(
         self,
-        num_visible: int,
-        num_hidden: int,
+        num_visible: Count,
+        num_hidden: Count,
         *,
-        num_labels: int,
+        num_labels: Plural,
         visible: Kind | Units = "bernoulli",
         mean_field_visible: bool = False,
         name: str = "",
-        init_scale: float = 0.01,
+        init_scale: NonNegative = 0.01,
     ) -> None:
         layers = {
             "v": make_units(visible, num_visible, mean_field=mean_field_visible),

@@ -15,9 +15,12 @@ from pplvi.energies.machines.couplings import Coupling, Edge, Products
 from pplvi.energies.machines.exact_posterior import ConditionalGuide
 from pplvi.energies.machines.rbm import Kind, make_units
 from pplvi.energies.machines.units import Beta, Units, times
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative
 from pplvi.types import Values
 
 
+@checked
 class PooledUnits(Units):
     r"""Binary maps in blocks of which at most one unit is on: probabilistic max pooling.
 
@@ -39,9 +42,9 @@ class PooledUnits(Units):
     (tensor([0.2000, 0.2000, 0.2000, 0.2000]), tensor([1.]))
     """
 
-    def __init__(self, maps: int, shape: tuple[int, int], *, pool: int = 2) -> None:
+    def __init__(self, maps: Count, shape: tuple[Count, Count], *, pool: Count = 2) -> None:
         height, width = shape
-        if not isinstance(pool, int) or pool < 1 or height % pool or width % pool:
+        if height % pool or width % pool:
             raise ValueError(f"pool={pool!r} of maps of {height} x {width}: expected a divisor of both.")
         size = maps * height * width
         super().__init__(size // pool**2, size)
@@ -98,6 +101,7 @@ class PooledUnits(Units):
         return "values that are not 0 or 1, or two units that are on in one block: expected at most one."
 
 
+@checked
 @dataclass(frozen=True)
 class ConvolutionalCoupling(Coupling):
     r"""The same weights at every place: ``f_h = v * K`` (a valid convolution), ``f_v`` its transpose.
@@ -118,9 +122,9 @@ class ConvolutionalCoupling(Coupling):
 
     has_statistics: ClassVar[bool] = True
     edge: Edge
-    image: tuple[int, int, int]
-    maps: int
-    filter_size: int
+    image: tuple[Count, Count, Count]
+    maps: Count
+    filter_size: Count
 
     @property
     def inner(self) -> tuple[int, int]:
@@ -158,6 +162,7 @@ class ConvolutionalCoupling(Coupling):
         return parameter.flatten(1)
 
 
+@checked
 class ConvolutionalBoltzmannMachine(BoltzmannMachine):
     r"""A convolutional restricted Boltzmann machine with probabilistic max pooling.
 
@@ -185,17 +190,17 @@ class ConvolutionalBoltzmannMachine(BoltzmannMachine):
 
     def __init__(
         self,
-        image: tuple[int, int, int],
+        image: tuple[Count, Count, Count],
         *,
-        maps: int,
-        filter_size: int,
-        pool: int = 2,
+        maps: Count,
+        filter_size: Count,
+        pool: Count = 2,
         visible: Kind | Units = "bernoulli",
         mean_field_visible: bool = False,
         name: str = "",
-        init_scale: float = 0.01,
+        init_scale: NonNegative = 0.01,
     ) -> None:
-        if not 1 <= filter_size <= min(image[1:]):
+        if filter_size > min(image[1:]):
             raise ValueError(f"filter_size={filter_size} of images {image}: expected 1 to {min(image[1:])}.")
         coupling = ConvolutionalCoupling(("v", "h"), image, maps, filter_size)
         channels, height, width = image

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pplvi.energies.machines.units import BernoulliUnits, GaussianUnits, Units
 from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.types import Values
 
 GIVEN = "given"
@@ -131,7 +132,7 @@ class DenseCoupling(Coupling):
     has_statistics: ClassVar[bool] = True
     has_centering: ClassVar[bool] = True
     edge: Edge
-    widths: tuple[int, int]
+    widths: tuple[Count, Count]
 
     def start(self, scale: float) -> Tensor:
         """Normal weights with this standard deviation, to begin with."""

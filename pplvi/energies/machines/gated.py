@@ -12,9 +12,12 @@ from pplvi.energies.machines.couplings import GIVEN, Coupling, Edge, Products
 from pplvi.energies.machines.exact_posterior import ConditionalGuide
 from pplvi.energies.machines.rbm import Kind, make_units
 from pplvi.energies.machines.units import Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative
 from pplvi.types import Values
 
 
+@checked
 @dataclass(frozen=True)
 class FactoredCoupling(Coupling):
     r"""Weights between three or more layers as a sum of products, one for each factor.
@@ -36,8 +39,8 @@ class FactoredCoupling(Coupling):
     """
 
     edge: Edge
-    widths: tuple[int, ...]
-    num_factors: int
+    widths: tuple[Count, ...]
+    num_factors: Count
 
     def start(self, scale: float) -> Tensor:
         """Normal weights with this standard deviation."""
@@ -61,6 +64,7 @@ class FactoredCoupling(Coupling):
         return self.factors(parameter)[self.edge[0]].T
 
 
+@checked
 class GatedBoltzmannMachine(BoltzmannMachine):
     r"""A gated restricted Boltzmann machine: hidden units that stand for transformations of ``x`` into ``v``.
 
@@ -86,14 +90,14 @@ class GatedBoltzmannMachine(BoltzmannMachine):
 
     def __init__(
         self,
-        num_visible: int,
-        num_hidden: int,
+        num_visible: Count,
+        num_hidden: Count,
         *,
-        given: int,
-        num_factors: int,
+        given: Count,
+        num_factors: Count,
         visible: Kind | Units = "bernoulli",
         name: str = "",
-        init_scale: float = 0.1,
+        init_scale: NonNegative = 0.1,
     ) -> None:
         layers = {"v": make_units(visible, num_visible), "h": make_units("bernoulli", num_hidden)}
         coupling = FactoredCoupling((GIVEN, "v", "h"), (given, num_visible, num_hidden), num_factors)

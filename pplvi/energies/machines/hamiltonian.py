@@ -17,6 +17,8 @@ from pplvi.energies.machines.units import GaussianUnits
 from pplvi.kernels.coordinates import Coordinates
 from pplvi.kernels.hamiltonian import HamiltonianMove
 from pplvi.kernels.invariant import Frame
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Positive
 from pplvi.types import Values
 
 _GOAL, _RATE = 0.8, 0.02
@@ -54,6 +56,7 @@ def _total(x: Tensor, events: int) -> Tensor:
     return x.flatten(x.dim() - events).sum(-1) if events else x
 
 
+@checked
 class HamiltonianMachine(EnergyModel):
     """A density of one layer ``"v"`` of real units; a subclass says its :meth:`energy`, and which part is Gaussian.
 
@@ -70,10 +73,8 @@ class HamiltonianMachine(EnergyModel):
 
     classes = (("v",), ())
 
-    def __init__(self, num_visible: int, *, name: str, step_size: float, num_leapfrog: int) -> None:
+    def __init__(self, num_visible: Count, *, name: str, step_size: Positive, num_leapfrog: Count) -> None:
         super().__init__({"v": GaussianUnits(num_visible, learn_variance=False)}, centered=False, name=name)
-        if not step_size > 0 or not isinstance(num_leapfrog, int) or num_leapfrog < 1:
-            raise ValueError(f"step_size={step_size}, num_leapfrog={num_leapfrog}: expected positive numbers.")
         self.num_leapfrog = num_leapfrog
         self.bias_v = torch.nn.Parameter(torch.zeros(num_visible))
         self.register_buffer("step_size", torch.tensor(float(step_size)))

@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pplvi.energies.machines.hamiltonian import HamiltonianMachine
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative, Positive
 from pplvi.types import Values
 
 
+@checked
 class MeanCovarianceMachine(HamiltonianMachine):
     r"""The mean-and-covariance restricted Boltzmann machine (mcRBM), its hidden units summed out.
 
@@ -38,20 +41,18 @@ class MeanCovarianceMachine(HamiltonianMachine):
 
     def __init__(
         self,
-        num_visible: int,
+        num_visible: Count,
         *,
-        num_covariance: int,
-        num_mean: int,
-        num_factors: int | None = None,
+        num_covariance: Count,
+        num_mean: Count,
+        num_factors: Count | None = None,
         name: str = "",
-        init_scale: float = 0.1,
-        step_size: float = 0.2,
-        num_leapfrog: int = 10,
+        init_scale: NonNegative = 0.1,
+        step_size: Positive = 0.2,
+        num_leapfrog: Count = 10,
     ) -> None:
         super().__init__(num_visible, name=name, step_size=step_size, num_leapfrog=num_leapfrog)
         factors = num_covariance if num_factors is None else num_factors
-        if min(factors, num_covariance, num_mean) < 1:
-            raise ValueError(f"{factors} factors, {num_covariance} and {num_mean} units: expected at least 1 of each.")
         pooled = torch.arange(factors).unsqueeze(-1) % num_covariance == torch.arange(num_covariance)
         self.filters = torch.nn.Parameter(init_scale * torch.randn(num_visible, factors))
         self.pooling = torch.nn.Parameter(torch.where(pooled, 0.5, -4.0))

@@ -14,6 +14,8 @@ from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.rbm import Kind, RestrictedBoltzmannMachine
 from pplvi.energies.machines.units import Units
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, NonNegative
 
 
 class SequenceMachine(PyroModule):
@@ -98,6 +100,7 @@ class SequenceMachine(PyroModule):
         return torch.stack(found, -2)
 
 
+@checked
 class RNNBoltzmannMachine(SequenceMachine):
     r"""The RNN-RBM: a recurrent network whose state shifts the biases of a restricted machine.
 
@@ -122,13 +125,13 @@ class RNNBoltzmannMachine(SequenceMachine):
 
     def __init__(
         self,
-        num_visible: int,
-        num_hidden: int,
+        num_visible: Count,
+        num_hidden: Count,
         *,
-        num_state: int,
+        num_state: Count,
         visible: Kind | Units = "bernoulli",
         name: str = "",
-        init_scale: float = 0.01,
+        init_scale: NonNegative = 0.01,
     ) -> None:
         super().__init__(name)
         self.machine = RestrictedBoltzmannMachine(
@@ -153,6 +156,7 @@ class RNNBoltzmannMachine(SequenceMachine):
         return torch.tanh(self._own("bias_state") + reached)
 
 
+@checked
 class RecurrentTemporalMachine(SequenceMachine):
     r"""The recurrent temporal restricted Boltzmann machine (RTRBM): the state is the hidden layer's own mean.
 
@@ -174,12 +178,12 @@ class RecurrentTemporalMachine(SequenceMachine):
 
     def __init__(
         self,
-        num_visible: int,
-        num_hidden: int,
+        num_visible: Count,
+        num_hidden: Count,
         *,
         visible: Kind | Units = "bernoulli",
         name: str = "",
-        init_scale: float = 0.01,
+        init_scale: NonNegative = 0.01,
     ) -> None:
         super().__init__(name)
         self.machine = RestrictedBoltzmannMachine(

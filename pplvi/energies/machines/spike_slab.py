@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pplvi.energies.machines.units import Beta, Units, times
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Number, Positive
 
 
+@checked
 class SpikeSlabUnits(Units):
     r"""Units that are off, ``s = 0``, or on with a real value (the slab), ``s ~ N(f / a, 1 / a)``.
 
@@ -34,10 +37,8 @@ class SpikeSlabUnits(Units):
     (tensor([0.0000, 0.3112], grad_fn=<DivBackward0>), tensor(1.3863, grad_fn=<SumBackward1>))
     """
 
-    def __init__(self, num_units: int, *, precision: float = 1.0, log_odds: float = 0.0) -> None:
+    def __init__(self, num_units: Count, *, precision: Positive = 1.0, log_odds: Number = 0.0) -> None:
         super().__init__(num_units)
-        if not precision > 0:
-            raise ValueError(f"precision={precision}: expected a positive number.")
         self.log_precision = torch.nn.Parameter(torch.full((num_units,), math.log(precision)))
         self.log_odds = torch.nn.Parameter(torch.full((num_units,), float(log_odds)))
 
