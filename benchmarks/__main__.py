@@ -45,6 +45,7 @@ NAMES = (
     "restricted_boltzmann",
     "sparse_coding",
     "speed",
+    "undirected",
     "wake_sleep",
 )
 
