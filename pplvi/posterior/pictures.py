@@ -56,7 +56,8 @@ def plot_predictive(
     if not hasattr(source, "groups") or group not in source:
         raise ValueError(
             f"there is no group {group} in {type(source).__name__}: expected a fit or posterior of a model with "
-            "observed sites, or data that to_arviz() has exported with predictions (num_prior=, posterior_predictive=True)."
+            "observed sites, or data that to_arviz() has exported with predictions (num_prior=, "
+            "posterior_predictive=True)."
         )
     return plot_predictions(source, group, var_names, num_draws, **options)
 
