@@ -42,6 +42,7 @@ NAMES = (
     "race",
     "pyro_examples",
     "restricted_boltzmann",
+    "scale",
     "sparse_coding",
     "speed",
     "wake_sleep",
