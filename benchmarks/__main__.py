@@ -31,6 +31,7 @@ NAMES = (
     "conjugate",
     "deep_boltzmann",
     "deep_boltzmann_large",
+    "directed",
     "distributed",
     "gradients",
     "hmm_heuristics",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from pplvi.posterior.draws import Draws
+from pplvi.programs.randomness import of_all
 from pplvi.programs.sites import Site, is_delta, latent_sites, sample_sites
 from pplvi.programs.state import fingerprint
 from pplvi.programs.traces import Run
@@ -21,6 +22,7 @@ _SMALL = 8 * 2**20  # of all draws together: too few for networks to matter
 _ALIVE = 4  # as many tensors of the largest size are held at once
 _CALL = 5_000  # elements that take as long as the call of an operation
 _CUBIC = ("mm", "linalg", "cholesky", "triangular", "inverse")  # in names of operations: rows times columns
+_NOTHING = ("__get__", "detach", "expand", "reshape", "view")  # functions that compute nothing
 _PRODUCTS = 32  # of theirs take as long as one element elsewhere
 _FEW = (2, 6)
 
@@ -71,19 +73,18 @@ def _widest_of_draw(make: Callable[[int], Any]) -> int:
     return (found[2] - found[1]) // (_FEW[1] - _FEW[0])
 
 
-class _Widest(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation makes."""
+class _Widest(TorchFunctionMode):
+    """Bytes of the largest tensor that a function makes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor):
-            self.bytes = max(self.bytes, found.untyped_storage().nbytes())
+        if isinstance(found, Tensor) and func.__name__ not in _NOTHING:
+            whole = of_all(found)
+            self.bytes = max(self.bytes, whole.numel() * whole.element_size())
         return found
 
 
@@ -101,18 +102,21 @@ def _size(site: Site) -> int:
     return int(value.element_size() * (value.numel() + value.numel() // max(1, events)))
 
 
-class _Work(TorchDispatchMode):
-    """Counts elements computed, and calls of operations as so many elements."""
+class _Work(TorchFunctionMode):
+    """Counts elements computed, and calls of functions as so many elements.
+
+    A dispatch mode would see single operations, and has torch import its compiler, which takes seconds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        tensors = [each for each in (found, *args) if isinstance(each, Tensor)]
+        if not isinstance(found, Tensor) or func.__name__ in _NOTHING:
+            return found
+        tensors = [of_all(each) for each in (found, *args) if isinstance(each, Tensor)]
         inner = 1
         if any(part in func.__name__ for part in _CUBIC):
             inner += max((each.shape[-1] for each in tensors if each.dim()), default=0) // _PRODUCTS
