@@ -64,7 +64,7 @@ class Traced:
 def record(
     step: Callable[..., tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
-    parameters: Mapping[int, tuple[int, Tensor]],
+    parameters: Mapping[Any, tuple[int, Tensor]],
     num_carried: int = 0,
     num_arguments: int = 0,
 ) -> Traced:
