@@ -31,6 +31,7 @@ NAMES = (
     "conjugate",
     "deep_boltzmann",
     "deep_boltzmann_large",
+    "directed",
     "distributed",
     "gradients",
     "hmm_heuristics",
@@ -42,8 +43,10 @@ NAMES = (
     "race",
     "pyro_examples",
     "restricted_boltzmann",
+    "scale",
     "sparse_coding",
     "speed",
+    "undirected",
     "wake_sleep",
 )
 

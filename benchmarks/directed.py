@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import pplvi
 from benchmarks.reporting import command_line, table_of, write_table
+from pplvi.evaluation import log_density, mode_coverage
 from pplvi.models import MADE, NADE, DeepLatentGaussian, FactorAnalysis, Generator, maximum_mean_discrepancy
 from pplvi.programs.plates import data_plate
 
@@ -74,9 +75,10 @@ def train(
     seconds: float,
     rate: float,
     watch: Callable[[float], None] = lambda share: None,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> Training:
     """Adam with a rate that falls to zero in so many CPU seconds; ``watch`` is not counted."""
-    optim = torch.optim.Adam(module.parameters(), rate)
+    optim = torch.optim.Adam(module.parameters(), rate, betas)
     steps, start = 0, process_time()
     while (share := (process_time() - start) / seconds) < 1:
         for group in optim.param_groups:
@@ -236,6 +238,12 @@ def rnn_nade(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     return rows
 
 
+def transposed(piece: Tensor, steps: int) -> Tensor:
+    """A piece some semitones higher, if all of its notes stay on the keyboard; else as it is."""
+    edge = piece[:, -steps:] if steps > 0 else piece[:, :-steps]
+    return piece if steps == 0 or bool(edge.any()) else piece.roll(steps, 1)
+
+
 def chorales(parts: dict[str, list[Tensor]], options: argparse.Namespace) -> dict[str, Any]:
     """One set of pieces."""
     net, elbo = Chorales(torch.cat(parts["train"])), pplvi.ELBO()
@@ -251,6 +259,9 @@ def chorales(parts: dict[str, list[Tensor]], options: argparse.Namespace) -> dic
 
     def loss() -> Tensor:
         chosen = [parts["train"][i] for i in torch.randint(len(parts["train"]), (8,)).tolist()]
+        chosen = [
+            transposed(piece, int(torch.randint(-options.transpose, options.transpose + 1, ()))) for piece in chosen
+        ]
         starts = [int(torch.randint(max(1, len(piece) - 100), ())) for piece in chosen]
         x, mask = padded([piece[at : at + 100] for piece, at in zip(chosen, starts, strict=True)])
         return elbo.differentiable_loss(net.model, net.guide, x, mask) / mask.sum()
@@ -297,7 +308,7 @@ def dlgm(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     steps = pair_loss(model.model, model.guide, batches(data.train, 100), pplvi.ImportanceWeightedELBO(5))
     done = train(model, steps, options.seconds, options.rate or 1e-3)
     test = data.test[: min(options.test_images, 500)]
-    found = pplvi.evaluation.log_density((model, model.guide), test, num_draws=options.draws, seed=0)
+    found = log_density((model, model.guide), test, num_draws=options.draws, seed=0)
     error = float(found.log_prob.std() / math.sqrt(len(test)))
     return [{"bound": found.mean, "error": error, "draws": options.draws, "steps": done.steps, "test": len(test)}]
 
@@ -331,7 +342,7 @@ def gan(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     """Two planes of modes."""
     angle = torch.arange(8) * 2 * math.pi / 8
     axis = torch.arange(-2.0, 3.0)
-    modes = {"ring": torch.stack([angle.cos(), angle.sin()], 1), "grid": torch.cartesian_prod(axis, axis) / 2}
+    modes = {"ring": 2 * torch.stack([angle.cos(), angle.sin()], 1), "grid": torch.cartesian_prod(axis, axis)}
     return [
         adversarial(name, centres, saturating, options)
         for name, centres in modes.items()
@@ -342,8 +353,8 @@ def gan(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
 def adversarial(name: str, centres: Tensor, saturating: bool, options: argparse.Namespace) -> dict[str, Any]:
     """One plane and one form of the loss."""
     torch.manual_seed(0)
-    scale = 0.05
-    model = Generator(nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)), 8)
+    scale = 0.1
+    model = Generator(nn.Sequential(nn.Linear(2, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)), 2)
     judge = nn.Sequential(
         nn.Linear(2, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1)
     )
@@ -351,14 +362,14 @@ def adversarial(name: str, centres: Tensor, saturating: bool, options: argparse.
 
     def guide(x: Tensor) -> Tensor:
         pyro.module("judge", judge)
-        return judge(4 * x).squeeze(-1)
+        return judge(x).squeeze(-1)
 
     def next_loss() -> Tensor:
         x = centres[torch.randint(len(centres), (256,))] + scale * torch.randn(256, 2)
         return loss.differentiable_loss(model.model, guide, x)
 
-    done = train(nn.ModuleList([model, judge]), next_loss, options.seconds, 1e-3)
-    found = pplvi.evaluation.mode_coverage(model.sample(5000), centres, 4 * scale)
+    done = train(nn.ModuleList([model, judge]), next_loss, options.seconds, 1e-3, betas=(0.5, 0.999))
+    found = mode_coverage(model.sample(5000), centres, 4 * scale)
     x = centres[torch.randint(len(centres), (5000,))] + scale * torch.randn(5000, 2)
     with torch.no_grad():
         value = loss.loss(model.model, guide, x)
@@ -389,6 +400,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser.add_argument("--batch", type=int, default=100, help="images of a step of NADE and MADE")
     parser.add_argument("--draws", type=int, default=5000, help="of importance-weighted bounds")
     parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument(
+        "--transpose", type=int, default=5, help="semitones, at most, by which pieces are moved in training"
+    )
     parser.add_argument("--music", nargs="+", default=["JSB_Chorales"])
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

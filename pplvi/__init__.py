@@ -12,13 +12,20 @@ if TYPE_CHECKING:
     from pplvi.compile import CompiledSVI as CompiledSVI
     from pplvi.energies import BoltzmannELBO as BoltzmannELBO
     from pplvi.energies import BoltzmannMachine as BoltzmannMachine
+    from pplvi.energies import ClassificationBoltzmannMachine as ClassificationBoltzmannMachine
+    from pplvi.energies import ConvolutionalBoltzmannMachine as ConvolutionalBoltzmannMachine
     from pplvi.energies import DeepBeliefNetwork as DeepBeliefNetwork
     from pplvi.energies import DeepBoltzmannMachine as DeepBoltzmannMachine
+    from pplvi.energies import GatedBoltzmannMachine as GatedBoltzmannMachine
     from pplvi.energies import GibbsGuide as GibbsGuide
+    from pplvi.energies import MeanCovarianceMachine as MeanCovarianceMachine
     from pplvi.energies import MeanFieldGuide as MeanFieldGuide
+    from pplvi.energies import MeanProductOfStudents as MeanProductOfStudents
     from pplvi.energies import MultiPrediction as MultiPrediction
     from pplvi.energies import RecognitionGuide as RecognitionGuide
+    from pplvi.energies import RecurrentTemporalMachine as RecurrentTemporalMachine
     from pplvi.energies import RestrictedBoltzmannMachine as RestrictedBoltzmannMachine
+    from pplvi.energies import RNNBoltzmannMachine as RNNBoltzmannMachine
     from pplvi.energies import SparsityPenalty as SparsityPenalty
     from pplvi.energies import TAPGuide as TAPGuide
     from pplvi.energies import UpDown as UpDown
@@ -94,7 +101,9 @@ if TYPE_CHECKING:
     from pplvi.posterior import Verdict as Verdict
     from pplvi.posterior import compare as compare
     from pplvi.posterior import plot_against_reference as plot_against_reference
+    from pplvi.posterior import plot_compare as plot_compare
     from pplvi.posterior import plot_objective as plot_objective
+    from pplvi.posterior import plot_predictive as plot_predictive
     from pplvi.posterior import plot_weights as plot_weights
     from pplvi.posterior import to_arviz as to_arviz
     from pplvi.programs import noncentered as noncentered
@@ -113,6 +122,13 @@ _HOMES = {
     "CompiledSVI": "compile",
     "BoltzmannELBO": "energies",
     "BoltzmannMachine": "energies",
+    "RNNBoltzmannMachine": "energies",
+    "RecurrentTemporalMachine": "energies",
+    "MeanProductOfStudents": "energies",
+    "MeanCovarianceMachine": "energies",
+    "GatedBoltzmannMachine": "energies",
+    "ConvolutionalBoltzmannMachine": "energies",
+    "ClassificationBoltzmannMachine": "energies",
     "DeepBeliefNetwork": "energies",
     "DeepBoltzmannMachine": "energies",
     "GibbsGuide": "energies",
@@ -195,7 +211,9 @@ _HOMES = {
     "Verdict": "posterior",
     "compare": "posterior",
     "plot_against_reference": "posterior",
+    "plot_compare": "posterior",
     "plot_objective": "posterior",
+    "plot_predictive": "posterior",
     "plot_weights": "posterior",
     "to_arviz": "posterior",
     "noncentered": "programs",

@@ -25,9 +25,9 @@ COLUMNS += ["nearest", "copies", "precision", "coverage"]
 
 def compare_densities(
     models: Mapping[str, Any],
-    test: Tensor,
+    test: Any,
     *,
-    train: Tensor | None = None,
+    train: Any = None,
     num_draws: int = NUM_DRAWS,
     num_samples: int = NUM_SAMPLES,
     seed: int | None = None,
@@ -61,7 +61,7 @@ def compare_densities(
 
     :param models: by name: a model with ``distribution()``, a distribution, ``(model, guide)``, a machine, or what
         ``log_density`` returned; with ``sample`` alone, it has no density.
-    :param test: unseen data, ``(N, D)``.
+    :param test: unseen data, ``(N, D)``; a tensor or an array.
     :param train: what the models were trained on.
     :param num_draws: of a guide, for each datum.
     :param num_samples: draws that are looked at; 0 for none.
@@ -78,6 +78,7 @@ def compare_densities(
     """
     import pandas
 
+    test, train = _numbers(test), None if train is None else _numbers(train)
     _check(models, test, train)
     check_counts(0, num_samples=num_samples)
     rows, found = {}, {}
@@ -96,6 +97,12 @@ def compare_densities(
     table = table.astype(numbers)
     table.attrs["data"] = data_hash(test)
     return table
+
+
+def _numbers(x: Any) -> Tensor:
+    """A tensor of floating point numbers, of tensors and arrays of any kind."""
+    x = torch.as_tensor(x)
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 
 def _check(models: Any, test: Tensor, train: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pplvi.training.batches import Batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.loop import Trainer
-from pplvi.training.parallel.ranks import Ranks
+from pplvi.training.parallel.ranks import Processes
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Restart
 from pplvi.training.steps import Steps
@@ -33,6 +33,10 @@ class Start:
     def searches(self, guide: Program) -> bool:
         """Whether a guide is no guide before :meth:`begin` was called, so that it cannot be tried out."""
         return False
+
+    def needs_all_data(self, guide: Program) -> bool:
+        """Whether a beginning with a share of the data is another beginning."""
+        return self.searches(guide)
 
     def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
         """Give a guide what a checkpoint holds of its beginning."""
@@ -61,7 +65,7 @@ class TrainingPlan:
     resume: PathLike | None = None
     settings: Mapping[str, Any] | None = None
     start: Start = field(default_factory=Start)
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Processes = field(default_factory=Processes)
     ended: Callable[[Restart], None] = lambda run: None
 
     def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:

@@ -65,13 +65,13 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
     return session.runs
 
 
+def _read(plan: TrainingPlan) -> dict[str, Any]:
+    return checkpoint.read_content(plan.resume) if plan.resume is not None else {"runs": []}
+
+
 def _absolute(path: PathLike | None) -> PathLike | None:
     """Where a path leads from here, whatever the folder is later."""
     return None if path is None else Path(path).resolve()
-
-
-def _read(plan: TrainingPlan) -> dict[str, Any]:
-    return checkpoint.read_content(plan.resume) if plan.resume is not None else {"runs": []}
 
 
 def _check_data(plan: TrainingPlan) -> None:

@@ -203,10 +203,38 @@ def sparse(run: Command, module: ModuleType) -> None:
     assert binary[2]["falls_at_once"] > binary[2]["falls_damped"] > 0
 
 
+def undirected(run: Command, module: ModuleType) -> None:
+    """Machines of all kinds learn something, and their likelihoods lie in their intervals."""
+    tables = run(
+        "--tables labels music images --machines conditional discriminative --frames 20 --betas 4 --share 0.0003"
+    )
+    assert [row["model"].split(",")[0] for row in tables["labels"]] == ["discriminative"]
+    assert all(0 <= row["test error"] <= 1 for row in tables["labels"])
+    for row in tables["music"]:
+        assert row["low"] < row["test nats"] < row["high"]
+        assert row["test nats"] > -88 * math.log(2)
+    assert tables["images"][0]["ms an update"] > 0
+
+
+def directed(run: Command, module: ModuleType) -> None:
+    """Exact densities beat independent pixels, a bound is below the exact marginal, moments come nearer than noise."""
+    found = run("--only nade made factors dlgm gmmn gan speed --seconds 0.2 --hidden 16 --draws 20 --test-images 50")
+    pixels = torch.distributions.Bernoulli(module.images(None).train.mean(0).clamp(0.01, 0.99))
+    independent = pixels.log_prob(module.images(None).test[:50]).sum(-1).mean().item()
+    assert all(found[name][0]["test"] > independent for name in ("nade", "made"))
+    (factors,) = found["factors"]
+    assert factors["elbo"] < factors["exact"] == pytest.approx(factors["elbo_of_exact_guide"], abs=1e-3)
+    assert [row["batch"] for row in found["gmmn"]] == [50, 500, None]
+    assert found["gmmn"][2]["mmd2"] < found["gmmn"][0]["mmd2"] < 2.0
+    assert [row["of"] for row in found["gan"]] == [8, 8, 25, 25]
+    assert set(run.written["tables"]) == set(found)
+
+
 CASES = [
     Case("annealed_kernels", "ESS/N", "rows", 6, kernels),
     Case("bars_and_stripes", "negative phase", "rows", 7, bars),
     Case("boltzmann", "averaged parameters", "rows", 2 + 1 + 6, partition),
+    Case("directed", "blocks", "tables", 7, directed),
     Case("gradients", "SNR goes as K^", "rows", 12, gradients),
     Case("hmm_heuristics", "log Z (R)", "rows", 3, hidden_markov),
     Case("mixture_vae", "accuracy", "rows", 8, mixture),
@@ -217,6 +245,7 @@ CASES = [
     Case("nested_gradients", "NVI", "rows", 8, nested),
     Case("particle_ways", "vmap / broadcast", "loop", 2, ways),
     Case("pyro_examples", "hmm-7", "rows", 3, examples),
+    Case("undirected", "test error", "tables", 3, undirected),
     Case("wake_sleep", "log p", "rows", 2, wake_sleep),
 ]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pplvi import (
     NADE,
+    DeepBeliefNetwork,
     FullyVisibleBeliefNetwork,
     Generator,
     ProbabilisticPCA,
@@ -21,6 +22,7 @@ from pplvi import (
     SigmoidBeliefNetwork,
     compare_densities,
 )
+from pplvi.energies import EnergyModel
 from pplvi.energies.evaluation import densities
 from pplvi.evaluation import data_hash, log_density, mode_coverage
 
@@ -110,11 +112,21 @@ def test_machines_are_ranked_by_annealing_that_can_be_trusted(
         assert table.index[0] == "coins"
 
 
+def test_a_deep_belief_network_is_bounded_with_its_top_machines_normaliser(data: Tensor) -> None:
+    network = DeepBeliefNetwork([WIDTH, 4, 3], init_scale=0.5)
+    table = compare_densities({"network": (network, network.guide)}, data, num_draws=200, num_samples=20, seed=0)
+    elbo = network.bound(data, log_z=network.top.log_partition(), num_particles=200).mean().item()
+    assert table["kind"]["network"] == "lower bound"
+    assert elbo - 0.05 < table["log_prob"]["network"] < elbo + 0.5
+    with pytest.raises(ValueError, match=r"expected \(machine, guide\)"):
+        log_density(network, data)
+
+
 def test_another_binarisation_is_refused(data: Tensor) -> None:
     """Densities that were estimated before stand for their model on the same data, and on no other."""
     nade = NADE(WIDTH, 3)
     found = log_density(nade, data)
-    table = compare_densities({"before": found, "now": nade}, data)
+    table = compare_densities({"before": found, "now": nade}, data.byte().numpy())
     assert table["diff"].tolist() == [0.0, 0.0]
     other = torch.bernoulli(torch.full((40, WIDTH), 0.3))
     with pytest.raises(ValueError, match=f"'before'.*{data_hash(data)}.*{data_hash(other)}.*one binarisation"):
@@ -191,6 +203,10 @@ def whole(x: Tensor) -> None:
         (lambda x: compare_densities({"a": joint}, x), "'a': function has neither"),
         (lambda x: compare_densities({"a": (joint, whole)}, x), "plate of the data"),
         (lambda x: compare_densities({"a": NADE(3, 2)}, x), "'a'"),
+        (
+            lambda x: compare_densities({"a": EnergyModel({}, centered=False, name="")}, x),
+            "constant that nothing estimates",
+        ),
         (lambda x: log_density(NADE(WIDTH, 2), x, num_draws=0), "num_draws=0"),
         (lambda x: mode_coverage(x, x, 0.0), "radius=0.0"),
     ],

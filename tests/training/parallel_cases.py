@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pplvi
 from pplvi.energies import PersistentChains
 from pplvi.fitting import Checkpoint
-from pplvi.training.parallel.ranks import Ranks, join
+from pplvi.training.parallel.ranks import Processes, join
 
 ROWS, PARTICLES = 11, 4
 _RANDOM = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def machine(parallel: Any, negative: Any = None) -> dict[str, Any]:
     """Persistent contrastive divergence of a centered machine."""
     pyro.set_rng_seed(1)
     rbm = pplvi.RestrictedBoltzmannMachine(4, 3)
-    ranks = join() if parallel != ALONE else Ranks()
+    ranks = join() if parallel != ALONE else Processes()
     negative = GivenChains(6 // ranks.size, first=ranks.rank) if negative is None else negative
     found = fitted(
         rbm.model, rbm.guide, parallel, args=(ROWS_OF_UNITS,), objective=pplvi.BoltzmannELBO(negative=negative)
@@ -251,6 +251,18 @@ def checkpointed(parallel: Any, path: Any = None, dies: bool = False, **options:
     options |= {"checkpoint": None if path is None else Checkpoint(path, every=4)}
     watching = [lambda run: steps.append(run.step)]
     return fitted(model, AutoNormal, parallel, data=loader(5), args=(), num_steps=10, callbacks=watching, **options)
+
+
+def without_plate(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x.float() @ w, 1.0).to_event(1), obs=y.float())
+
+
+def with_factor(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.factor("rows", -(x.float() @ w).square().sum())
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=y.float())
 
 
 def grouped(x, y, rows):

@@ -102,7 +102,7 @@ class AutoFlow(ContinuousGuide):
     def __init__(
         self,
         model: Program,
-        flow: str | Callable[..., Any] | nn.Module = "nsf",
+        flow: str | Callable[..., Any] | nn.Module = "quadratic",
         *,
         transforms: Count | None = None,
         hidden_features: Sequence[Count] | None = None,

@@ -112,10 +112,10 @@ class BinaryAutoregressiveModel(AutoregressiveModel):
     bias: Tensor
 
     @torch.no_grad()
-    def start_at(self, x: Tensor) -> None:
+    def start_at(self, x: Any) -> None:
         """Visible biases at the log odds of the means of binary data, which is where training best begins.
 
-        :param x: data, ``(N, D)``.
+        :param x: data, ``(N, D)``; a tensor or an array.
         """
-        mean = checked_data(x, self.num_visible).mean(0)
+        mean = checked_data(torch.as_tensor(x).to(self.bias), self.num_visible).mean(0)
         self.bias.copy_(torch.logit(mean.clamp(1e-3, 1 - 1e-3)))

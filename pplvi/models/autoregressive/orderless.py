@@ -28,11 +28,12 @@ class RandomSubset(EventDistribution):
     """How far an order has come: a number uniform from none to all but one, and as many of what was seen at random.
 
     :param observed: what was seen, ``(N, D)``, boolean.
+    :param like: a tensor of the dtype of subsets.
     """
 
-    def __init__(self, observed: Tensor) -> None:
+    def __init__(self, observed: Tensor, like: Tensor) -> None:
         super().__init__(observed.shape[-1], observed.shape[:-1])
-        self.observed = observed
+        self.observed, self.like = observed, like
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``-log n - log binomial(n, k)``, ``(*batch)``, in nats."""
@@ -43,9 +44,9 @@ class RandomSubset(EventDistribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Zeros and ones."""
         shape = Size(sample_shape) + self.batch_shape + self.event_shape
-        key = torch.rand(shape, device=self.observed.device).masked_fill(~self.observed, 2.0)
+        key = torch.rand(shape, dtype=self.like.dtype, device=self.like.device).masked_fill(~self.observed, 2.0)
         rank = key.argsort(-1).argsort(-1)
-        length = torch.floor(torch.rand(shape[:-1], device=key.device) * self.observed.sum(-1))
+        length = torch.floor(torch.rand_like(key[..., 0]) * self.observed.sum(-1))
         return (rank < length.unsqueeze(-1)).to(key.dtype)
 
 
@@ -115,7 +116,7 @@ class OrderEnsemble(EventDistribution):
         """Draw what is missing given all that was seen, under orders that have that first."""
         rows, seen = (part.reshape(-1, part.shape[-1]) for part in (x, observed.expand(x.shape)))
         if len(self.orders) == 1 or not bool(seen.any()):
-            which = torch.randint(len(self.orders), (len(rows),))
+            which = torch.randint(len(self.orders), (len(rows),), device=rows.device)
         else:
             which = torch.distributions.Categorical(logits=self.each(rows, seen).T).sample()
         return self.cells.filled(_first(self.orders[which], seen), rows, seen).reshape(x.shape)
@@ -189,7 +190,7 @@ class OrderlessNADE(BinaryAutoregressiveModel):
         check_counts(num_orders=num_orders)
         with random_state(seed):
             orders = torch.stack([torch.randperm(self.num_visible) for _ in range(num_orders)])
-        return OrderEnsemble(self.cells(), orders)
+        return OrderEnsemble(self.cells(), orders.to(self.bias.device))
 
     @pyro_method
     def model(  # type: ignore[override]
@@ -209,7 +210,7 @@ class OrderlessNADE(BinaryAutoregressiveModel):
                 return drawn
         there = self._there(x, mask)
         with data_plate(len(x), size):
-            seen = pyro.sample("seen", RandomSubset(there))
+            seen = pyro.sample("seen", RandomSubset(there, x))
             cells = self.cells()
             state = cells.state + (seen * x.masked_fill(~there, 0.0)) @ cells.seen + seen @ self.known
             logits = linear(cells.activate(state), cells.output, cells.bias)
@@ -224,7 +225,7 @@ class OrderlessNADE(BinaryAutoregressiveModel):
         """Draws the subset; same arguments as the model."""
         if x is not None:
             with data_plate(len(x), size):
-                pyro.sample("seen", RandomSubset(self._there(x, mask)))
+                pyro.sample("seen", RandomSubset(self._there(x, mask), x))
 
     def _there(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = checked_data(x, self.num_visible)
