@@ -128,7 +128,7 @@ class SearchedStart(Start):
 
 def _finish(trainer: Trainer) -> None:
     trainer.run.reason = "found"
-    trainer.good = trainer.capture()
+    trainer.settle()
     if trainer.watch.save is not None:
         trainer.watch.save(trainer)
 
