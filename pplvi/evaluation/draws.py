@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Matrix
+
 __all__ = ["ModeCoverage", "Neighbours", "mode_coverage", "nearest_neighbours"]
 
 _COMMON = 0.05  # share of unseen data that are as near to the training data as what is called a copy
@@ -25,7 +28,8 @@ class Neighbours(NamedTuple):
     distance: Tensor
 
 
-def nearest_neighbours(samples: Tensor, data: Tensor) -> Neighbours:
+@checked
+def nearest_neighbours(samples: Matrix, data: Matrix) -> Neighbours:
     """The training datum that is nearest to each sample: a model that copies its data has distances near 0.
 
     :param samples: ``(num_samples, width)``.
@@ -57,7 +61,8 @@ class ModeCoverage(NamedTuple):
     counts: Tensor
 
 
-def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> ModeCoverage:
+@checked
+def mode_coverage(samples: Matrix, centres: Matrix, radius: float) -> ModeCoverage:
     """Count the modes that draws come to, where these are known.
 
     Source: Srivastava et al. (2017), "VEEGAN: reducing mode collapse in GANs using implicit variational learning".
@@ -78,7 +83,7 @@ def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> ModeCovera
     return ModeCoverage(covered, float((distance <= radius).double().mean()), counts)
 
 
-def likeness(samples: Tensor, train: Tensor | None, test: Tensor) -> dict[str, float]:
+def likeness(samples: Matrix, train: Tensor | None, test: Tensor) -> dict[str, float]:
     """Numbers of draws beside those of unseen data.
 
     ``nearest``: their mean distance to the training data over that of test data; ``copies``: the share that is as near

@@ -12,6 +12,8 @@ from torch.distributions import Distribution
 
 from pplvi.evaluation.draws import likeness
 from pplvi.evaluation.estimates import NUM_DRAWS, DensityEstimate, Unnormalised, data_hash, log_density, unnormalised
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Seed
 from pplvi.programs.calls import check_counts
 from pplvi.programs.state import random_state
 
@@ -23,6 +25,7 @@ COLUMNS = ["rank", "kind", "log_prob", "error", "diff", "diff_error", "train_gap
 COLUMNS += ["nearest", "copies", "precision", "coverage"]
 
 
+@checked
 def compare_densities(
     models: Mapping[str, Any],
     test: Any,
@@ -30,7 +33,7 @@ def compare_densities(
     train: Any = None,
     num_draws: int = NUM_DRAWS,
     num_samples: int = NUM_SAMPLES,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> pandas.DataFrame:
     r"""Compare models of all families by log densities of unseen data, in nats a datum.
 
@@ -101,7 +104,12 @@ def compare_densities(
 
 def _numbers(x: Any) -> Tensor:
     """A tensor of floating point numbers, of tensors and arrays of any kind."""
-    x = torch.as_tensor(x)
+    try:
+        x = torch.as_tensor(x)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"data of type {type(x).__name__}: expected a tensor or an array, one row for each."
+        ) from error
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 

@@ -115,6 +115,7 @@ class ELBO(_Named):
         return {**found, "sites": _sites(run, entropies)} if per_site else found
 
 
+@checked
 class BetaELBO(_Named):
     r"""The ELBO with a weight on the divergence of its guide from the prior; no bound that is reported.
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from pplvi.kinds.checked import checked
 from pplvi.losses.base import Loss
 from pplvi.types import Program
 
 __all__ = ["Adversarial", "MomentMatching", "maximum_mean_discrepancy"]
 
 
+@checked
 def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[float] = (2.0, 5.0, 10.0, 20.0)) -> Tensor:
     r"""Squared distance of two distributions in the mean of a mixture of Gaussian kernels, without bias.
 
@@ -57,6 +59,7 @@ def _check(x: Any, y: Any, bandwidths: Sequence[float]) -> None:
         raise ValueError(f"bandwidths={tuple(bandwidths)}: expected positive numbers.")
 
 
+@checked
 class MomentMatching(Loss):
     r"""Squared maximum mean discrepancy of a model's draws from the data: generative moment matching.
 

@@ -14,6 +14,8 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 from pplvi.programs.calls import check_counts
 
@@ -22,6 +24,7 @@ __all__ = ["DeepLatentGaussian"]
 _LEAST_SCALE = 1e-3
 
 
+@checked
 class DeepLatentGaussian(LayeredModel):
     r"""Layers of Gaussian latents through networks: one layer is a variational autoencoder.
 
@@ -54,10 +57,10 @@ class DeepLatentGaussian(LayeredModel):
 
     def __init__(
         self,
-        num_visible: int,
-        latents: Sequence[int],
+        num_visible: Count,
+        latents: Sequence[Count],
         *,
-        hidden: int = 200,
+        hidden: Count = 200,
         likelihood: Literal["bernoulli", "normal"] = "bernoulli",
         given: int = 0,
         name: str = "deep_latent_gaussian",
@@ -169,13 +172,13 @@ class DeepLatentGaussian(LayeredModel):
         return self.decoded(moved, given).mean
 
     @torch.no_grad()
-    def sample(self, num_draws: int, given: Tensor | None = None) -> Tensor:
+    def sample(self, num_draws: Count, given: Tensor | None = None) -> Tensor:
         """Draws, ``(num_draws, D)``; of each condition one, where there are any."""
         found: Tensor = self.model(None, given, size=num_draws)
         return found
 
 
-def _network(below: int, hidden: int, above: int) -> nn.Module:
+def _network(below: int, hidden: Count, above: int) -> nn.Module:
     return nn.Sequential(nn.Linear(below, hidden), nn.ReLU(), nn.Linear(hidden, above))
 
 

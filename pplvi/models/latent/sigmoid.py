@@ -11,6 +11,8 @@ import torch
 from pyro.nn import pyro_method
 from torch import Tensor, nn
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 
 __all__ = ["SigmoidBeliefNetwork"]
@@ -18,6 +20,7 @@ __all__ = ["SigmoidBeliefNetwork"]
 MOST_ENUMERATED = 14
 
 
+@checked
 class SigmoidBeliefNetwork(LayeredModel):
     r"""Layers of binary units, each with log odds linear in the layer above.
 
@@ -117,7 +120,7 @@ class SigmoidBeliefNetwork(LayeredModel):
         return (numbers[:, None] >> torch.arange(self.widths[layer], device=numbers.device) & 1).to(self.bias_0)
 
     @torch.no_grad()
-    def sample(self, num_draws: int) -> Tensor:
+    def sample(self, num_draws: Count) -> Tensor:
         """Draws, ``(num_draws, D)``."""
         found: Tensor = self.model(size=num_draws)
         return found
