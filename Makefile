@@ -29,6 +29,10 @@ test-all: lint
 fuzz: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "" tests/project/test_hostile_values.py
 
+# A hundred small faults, each of which the tests of its room have to notice; takes an hour.
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py
+
 test-quick: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow and not exhaustive" $(QUICK)
 

@@ -1,10 +1,13 @@
-"""Coordinate ascent on programs as they are written: bound, largest fall and CPU milliseconds of a sweep.
+"""Coordinate ascent on programs as they are written: bound, largest fall and CPU milliseconds of a sweep, and peers.
 
 Each problem is fitted by :class:`pplvi.AutoConjugate` for a fixed number of sweeps: a mixture of normals on iris,
 topics of 1,200 words, a hidden Markov model of 60 steps, probabilistic PCA with relevance on 500 digits of 50 pixels, a
 local level of 200 steps with latent precisions, logistic regression with a latent precision on breast cancer (natural
 gradients, Laplace). Reading is what running the program once with symbols costs, in CPU seconds. The stochastic fit is
-a mixture of 20,000 data in batches of 200: what is left to the bound of the full fit after five passes, in nats.
+a mixture of 20,000 data in batches of 200: what is left to the bound of the full fit after five passes, in nats. Tails
+are those of the weights of the logistic regression, over ten times 4,000 draws, with the precision from the mean field
+and from its exact conditional distribution. With ``--peers`` BayesPy and hmmlearn (``pip install bayespy hmmlearn``)
+run from the same start until the bound stands still.
 
     python -m benchmarks.conjugate --out benchmarks/results/conjugate.json
 """
@@ -22,11 +25,15 @@ from pyro.infer.autoguide import init_to_sample, init_to_value
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris
 from torch import Tensor
 
-from benchmarks.reporting import Table, command_line, write
+from benchmarks.conjugate_peers import PEERS
+from benchmarks.reporting import Table, command_line, table_of, write
+from pplvi.compile.iterating import RecordedMap
+from pplvi.compile.svi import CompileMode
 from pplvi.guides import AutoConjugate, RobbinsMonro
 from pplvi.guides.conjugate.program import read_program
+from pplvi.posterior import Posterior
 
-QUICK = "--sweeps 2 --data 400 --passes 1"
+QUICK = "--sweeps 2 --data 400 --passes 1 --problems mixture --posteriors 1"
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Row:
     :ivar fall: the largest relative fall of the bound from one sweep to the next; negative if it always rose.
     :ivar reading: CPU seconds to read the program.
     :ivar sweep: CPU milliseconds.
+    :ivar traced: of a sweep that is recorded, ``compile="trace"``; ``None`` for fallbacks, which are not.
+    :ivar compiled: of one that is compiled, ``compile=True``.
     """
 
     problem: str
@@ -56,6 +65,8 @@ class Row:
     fall: float
     reading: float
     sweep: float
+    traced: float | None
+    compiled: float | None
 
 
 def iris() -> Problem:
@@ -157,12 +168,29 @@ def logistic(fallback: str) -> Problem:
     return Problem(model, (x, y), fallback=fallback)
 
 
+def million() -> Problem:
+    """A regression on a million data far from zero, its two precisions latent."""
+    generator = torch.Generator().manual_seed(0)
+    x = 100 + torch.randn(1_000_000, generator=generator, dtype=torch.float64)
+    y = 3 * x + torch.randn(len(x), generator=generator, dtype=torch.float64)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        tau = pyro.sample("tau", dist.Gamma(2.0, 2.0))
+        alpha = pyro.sample("alpha", dist.Gamma(2.0, 2.0))
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), alpha.rsqrt()).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(b[0] + b[1] * x, tau.rsqrt()), obs=y)
+
+    return Problem(model, (x, y))
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "mixture": iris,
     "topics": topics,
     "Markov chain": markov,
     "PCA": components,
     "local level": level,
+    "a million data": million,
     "logistic, cvi": partial(logistic, "cvi"),
     "logistic, laplace": partial(logistic, "laplace"),
 }
@@ -177,14 +205,42 @@ def fit(name: str, sweeps: int) -> Row:
     start = process_time()
     read_program(problem.model, problem.args, {}, init=problem.init, fallback=fallback)
     reading = process_time() - start
+    modes: tuple[CompileMode, ...] = (False,) if fallback else (False, "trace", True)
+    timed = [swept(problem, fallback, sweeps, mode) for mode in modes]
+    bounds = torch.tensor(timed[0][0])
+    fall = float((-bounds.diff() / bounds[1:].abs()).max())
+    speeds: list[float | None] = [1e3 * max(0.0, s - reading) / (len(found) - 1) for found, s in timed]
+    return Row(name, float(bounds[-1]), fall, reading, *[*speeds, None, None][:3])  # type: ignore[arg-type]
+
+
+def swept(problem: Problem, fallback: dict[str, str], sweeps: int, mode: CompileMode) -> tuple[list[float], float]:
+    """Bounds, and CPU seconds without those of recording and compiling."""
     options: dict[str, Any] = {"init_loc_fn": problem.init, "fallback": fallback, "tolerance": 0.0, "seed": 0}
     guide = AutoConjugate(problem.model, max_sweeps=sweeps, **options)
+    spent = []
+
+    def record(*args: Any) -> RecordedMap:
+        start = process_time()
+        made = RecordedMap(*args, mode=mode)
+        spent.append(process_time() - start)
+        return made
+
+    guide.recorder = None if mode is False else record
     start = process_time()
     guide.run(*problem.args)
-    seconds = process_time() - start - reading
-    bounds = torch.tensor(guide.bounds)
-    fall = (-bounds.diff() / bounds[1:].abs()).max()
-    return Row(name, guide.bounds[-1], float(fall), reading, 1e3 * seconds / (len(bounds) - 1))
+    return guide.bounds, process_time() - start - sum(spent)
+
+
+def against(name: str) -> dict[str, Any]:
+    """A peer's bound and ours, where they stand still or after 1,000 sweeps, and CPU milliseconds of its sweeps."""
+    problem, (who, run) = PROBLEMS[name](), PEERS[name]
+    options: dict[str, Any] = {"init_loc_fn": problem.init, "seed": 0}
+    first = AutoConjugate(problem.model, max_sweeps=1, **options).run(*problem.args).state_dict()
+    values = dict(getattr(problem.init, "keywords", {}).get("values", {}))
+    values |= {k.split(":")[1]: v for k, v in first.items() if k.endswith(":concentration")}
+    found, milliseconds = run(problem.args, values, 1000)
+    own = AutoConjugate(problem.model, tolerance=1e-15, **options).run(*problem.args).bounds[-1]
+    return {"problem": name, "peer": who, "its bound": found, "bound": own, "its sweep": milliseconds}
 
 
 def clusters(n: int) -> tuple[Callable[[Tensor], None], Tensor]:
@@ -220,6 +276,17 @@ def stochastic(n: int, passes: int, exponent: float, seed: int) -> tuple[float, 
     return full.bounds[-1] - sum(guide.terms(x).values()), milliseconds
 
 
+def tails(conditional: tuple[str, ...], seeds: int) -> dict[str, Any]:
+    """k-hat of the logistic regression over several posteriors of 4,000 draws, and the guide's evidence bound."""
+    problem = logistic("cvi")
+    guide = AutoConjugate(problem.model, fallback={"w": "cvi"}, conditional=conditional, seed=0).run(*problem.args)
+    found = [Posterior(problem.model, guide, problem.args, num_draws=4000, seed=seed) for seed in range(seeds)]
+    k = torch.stack([torch.as_tensor(posterior.pareto_k) for posterior in found])
+    elbo = sum(float(posterior.elbo.value) for posterior in found) / seeds
+    spread = {"smallest": float(k.min()), "largest": float(k.max())}
+    return {"conditional": ", ".join(conditional) or "-", "ELBO": elbo, "k-hat": float(k.mean()), **spread}
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Print the tables and write them."""
     parser = command_line(__doc__)
@@ -229,9 +296,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--exponents", type=float, nargs="+", default=[0.7, 0.8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--posteriors", type=int, default=10, help="whose tails are looked at")
+    parser.add_argument("--peers", action="store_true", help="also BayesPy and hmmlearn, which must be installed")
     options = parser.parse_args(arguments)
     torch.set_default_dtype(torch.float64)
-    table = Table({"problem": "<18", "bound": "13.6f", "fall": "9.1e", "reading": "8.2f", "sweep": "8.1f"})
+    columns = {"problem": "<18", "bound": "16.6f", "fall": "9.1e", "reading": "8.2f"}
+    table = Table({**columns, "sweep": "8.1f", "traced": "8.1f", "compiled": "8.2f"})
     rows = []
     for name in options.problems:
         rows.append(fit(name, options.sweeps))
@@ -243,8 +313,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             gap, milliseconds = stochastic(options.data, options.passes, exponent, seed)
             gaps.append({"exponent": exponent, "seed": seed, "gap": gap, "step": milliseconds})
             steps.show(exponent, seed, gap, milliseconds)
+    ends = [tails(conditional, options.posteriors) for conditional in ((), ("alpha",))]
+    print(f"\n{table_of(ends)}")
+    peers = [against(name) for name in PEERS] if options.peers else []
+    print(f"\n{table_of(peers)}")
     torch.set_default_dtype(torch.float32)
-    write(options, rows=rows, stochastic=gaps)
+    write(options, rows=rows, stochastic=gaps, tails=ends, peers=peers)
     return rows
 
 

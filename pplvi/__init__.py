@@ -94,7 +94,9 @@ if TYPE_CHECKING:
     from pplvi.posterior import Verdict as Verdict
     from pplvi.posterior import compare as compare
     from pplvi.posterior import plot_against_reference as plot_against_reference
+    from pplvi.posterior import plot_compare as plot_compare
     from pplvi.posterior import plot_objective as plot_objective
+    from pplvi.posterior import plot_predictive as plot_predictive
     from pplvi.posterior import plot_weights as plot_weights
     from pplvi.posterior import to_arviz as to_arviz
     from pplvi.programs import noncentered as noncentered
@@ -195,7 +197,9 @@ _HOMES = {
     "Verdict": "posterior",
     "compare": "posterior",
     "plot_against_reference": "posterior",
+    "plot_compare": "posterior",
     "plot_objective": "posterior",
+    "plot_predictive": "posterior",
     "plot_weights": "posterior",
     "to_arviz": "posterior",
     "noncentered": "programs",

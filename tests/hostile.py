@@ -196,6 +196,12 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "StateSpace model": lambda: samplers.StateSpace,
     "DenseCoupling units": lambda: (energies.BernoulliUnits(3), energies.BernoulliUnits(2)),
     "fit guide": lambda: AutoNormal,
+    "calibrate guide": lambda: AutoNormal,
+    "Calibration ranks": lambda: {"z": np.arange(20)},
+    "Calibration recipe": lambda: "AutoNormal",
+    "Calibration prob": lambda: 0.95,
+    "Calibration pareto_k": lambda: np.zeros(20),
+    "plot_compare table": lambda: pplvi.compare({"a": draws(), "b": draws()}),
     "LISTA num_layers": lambda: 2,
     "MeanField values": lambda: {"h": torch.zeros(4, 2)},
     "MeanField fields": lambda: {"h": torch.zeros(4, 2)},
@@ -236,6 +242,8 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
 # Arguments that make a call short, where its defaults would take a while.
 SHORT: dict[str, dict[str, Any]] = {
     "fit": {"num_steps": 2, "progress": False, "callbacks": [lambda run: run.step >= 2]},
+    "calibrate": {"num_simulations": 1, "num_steps": 2, "progress": False},
+    "plot_predictive": {"num_draws": 3},
     "annealed_importance_sampling": {"num_chains": 4, "num_betas": 5},
     "raise_bound": {"num_chains": 2, "num_betas": 5},
     "chain_mixing": {"num_sweeps": 10},

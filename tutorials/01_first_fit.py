@@ -59,7 +59,7 @@ def model(sigma, y=None):
 # from two seeds and are kept as two chains.
 
 # %%
-small_flow = partial(AutoFlow, transforms=2, hidden_features=(32, 32))
+small_flow = partial(AutoFlow, transforms=4)
 flow = pplvi.fit(
     model,
     small_flow,

@@ -107,17 +107,22 @@ class CompiledSVI:
         chunk: Count = 100,
         exchange: Exchange | None = None,
     ) -> None:
-        _check_options(mode, last_batch)
+        check_last_batch(last_batch)
         self.model, self.guide, self.optim, self.mode = model, guide, optim, mode
         self.loss, self.exchange = own_loss(loss), exchange or Exchange()
         self.schedule, self.clip, self.last_batch, self.chunk = schedule, clip, last_batch, chunk
         self.parameters: FlatParameters | None = None
-        self.state: State = ()
-        self.count = 0
+        self.state, self.count = cast(State, ()), 0
         self._update: FlatUpdate | None = None
         self._waiting: Mapping[str, Any] | None = None
         self._programs = Programs()
         self._size: int | None = None
+
+    def __getstate__(self) -> Any:
+        raise ValueError(
+            "a CompiledSVI holds recorded and compiled programs, which neither pickle nor copy: expected its "
+            "state_dict(), which does, and load_state_dict() of a new one."
+        )
 
     # ------------------------------------------------------------------ training
 
@@ -311,15 +316,13 @@ class CompiledSVI:
         """Factors of the learning rate for the next steps, filled up to a length."""
         steps = range(self.count, self.count + num_steps)
         factors = [1.0 if self.schedule is None else float(self.schedule(t)) for t in steps]
-        device = self.state[0].device
-        return torch.tensor(factors + [0.0] * (length - num_steps), dtype=torch.float64, device=device)
+        return torch.tensor(factors + [0.0] * (length - num_steps), dtype=torch.float64, device=self.state[0].device)
 
     def _variant(self, arguments: Arguments, loop: _Loop | None) -> Variant:
         def make(others: int) -> Variant:
             return cast(Variant, self.settled(lambda: self._make(arguments, loop, others)))
 
-        kind = None if loop is None else loop[0], self.exchange.key
-        return self._programs.find(arguments, kind, make)
+        return self._programs.find(arguments, (loop and loop[0], self.exchange.key), make)
 
     def settled(self, make: Callable[[], Any]) -> Any:
         """What this makes; in mode ``"auto"`` with the first mode that it can be made in, and a warning for another."""
@@ -391,9 +394,3 @@ class CompiledSVI:
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the modules behind model, guide and loss, which steps may change in place."""
         return buffers_of(model=self.model, guide=self.guide, loss=self.loss)
-
-
-def _check_options(mode: Any, last_batch: Any) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: expected one of {MODES}.")
-    check_last_batch(last_batch)

@@ -34,7 +34,7 @@ from pplvi.types import Program
 GOOD_ENOUGH = 0.7
 _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
-_NEARLY_EQUAL = 0.9  # part of the draws that is effective
+_MOST = 0.7  # part of the draws that is effective
 _NO_MATTER = 0.5  # below that, k-hats differ by chance
 _HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
@@ -389,10 +389,10 @@ def _judged(posterior: Posterior) -> dict[str, Any]:
 
 
 def _is_firm(posterior: Posterior) -> bool:
-    """Whether draws are reliable by more than chance: k-hat is below 0.7 by two errors, or the weights nearly equal."""
+    """Whether draws are reliable by more than chance: k-hat is below 0.7 by two errors, or most draws are effective."""
     if posterior.verdict.word != RELIABLE:
         return False
     if posterior.draws.batch or not posterior.has_weights:
         return True
     facts = posterior.facts
-    return facts.pareto_k + 2 * facts.pareto_k_error < GOOD_ENOUGH or facts.efficiency > _NEARLY_EQUAL
+    return facts.pareto_k + 2 * facts.pareto_k_error < GOOD_ENOUGH or facts.efficiency > _MOST

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,16 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pplvi.fitting.arguments import check_model, check_seed
+from pplvi.fitting.arguments import check_model
 from pplvi.fitting.clock import cpu_seconds
 from pplvi.fitting.entry import fit
 from pplvi.fitting.inputs import checked_inputs
 from pplvi.fitting.result import Fit
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Condition, Seed
+from pplvi.posterior.arviz.quiet import arviz_itself
+from pplvi.posterior.arviz.versions import wrap
 from pplvi.posterior.gather import take
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.ranks import CALIBRATED, UniformBand, frame_of_ranks, rank_among, scalars
 from pplvi.posterior.tables import to_html
-from pplvi.programs.calls import check_counts, checked_call
+from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.running import plain_run
@@ -42,9 +46,15 @@ if TYPE_CHECKING:
 _DRAWS = 1_000  # of a guide, before they are chosen from
 _HOPELESS = 3  # fits that fail before any has worked
 _TRUSTED_K = 0.7
+_MOST = 1_000_000
+_Simulations: TypeAlias = Annotated[int, Condition(f"a whole number from 1 to {_MOST:,}", lambda n: 1 <= n <= _MOST)]
+
+_Level: TypeAlias = Annotated[float, Condition("a number between 0 and 1", lambda x: 0 < x < 1)]
+
 _OWN = ("args", "kwargs", "seed", "progress", "data", "checkpoint", "resume")
 
 
+@checked
 @dataclass(frozen=True)
 class Calibration:
     r"""The result of :func:`pplvi.calibrate`: ranks of the true values, and what they say.
@@ -116,6 +126,11 @@ class Calibration:
         """A row for each element: see :func:`pplvi.posterior.ranks.frame_of_ranks`."""
         return frame_of_ranks(self.ranks, self.num_draws, self.prob)
 
+    def to_arviz(self) -> Any:
+        """The ranks in units of the largest as ArviZ's group ``prior_sbc``, which ``az.plot_ecdf_pit`` draws (1.x)."""
+        place = {name: ((ranks + 0.5) / (self.num_draws + 1))[None] for name, ranks in self.ranks.items()}
+        return wrap({"prior_sbc": arviz_itself().convert_to_dataset(place)}, {"recipe": self.recipe})
+
     def plot(
         self, var_names: Sequence[str] | None = None, kind: Literal["ecdf", "rank"] = "ecdf", axes: Any = None
     ) -> NDArray[Any]:
@@ -158,6 +173,7 @@ class Calibration:
         ax.set(xlabel="rank / draws", ylabel="density")
 
 
+@checked
 @explained()
 def calibrate(
     model: Program,
@@ -166,11 +182,11 @@ def calibrate(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     observed: Sequence[str] | None = None,
-    num_simulations: int = 100,
-    num_draws: int = 99,
+    num_simulations: _Simulations = 100,
+    num_draws: _Simulations = 99,
     draws: Literal["psis", "guide"] = "psis",
-    prob: float = 0.95,
-    seed: int | None = None,
+    prob: _Level = 0.95,
+    seed: Seed | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Calibration:
@@ -218,16 +234,14 @@ def calibrate(
     Calibration(AutoPathfinder, simulations=8, calibrated)
     """
     check_model(model)
-    check_counts(num_simulations=num_simulations, num_draws=num_draws)
-    check_seed(seed, 1)
-    _check_options(guide, draws, prob, options)
+    _check_options(guide, options)
     if isinstance(guide, Fit) and not args and kwargs is None:
         args, kwargs = guide.args or (), guide.kwargs
     call = checked_call(args, kwargs, "calibrate(model, guide, args=(x, y))")
     environment = Environment(options.get("dtype"), options.get("device"))
     call = checked_inputs(model, *call, environment)
-    start, seeds = cpu_seconds(), _seeds(seed, num_simulations)
-    with scratch(), _home(guide, environment), random_state(int(seeds[0, 0])):
+    start, entropy = cpu_seconds(), int(torch.randint(2**31, ())) if seed is None else seed
+    with scratch(), _home(guide, environment), random_state(entropy):
         if not isinstance(guide, Fit):
             _check_parameters(model, call)
         simulator = Simulator(model, call, observed)
@@ -237,11 +251,12 @@ def calibrate(
     failures: dict[int, str] = {}
     messages: Counter[str] = Counter()
     for index in _bar(num_simulations, progress):
+        data_seed, fit_seed, rank_seed = _seeds(entropy, index)
         with warnings.catch_warnings(record=True, action="always") as told:
             try:
-                truth, posterior = recipe.run(*map(int, seeds[index, :2]))
+                truth, posterior = recipe.run(data_seed, fit_seed)
                 weighted = draws == "psis" and posterior.has_weights
-                rows.append(_ranked(truth, posterior, num_draws, weighted, int(seeds[index, 2])))
+                rows.append(_ranked(truth, posterior, num_draws, weighted, rank_seed))
                 pareto_k.append(float(posterior.pareto_k.max()) if posterior.has_weights else np.nan)
             except Exception as error:
                 failures[index] = f"{type(error).__name__}: {error}"
@@ -317,9 +332,7 @@ class _Recipe:
         self.checked = True
 
 
-def _check_options(guide: Any, draws: str, prob: float, options: Mapping[str, Any]) -> None:
-    if draws not in ("psis", "guide") or not 0 < prob < 1:
-        raise ValueError(f"draws={draws!r}, prob={prob!r}: expected 'psis' or 'guide', and a probability.")
+def _check_options(guide: Any, options: Mapping[str, Any]) -> None:
     if found := sorted(set(options) & set(_OWN)):
         raise ValueError(f"{found} cannot be given: each simulation is fitted anew, to data of its own, all at once.")
     if isinstance(guide, Fit) and (guide.mcmc is not None or guide.islands is not None or options):
@@ -348,10 +361,10 @@ def _home(guide: Any, environment: Environment) -> AbstractContextManager[Any]:
     return guide.runs[guide.best].scope() if isinstance(guide, Fit) else environment.active()
 
 
-def _seeds(seed: int | None, num_simulations: int) -> NDArray[Any]:
-    """For data, fit and ranks of each simulation."""
-    entropy = int(torch.randint(2**31, ())) if seed is None else seed
-    return np.random.SeedSequence(entropy).generate_state(3 * num_simulations).reshape(-1, 3) // 2
+def _seeds(entropy: int, simulation: int) -> tuple[int, int, int]:
+    """For data, fit and ranks of a simulation."""
+    data, fitting, ranking = np.random.SeedSequence([entropy, simulation]).generate_state(3) // 2
+    return int(data), int(fitting), int(ranking)
 
 
 def _bar(num_simulations: int, progress: bool) -> Any:

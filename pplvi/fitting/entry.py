@@ -46,13 +46,13 @@ from pplvi.programs.state import Environment, fingerprint, random_state
 from pplvi.programs.ways import Vectorize
 from pplvi.samplers.tempered import TemperedSMC
 from pplvi.training.batches import make_batches
-from pplvi.training.checkpoint import PathLike
+from pplvi.training.checkpoint import PathLike, UnwrittenError
 from pplvi.training.describe import describe
 from pplvi.training.em.algorithm import ExpectationMaximization
 from pplvi.training.optimizers import OptimLike
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Originals, Recipe
-from pplvi.training.restart import Restart, publish
+from pplvi.training.restart import Restart, one_thread, publish
 from pplvi.training.restarts import best_of, train_restarts
 from pplvi.training.schedules import Schedule
 from pplvi.training.stopping import Plateau
@@ -66,6 +66,7 @@ NUM_DRAWS = 1000
 BUDGET = 60.0  # seconds
 
 
+@one_thread()
 @explained()
 def fit(
     model: Program,
@@ -160,8 +161,9 @@ def fit(
         :class:`pplvi.training.Monitor` for held-back data or other steps.
     :param callbacks: functions of the :class:`pplvi.training.Restart`, called after each step; returning true ends it.
     :param progress: show a bar with the smoothed loss and the time left.
-    :param checkpoint: a file to write every 500 steps, or those of :class:`pplvi.fitting.Checkpoint`, and at the end of
-        every restart.
+    :param checkpoint: a file to write every 500 steps, or those of :class:`pplvi.fitting.Checkpoint`, at the end of
+        every restart, when it goes back and on ``Ctrl-C``. Where it cannot be written there is a warning, and, if the
+        last try failed, an error at the end whose attribute ``fit`` is the result.
     :param resume: a checkpoint to continue; the result is, to the bit, that of a run that was never interrupted.
     :param device: where to move the data and modules to, and the default device meanwhile.
     :param dtype: floating point type of data and modules, and the default meanwhile.
@@ -172,6 +174,7 @@ def fit(
         of the data: ``None``, or a :class:`pplvi.fitting.DataParallel`. ``"none"``: each by itself.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
+        Fits run in one thread at a time, and one in a callback of another leaves the store alone.
     :raises ValueError: for arguments of a wrong kind or that contradict each other, programs that do not fit together,
         restarts that would share parameters, a checkpoint that is damaged, of another run, or would be overwritten, and
         a loss that stays non-finite after ten returns to a good state with half the learning rate each.
@@ -270,7 +273,7 @@ def fit(
             "guide": describe(guide),
             "objective": describe(objective),
             "optim": describe(chosen[0]),
-            "schedule": f"{describe(schedule)} over {steps} steps" if schedule is not None else "None",
+            "schedule": f"{describe(schedule)} over {steps} steps" if schedule == "cosine" else describe(schedule),
             "clip": describe(clip),
             "seed": describe(seed),
             **({} if compiled.mode is False else {"compile": describe(compiled.mode)}),
@@ -281,11 +284,17 @@ def fit(
     )
     if ranks is not None:
         plan = ranks.applied(plan)
-    runs = train_restarts(plan)
+    unwritten = None
+    try:
+        runs = train_restarts(plan)
+    except UnwrittenError as error:
+        if not error.runs:
+            raise
+        runs, unwritten = list(error.runs), error
     best = best_of(runs, bound)
     recipe.adopt(runs[best])
     publish(runs[best])
-    return Fit(
+    found = Fit(
         runs,
         best,
         guide_name=describe(guide),
@@ -297,6 +306,11 @@ def fit(
         vectorize=vectorize,
         origin=guide,
     )
+    if unwritten is not None:
+        unwritten.fit = found
+        unwritten.args = (f"{unwritten} The fit is in the attribute fit of this error.",)
+        raise unwritten
+    return found
 
 
 def _fit_chains(

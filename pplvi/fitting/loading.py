@@ -29,7 +29,7 @@ from pplvi.training.checkpoint import PathLike
 from pplvi.training.em.algorithm import ExpectationMaximization
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Ended, Restart, copy_into, publish
-from pplvi.training.resume import check_equal, shapes
+from pplvi.training.resume import check_equal, put_back, shapes
 from pplvi.types import Call, Program
 
 
@@ -74,7 +74,7 @@ def load(
     True
     """
     check_model(model)
-    content = checkpoint.read(path)
+    content = checkpoint.read_content(path)
     if "fit" not in content:
         raise ValueError(
             f"{fspath(path)!r} is a checkpoint of a training: expected a file that Fit.save wrote. Go on with it by "
@@ -190,7 +190,8 @@ class _Loaded:
 
     def _restart(self, number: int, recipe: Recipe) -> Restart:
         saved = self.facts["runs"][number]
-        set_rng_state(saved["start"])  # what a program draws when it is made is drawn again
+        with put_back(self.path):
+            set_rng_state(saved["start"])  # what a program draws when it is made is drawn again
         with self.environment.active():
             run = self._empty(number, *recipe.build())
         with run.scope():

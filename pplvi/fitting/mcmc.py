@@ -18,6 +18,7 @@ from pplvi.programs.factorising import retried
 from pplvi.programs.state import preserved_rng
 from pplvi.types import Program
 
+_FEWEST = 4  # draws that a diagnostic can be made of
 KernelFactory = Callable[[Program], MCMCKernel]
 
 
@@ -48,7 +49,8 @@ def run_chains(
 
     :param num_samples: draws of each chain after warm-up.
     :param num_warmup: steps of each chain that adapt the kernel and are dropped.
-    :returns: one ``MCMC`` that holds the chains, fewer than asked for if the user interrupted them.
+    :returns: one ``MCMC`` that holds the chains, fewer than asked for if the user interrupted them; of one that was
+        interrupted after its warm-up, with none before it, the draws so far.
     """
     chains: list[MCMC] = []
     with preserved_rng(active=seed is not None):
@@ -56,9 +58,16 @@ def run_chains(
             if seed is not None:
                 pyro.set_rng_seed(seed + index)
 
-            def run() -> MCMC:
-                chain = MCMC(
-                    make_kernel(model), num_samples=num_samples, warmup_steps=num_warmup, disable_progbar=not progress
+            kept = _Kept()
+
+            def run(kept: _Kept = kept) -> MCMC:
+                kept.draws.clear()
+                kept.chain = chain = MCMC(
+                    make_kernel(model),
+                    num_samples=num_samples,
+                    warmup_steps=num_warmup,
+                    disable_progbar=not progress,
+                    hook_fn=kept,
                 )
                 chain.run(*args, **kwargs)
                 return chain
@@ -67,10 +76,34 @@ def run_chains(
                 with explained():
                     chains.append(retried(run))  # its first draws may have no density, later ones are rejected
             except KeyboardInterrupt:
-                if not chains:
+                if not chains and len(kept.draws) < _FEWEST:
                     raise
+                if not chains:
+                    chains.append(kept.cut_short())
                 break
     return joined_chains(chains)
+
+
+class _Kept:
+    """What a chain has drawn after its warm-up, in unconstrained space, should it be interrupted."""
+
+    def __init__(self) -> None:
+        self.draws: list[Mapping[str, Tensor]] = []
+        self.chain: Any = None
+
+    def __call__(self, kernel: Any, draw: Mapping[str, Tensor], stage: str, step: int) -> None:
+        if not stage.lower().startswith("warm"):
+            self.draws.append(draw)
+
+    def cut_short(self) -> MCMC:
+        """The chain with the draws that there are."""
+        chain: MCMC = self.chain
+        found = {name: torch.stack([draw[name] for draw in self.draws])[None] for name in self.draws[0]}
+        transforms = chain.kernel.transforms or {}
+        chain._samples = {n: transforms[n].inv(x) if n in transforms else x for n, x in found.items()}
+        chain._diagnostics = [chain.kernel.diagnostics()]
+        chain.num_samples = len(self.draws)
+        return chain
 
 
 def joined_chains(chains: list[MCMC]) -> MCMC:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import numpy as np
 from torch import nn
@@ -39,6 +49,33 @@ def condition_of(hint: Any) -> Condition | None:
         return _of_class(hint) if isinstance(hint, type) else None
     read = _FORMS.get(origin)
     return read(*get_args(hint)) if read is not None else _of_class(origin) if isinstance(origin, type) else None
+
+
+def misfit(hint: Any, value: Any, where: str) -> str | None:
+    """Where a value is not what a ``TypedDict`` says, and what is there; ``None`` if it is.
+
+    >>> from typing import TypedDict
+    >>> class Point(TypedDict):
+    ...     place: list[float]
+    >>> misfit(Point, {"place": [0.5]}, "point"), misfit(Point, {}, "point")
+    (None, "point lacks 'place'")
+    """
+    if is_typeddict(hint):
+        if not isinstance(value, dict):
+            return f"{where or 'it'} is a {type(value).__name__}, expected a dictionary"
+        hints = get_type_hints(hint, include_extras=True)
+        optional = {key for key, each in hints.items() if get_origin(each) is NotRequired}
+        if lacking := sorted(key for key in hints if key not in value and key not in optional):
+            return f"{where or 'it'} lacks {', '.join(map(repr, lacking))}"
+        there = {k: get_args(each)[0] if k in optional else each for k, each in hints.items() if k in value}
+        parts = ((each, value[key], f"{where}[{key!r}]" if where else key) for key, each in there.items())
+    elif get_origin(hint) is list and is_typeddict(get_args(hint)[0]) and isinstance(value, list):
+        parts = ((get_args(hint)[0], each, f"{where}[{index}]") for index, each in enumerate(value))
+    else:
+        kind = condition_of(hint)
+        fits = kind is None or kind.holds(value)
+        return None if fits or kind is None else f"{where} is a {type(value).__name__}, expected {kind.words}"
+    return next((fault for part in parts if (fault := misfit(*part)) is not None), None)
 
 
 def _of_class(kind: type) -> Condition | None:

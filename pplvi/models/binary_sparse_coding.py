@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from pplvi.guides.owned import claim_name
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Floats, Fraction, Natural, Positive
+from pplvi.kinds.kinds import Count, Floats, Fraction, Natural, NonNegative
 from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate, full_size
 from pplvi.programs.state import is_recording
@@ -252,7 +252,7 @@ class BinaryMeanField:
         restarts: Natural = 0,
         update: Literal["in turn", "at once"] = "in turn",
         damping: Fraction = 0.0,
-        tol: Positive = 1e-8,
+        tol: NonNegative = 1e-8,
         network: torch.nn.Module | None = None,
     ) -> None:
         check_counts(int(network is None), sweeps=sweeps)

@@ -3,6 +3,7 @@
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.comparison import compare
 from pplvi.posterior.draws import Draws
+from pplvi.posterior.pictures import plot_compare, plot_predictive
 from pplvi.posterior.plots import plot_against_reference, plot_objective, plot_weights
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.verdict import Verdict
@@ -15,7 +16,9 @@ __all__ = [
     "WeightedDraws",
     "compare",
     "plot_against_reference",
+    "plot_compare",
     "plot_objective",
+    "plot_predictive",
     "plot_weights",
     "to_arviz",
 ]

@@ -103,7 +103,8 @@ def loo(
         return _loo_of_mcmc(posterior, likelihood, counted, members)
     weight = align(posterior.log_weight, batch, kept)
     columns = torch.arange(weight[0].numel(), device="cpu").reshape(weight.shape[1:]).expand(counted.shape)
-    found = _pointwise(likelihood[:, counted], weight.reshape(len(weight), -1), columns[counted.cpu()])
+    values = likelihood if counted.all() else likelihood[:, counted]  # where all count, no copy of the largest array
+    found = _pointwise(values, weight.reshape(len(weight), -1), columns[counted.cpu()])
     # Elements of the batch are independent: what each predicts does not depend on the others that are left out.
     elpd, lpd = (_joined(_on_grid(each, counted, 0.0), kept, members, own) for each in found[:2])
     pareto_k = _joined(_on_grid(found[2], counted, -math.inf), kept, members, own, torch.amax)

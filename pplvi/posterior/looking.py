@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from pplvi.posterior.draws import Draws
+from pplvi.programs.randomness import of_all
 from pplvi.programs.sites import Site, is_delta, latent_sites, sample_sites
 from pplvi.programs.state import fingerprint
 from pplvi.programs.traces import Run
 
 _BYTES = 100 * 2**20  # of values and densities that one call makes
+_SMALL = 8 * 2**20  # of all draws together: too few for networks to matter
+_ALIVE = 4  # as many tensors of the largest size are held at once
 _CALL = 5_000  # elements that take as long as the call of an operation
 _CUBIC = ("mm", "linalg", "cholesky", "triangular", "inverse")  # in names of operations: rows times columns
+_NOTHING = ("__get__", "detach", "expand", "reshape", "view")  # functions that compute nothing
 _PRODUCTS = 32  # of theirs take as long as one element elsewhere
 _FEW = (2, 6)
 
@@ -44,9 +48,44 @@ def mark_of(run: Run) -> str:
     return fingerprint({name: site["value"] for name, site in sample_sites(run.guide)})
 
 
-def fitting(run: Run) -> int | None:
-    """How many draws one call may have; ``None`` where draws of several calls would belong to different data."""
-    return None if run.subsampled or run.scale != 1.0 else max(1, _BYTES // max(1, bytes_of(run)))
+def fitting(run: Run, num_draws: int = 0, make: Callable[[int], Any] | None = None) -> int | None:
+    """How many draws one call may have; ``None`` where draws of several calls would belong to different data.
+
+    :param num_draws: how many are wanted: of many, what the programs compute on the way is looked at too, such as the
+        hidden layer of a network.
+    :param make: makes so many draws.
+    """
+    if run.subsampled or run.scale != 1.0:
+        return None
+    each = bytes_of(run)
+    if make is not None and num_draws * each > _SMALL:
+        each = max(each, _ALIVE * _widest_of_draw(make))
+    return max(1, _BYTES // max(1, each))
+
+
+def _widest_of_draw(make: Callable[[int], Any]) -> int:
+    """By how many bytes the largest tensor on the way grows with a draw."""
+    found = []
+    for size in (_FEW[0], *_FEW):  # the first call may look for a way of running draws
+        with _Widest() as widest:
+            make(size)
+        found.append(widest.bytes)
+    return (found[2] - found[1]) // (_FEW[1] - _FEW[0])
+
+
+class _Widest(TorchFunctionMode):
+    """Bytes of the largest tensor that a function makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and func.__name__ not in _NOTHING:
+            whole = of_all(found)
+            self.bytes = max(self.bytes, whole.numel() * whole.element_size())
+        return found
 
 
 def bytes_of(run: Run) -> int:
@@ -63,18 +102,21 @@ def _size(site: Site) -> int:
     return int(value.element_size() * (value.numel() + value.numel() // max(1, events)))
 
 
-class _Work(TorchDispatchMode):
-    """Counts elements computed, and calls of operations as so many elements."""
+class _Work(TorchFunctionMode):
+    """Counts elements computed, and calls of functions as so many elements.
+
+    A dispatch mode would see single operations, and has torch import its compiler, which takes seconds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        tensors = [each for each in (found, *args) if isinstance(each, Tensor)]
+        if not isinstance(found, Tensor) or func.__name__ in _NOTHING:
+            return found
+        tensors = [of_all(each) for each in (found, *args) if isinstance(each, Tensor)]
         inner = 1
         if any(part in func.__name__ for part in _CUBIC):
             inner += max((each.shape[-1] for each in tensors if each.dim()), default=0) // _PRODUCTS

@@ -117,7 +117,8 @@ class Posterior(WeightedDraws):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         self._pair = model, guide
         run = self._look()
-        chunks = chunks_of(num_draws, chunk_size, fitting(run))
+        most = chunk_size or fitting(run, num_draws, self._few)
+        chunks = chunks_of(num_draws, chunk_size, most)
         if at_a_point := is_at_a_point(run):
             chunks = [(0, 1)]
         draws = self._drawn(chunks, seed)
@@ -126,12 +127,16 @@ class Posterior(WeightedDraws):
         if chunk_size is not None and len(chunks) > 1:
             _check_same_data(draws)
         super().__init__(draws, point_sites(draws, run))
-        self._source = MoreDraws(mark_of(run), seed or 0, chunk_size or fitting(run), bytes_of(run))
+        self._source = MoreDraws(mark_of(run), seed or 0, most, bytes_of(run))
 
     def _look(self) -> Run:
         """A run for inspection, the same as long as the programs and their parameters are."""
         with random_state(0), isolated():
             return execute(*self._pair, self.args, self.kwargs)
+
+    def _few(self, size: int) -> Draws:
+        with random_state(0), isolated():
+            return draw(*self._pair, self.args, self.kwargs, num_draws=size, vectorize=self.vectorize)
 
     def _drawn(self, chunks: list[tuple[int, int]], seed: int | None) -> Draws:
         def part(start: int, stop: int) -> Draws:

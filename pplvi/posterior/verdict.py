@@ -20,7 +20,8 @@ WORDS: tuple[Word, ...] = (RELIABLE, USABLE, UNRELIABLE)
 
 _NEARLY_EQUAL = 0.9  # part of the draws that is effective
 _MOST_K, _CERTAIN_K = 0.7, 0.5
-_NOTHING, _TAILS, _MEANS = 0.005, 0.02, 0.1  # parts of the evidence that may lie beyond the draws
+_HALF = 0.5  # part of the draws that is effective, from which on a tail is judged by its size
+_NOTHING, _TAILS, _MEANS = 0.01, 0.02, 0.1  # parts of the evidence that may lie beyond the draws
 _LEAST_ESS, _FEW_ESS = 200.0, 50.0
 _RARE, _TAIL = 0.03, 0.1  # part of the draws that is effective; part of the evidence in a tail
 _SOME, _MANY = 0.01, 0.1  # parts of the data that are badly approximated
@@ -87,9 +88,9 @@ class Facts:
 
     @property
     def is_level(self) -> bool:
-        """Whether weights are nearly equal and scouts agree: k-hat is then that of a few draws that do not matter."""
+        """Whether scouts agree and tails are small: k-hat is then that of a few draws that do not matter."""
         agreed = bool(self.missed) and not self.certain
-        return agreed and self.efficiency >= _NEARLY_EQUAL and self.shortfall < _NOTHING
+        return agreed and self.efficiency >= _HALF and self.shortfall < _NOTHING
 
     @property
     def efficiency(self) -> float:
@@ -114,10 +115,11 @@ def judge(facts: Facts) -> Verdict:
     r"""The verdict on draws with importance weights.
 
     Reliable are draws whose k-hat is below 0.7 by more than its error, or whose weights are nearly equal (nine tenths
-    of the draws effective) up to a k-hat of 0.7, or of any k-hat if half a percent of the evidence at most lies beyond
-    the largest and scouts have found nothing, with less than 2 % of the evidence beyond the largest weight, 200
-    effective draws, no restart and no scout that contradicts them, from a guide that had converged or has every second
-    draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal weights of any k-hat are usable for means.
+    of the draws effective) up to a k-hat of 0.7, or half of which are effective if one percent of the evidence at most
+    lies beyond the largest weight and scouts have found nothing, with less than 2 % of the evidence beyond the largest
+    weight, 200 effective draws, no restart and no scout that contradicts them, from a guide that had converged or has
+    every second draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal weights of any k-hat are usable
+    for means.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72); Yao,
     Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.

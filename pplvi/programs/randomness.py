@@ -33,11 +33,16 @@ def is_batched(value: Any) -> bool:
     return isinstance(value, Tensor) and bool(_functorch.is_batchedtensor(value))
 
 
-def carries_gradient(value: Tensor) -> bool:
-    """Whether a tensor requires a gradient, seen through ``vmap``, inside of which none seems to."""
+def of_all(value: Tensor) -> Tensor:
+    """The tensor of all particles behind that which is seen, inside ``vmap``, as one particle's."""
     while _functorch.is_functorch_wrapped_tensor(value):
         value = _functorch.get_unwrapped(value)
-    return value.requires_grad
+    return value
+
+
+def carries_gradient(value: Tensor) -> bool:
+    """Whether a tensor requires a gradient, seen through ``vmap``, inside of which none seems to."""
+    return of_all(value).requires_grad
 
 
 @contextmanager

@@ -82,15 +82,14 @@ def unsplit() -> Messenger:
     return Sharded(None)
 
 
-def data_scale(count: int, size: int | None) -> float:
-    """What each of the data here stands for, if all of them are ``size``: they alone unless given.
+def data_scale(count: int, full: int) -> float:
+    """What each of the data here stands for, if there are ``full`` in all.
 
-    >>> data_scale(3, None), data_scale(3, 12)
+    >>> data_scale(3, 3), data_scale(3, 12)
     (1.0, 4.0)
     """
-    if (shard := current_shard()) is not None:
-        return shard.scale(count, size or count)
-    return 1.0 if size is None else size / count
+    shard = current_shard()
+    return full / count if shard is None else shard.scale(count, full)
 
 
 def data_mean(mean: Tensor) -> Tensor:

@@ -8,17 +8,21 @@ path holds one complete checkpoint, whatever happens to the process.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pplvi.kinds.annotations import misfit
 
 FORMAT = "pplvi-checkpoint"
 VERSION = 1
@@ -70,6 +74,92 @@ def _to_bytes(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+class UnwrittenError(ValueError):
+    """A file that could not be written: a full disk, a folder that is not writable.
+
+    :ivar runs: the restarts that were to be in it.
+    :ivar fit: the fit that ended well but for its file, where there is one.
+    """
+
+    runs: Sequence[Any] = ()
+    fit: Any = None
+
+
+class RunState(TypedDict):
+    """What a file holds of a restart that can go on."""
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    update: dict[str, Any]
+    rng: dict[str, Any]
+    start: dict[str, Any]
+    step: int
+    watched: int
+    losses: list[float]
+    monitored: list[float]
+    reason: str
+    seconds: float
+    rollbacks: int
+    batches: dict[str, Any]
+    batch_size: NotRequired[int | None]
+
+
+class FitState(TypedDict):
+    """What a file holds of a restart of a fit that was saved."""
+
+    index: int
+    seed: int | None
+    losses: list[float]
+    monitored: list[float]
+    reason: str
+    seconds: float
+    rollbacks: int
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    start: dict[str, Any] | None
+
+
+class FitContent(TypedDict):
+    """What a file holds of a fit."""
+
+    best: int
+    guide_name: str
+    guide: dict[str, Any] | None
+    form: dict[str, Any] | None
+    objective: str | None
+    seed: int | None
+    is_bound: bool
+    notes: dict[str, str]
+    seconds: float
+    whole: bool
+    dtype: str
+    data: Any
+    runs: list[FitState]
+    mcmc: dict[str, Any] | None
+
+
+class Content(TypedDict):
+    """What a checkpoint holds, and a fit that was saved."""
+
+    model: dict[str, str]
+    settings: dict[str, Any]
+    initial: dict[str, Tensor]
+    runs: list[RunState]
+    priors: NotRequired[dict[str, str]]
+    fit: NotRequired[FitContent]
+
+
+def read_content(path: PathLike) -> dict[str, Any]:
+    """Read a file of a training or of a fit, and check that it holds what such a file has to.
+
+    :raises ValueError: as :func:`read`, and for one that lacks something or has it of another type.
+    """
+    content = read(path)
+    if (fault := misfit(Content, content, "")) is not None:
+        raise damaged(path, fault)
+    return content
+
+
 def write(path: PathLike, state: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically: afterwards the path holds either the old file or the new one, complete.
 
@@ -90,25 +180,66 @@ def write(path: PathLike, state: Mapping[str, Any]) -> None:
             "payload": torch.frombuffer(bytearray(payload), dtype=torch.uint8),
         }
     )
-    replace_file(Path(path), content)
+    replace_file(Path(path).resolve(), content)
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file by new content in one step that a crash cannot split."""
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
     except OSError as error:
-        raise ValueError(f"cannot write a checkpoint to {str(path)!r}: {error}. Give a writable directory.") from error
+        raise UnwrittenError(
+            f"cannot write a checkpoint to {str(path)!r}: {error}. Make room there, or give a writable directory."
+        ) from error
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold a file for one fit, in this process or another, and sweep what killed ones have left half written.
+
+    The claim is a lock that the system takes back from a process that dies.
+
+    :raises ValueError: if another fit is writing it.
+    """
+    lock = path.parent / f".{path.name}.lock"
+    with ExitStack() as stack:
+        if os.name == "posix":
+            stack.enter_context(_locked(lock, path))
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            left.unlink(missing_ok=True)
+        yield
+
+
+@contextmanager
+def _locked(lock: Path, path: Path) -> Iterator[None]:
+    import fcntl
+
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
+        handle = os.open(lock, os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise UnwrittenError(f"cannot write into the folder of {str(path)!r}: {error}.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = lock.exists() and os.path.samestat(os.fstat(handle), os.stat(lock))
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise ValueError(f"checkpoint={str(path)!r} is being written by another fit: expected a path of its own.")
+        yield
+        lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def _sync_directory(folder: Path) -> None:
@@ -139,7 +270,8 @@ def read(path: PathLike) -> dict[str, Any]:
     return dict(decode(_payload(path, content)))
 
 
-def _damaged(path: PathLike, reason: object) -> ValueError:
+def damaged(path: PathLike, reason: object) -> ValueError:
+    """An error that says that a file is no complete checkpoint."""
     return ValueError(
         f"the checkpoint {str(path)!r} is corrupt or truncated ({reason}): expected a complete file written by "
         "fit(checkpoint=...) or Fit.save. It was left as it is; take another copy or start anew."
@@ -154,7 +286,7 @@ def _open(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
-        raise _damaged(path, type(error).__name__) from error
+        raise damaged(path, type(error).__name__) from error
 
 
 def _payload(path: PathLike, content: dict[str, Any]) -> Any:
@@ -162,10 +294,10 @@ def _payload(path: PathLike, content: dict[str, Any]) -> Any:
         payload = content["payload"].numpy().tobytes()
         intact = hashlib.sha256(payload).hexdigest() == content["sha256"]
     except Exception as error:  # the outer archive can be damaged in ways that still open
-        raise _damaged(path, type(error).__name__) from error
+        raise damaged(path, type(error).__name__) from error
     if not intact:
-        raise _damaged(path, "its content does not match its checksum")
+        raise damaged(path, "its content does not match its checksum")
     try:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # a file by a stranger, with a matching checksum
-        raise _damaged(path, type(error).__name__) from error
+        raise damaged(path, type(error).__name__) from error

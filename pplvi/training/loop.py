@@ -43,11 +43,12 @@ class Trainer:
 
     def __init__(self, run: Restart, objective: Any, steps: Steps, batches: Batches, watch: Watch) -> None:
         self.run, self.batches, self.watch = run, batches, watch
-        self.stepper = steps(run.model, run.guide, objective, self._settle)
+        self.stepper = steps(run.model, run.guide, objective, self.settle)
         self.update, run.exact = self.stepper.update, self.stepper.exact
-        self.good: dict[str, Any] = self.capture()
+        self.good: dict[str, Any] = {}
+        self.settle()
         self.call: Call = ((), {})
-        self.since: list[Call] = []  # the calls of the steps since the last good state
+        self.since: list[Call]  # the calls of the steps since the last good state
 
     def train(self) -> None:
         """Take steps until there is a reason to end.
@@ -67,6 +68,8 @@ class Trainer:
                 self.run.seconds = before + time.perf_counter() - start
         except KeyboardInterrupt:
             self.run.reason = "interrupted"
+            self._read()
+            self._save()
         self._read()
 
     def _advance(self) -> Turns:
@@ -125,7 +128,7 @@ class Trainer:
         due = self._is_due()
         reason = self._reason_to_end()
         if due or reason:
-            self._settle()
+            self.settle()
         if reason:
             self._end(reason)
         elif self._is_save_due():
@@ -140,7 +143,7 @@ class Trainer:
         self._read()
         if self.watch.monitor is not None and self.run.losses and not self.run.monitored:
             self.run.monitored.append(self.stepper.watched(self.watch.monitor, self.run, self.call))
-        self._settle()
+        self.settle()
         self._save()
 
     def _save(self) -> None:
@@ -197,8 +200,10 @@ class Trainer:
         if rng:
             set_rng_state(state["rng"])
 
-    def _settle(self) -> None:
-        self.good, self.since = self.capture(), []
+    def settle(self) -> None:
+        """Take a copy of the state, with the place in the data that goes with it, to come back to."""
+        place = {"batches": self.batches.get_state(), "batch_size": self.batches.size}
+        self.good, self.since = {**self.capture(), **place}, []
 
     def _roll_back(self, call: Call, careful: Mapping[str, Any], cause: object) -> bool:
         """Return to the last good state with half the learning rate.
@@ -210,9 +215,11 @@ class Trainer:
         self.run.rollbacks += 1
         if self.run.rollbacks > MAX_ROLLBACKS:
             raise self._failure(call, careful, failed, cause)
-        backoff, self.since = self.update.backoff, []
+        backoff = self.update.backoff
         self.restore(self.good, rng=self.good["step"] < failed)
         self.update.backoff = 0.5 * backoff
+        self.settle()
+        self._save()
         warn(
             f"restart {self.run.index}, step {failed}: {cause}. Went back to step {self.run.step} and halved the "
             f"learning rate ({self.run.rollbacks} of at most {MAX_ROLLBACKS} times).",

@@ -12,7 +12,7 @@ from torch import Tensor
 from pplvi.training.batches import Batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.loop import Trainer
-from pplvi.training.parallel.ranks import Ranks
+from pplvi.training.parallel.ranks import Processes
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Restart
 from pplvi.training.steps import Steps
@@ -61,7 +61,7 @@ class TrainingPlan:
     resume: PathLike | None = None
     settings: Mapping[str, Any] | None = None
     start: Start = field(default_factory=Start)
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Processes = field(default_factory=Processes)
     ended: Callable[[Restart], None] = lambda run: None
 
     def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:

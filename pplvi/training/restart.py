@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyro
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from pplvi.programs.errors import warn
 from pplvi.programs.state import Environment, buffers_of, clone, preserved_rng
 from pplvi.types import Call, Program
 
@@ -63,7 +66,11 @@ class Restart:
     def scope(self) -> Iterator[None]:
         """Make the restart's parameters, dtype and device the global ones inside the block."""
         with self.environment.active(), pyro.get_param_store().scope(self.store):
-            yield
+            _INSIDE.append(self)
+            try:
+                yield
+            finally:
+                _INSIDE.pop()
 
     @property
     def step(self) -> int:
@@ -91,6 +98,13 @@ class Restart:
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the modules behind model and guide."""
         return buffers_of(model=self.model, guide=self.guide)
+
+
+_INSIDE: list[Restart] = []
+"""The runs whose scopes are open, the innermost last."""
+
+_THREAD = threading.RLock()
+_PUBLISHED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 
 class ScopedProgram:
@@ -158,10 +172,45 @@ def scratch() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Refuse what is inside to all threads but one: Pyro's handlers and parameters are those of the whole process.
+
+    :raises ValueError: in a second thread.
+    """
+    if not _THREAD.acquire(blocking=False):
+        raise ValueError(
+            "another thread of this process is in fit(): expected one at a time, since Pyro's handlers and its "
+            "parameter store belong to the process. Fit in processes of their own, or one after another."
+        )
+    try:
+        yield
+    finally:
+        _THREAD.release()
+
+
 def publish(run: Restart) -> None:
-    """Leave a restart's parameters in the global store; others that are there stay."""
+    """Leave a restart's parameters in the global store; others that are there stay.
+
+    Inside of another fit, such as in its callback, the store is that fit's, which goes on with it as it is. A parameter
+    of the same name that no fit has left there is replaced with a warning.
+    """
+    if _INSIDE:
+        return
     store = pyro.get_param_store()
-    for name in run.store["params"]:
+    mine = run.store["params"]
+    old = {name: store._params[name] for name in mine if name in store}
+    foreign = sorted(
+        name for name, value in old.items() if value is not mine[name] and _PUBLISHED.get(id(value)) is not value
+    )
+    if foreign:
+        warn(
+            f"parameters {foreign} of Pyro's global store, which no fit has made, are replaced by those of this fit: "
+            "give them other names, or fit inside of `with pyro.get_param_store().scope():`."
+        )
+    for value in mine.values():
+        _PUBLISHED[id(value)] = value
+    for name in mine:
         if name in store:
             del store[name]
     store.set_state(run.store)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from os import fspath
+from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
+from pplvi.programs.errors import warn
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import clone, preserved_rng, rng_state, set_rng_state
 from pplvi.training import checkpoint
 from pplvi.training.batches import FullData, OneShot
+from pplvi.training.checkpoint import PathLike, UnwrittenError
 from pplvi.training.lockstep import Lockstep, Member
 from pplvi.training.loop import Trainer
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.progress import Progress
 from pplvi.training.restart import Ended, Restart, TrainingError, evaluate, scratch
-from pplvi.training.resume import check_equal, check_paths, run_state, shapes, signature
+from pplvi.training.resume import check_equal, check_paths, constants, put_back, run_state, shapes, signature
 from pplvi.training.watch import Training, Watch
 from pplvi.types import Call
 
@@ -36,22 +40,39 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
     :raises ValueError: if restarts would share parameters, for a checkpoint that does not fit, or if a loss stays
         non-finite.
     """
-    plan.ranks.first(lambda: check_paths(plan))
-    _check_data(plan)
-    plan.batches.environment = plan.recipe.environment
-    session = _Session(plan, plan.ranks.first(lambda: _read(plan)))
-    with preserved_rng(active=plan.seed is not None or session.side_by_side), plan.ranks.listening():
-        try:
-            session.go()
-        finally:
-            plan.batches.finish()
-        for run in session.runs:
-            plan.ended(run)
+    plan = replace(plan, checkpoint=_absolute(plan.checkpoint), resume=_absolute(plan.resume))
+    with _claimed(plan):
+        plan.ranks.first(lambda: check_paths(plan))
+        _check_data(plan)
+        plan.batches.environment = plan.recipe.environment
+        session = _Session(plan, plan.ranks.first(lambda: _read(plan)))
+        with preserved_rng(active=plan.seed is not None or session.side_by_side), plan.ranks.listening():
+            try:
+                session.go()
+            finally:
+                plan.batches.finish()
+            for run in session.runs:
+                plan.ended(run)
+    if session.unwritten is not None:
+        session.unwritten.runs = session.runs
+        raise session.unwritten
     return session.runs
 
 
+def _claimed(plan: TrainingPlan) -> AbstractContextManager[Any]:
+    """Its file is this run's alone, and written by the first rank."""
+    if plan.checkpoint is None or plan.ranks.rank:
+        return nullcontext()
+    return checkpoint.claimed(Path(plan.checkpoint))
+
+
 def _read(plan: TrainingPlan) -> dict[str, Any]:
-    return checkpoint.read(plan.resume) if plan.resume is not None else {"runs": []}
+    return checkpoint.read_content(plan.resume) if plan.resume is not None else {"runs": []}
+
+
+def _absolute(path: PathLike | None) -> PathLike | None:
+    """Where a path leads from here, whatever the folder is later."""
+    return None if path is None else Path(path).resolve()
 
 
 def _check_data(plan: TrainingPlan) -> None:
@@ -71,8 +92,10 @@ class _Session:
         self.states: dict[int, dict[str, Any]] = {}
         self.starts: dict[int, dict[str, Any]] = {}
         self.description: dict[str, Any] = {}
+        self.unwritten: UnwrittenError | None = None
         self.base = int(torch.randint(2**31, ())) if plan.seed is None and self.side_by_side else 0
         self.signature: dict[str, str] | None = None
+        self.priors: dict[str, str] = {}
         self.initial: dict[str, Tensor] = content.get("initial", clone(plan.recipe.tensors()))
         if "fit" in content and not content["runs"]:
             raise ValueError(
@@ -184,7 +207,8 @@ class _Session:
     def _begin(self, index: int, saved: Mapping[str, Any] | None) -> tuple[Restart, Any, dict[str, Any]]:
         seed = None if self.plan.seed is None else self.plan.seed + index
         if saved is not None:
-            set_rng_state(saved["start"])
+            with put_back(self.plan.resume or ""):
+                set_rng_state(saved["start"])
         elif seed is not None or self.side_by_side:  # streams that run side by side must not be one
             pyro.set_rng_seed(self.base + index if seed is None else seed)
         start = self.starts[index] = rng_state()
@@ -212,13 +236,14 @@ class _Session:
         run.losses, run.monitored = list(saved["losses"]), list(saved["monitored"])
         run.seconds, run.rollbacks = saved["seconds"], saved["rollbacks"]
         unfinished = saved["reason"] in ("", "num_steps") and run.step < self.plan.watch.num_steps
-        if unfinished:
-            self.plan.batches.set_state(saved["batches"])
-            self.plan.batches.size = saved.get("batch_size")
-        trainer.restore(saved)  # the random state comes last: building and running the guide has used it
+        with put_back(self.plan.resume or ""):
+            if unfinished:
+                self.plan.batches.set_state(saved["batches"])
+                self.plan.batches.size = saved.get("batch_size")
+            trainer.restore(saved)  # the random state comes last: building and running the guide has used it
         if self._goes_on(saved):
             trainer.update.restart_schedule()
-        trainer.good = trainer.capture()
+        trainer.settle()
         run.reason = "" if unfinished else saved["reason"]
         self.states[run.index] = {**saved}
         return trainer
@@ -239,13 +264,24 @@ class _Session:
         """Put what is new into the file; a restart that has no state yet will start anew, and those behind it too."""
         if self.plan.checkpoint is not None and self.description and self.plan.ranks.rank == 0:
             states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
-            checkpoint.write(self.plan.checkpoint, {**self.description, "runs": list(states)})
+            try:
+                checkpoint.write(self.plan.checkpoint, {**self.description, "runs": list(states)})
+                self.unwritten = None
+            except UnwrittenError as error:  # the training goes on: there may be room next time
+                warn(f"{error} The training goes on, and tries again.")
+                self.unwritten = error
             self.description = {}
 
     def _description(self, trainer: Training) -> dict[str, Any]:
         if self.signature is None:
             self.signature = signature(trainer.run, trainer.call)
-        return {"model": self.signature, "settings": dict(self.plan.settings or {}), "initial": self.initial}
+            self.priors = constants(trainer.run, trainer.call)
+        return {
+            "model": self.signature,
+            "priors": self.priors,
+            "settings": dict(self.plan.settings or {}),
+            "initial": self.initial,
+        }
 
     def _check_same(self, run: Restart, call: Call, saved: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another model, guide, objective, optimiser or data."""
@@ -255,6 +291,8 @@ class _Session:
         )
         check_equal(name, "buffers", shapes(saved["buffers"]), shapes(run.buffers()))
         check_equal(name, "sites", self.content["model"], signature(run, call))
+        if "priors" in self.content:
+            check_equal(name, "constants", self.content["priors"], constants(run, call))
         given = dict(self.plan.settings or {})
         if self._goes_on(saved):  # with a schedule of its own
             given["schedule"] = self.content["settings"]["schedule"]

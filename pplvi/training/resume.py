@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated
-from pplvi.programs.sites import is_deterministic, sample_sites, site_plates
+from pplvi.programs.sites import base_distribution, is_deterministic, sample_sites, site_plates
+from pplvi.training.checkpoint import PathLike, damaged
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.restart import Restart, unobtrusive
 from pplvi.training.watch import Training
@@ -41,16 +43,14 @@ def check_paths(plan: TrainingPlan) -> None:
 
 def run_state(trainer: Training) -> dict[str, Any]:
     """What the continuation of a run depends on, as of its last good state."""
-    run = trainer.run
+    run, good = trainer.run, trainer.good
     state = {
-        **trainer.good,
-        "losses": list(map(float, run.losses)),
-        "monitored": list(run.monitored),
-        "reason": run.reason,
+        **good,
+        "losses": list(map(float, run.losses[: good["step"]])),
+        "monitored": list(run.monitored[: good["watched"]]),
+        "reason": "" if run.reason == "interrupted" else run.reason,
         "seconds": run.seconds,
         "rollbacks": run.rollbacks,
-        "batches": trainer.batches.get_state(),
-        "batch_size": trainer.batches.size,
     }
     return trainer.stepper.packed(state)
 
@@ -78,6 +78,37 @@ def signature(run: Restart, call: Call) -> dict[str, str]:
     return {**describe_sites("model", joint.model), **describe_sites("guide", joint.guide)}
 
 
+def constants(run: Restart, call: Call) -> dict[str, str]:
+    """The numbers in the model's distributions, by site: those that neither draws nor parameters nor data have moved.
+
+    They are what two runs with other draws agree on, where all elements of a distribution have the same.
+    """
+    with unobtrusive(run), isolated():
+        try:
+            traces = [execute(run.model, run.guide, *call).model for _ in range(2)]
+        except ValueError:
+            return {}
+    found = [
+        {
+            f"model.{name}.{argument}": value
+            for name, site in sample_sites(trace)
+            if not is_deterministic(site)
+            for argument, value in _numbers(base_distribution(site["fn"])).items()
+        }
+        for trace in traces
+    ]
+    return {name: value for name, value in found[0].items() if found[1].get(name) == value}
+
+
+def _numbers(fn: Any) -> dict[str, str]:
+    values = {name: getattr(fn, name, None) for name in fn.arg_constraints if name in vars(fn)}
+    return {
+        name: f"{float(x.flatten()[0]):.6g}"
+        for name, x in values.items()
+        if isinstance(x, Tensor) and x.numel() and not x.requires_grad and bool((x == x.flatten()[0]).all())
+    }
+
+
 def describe_sites(role: str, trace: Any) -> dict[str, str]:
     """Distribution, event shape and plates of the sites of a trace that are drawn or observed."""
     return {
@@ -85,6 +116,18 @@ def describe_sites(role: str, trace: Any) -> dict[str, str]:
         for name, s in sample_sites(trace)
         if not is_deterministic(s)
     }
+
+
+@contextmanager
+def put_back(path: PathLike) -> Iterator[None]:
+    """Give inner states back, such as those of optimisers: what they say of a wrong one is said of the file.
+
+    :raises ValueError: for a file whose inner state is no such state.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise damaged(path, f"an inner state of it is none: {type(error).__name__}, {error}") from error
 
 
 def check_equal(path: str, what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

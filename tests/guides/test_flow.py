@@ -24,6 +24,7 @@ from torch.distributions import constraints
 
 from pplvi import ELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO, fit
 from pplvi.guides import AutoFlow
+from pplvi.guides.flows import build
 from pplvi.guides.flows.import_zuko import import_zuko
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -342,7 +343,7 @@ def test_vectorised_particles_at_any_leftmost_dim(flow, dim):
 
 
 def test_vectorised_and_looped_particles_agree():
-    guide, data = rough(AutoFlow(model, **SMALL), torch.zeros(3, 2), size=0.05), torch.zeros(3, 2)
+    guide, data = rough(AutoFlow(model, "nsf", **SMALL), torch.zeros(3, 2), size=0.05), torch.zeros(3, 2)
     losses = []
     for vectorize in (True, False):
         elbo = Trace_ELBO(num_particles=200, vectorize_particles=vectorize)
@@ -351,7 +352,7 @@ def test_vectorised_and_looped_particles_agree():
 
 
 def test_guide_draws_score_in_the_model():
-    guide = rough(AutoFlow(model, **SMALL), size=0.05)
+    guide = rough(AutoFlow(model, "nsf", **SMALL), size=0.05)
     trace = poutine.trace(guide).get_trace()
     scored = poutine.trace(poutine.replay(model, trace=trace)).get_trace()
     assert torch.isfinite(scored.log_prob_sum())
@@ -378,7 +379,7 @@ def test_quantiles_and_median_of_the_start_are_the_normals():
 
 
 def test_medians_lie_in_the_supports_and_fit_the_model():
-    guide = rough(AutoFlow(model, **SMALL), size=0.1)
+    guide = rough(AutoFlow(model, "nsf", **SMALL), size=0.1)
     median = guide.median()
     poutine.trace(poutine.condition(model, data=median)).get_trace().log_prob_sum()  # validation is on
     assert median["simplex"].sum().item() == pytest.approx(1.0)
@@ -425,7 +426,7 @@ def test_neural_transport_takes_the_guide():
 
 def test_part_of_a_guide_list_over_a_model_with_other_parts():
     guide = AutoGuideList(model)
-    guide.append(AutoFlow(poutine.block(model, hide=["z"]), **SMALL))
+    guide.append(AutoFlow(poutine.block(model, hide=["z"]), "nsf", **SMALL))
     guide.append(AutoNormal(poutine.block(model, expose=["z"])))
     svi_steps(model, guide, 2)
     assert set(guide()) == {"simplex", "positive", "interval", "vector", "z"}
@@ -438,7 +439,7 @@ def test_a_plate_that_holds_only_data_may_be_subsampled():
         with pyro.plate("data", len(data), subsample_size=2) as index:
             pyro.sample("obs", dist.Normal(loc, 1.0), obs=data[index])
 
-    svi_steps(program, AutoFlow(program, **SMALL), 2, torch.zeros(6))
+    svi_steps(program, AutoFlow(program, "nsf", **SMALL), 2, torch.zeros(6))
 
 
 def test_handlers_reach_the_parameters():
@@ -456,7 +457,7 @@ def test_handlers_reach_the_parameters():
 
 
 def test_two_guides_side_by_side_share_nothing():
-    first, second = (AutoFlow(vector(), **SMALL) for _ in range(2))
+    first, second = (AutoFlow(vector(), "nsf", **SMALL) for _ in range(2))
     svi_steps(vector(), first, 3)
     trained = {k: v.clone() for k, v in first.state_dict().items()}
     svi_steps(vector(), second, 3)
@@ -468,7 +469,7 @@ def test_two_guides_side_by_side_share_nothing():
 def test_each_scope_of_the_parameter_store_has_the_plain_name():
     guides = []
     for _ in range(2):
-        guide = AutoFlow(vector(), **SMALL)
+        guide = AutoFlow(vector(), "nsf", **SMALL)
         with pyro.get_param_store().scope() as state:
             guide()
         guides.append((guide, state))
@@ -477,19 +478,19 @@ def test_each_scope_of_the_parameter_store_has_the_plain_name():
 
 
 def test_values_loaded_into_the_store_are_taken_over(tmp_path):
-    guide = rough(AutoFlow(vector(), **SMALL))
+    guide = rough(AutoFlow(vector(), "nsf", **SMALL))
     z = torch.randn(3, 2)
     expected = guide.get_posterior().log_prob(z)
     pyro.get_param_store().save(str(tmp_path / "store.pt"))
     pyro.clear_param_store()
     pyro.get_param_store().load(str(tmp_path / "store.pt"))
-    fresh = AutoFlow(vector(), **SMALL)
+    fresh = AutoFlow(vector(), "nsf", **SMALL)
     fresh()
     assert torch.equal(fresh.get_posterior().log_prob(z), expected)
 
 
 def test_state_dict_after_one_run():
-    guide, other = rough(AutoFlow(vector(), **SMALL)), AutoFlow(vector(), **SMALL)
+    guide, other = rough(AutoFlow(vector(), "nsf", **SMALL)), AutoFlow(vector(), "nsf", **SMALL)
     other()
     other.load_state_dict(guide.state_dict())
     z = torch.randn(3, 2)
@@ -681,10 +682,22 @@ def test_refuses_questions_before_the_first_run_and_bad_probabilities():
 
 
 def test_refuses_parameters_of_another_model_in_the_store():
-    AutoFlow(vector(2), **SMALL)()
+    AutoFlow(vector(2), "nsf", **SMALL)()
     state = {k: v.detach().clone() for k, v in pyro.get_param_store().named_parameters()}
     constraint = dict(pyro.get_param_store()._constraints)
     pyro.clear_param_store()
     pyro.get_param_store().set_state({"params": state, "constraints": constraint})
     with pytest.raises(ValueError, match=r"AutoFlow\.loc with shape \(2,\).*clear_param_store"):
-        AutoFlow(vector(3), **SMALL)()
+        AutoFlow(vector(3), "nsf", **SMALL)()
+
+
+def test_memory_for_a_slow_direction_is_told_before_it_is_taken(monkeypatch):
+    guide, points = AutoFlow(vector(6), "nsf", transforms=2, hidden_features=(16,)), torch.randn(64, 6)
+    guide()
+    monkeypatch.setattr(build, "MUCH", 1000)
+    transform = guide.get_transform()
+    with pytest.warns(UserWarning, match=r"density of 64 draws.*over 6 coordinates keeps about.*flow='nice'"):
+        transform.inv(points)
+    guide.get_transform().inv(points)  # once is enough: a second warning would be an error
+    few, more, all_of_them = (transform._kept(points[:count]) for count in (2, 4, 64))
+    assert all_of_them == pytest.approx(few + 31 * (more - few), rel=0.02)  # what a few keep says what all will

@@ -156,6 +156,31 @@ def test_programs_are_at_their_mode(model: Any) -> None:
     torch.testing.assert_close((slope * prior.scale)[off], (h - prior.loc).sign()[off], atol=1e-3, rtol=0)
 
 
+def coding_in_two(v: Tensor, atoms: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        a = pyro.sample("a", dist.Laplace(0.0, 10.0).expand([8]).to_event(1))
+        b = pyro.sample("b", dist.Laplace(0.0, 10.0).expand([12]).to_event(1))
+        pyro.sample("v", dist.Normal(a @ atoms[:8] + b @ atoms[8:], 1.0).to_event(1), obs=v)
+
+
+def regression_in_two(x: Tensor, y: Tensor) -> None:
+    scales = torch.linspace(0.1, 1.0, x.shape[1])
+    with pyro.plate("first", 4):
+        a = pyro.sample("a", dist.Laplace(0.0, scales[:4]))
+    b = pyro.sample("b", dist.Laplace(torch.zeros(5), scales[4:]).to_event(1))
+    pyro.sample("y", dist.MultivariateNormal(x[:, :4] @ a + x[:, 4:] @ b, torch.eye(len(y)) + 0.3), obs=y)
+
+
+@pytest.mark.parametrize(("one", "two"), [(coding, coding_in_two), (one_vector, regression_in_two)])
+def test_several_sites_are_parts_of_one_code(one: Any, two: Any) -> None:
+    call = call_of(one)
+    guide = AutoProximal(two, sites=["a", "b"], tol=1e-12)
+    found, whole = guide(*call), AutoProximal(one, sites="h", tol=1e-12)
+    torch.testing.assert_close(torch.cat([found["a"], found["b"]], -1), whole(*call)["h"], atol=1e-5, rtol=0)
+    assert guide.gap.shape == whole.gap.shape
+    assert guide.quantiles([0.5], *call)["b"].shape == (1, *found["b"].shape)
+
+
 def poisson(v: Tensor, atoms: Tensor) -> None:
     with pyro.plate("data", len(v)):
         h = pyro.sample("h", dist.Laplace(0.0, 1.0).expand([len(atoms)]).to_event(1))
@@ -199,7 +224,9 @@ def test_programs_that_have_no_lasso_are_refused(model: Any) -> None:
         AutoProximal(model, sites="h")(*call_of(coding))
 
 
-@pytest.mark.parametrize("wrong", [{"method": "lars"}, {"tol": 0.0}, {"max_iterations": 0}, {"sites": ["h"]}])
+@pytest.mark.parametrize(
+    "wrong", [{"method": "lars"}, {"tol": 0.0}, {"max_iterations": 0}, {"sites": ["h", "h"]}, {"sites": [3]}]
+)
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         AutoProximal(coding, **{"sites": "h", **wrong})

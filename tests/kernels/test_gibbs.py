@@ -220,7 +220,7 @@ def test_annealed_flow_transport_is_a_flow_and_then_moves() -> None:
 
 
 def test_errors_say_what_to_do() -> None:
-    with pytest.raises(ValueError, match="expected at least 1"):
+    with pytest.raises(ValueError, match="num_sweeps=0: expected"):
         GibbsKernel(0)
 
     def normal() -> None:

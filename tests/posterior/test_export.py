@@ -311,7 +311,7 @@ def test_a_site_named_like_a_dimension_is_refused():
 
 @pytest.mark.parametrize("source", [[], "posterior", [1]])
 def test_sources_that_are_no_posterior_are_refused(source):
-    with pytest.raises(ValueError, match=r"expected a Posterior(, a list of them or a finished| or a sequence)"):
+    with pytest.raises(ValueError, match="expected a Posterior, a list of them or a finished"):
         to_arviz(source)
 
 

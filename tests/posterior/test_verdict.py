@@ -35,6 +35,8 @@ GOOD = Facts(num_draws=8000, ess=4000.0, pareto_k=0.2, pareto_k_error=0.07, shor
         ({"pareto_k": 1.1, "shortfall": math.inf, "ess": 7900.0}, USABLE, "k-hat may be 0.7 or more"),
         ({"pareto_k": 0.8, "ess": 7900.0, "missed": (Missed(0.01, 0.01, "everywhere"),)}, RELIABLE, "k-hat 0.80"),
         ({"pareto_k": 0.8, "ess": 7900.0}, USABLE, "k-hat may be 0.7 or more"),
+        ({"pareto_k": 0.8, "ess": 4100.0, "missed": (Missed(0.01, 0.01, "everywhere"),)}, RELIABLE, "k-hat 0.80"),
+        ({"pareto_k": 0.8, "ess": 3900.0, "missed": (Missed(0.01, 0.01, "everywhere"),)}, USABLE, "k-hat may be 0.7"),
         ({"ess": 30.0}, UNRELIABLE, "30 effective draws"),
         ({"ess": 150.0, "num_draws": 1000}, USABLE, "150 effective draws, too few for tails"),
         ({"converged": False, "ess": 6000.0}, RELIABLE, "k-hat 0.20"),

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pplvi
 from pplvi.energies import PersistentChains
 from pplvi.fitting import Checkpoint
-from pplvi.training.parallel.ranks import Ranks, join
+from pplvi.training.parallel.ranks import Processes, join
 
 ROWS, PARTICLES = 11, 4
 _RANDOM = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def machine(parallel: Any, negative: Any = None) -> dict[str, Any]:
     """Persistent contrastive divergence of a centered machine."""
     pyro.set_rng_seed(1)
     rbm = pplvi.RestrictedBoltzmannMachine(4, 3)
-    ranks = join() if parallel != ALONE else Ranks()
+    ranks = join() if parallel != ALONE else Processes()
     negative = GivenChains(6 // ranks.size, first=ranks.rank) if negative is None else negative
     found = fitted(
         rbm.model, rbm.guide, parallel, args=(ROWS_OF_UNITS,), objective=pplvi.BoltzmannELBO(negative=negative)

@@ -1,5 +1,6 @@
 """Expectation maximisation with continuous latents: the evidence against closed forms, its maximum, refusals."""
 
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -108,6 +109,35 @@ def test_restarts_begin_at_draws_of_the_prior() -> None:
     assert fit.losses[0, 1] != pytest.approx(fit.losses[1, 1], abs=1e-3)
 
 
+def test_a_program_that_looks_at_its_parameters_is_run_as_it_is() -> None:
+    def looking(x: Tensor) -> None:
+        sd = pyro.param("sd", torch.tensor(1.0), constraint=POSITIVE)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, sd if sd > 0.5 else torch.tensor(0.5)), obs=x)
+
+    one, other = (maximum_likelihood(model, X[:, 0], num_steps=3) for model in (looking, noisy))
+    assert list(one.losses[0]) == pytest.approx(list(other.losses[0]), abs=1e-9)
+
+
+def test_float32_programs_and_files(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    fit = maximum_likelihood(noisy, X[:, 0].float())
+    exact = dist.Normal(0.0, (1 + fit.params[0]["sd"] ** 2).sqrt()).log_prob(X[:, 0].float()).sum()
+    assert -fit.losses[0, -1] == pytest.approx(exact.item(), abs=1e-2)
+    assert fit.guide(X[:, 0].float())["z"].dtype == torch.float32
+    fit.save(tmp_path / "em.pplvi")
+    loaded = pplvi.load(tmp_path / "em.pplvi", noisy, ExpectationMaximization())
+    assert loaded.params[0]["sd"] == fit.params[0]["sd"]
+    assert loaded.posterior(20).total_log_evidence.value == pytest.approx(exact.item(), abs=1e-2)
+
+
+def subsampled(x: Tensor) -> None:
+    with pyro.plate("data", len(x), subsample_size=3) as index:
+        z = pyro.sample("z", dist.Normal(pyro.param("mu", torch.tensor(0.0)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+
 def both_unknown(x: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(pyro.param("center", torch.tensor(0.0)), 1.0))
     tau = pyro.sample("tau", dist.Gamma(2.0, 2.0))
@@ -125,6 +155,7 @@ def cubic(x: Tensor) -> None:
     ("model", "algorithm", "message"),
     [
         (both_unknown, {}, r"site 'x' depends on \['mu', 'tau'\] at once, whose exact posterior is no product"),
+        (subsampled, {}, r"plates \['data'\] are subsampled"),
         (cubic, {}, r"site 'x' is not conjugate"),
         (noisy, {"start": "kmeans"}, r"start='kmeans' is for discrete latents, not \['z'\]: expected 'random'"),
     ],

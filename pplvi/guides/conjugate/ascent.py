@@ -69,13 +69,16 @@ class BlockMeanField:
         if not summed:
             return
         with torch.no_grad():
-            log_factors = {f.name: f.at(self.state) for f in summed}
+            log_factors = {f.name: f.of_values(self.state) for f in summed}
         if self.reading.chain is not None:
             value, found, self.pairs = self.reading.chain.marginals(log_factors)
         else:
             value, found = factor_marginals(self.reading.trace, self.reading.empty, log_factors)
         self.log_normaliser = torch.as_tensor(value)
         self._log_factors = log_factors
+        for f in summed:
+            if (left_out := f.left_out) is not None:
+                found[f.name] = found[f.name].masked_fill(left_out, 0.0)
         self.marginals |= found
 
     def gradients(self, block: str) -> tuple[Tensor, ...]:
@@ -85,6 +88,10 @@ class BlockMeanField:
             total: Any = sum((self.marginals[f.name] * f.at(self.state)).sum() for f in self._own[block])
             found = torch.autograd.grad(total, leaves, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))
+
+    def factors_of(self, block: str) -> list[Factor]:
+        """The factors that a block changes."""
+        return self._own[block]
 
     def weight(self, block: str) -> Tensor | None:
         """What a block's entropy is multiplied with."""

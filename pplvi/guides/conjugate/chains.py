@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.guides.conjugate.loops import LEAST, LoopTurns, merged_turns
+from pplvi.guides.conjugate.loops import LEAST, LoopTurns, form_of
 from pplvi.guides.conjugate.merging import merge
 from pplvi.guides.conjugate.parameters import given_parameters
 from pplvi.programs.masks import without_missing
@@ -66,6 +66,8 @@ class MarkovChain:
         found = first.new_zeros((len(self.names), self.size, self.size, *self.batch))
         for part in self.parts:
             factor = factors[part.turns.name].nan_to_num(neginf=_LOWEST)
+            if part.turns.mask is not None and not part.turns.is_enumerated:
+                factor = torch.where(part.turns.mask, factor, 0.0)
             whole = factor.expand(len(part.places), self.size, self.size, *self.batch)
             found = found.index_add(0, torch.tensor(part.places, device=found.device), whole)
         return found
@@ -94,7 +96,7 @@ def find_chain(sites: Sequence[Any], trace: Any, nesting: int) -> MarkovChain | 
     :param nesting: how many dimensions are plates.
     """
     names = [site["name"] for site in sites if is_enumerated(site)]
-    if len(names) < LEAST or any(not _is_plain(site) for site in sites):
+    if len(names) < LEAST or any(not _is_plain(site, nesting) for site in sites):
         return None
     trace.symbolize_dims()
     symbols = {trace.nodes[name]["infer"]["_enumerate_symbol"]: i for i, name in enumerate(names)}
@@ -107,14 +109,28 @@ def find_chain(sites: Sequence[Any], trace: Any, nesting: int) -> MarkovChain | 
         return None
     groups: dict[Any, list[tuple[Any, dict[int, tuple[int, int]]]]] = {}
     for site, scope in zip(sites, found, strict=True):
-        key = (merged_turns(site), len(scope))
+        key = (form_of(site), len(scope))
         groups.setdefault(key, []).append((site, scope))
     parts = [part for group in groups.values() for part in _parts(group, nesting)]
     return MarkovChain(tuple(names), sizes.pop(), batches.pop(), tuple(parts))
 
 
-def _is_plain(site: Any) -> bool:
-    return isinstance(site["scale"], float | int) and site["scale"] == 1 and site["mask"] is None
+def _is_plain(site: Any, nesting: int) -> bool:
+    """Whether a site counts once, or is masked along plates."""
+    mask, scale = site["mask"], site["scale"]
+    along_plates = not isinstance(mask, Tensor) or all(size == 1 for size in mask.shape[: max(0, mask.dim() - nesting)])
+    masked = type(site["fn"]).__name__ == "MaskedDistribution"
+    return isinstance(scale, float | int) and scale == 1 and along_plates and not masked
+
+
+def _mask_of(sites: Sequence[Any], nesting: int) -> Tensor | None:
+    """Where some factors count, ``(turn, 1, 1, *plates)``."""
+    masks = [True if site["mask"] is None else site["mask"] for site in sites]
+    if all(mask is True for mask in masks):
+        return None
+    whole = [torch.as_tensor(mask, dtype=torch.bool) for mask in masks]
+    plates = [mask.reshape(((1,) * nesting + tuple(mask.shape))[mask.dim() :]) for mask in whole]
+    return torch.stack(torch.broadcast_tensors(*plates))[:, None, None]
 
 
 def _scope(site: Any, symbols: Mapping[str, int], nesting: int) -> dict[int, tuple[int, int]]:
@@ -144,12 +160,13 @@ def _parts(group: Sequence[tuple[Any, dict[int, tuple[int, int]]]], nesting: int
     places, is_pair = tuple(max(scope) for _, scope in group), len(group[0][1]) == 2
     whole = merge(items, {})
     if whole is not None:
-        return [Part(LoopTurns(tuple(site for site, _ in group), *whole), places, is_pair)]
+        sites = tuple(site for site, _ in group)
+        return [Part(LoopTurns(sites, *whole, _mask_of(sites, nesting)), places, is_pair)]
     alone = [merge([item], {}) for item in items]
     if any(found is None for found in alone):
         raise AssertionError("a single site merges with itself")
     return [
-        Part(LoopTurns((site,), *found), (place,), is_pair)  # type: ignore[misc]
+        Part(LoopTurns((site,), *found, _mask_of([site], nesting)), (place,), is_pair)  # type: ignore[misc, call-arg]
         for (site, _), found, place in zip(group, alone, places, strict=True)
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -102,7 +102,7 @@ def _draw_alone(
     drawn = {}
     for name in names:
         site = structure.sites[name]
-        drawn[name] = _sampled(name, distribution_of(family, name, site), site, plates)
+        drawn[name] = draw_site(name, distribution_of(family, name, site), site, plates)
     return drawn
 
 
@@ -116,11 +116,22 @@ def distribution_of(family: Any, name: str, site: SiteShape) -> Any:
         fn = dist.LogNormal(family.layout.unpacked(family.canonical["loc"], name), family.standard_deviation(name))
     else:
         fn = family.distribution()
+    return _with_event(fn, site)
+
+
+def _with_event(fn: Any, site: SiteShape) -> Any:
     found = site.event_dim - fn.event_dim
     return fn.to_event(found) if found else fn
 
 
-def _sampled(name: str, fn: Any, site: SiteShape, plates: Mapping[str, Any], infer: Any = None) -> Tensor:
+def law_of_site(family: Any, parameters: Sequence[Tensor], site: SiteShape) -> Any:
+    """A distribution of a family's class with other parameters, with the event dimensions of a site."""
+    named = dict(zip(family.names, parameters, strict=True))
+    return _with_event(type(family).law(**named, validate_args=False), site)
+
+
+def draw_site(name: str, fn: Any, site: SiteShape, plates: Mapping[str, Any], infer: Any = None) -> Tensor:
+    """A sample statement in the plates of a site, in the dtype of the model."""
     with ExitStack() as stack:
         for plate in site.plates:
             stack.enter_context(plates[plate.name])
@@ -142,7 +153,7 @@ def _cast(fn: Any, dtype: torch.dtype) -> Any:
         return BartlettWishart(fn.df.to(dtype), scale_tril=fn.scale_tril.to(dtype), validate_args=False)
     if isinstance(fn, dist.Delta):
         return fn
-    return type(fn)(**{name: getattr(fn, name).to(dtype) for name in fn.arg_constraints})
+    return type(fn)(**{name: getattr(fn, name).to(dtype) for name in fn.arg_constraints}, validate_args=False)
 
 
 def normal_site(loc: Tensor, tril: Tensor, layout: BlockLayout, name: str, site: SiteShape) -> Any:
@@ -188,7 +199,7 @@ def _draw_in_turn(
             mean = mean + (gain @ rest.unsqueeze(-1)).squeeze(-1)
             spread = spread - gain @ covariance[..., before, own]
         fn = normal_site(mean, torch.linalg.cholesky(spread), layout, name, structure.sites[name])
-        drawn[name] = _sampled(name, fn, structure.sites[name], plates)
+        drawn[name] = draw_site(name, fn, structure.sites[name], plates)
         if len(names) > 1:
             known.append(layout.row(drawn[name].to(loc.dtype), name))
     return drawn
@@ -211,7 +222,7 @@ def _draw_across(
         value = layout.unpacked(vector, name)
         shape = torch.broadcast_shapes(lead + (1,) * site.event_dim, site.shape)
         value = value.reshape(shape)
-        drawn[name] = _sampled(name, dist.Delta(value, event_dim=site.event_dim), site, plates)
+        drawn[name] = draw_site(name, dist.Delta(value, event_dim=site.event_dim), site, plates)
     return drawn
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.ops import packed
 from pyro.ops.indexing import Vindex
 from torch import Tensor
@@ -27,6 +28,7 @@ class EnumeratedConditional:
     :ivar plates: around it.
     :ivar kind: of its distribution in the model.
     :ivar dtype: of its values.
+    :ivar mask: of its density.
     """
 
     probs: Tensor
@@ -34,6 +36,7 @@ class EnumeratedConditional:
     plates: tuple[Plate, ...]
     kind: str
     dtype: torch.dtype
+    mask: Any
 
     def fn(self, drawn: Mapping[str, Tensor]) -> Any:
         """Its distribution given the values that were drawn before."""
@@ -75,7 +78,7 @@ def _of_chain(field: BlockMeanField, pairs: Tensor) -> dict[str, EnumeratedCondi
         probs = joint.permute((*range(2, joint.dim()), 0, 1)).clamp(min=0) + 1e-300
         probs = probs.sum(-2) if before is None else probs
         probs = probs / probs.sum(-1, keepdim=True)
-        found[name] = EnumeratedConditional(probs, before, site_plates(site), kind_of(site["fn"]), site["value"].dtype)
+        found[name] = _made(probs, before, site)
         before = name
     return found
 
@@ -112,7 +115,13 @@ def _conditional(
     probs = value.clamp(min=0) + 1e-300
     probs = probs / probs.sum(-1, keepdim=True)
     parent = symbols[parents[0]] if parents else None
-    return EnumeratedConditional(probs, parent, plates, kind_of(site["fn"]), site["value"].dtype)
+    return _made(probs, parent, site)
+
+
+def _made(probs: Tensor, parent: str | None, site: Any) -> EnumeratedConditional:
+    return EnumeratedConditional(
+        probs, parent, site_plates(site), kind_of(site["fn"]), site["value"].dtype, site["mask"]
+    )
 
 
 def draw_enumerated(found: Mapping[str, EnumeratedConditional], plates: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -122,5 +131,7 @@ def draw_enumerated(found: Mapping[str, EnumeratedConditional], plates: Mapping[
         with ExitStack() as stack:
             for plate in conditional.plates:
                 stack.enter_context(plates[plate.name])
+            if conditional.mask is not None:
+                stack.enter_context(poutine.mask(mask=conditional.mask))
             drawn[name] = pyro.sample(name, conditional.fn(drawn))
     return drawn

@@ -11,6 +11,7 @@ import torch
 
 from pplvi.guides.conjugate.merging import Places, merge
 from pplvi.programs.masks import without_missing
+from pplvi.programs.sites import is_enumerated
 
 LEAST = 3  # fewer are no loop
 
@@ -22,11 +23,13 @@ class LoopTurns:
     :ivar sites: in the trace, in order.
     :ivar fn: their distribution; with several sites it has a first dimension over them.
     :ivar value: their value.
+    :ivar mask: where enumerated sites count, of a shape that broadcasts to that of their density; ``None``: everywhere.
     """
 
     sites: tuple[Any, ...]
     fn: Any
     value: Any
+    mask: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -38,6 +41,11 @@ class LoopTurns:
     def device(self) -> torch.device | None:
         """Where their values are."""
         return self.value.device if isinstance(self.value, torch.Tensor) else None
+
+    @property
+    def is_enumerated(self) -> bool:
+        """Whether they are enumerated latents."""
+        return is_enumerated(self.sites[0])
 
     @property
     def shape(self) -> torch.Size:
@@ -58,21 +66,26 @@ def turns(sites: Sequence[Any], rows: Places) -> list[LoopTurns]:
     """Sites with those of one form merged, in the order of the first of each."""
     groups: dict[Any, list[Any]] = {}
     for site in sites:
-        groups.setdefault(merged_turns(site), []).append(site)
+        groups.setdefault(_merged_turns(site), []).append(site)
     return [found for group in groups.values() for found in _merged(group, rows)]
 
 
 def alone(site: Any) -> LoopTurns:
     """A site by itself."""
-    return LoopTurns((site,), site["fn"], without_missing(site))
+    mask = site["mask"]
+    return LoopTurns((site,), site["fn"], without_missing(site), None if mask is None else torch.as_tensor(mask))
 
 
-def merged_turns(site: Any) -> Any:
-    """What sites that may be turns of one loop have in common."""
-    stem = stem_of(site["name"])
-    plain = isinstance(site["scale"], float | int) and site["mask"] is None and stem != site["name"]
+def form_of(site: Any) -> Any:
+    """What sites that may be turns of one loop have in common but for scales and masks."""
     frames = tuple((f.name if f.vectorized else None, f.dim, f.size) for f in site["cond_indep_stack"])
-    return (stem, site["is_observed"], float(site["scale"]), frames) if plain else site["name"]
+    return stem_of(site["name"]), site["is_observed"], frames
+
+
+def _merged_turns(site: Any) -> Any:
+    """What sites that are scored at once have in common."""
+    plain = isinstance(site["scale"], float | int) and site["mask"] is None and stem_of(site["name"]) != site["name"]
+    return (*form_of(site), float(site["scale"])) if plain else site["name"]
 
 
 def _merged(group: list[Any], rows: Places) -> list[LoopTurns]:

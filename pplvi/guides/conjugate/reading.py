@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,21 @@ class Factor:
         """Its value for each element."""
         value = self.expected(state).double()
         return value.expand(torch.broadcast_shapes(value.shape, self.shape))
+
+    @property
+    def left_out(self) -> Tensor | None:
+        """Where an enumerated latent is masked, if it is anywhere."""
+        mask = self.turns.mask if self.turns.is_enumerated else None
+        return None if mask is None else ~mask
+
+    def of_values(self, state: Any) -> Tensor:
+        """Its value for each element; that of a uniform distribution where an enumerated latent is masked, so that its
+        prior sums to one there without counting."""
+        value, left_out = self.at(state), self.left_out
+        if left_out is None:
+            return value
+        size = self.site["value"].shape[self.site["infer"]["_enumerate_dim"] - self.site["fn"].event_dim]
+        return torch.where(left_out, value.new_full((), -math.log(size)), value)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ from pplvi.guides.flows.bnaf import BlockNeuralFlow
 from pplvi.guides.flows.copula import gaussian_copula
 from pplvi.guides.flows.import_zuko import import_zuko
 from pplvi.guides.flows.quadratic import QuadraticFlow
+from pplvi.programs.errors import warn
+from pplvi.programs.state import is_recording
+
+MUCH = 2 * 2**30  # bytes
 
 __all__ = ["FAMILIES", "AffineFlowTransform", "build", "make_identity", "with_tensors"]
 
@@ -180,6 +184,7 @@ class AffineFlowTransform(Transform):
         self.tril = tril
         self._ladj: Tensor | None = None
         self._with_grad = False
+        self.weighed: set[int] | None = None  # numbers of draws whose memory has been looked at, if it is to be
 
     def _forget_gradless(self) -> None:
         if torch.is_grad_enabled() and not self._with_grad:
@@ -204,9 +209,39 @@ class AffineFlowTransform(Transform):
         return self.loc + self.scale * (y if self.tril is None else y @ self.tril.mT)
 
     def _inverse(self, y: Tensor) -> Tensor:
+        if self.weighed is not None:
+            self._weigh(y)
         x, ladj = self._score.call_and_ladj(self._unscaled(y))
         self._remember(-ladj)
         return x
+
+    def _weigh(self, y: Tensor) -> None:
+        """Say before it is taken how much memory a density with gradients will need, if that is much."""
+        rows = y.numel() // y.shape[-1]
+        traced = is_recording() or torch._C._functorch.peek_interpreter_stack() is not None
+        if self.weighed is None or rows in self.weighed or rows < 8 or traced or not torch.is_grad_enabled():
+            return
+        self.weighed.add(rows)
+        points = self._unscaled(y.detach()).detach().reshape(-1, y.shape[-1])
+        needed = rows * (self._kept(points[:4]) - self._kept(points[:2])) // 2
+        if needed > MUCH:
+            warn(
+                f"the density of {rows} draws of a flow over {y.shape[-1]} coordinates keeps about "
+                f"{needed / 2**30:.1f} GB for its gradient: this direction of the flow is the slow one. Take fewer "
+                "particles, another estimator than 'stl', or a flow whose density is fast elsewhere: flow='nice'."
+            )
+
+    def _kept(self, points: Tensor) -> int:
+        """Bytes that autograd keeps of the density at some points."""
+        kept: dict[int, Tensor] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            self._score.call_and_ladj(points)
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
 
     def _unscaled(self, z: Tensor) -> Tensor:
         y = (z - self.loc) / self.scale

@@ -102,7 +102,7 @@ class AutoFlow(ContinuousGuide):
     def __init__(
         self,
         model: Program,
-        flow: str | Callable[..., Any] | nn.Module = "nsf",
+        flow: str | Callable[..., Any] | nn.Module = "quadratic",
         *,
         transforms: Count | None = None,
         hidden_features: Sequence[Count] | None = None,
@@ -120,7 +120,7 @@ class AutoFlow(ContinuousGuide):
         self._flow = (flow,)  # a tuple, so that a flow given as a module is not registered: the guide trains its copy
         self._options = {**given, **options}
         self._inverse = FAMILIES[flow][1] if inverse is None and isinstance(flow, str) else bool(inverse)
-        self._affine = affine
+        self._affine, self._weighed = affine, set[int]()
         self._identity_init = not isinstance(flow, nn.Module) if identity_init is None else identity_init
 
     def _setup_parameters(self, loc: Tensor) -> None:
@@ -149,7 +149,9 @@ class AutoFlow(ContinuousGuide):
         tensors = {name: attrgetter(f"flow.{name}")(self) for name in self._tensor_names}
         to_base = with_tensors(self._structure[0], tensors)()
         draw, score = (to_base, to_base.inv) if self._inverse else (to_base.inv, to_base)
-        return AffineFlowTransform(draw, score, *self._affine_map())
+        transform = AffineFlowTransform(draw, score, *self._affine_map())
+        transform.weighed = self._weighed
+        return transform
 
     def _affine_map(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """``c + R loc``, and ``R diag(scale) L`` as a diagonal and a unit lower triangle."""

@@ -47,7 +47,7 @@ RestartsKind = Literal["all", "best"] | int
 @checked
 @explained()
 def to_arviz(
-    source: Posterior | Sequence[Posterior] | MCMC,
+    source: Any,
     *,
     draws: DrawsKind = "psis",
     restarts: RestartsKind = "all",
@@ -135,7 +135,6 @@ def to_arviz(
     >>> data.log_likelihood.y.dims, round(float(data.posterior.z.mean()), 1)  # exact: 1
     (('chain', 'draw', 'school'), 1.0)
     """
-    _check_mappings(coords=coords, dims=dims)
     dims, posteriors = dims or {}, _posteriors(source, args)
     traces = _traces(losses, len(posteriors))
     chosen = _chosen(posteriors, restarts)
@@ -163,13 +162,6 @@ def to_arviz(
 
 
 # --- what is exported -----------------------------------------------------------------------------------------------
-
-
-def _check_mappings(**given: Any) -> None:
-    for name, value in given.items():
-        pairs = value.items() if isinstance(value, Mapping) else ()
-        if (value is not None and not isinstance(value, Mapping)) or any(not hasattr(v, "__len__") for _, v in pairs):
-            raise ValueError(f"{name}={value!r}; expected a dictionary with a list for each name.")
 
 
 def _posteriors(source: Any, args: tuple[Any, ...]) -> list[Posterior]:

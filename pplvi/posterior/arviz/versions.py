@@ -168,11 +168,11 @@ def plot_densities(data: Sequence[xarray.Dataset], labels: Sequence[str], **opti
     models = {
         label: wrap({"posterior": _as_one_chain(each, most)}, {}) for label, each in zip(labels, data, strict=True)
     }
+    options.setdefault("visuals", {"point_estimate_text": False})
+    options.setdefault("figure_kwargs", {"layout": "constrained"})
     drawn = arviz_itself().plot_dist(models, backend="matplotlib", **options)
-    panels = drawn.viz["plot"].to_dataset()
-    axes = np.concatenate([np.ravel(panels[name].values) for name in panels.data_vars])
     drawn.add_legend("model")
-    return axes
+    return _axes(drawn)
 
 
 def _as_one_chain(data: xarray.Dataset, length: int) -> xarray.Dataset:
@@ -180,3 +180,31 @@ def _as_one_chain(data: xarray.Dataset, length: int) -> xarray.Dataset:
     flat = data.drop_vars(["chain", "draw"], errors="ignore").stack(sample=["chain", "draw"], create_index=False)
     flat = flat.isel(sample=np.arange(length) * flat.sizes["sample"] // length)
     return flat.rename(sample="draw").expand_dims("chain").transpose("chain", "draw", ...)
+
+
+def plot_predictions(
+    data: Any, group: str, var_names: Sequence[str] | None, num_draws: int, **options: Any
+) -> np.ndarray:
+    """Densities of predicted data sets, a panel for each site: ``plot_ppc_dist``, or ``plot_ppc`` before 1.0."""
+    sizes = data[group].sizes
+    num_draws = min(num_draws, sizes["chain"] * sizes["draw"])
+    arviz, names = arviz_itself(), None if var_names is None else list(var_names)
+    if is_legacy():
+        options = {"group": group.split("_")[0], "num_pp_samples": num_draws, "random_seed": 0, **options}
+        return np.atleast_1d(arviz.plot_ppc(data, var_names=names, **options))
+    options = {"group": group, "num_samples": num_draws, "backend": "matplotlib", **options}
+    return _axes(arviz.plot_ppc_dist(data, var_names=names, **options))
+
+
+def plot_comparison(table: pandas.DataFrame, **options: Any) -> Any:
+    """``plot_compare`` of a table with the names of 0.23."""
+    if is_legacy():
+        return arviz_itself().plot_compare(table.assign(scale="log"), **options)
+    named = table.rename(columns={old: new for new, old in _LEGACY.items()})
+    return arviz_itself().plot_compare(named, backend="matplotlib", **options).viz["plot"].item()
+
+
+def _axes(drawn: Any) -> np.ndarray:
+    """The panels of what ArviZ 1.x has drawn."""
+    panels = drawn.viz["plot"].to_dataset()
+    return np.concatenate([np.ravel(panels[name].values) for name in panels.data_vars])

@@ -13,7 +13,8 @@ from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
 from pplvi.compile import backends
-from pplvi.compile.tracing import Traced, record
+from pplvi.compile.broadcasting import without_repetition
+from pplvi.compile.tracing import Untraceable, record
 from pplvi.guides.conjugate.ascent import BlockMeanField, started
 from pplvi.guides.conjugate.auto import AutoConjugate
 from pplvi.guides.conjugate.program import read_program
@@ -54,6 +55,10 @@ class ConjugateData(ParameterLeaves):
         guide.blocks = self.joint = tuple(joint_blocks(model, call))
         with torch.no_grad(), preserved_rng():
             self.field = started(read_program(model, *call, init=init_to_sample, joint=self.joint))
+        if cut := self.field.reading.subsampled():
+            raise ValueError(
+                f"plates {[*cut]} are subsampled, so that log p(x) would change by itself: expected whole ones."
+            )
         _check_exact(self.field.reading)
         self._programs: dict[str, Any] = {}
 
@@ -114,15 +119,26 @@ class ConjugateData(ParameterLeaves):
         if name not in self._programs:
             starts = accumulate((leaf.numel() for leaf in self.leaves.values()), initial=0)
             places = {id(leaf): (start, leaf) for start, leaf in zip(starts, self.leaves.values(), strict=False)}
-            with backends.uncollected():
-                traced = record(lambda _, *values: function(*values), inputs, places)
-            self._programs[name] = partial(_replayed, traced)
+            self._programs[name] = _recorded(lambda _, *values: function(*values), inputs, places)
         with torch.no_grad():
             return self._programs[name](*inputs)
 
 
-def _replayed(traced: Traced, *inputs: Tensor) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = traced.graph(*inputs, *traced.constants)
+def _recorded(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], places: Mapping[int, tuple[int, Tensor]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The function as one graph; itself for programs that look at their parameters."""
+    try:
+        with backends.uncollected():
+            traced = record(function, inputs, places)
+            graph = without_repetition(traced.graph, (*inputs, *traced.constants))
+    except Untraceable:
+        return function
+    return partial(_replayed, graph, traced.constants)
+
+
+def _replayed(graph: Program, constants: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = graph(*inputs, *constants)
     return found
 
 

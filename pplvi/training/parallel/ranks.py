@@ -24,10 +24,10 @@ class RankLostError(RuntimeError):
     """Another rank has ended, or has not answered within the group's time limit."""
 
 
-class Ranks:
+class Processes:
     """One process, which has nobody to ask.
 
-    >>> Ranks().any(True), Ranks().gather("here")
+    >>> Processes().any(True), Processes().gather("here")
     (True, ['here'])
     """
 
@@ -56,7 +56,7 @@ class Ranks:
         yield
 
 
-class ProcessGroup(Ranks):
+class ProcessGroup(Processes):
     """The ranks of a process group. Every method is a collective: all ranks call it, in the same order."""
 
     def __init__(self, group: Any) -> None:
@@ -156,21 +156,21 @@ def heard() -> Iterator[None]:
         ) from error
 
 
-def join(timeout: float | None = None) -> Ranks:
+def join(timeout: float | None = None) -> Processes:
     """The group that there is, or that torchrun's environment describes; one process if there is neither.
 
     :param timeout: seconds after which a rank that does not answer counts as lost, where the group is made here.
     """
     if not dist.is_available():
-        return Ranks()
+        return Processes()
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
-            return Ranks()
+            return Processes()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         dist.init_process_group(timeout=None if timeout is None else timedelta(seconds=timeout))
         atexit.register(_leave)
-    return ProcessGroup(dist.group.WORLD) if dist.get_world_size() > 1 else Ranks()
+    return ProcessGroup(dist.group.WORLD) if dist.get_world_size() > 1 else Processes()
 
 
 def _leave() -> None:

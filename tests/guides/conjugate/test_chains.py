@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
@@ -126,18 +127,33 @@ def sequences(y: Tensor) -> None:
             pyro.sample(f"y_{t}", dist.Normal(loc[z], 0.5), obs=y[t])
 
 
-def test_a_tree_of_products_equals_the_contraction_of_factors() -> None:
+def of_lengths(y: Tensor) -> None:
+    """Chains that end at steps of their own, and have an observation that is missing."""
+    moves = pyro.sample("moves", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+    loc = pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
+    lengths, z = torch.tensor([5, 3, 1]), 0
+    with pyro.plate("sequences", y.shape[1]):
+        for t in pyro.markov(range(len(y))):
+            with poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z_{t}", dist.Categorical(moves[z]))
+                with poutine.mask(mask=t != 2):
+                    pyro.sample(f"y_{t}", dist.Normal(loc[z], 0.5), obs=y[t])
+
+
+@pytest.mark.parametrize("model", [sequences, of_lengths])
+def test_a_tree_of_products_equals_the_contraction_of_factors(model: Any) -> None:
     """The chain against Pyro's plated contraction of the same factors: bound, and probabilities that updates see."""
     from pplvi.guides.conjugate import chains
 
     y = torch.randn(5, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    y[4, 1:] = torch.nan if model is of_lengths else 0.0  # beyond the length
     pyro.set_rng_seed(0)
-    tree = started(read_program(sequences, (y,), {}, init=init_to_sample))
+    tree = started(read_program(model, (y,), {}, init=init_to_sample))
     assert tree.reading.chain is not None
     least, chains.LEAST = chains.LEAST, 100
     try:
         pyro.set_rng_seed(0)
-        plain = started(read_program(sequences, (y,), {}, init=init_to_sample))
+        plain = started(read_program(model, (y,), {}, init=init_to_sample))
     finally:
         chains.LEAST = least
     assert plain.reading.chain is None
@@ -146,9 +162,30 @@ def test_a_tree_of_products_equals_the_contraction_of_factors() -> None:
     )
 
 
-def test_paths_of_sequences_are_drawn_from_the_bound() -> None:
+def test_what_is_masked_counts_nowhere() -> None:
+    def apart(y: Tensor) -> None:
+        moves = pyro.sample("moves", dist.Dirichlet(torch.ones(2, 2)).to_event(1))
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
+        for n, length in enumerate((5, 3, 1)):
+            z: Any = 0
+            for t in pyro.markov(range(length)):
+                z = pyro.sample(f"z_{n}_{t}", dist.Categorical(moves[z]))
+                if t != 2:
+                    pyro.sample(f"y_{n}_{t}", dist.Normal(loc[z], 0.5), obs=y[t, n])
+
+    y = torch.randn(5, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = []
+    for model in (of_lengths, apart):
+        pyro.set_rng_seed(0)
+        field = started(read_program(model, (y,), {}, init=init_to_sample))
+        found.append(ascend_bound(field, most=4, tolerance=0.0))
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("model", [sequences, of_lengths])
+def test_paths_of_sequences_are_drawn_from_the_bound(model: Any) -> None:
     y = torch.randn(4, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    fit = pplvi.fit(sequences, pplvi.AutoConjugate, args=(y,), seed=0, progress=False)
+    fit = pplvi.fit(model, pplvi.AutoConjugate, args=(y,), seed=0, progress=False)
     posterior = fit.posterior(4000)
     assert posterior.draws.latents["z_2"].shape == (4000, 3)
     assert posterior.elbo.value == pytest.approx(fit.guide.bounds[-1], abs=4 * posterior.elbo.error)

@@ -114,6 +114,22 @@ def test_a_gather_in_a_plate_and_a_sequential_plate() -> None:
     assert bound(sequential, Y) == pytest.approx(exact, abs=1e-8)
 
 
+def test_plates_without_a_size_and_batches_beside_plates() -> None:
+    def sizeless(y: Tensor) -> None:
+        with pyro.plate("data"):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(y)), 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    def undeclared(y: Tensor) -> None:
+        with pyro.plate("rows", 4, dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4, 2), 1.0))
+            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+    exact = float(dist.Normal(0.0, 1.25**0.5).log_prob(SERIES).sum())
+    assert bound(sizeless, SERIES) == pytest.approx(exact, abs=1e-8)
+    assert bound(undeclared, SERIES.reshape(4, 2)) == pytest.approx(exact, abs=1e-8)
+
+
 def test_a_gaussian_process() -> None:
     gram = torch.exp(-0.5 * torch.cdist(X, X) ** 2) + 1e-4 * EYE
 

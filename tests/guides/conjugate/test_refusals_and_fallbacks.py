@@ -1,5 +1,6 @@
 """What has no closed form is refused by site and operation, or fitted with ``fallback=``, the rest in closed form."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -261,3 +262,9 @@ def test_logistic_regression_with_a_gamma_precision_of_breast_cancer() -> None:
     laplace = pplvi.AutoConjugate(problem.model, fallback={"w": "laplace"}, seed=0).run(*problem.args)
     assert cvi.bounds[-1] > -56.54
     assert laplace.bounds[-1] == pytest.approx(-58.44, abs=0.01)
+    make = partial(pplvi.AutoConjugate, fallback={"w": "cvi"}, conditional=["alpha"], seed=0)
+    found = [
+        pplvi.Posterior(problem.model, make(problem.model), problem.args, num_draws=4000, seed=s) for s in range(4)
+    ]
+    assert sum(float(posterior.pareto_k) for posterior in found) / 4 < 0.75
+    assert found[0].elbo.value > -56.3
