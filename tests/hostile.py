@@ -261,16 +261,9 @@ SHORT: dict[str, dict[str, Any]] = {
     "GeometricPath": {"num_steps": 2},
     "plot_filters": {"shape": (1, 3)},
 }
-COUNTS = {
-    "num_latents": 2,
-    "num_steps": 2,
-    "num_visible": 3,
-    "num_hidden": 2,
-    "num_units": 3,
-    "num_categories": 3,
-    "num_codes": 2,
-}
+COUNTS = {"num_steps": 2, "num_visible": 3, "num_hidden": 2, "num_units": 3, "num_categories": 3, "num_codes": 2}
 COUNTS |= {
+    "num_latents": 2,
     "num_classes": 2,
     "num_draws": 10,
     "num_particles": 2,
