@@ -179,7 +179,10 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "load path": saved,
     "Minibatches data": lambda: [(Y,)],
     "StateSpace model": lambda: samplers.StateSpace,
-    "DenseCoupling units": lambda: (energies.BernoulliUnits(3), energies.BernoulliUnits(2)),
+    "DenseCoupling widths": lambda: (3, 2),
+    "FactoredCoupling widths": lambda: (3, 2),
+    "PooledUnits shape": lambda: (2, 2),
+    "image": lambda: (1, 4, 4),
     "fit guide": lambda: AutoNormal,
     "calibrate guide": lambda: AutoNormal,
     "Calibration ranks": lambda: {"z": np.arange(20)},
@@ -247,6 +250,14 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 COUNTS = {"num_steps": 2, "num_visible": 3, "num_hidden": 2, "num_units": 3, "num_categories": 3, "num_codes": 2}
 COUNTS |= {
+    "given": 3,
+    "maps": 2,
+    "filter_size": 3,
+    "num_factors": 2,
+    "num_labels": 2,
+    "num_covariance": 2,
+    "num_mean": 2,
+    "num_state": 2,
     "num_classes": 2,
     "num_draws": 10,
     "num_particles": 2,
