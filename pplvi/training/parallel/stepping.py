@@ -274,8 +274,8 @@ class CompiledTogether(_Together, CompiledStepper):
                     return super().many(calls)
             except LinAlgError as error:  # the others are inside their step: it cannot be taken back together
                 raise RuntimeError(
-                    f"a recorded step has failed on rank {self.meeting.ranks.rank}, while others go on: {error}. Expected "
-                    "matrices that can be factorised; with compile=False all ranks go back together."
+                    f"a recorded step has failed on rank {self.meeting.ranks.rank}, while others go on: {error}. "
+                    "Expected matrices that can be factorised; with compile=False all ranks go back together."
                 ) from error
 
     def _draws_apart(self) -> bool:
