@@ -43,6 +43,7 @@ NAMES = (
     "race",
     "pyro_examples",
     "restricted_boltzmann",
+    "scale",
     "sparse_coding",
     "speed",
     "undirected",

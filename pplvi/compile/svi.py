@@ -107,7 +107,7 @@ class CompiledSVI:
         chunk: Count = 100,
         exchange: Exchange | None = None,
     ) -> None:
-        _check_options(mode, last_batch)
+        check_last_batch(last_batch)
         self.model, self.guide, self.optim, self.mode = model, guide, optim, mode
         self.loss, self.exchange = own_loss(loss), exchange or Exchange()
         self.schedule, self.clip, self.last_batch, self.chunk = schedule, clip, last_batch, chunk
@@ -394,9 +394,3 @@ class CompiledSVI:
     def buffers(self) -> dict[str, Tensor]:
         """Buffers of the modules behind model, guide and loss, which steps may change in place."""
         return buffers_of(model=self.model, guide=self.guide, loss=self.loss)
-
-
-def _check_options(mode: Any, last_batch: Any) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: expected one of {MODES}.")
-    check_last_batch(last_batch)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pplvi.posterior.draws import Draws
 from pplvi.programs.randomness import of_all
@@ -74,19 +73,18 @@ def _widest_of_draw(make: Callable[[int], Any]) -> int:
     return (found[2] - found[1]) // (_FEW[1] - _FEW[0])
 
 
-class _Widest(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation makes."""
+class _Widest(TorchFunctionMode):
+    """Bytes of the largest tensor that a function makes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor):
-            self.bytes = max(self.bytes, found.untyped_storage().nbytes())
+        if isinstance(found, Tensor) and func.__name__ not in _NOTHING:
+            whole = of_all(found)
+            self.bytes = max(self.bytes, whole.numel() * whole.element_size())
         return found
 
 
