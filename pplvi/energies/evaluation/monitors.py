@@ -104,6 +104,7 @@ def chain_mixing(
     return Mixing(float(arviz.rhat(chains)), float(arviz.ess(chains)), float(torch.stack(changed).mean()), trace)
 
 
+@checked
 def inpaint(
     machine: BoltzmannMachine,
     v: Tensor | Values,
