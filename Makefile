@@ -1,4 +1,4 @@
-# A fresh machine needs only Python 3.11 (with venv) and make.
+# A fresh machine needs only Python 3.11 to 3.13 (with venv) and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin

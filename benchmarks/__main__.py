@@ -43,8 +43,10 @@ NAMES = (
     "race",
     "pyro_examples",
     "restricted_boltzmann",
+    "scale",
     "sparse_coding",
     "speed",
+    "undirected",
     "wake_sleep",
 )
 

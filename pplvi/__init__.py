@@ -12,13 +12,20 @@ if TYPE_CHECKING:
     from pplvi.compile import CompiledSVI as CompiledSVI
     from pplvi.energies import BoltzmannELBO as BoltzmannELBO
     from pplvi.energies import BoltzmannMachine as BoltzmannMachine
+    from pplvi.energies import ClassificationBoltzmannMachine as ClassificationBoltzmannMachine
+    from pplvi.energies import ConvolutionalBoltzmannMachine as ConvolutionalBoltzmannMachine
     from pplvi.energies import DeepBeliefNetwork as DeepBeliefNetwork
     from pplvi.energies import DeepBoltzmannMachine as DeepBoltzmannMachine
+    from pplvi.energies import GatedBoltzmannMachine as GatedBoltzmannMachine
     from pplvi.energies import GibbsGuide as GibbsGuide
+    from pplvi.energies import MeanCovarianceMachine as MeanCovarianceMachine
     from pplvi.energies import MeanFieldGuide as MeanFieldGuide
+    from pplvi.energies import MeanProductOfStudents as MeanProductOfStudents
     from pplvi.energies import MultiPrediction as MultiPrediction
     from pplvi.energies import RecognitionGuide as RecognitionGuide
+    from pplvi.energies import RecurrentTemporalMachine as RecurrentTemporalMachine
     from pplvi.energies import RestrictedBoltzmannMachine as RestrictedBoltzmannMachine
+    from pplvi.energies import RNNBoltzmannMachine as RNNBoltzmannMachine
     from pplvi.energies import SparsityPenalty as SparsityPenalty
     from pplvi.energies import TAPGuide as TAPGuide
     from pplvi.energies import UpDown as UpDown
@@ -115,6 +122,13 @@ _HOMES = {
     "CompiledSVI": "compile",
     "BoltzmannELBO": "energies",
     "BoltzmannMachine": "energies",
+    "RNNBoltzmannMachine": "energies",
+    "RecurrentTemporalMachine": "energies",
+    "MeanProductOfStudents": "energies",
+    "MeanCovarianceMachine": "energies",
+    "GatedBoltzmannMachine": "energies",
+    "ConvolutionalBoltzmannMachine": "energies",
+    "ClassificationBoltzmannMachine": "energies",
     "DeepBeliefNetwork": "energies",
     "DeepBoltzmannMachine": "energies",
     "GibbsGuide": "energies",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pyro
 import pyro.distributions as dist
 import torch
@@ -80,6 +81,12 @@ def saved() -> str:
 @cache
 def short_fit() -> Any:
     return pplvi.fit(model, AutoNormal, num_steps=3, seed=0, progress=False)
+
+
+def compared() -> Any:
+    numbers = {"elpd_loo": [-30.0, -32.0], "se": [1.0, 1.1], "elpd_diff": [0.0, -2.0], "dse": [0.0, 0.5]}
+    table = pandas.DataFrame(numbers, index=["flow", "normal"])
+    return table.assign(rank=[0, 1], p_loo=1.0, weight=0.5, warning=False)
 
 
 def step() -> Any:
@@ -172,14 +179,17 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "load path": saved,
     "Minibatches data": lambda: [(Y,)],
     "StateSpace model": lambda: samplers.StateSpace,
-    "DenseCoupling units": lambda: (energies.BernoulliUnits(3), energies.BernoulliUnits(2)),
+    "DenseCoupling widths": lambda: (3, 2),
+    "FactoredCoupling widths": lambda: (3, 2),
+    "PooledUnits shape": lambda: (2, 2),
+    "image": lambda: (1, 4, 4),
     "fit guide": lambda: AutoNormal,
     "calibrate guide": lambda: AutoNormal,
     "Calibration ranks": lambda: {"z": np.arange(20)},
     "Calibration recipe": lambda: "AutoNormal",
     "Calibration prob": lambda: 0.95,
     "Calibration pareto_k": lambda: np.zeros(20),
-    "plot_compare table": lambda: pplvi.compare({"a": draws(), "b": draws()}),
+    "plot_compare table": compared,
     "LISTA num_layers": lambda: 2,
     "MeanField values": lambda: {"h": torch.zeros(4, 2)},
     "MeanField fields": lambda: {"h": torch.zeros(4, 2)},
@@ -240,6 +250,14 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 COUNTS = {"num_steps": 2, "num_visible": 3, "num_hidden": 2, "num_units": 3, "num_categories": 3, "num_codes": 2}
 COUNTS |= {
+    "given": 3,
+    "maps": 2,
+    "filter_size": 3,
+    "num_factors": 2,
+    "num_labels": 2,
+    "num_covariance": 2,
+    "num_mean": 2,
+    "num_state": 2,
     "num_classes": 2,
     "num_draws": 10,
     "num_particles": 2,

@@ -141,9 +141,9 @@ def chosen(count: int, seed: int) -> list[Mutant]:
 
 
 def tests_of(path: str) -> list[str]:
-    """The tests that have to notice."""
+    """The tests that have to notice: the module's own examples first."""
     inside = path.removeprefix("pplvi/")
-    return TESTS[max((prefix for prefix in TESTS if inside.startswith(prefix)), key=len)]
+    return [path, *TESTS[max((prefix for prefix in TESTS if inside.startswith(prefix)), key=len)]]
 
 
 def killed(mutant: Mutant) -> bool:

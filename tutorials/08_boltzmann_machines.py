@@ -65,7 +65,8 @@ plot_filters(rbm, num_filters=30).savefig(OUT / "08_filters.png")
 #
 # Annealed importance sampling goes from a model of independent pixels to the machine. The estimate comes with an
 # interval and an effective sample size, and warns where a few chains dominate. It is too small on average, so that
-# likelihoods come out too high; the RAISE bound beside them is too low.
+# likelihoods come out too high. RAISE beside them needs no log Z: it bounds, from below, the likelihood of the annealed
+# model, the directed one that the walk samples from, which with few temperatures is not quite the machine.
 
 # %%
 estimate = pplvi.annealed_importance_sampling(
@@ -73,7 +74,7 @@ estimate = pplvi.annealed_importance_sampling(
 )
 print(estimate)
 (mean, error), (lower, _) = estimate.log_likelihood, estimate.log_likelihood_bound
-print(f"test log-likelihood {mean:.2f} +- {error:.2f} nats, RAISE bound {lower:.2f}")
+print(f"test log-likelihood {mean:.2f} +- {error:.2f} nats, of the annealed model at least {lower:.2f}")
 
 # %% [markdown]
 # ## A deep Boltzmann machine

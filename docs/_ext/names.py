@@ -89,6 +89,9 @@ def _page(entry: Entry) -> str:
     if entry.kind == "data":
         shown = f"a dictionary of {', '.join(entry.value)}" if isinstance(entry.value, dict) else str(entry.value)
         return f"{_titled(entry.name)}.. py:data:: {entry.path}\n\n   ``{shown.replace('typing.', '')}``\n"
+    first = next(each for each in entries() if each.name == entry.name and each.value is entry.value)
+    if first != entry:
+        return f"{_titled(entry.name)}``{entry.path}`` is {first.role}.\n"
     options = ["   :members:", "   :show-inheritance:"] if entry.kind in ("class", "exception") else []
     options += ["   :members:"] if entry.kind == "module" else []
     found = [f".. auto{entry.kind}:: {entry.path}", *options, ""]

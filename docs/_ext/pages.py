@@ -18,7 +18,6 @@ from sphinx.util import logging
 
 DOCS = Path(__file__).parents[1]
 TUTORIALS = DOCS.parent / "tutorials"
-SHOWN_WHOLE = {"01_first_fit"}  # of the others short loops do for the site
 
 
 def write(folder: Path, written: Iterator[tuple[str, str]]) -> None:
@@ -40,16 +39,15 @@ def notebooks(folder: Path) -> None:
         notebook = jupytext.read(script, fmt="py:percent")
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         jupytext.write(notebook, folder / "_build" / "notebooks" / f"{script.stem}.ipynb")
-        if script.stem not in SHOWN_WHOLE:
-            short = jupytext.reads(
-                "# %% tags=['remove-cell']\nimport os\nos.environ['PPLVI_SMOKE'] = '1'\n", "py:percent"
-            )
-            note = jupytext.reads(
-                "# %% [markdown]\n# *Pictures and numbers of this page are those of short loops; run the script for the"
-                " real ones.*\n",
-                "py:percent",
-            )
-            notebook.cells[:1] = [*short.cells, notebook.cells[0], *note.cells]
+        short = jupytext.reads("# %% tags=['remove-cell']\nimport os\nos.environ['PPLVI_SMOKE'] = '1'\n", "py:percent")
+        note = jupytext.reads(
+            "# %% [markdown]\n# *Pictures and numbers of this page are those of short loops; run the script for the"
+            " real ones.*\n",
+            "py:percent",
+        )
+        notebook.cells[:1] = [*short.cells, notebook.cells[0], *note.cells]
+        for number, cell in enumerate(notebook.cells):
+            cell["id"] = f"cell-{number}"  # else a random one, and every build would read all of them again
         target, text = folder / "tutorials" / f"{script.stem}.ipynb", jupytext.writes(notebook, "ipynb")
         if not target.exists() or target.read_text() != text:
             target.write_text(text)

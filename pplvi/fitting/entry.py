@@ -208,11 +208,11 @@ def fit(
         call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
     unused |= {"init": init, "monitor": monitor, "callbacks": callbacks or None, "compile": compile or None}
-    unused |= {"checkpoint": checkpoint, "resume": resume}
+    unused |= {"checkpoint": checkpoint, "resume": resume, "parallel": None if parallel == "none" else parallel}
     if isinstance(guide, str) and guide == "auto":
         refuse({**unused, "num_steps": num_steps, "num_warmup": num_warmup}, "guide='auto'", "budget, ")
         same: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "dtype": dtype}
-        same["vectorize"] = vectorize
+        same |= {"vectorize": vectorize, "parallel": "none"}
         originals = Originals(model, *call, environment)
         again = partial(fit, args=call[0], kwargs=call[1], progress=progress, **same)
         return select(again, model, originals, BUDGET if budget is None else budget)

@@ -72,6 +72,10 @@ class SearchedStart(Start):
         """Whether a guide finds itself, so that its first run is a search."""
         return isinstance(guide, Search)
 
+    def needs_all_data(self, guide: Program) -> bool:
+        """Whether there is a search, for this guide or for where it starts."""
+        return self.init is not None or self.searches(guide)
+
     def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
         """Give a guide that finds itself what a checkpoint holds of it, so that it does not search again."""
         if self.searches(run.guide) and saved["reason"] == "found":
@@ -124,7 +128,7 @@ class SearchedStart(Start):
 
 def _finish(trainer: Trainer) -> None:
     trainer.run.reason = "found"
-    trainer.good = trainer.capture()
+    trainer.settle()
     if trainer.watch.save is not None:
         trainer.watch.save(trainer)
 

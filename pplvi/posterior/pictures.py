@@ -53,10 +53,11 @@ def plot_predictive(
     elif hasattr(source, "to_arviz"):
         source = source.to_arviz(num_prior=num_draws if prior else 0)
     group = "prior_predictive" if prior else "posterior_predictive"
-    if group not in source:
+    if not hasattr(source, "groups") or group not in source:
         raise ValueError(
-            f"there is no group {group}: expected a model with observed sites, or data that to_arviz() has exported "
-            "with predictions (num_prior=, posterior_predictive=True)."
+            f"there is no group {group} in {type(source).__name__}: expected a fit or posterior of a model with "
+            "observed sites, or data that to_arviz() has exported with predictions (num_prior=, "
+            "posterior_predictive=True)."
         )
     return plot_predictions(source, group, var_names, num_draws, **options)
 
@@ -74,7 +75,7 @@ def plot_compare(table: pandas.DataFrame, **options: Any) -> Any:
     :param table: what :func:`pplvi.compare` has made.
     :param options: other arguments of ``az.plot_compare``.
     :returns: the axes.
-    :raises ValueError: if no fit of the table can be compared.
+    :raises ValueError: for another table, and if no fit of it can be compared.
 
     >>> import pandas
     >>> table = pandas.DataFrame({"elpd_loo": [-30.0, -32.0], "se": [1.0, 1.1]}, index=["flow", "normal"])
@@ -82,6 +83,8 @@ def plot_compare(table: pandas.DataFrame, **options: Any) -> Any:
     >>> [label.get_text().strip() for label in plot_compare(table).get_yticklabels()][:1]
     ['flow']
     """
+    if not {"elpd_loo", "weight"} <= set(getattr(table, "columns", ())):
+        raise ValueError(f"table is {type(table).__name__}: expected the table of pplvi.compare({{...}}).")
     found = table[table["weight"].notna() & table["elpd_loo"].notna()]
     if found.empty:
         raise ValueError(

@@ -209,8 +209,10 @@ def claimed(path: Path) -> Iterator[None]:
 
     The claim is a lock that the system takes back from a process that dies.
 
-    :raises ValueError: if another fit is writing it.
+    :raises ValueError: if another fit is writing it, or there is no such folder.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"checkpoint={str(path)!r}: expected an existing directory, {str(path.parent)!r} is none.")
     lock = path.parent / f".{path.name}.lock"
     with ExitStack() as stack:
         if os.name == "posix":

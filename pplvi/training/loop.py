@@ -69,7 +69,8 @@ class Trainer:
         except KeyboardInterrupt:
             self.run.reason = "interrupted"
             self._read()
-            self._save()
+            if self.good["step"]:  # or else it starts anew, with the random numbers of its start
+                self._save()
         self._read()
 
     def _advance(self) -> Turns:

@@ -34,6 +34,10 @@ class Start:
         """Whether a guide is no guide before :meth:`begin` was called, so that it cannot be tried out."""
         return False
 
+    def needs_all_data(self, guide: Program) -> bool:
+        """Whether a beginning with a share of the data is another beginning."""
+        return self.searches(guide)
+
     def take_back(self, run: Restart, saved: Mapping[str, Any]) -> None:
         """Give a guide what a checkpoint holds of its beginning."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
 from os import fspath
@@ -41,8 +41,14 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
         non-finite.
     """
     plan = replace(plan, checkpoint=_absolute(plan.checkpoint), resume=_absolute(plan.resume))
-    with _claimed(plan):
-        plan.ranks.first(lambda: check_paths(plan))
+    with ExitStack() as held:
+
+        def claim() -> None:
+            if plan.checkpoint is not None:
+                held.enter_context(checkpoint.claimed(Path(plan.checkpoint)))
+            check_paths(plan)
+
+        plan.ranks.first(claim)
         _check_data(plan)
         plan.batches.environment = plan.recipe.environment
         session = _Session(plan, plan.ranks.first(lambda: _read(plan)))
@@ -57,13 +63,6 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
         session.unwritten.runs = session.runs
         raise session.unwritten
     return session.runs
-
-
-def _claimed(plan: TrainingPlan) -> AbstractContextManager[Any]:
-    """Its file is this run's alone, and written by the first rank."""
-    if plan.checkpoint is None or plan.ranks.rank:
-        return nullcontext()
-    return checkpoint.claimed(Path(plan.checkpoint))
 
 
 def _read(plan: TrainingPlan) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pplvi.programs.joint import execute
 from pplvi.programs.running import isolated
-from pplvi.programs.sites import base_distribution, is_deterministic, sample_sites, site_plates
+from pplvi.programs.sites import base_distribution, is_deterministic, latent_sites, sample_sites, site_plates
 from pplvi.training.checkpoint import PathLike, damaged
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.restart import Restart, unobtrusive
@@ -32,8 +33,6 @@ def check_paths(plan: TrainingPlan) -> None:
             f"checkpoint={str(path)!r} exists already and would be overwritten: pass resume={str(path)!r} to continue "
             "it, or another path."
         )
-    if not path.parent.is_dir():
-        raise ValueError(f"checkpoint={str(path)!r}: expected an existing directory, {str(path.parent)!r} is none.")
     if not plan.batches.resumable:
         raise ValueError(
             "checkpoint= needs data that can be gone through again, got a one-shot iterator: expected a DataLoader, "
@@ -79,11 +78,11 @@ def signature(run: Restart, call: Call) -> dict[str, str]:
 
 
 def constants(run: Restart, call: Call) -> dict[str, str]:
-    """The numbers in the model's distributions, by site: those that neither draws nor parameters nor data have moved.
+    """The numbers in the model's priors, by site: those that neither draws nor parameters nor data have moved.
 
     They are what two runs with other draws agree on, where all elements of a distribution have the same.
     """
-    with unobtrusive(run), isolated():
+    with unobtrusive(run), isolated(), torch.enable_grad():
         try:
             traces = [execute(run.model, run.guide, *call).model for _ in range(2)]
         except ValueError:
@@ -91,7 +90,7 @@ def constants(run: Restart, call: Call) -> dict[str, str]:
     found = [
         {
             f"model.{name}.{argument}": value
-            for name, site in sample_sites(trace)
+            for name, site in latent_sites(trace).items()
             if not is_deterministic(site)
             for argument, value in _numbers(base_distribution(site["fn"])).items()
         }

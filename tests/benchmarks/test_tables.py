@@ -203,6 +203,19 @@ def sparse(run: Command, module: ModuleType) -> None:
     assert binary[2]["falls_at_once"] > binary[2]["falls_damped"] > 0
 
 
+def undirected(run: Command, module: ModuleType) -> None:
+    """Machines of all kinds learn something, and their likelihoods lie in their intervals."""
+    tables = run(
+        "--tables labels music images --machines conditional discriminative --frames 20 --betas 4 --share 0.0003"
+    )
+    assert [row["model"].split(",")[0] for row in tables["labels"]] == ["discriminative"]
+    assert all(0 <= row["test error"] <= 1 for row in tables["labels"])
+    for row in tables["music"]:
+        assert row["low"] < row["test nats"] < row["high"]
+        assert row["test nats"] > -88 * math.log(2)
+    assert tables["images"][0]["ms an update"] > 0
+
+
 def directed(run: Command, module: ModuleType) -> None:
     """Exact densities beat independent pixels, a bound is below the exact marginal, moments come nearer than noise."""
     found = run("--only nade made factors dlgm gmmn gan speed --seconds 0.2 --hidden 16 --draws 20 --test-images 50")
@@ -232,6 +245,7 @@ CASES = [
     Case("nested_gradients", "NVI", "rows", 8, nested),
     Case("particle_ways", "vmap / broadcast", "loop", 2, ways),
     Case("pyro_examples", "hmm-7", "rows", 3, examples),
+    Case("undirected", "test error", "tables", 3, undirected),
     Case("wake_sleep", "log p", "rows", 2, wake_sleep),
 ]
 

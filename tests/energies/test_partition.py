@@ -13,6 +13,7 @@ from pplvi.energies import (
     BernoulliUnits,
     BoltzmannMachine,
     DeepBoltzmannMachine,
+    DenseCoupling,
     MeanFieldGuide,
     RestrictedBoltzmannMachine,
     annealed_importance_sampling,
@@ -158,14 +159,14 @@ def test_it_is_a_walk_of_the_annealed_sampler(monkeypatch: pytest.MonkeyPatch) -
 def test_two_products_with_the_weights_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = machines()["rbm"]
     count = 0
-    plain = BoltzmannMachine.contribution
+    plain = DenseCoupling.field
 
     def counted(self: Any, *args: Any) -> Tensor:
         nonlocal count
         count += 1
         return plain(self, *args)
 
-    monkeypatch.setattr(BoltzmannMachine, "contribution", counted)
+    monkeypatch.setattr(DenseCoupling, "field", counted)
     calls = []
     for num_betas in (11, 21):
         count = 0
@@ -226,7 +227,7 @@ def test_the_moment_averaged_path_reaches_the_same_log_z(kind: str) -> None:
 
 def test_knots_have_averaged_moments() -> None:
     machine = with_biases(machines()["rbm"])
-    base = Between(machine, base_fields(machine, None))
+    base = Between(machine, base_fields(machine, None, {}))
     with torch.no_grad():
         (knot,) = averaged_machines(base, 1, 1500)
         mean = {}

@@ -134,6 +134,27 @@ def test_draws_one_at_a_time_for_programs_that_branch() -> None:
     assert posterior.predict(num_samples=4).observed["y"].shape == (4,)
 
 
+def test_hidden_layers_count_in_how_many_draws_one_call_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guide whose network holds a hundred numbers for each that it draws: their memory is bounded too."""
+    monkeypatch.setattr("pplvi.posterior.looking._SMALL", 0)
+    width = 100
+
+    def guide(y):
+        hidden = torch.ones(len(y), width)
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("z", dist.Normal((hidden * shift[..., None]).mean(-1), 1.0))
+
+    def model(y):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(shift, 1.0)), 1.0), obs=y)
+
+    y = torch.zeros(500)
+    posterior = Posterior(model, guide, (y,), num_draws=1000, seed=0)
+    assert posterior._source.chunk * 4 * 4 * width * len(y) <= 100 * 2**20 < 1000 * 4 * 4 * width * len(y)
+
+
 def test_chunks_bound_the_memory_and_keep_everything() -> None:
     sizes = []
 

@@ -41,7 +41,7 @@ def test_readme_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeyp
     (shown,), found = blocks("text"), capsys.readouterr().out
     (said, seen), (says, sees) = words_and_numbers(shown), words_and_numbers(found)
     assert said == says
-    assert np.allclose(seen, sees, rtol=0.1, atol=0.1)  # up to the arithmetic of the processor
+    assert np.allclose(seen, sees, rtol=0.12, atol=0.3)  # up to the Monte Carlo error of 1,000 draws
     for block in others:
         exec(compile(shortened(block), str(README), "exec"), namespace)
     printed = capsys.readouterr()

@@ -253,6 +253,18 @@ def checkpointed(parallel: Any, path: Any = None, dies: bool = False, **options:
     return fitted(model, AutoNormal, parallel, data=loader(5), args=(), num_steps=10, callbacks=watching, **options)
 
 
+def without_plate(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x.float() @ w, 1.0).to_event(1), obs=y.float())
+
+
+def with_factor(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.factor("rows", -(x.float() @ w).square().sum())
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=y.float())
+
+
 def grouped(x, y, rows):
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(y)):

@@ -15,9 +15,13 @@ import pyro
 import pytest
 import torch
 import torch.distributed
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pplvi
 from pplvi.fitting import DataParallel
+from pplvi.programs.state import Environment
+from pplvi.training.parallel.shares import Split, split_of
+from pplvi.training.replicas import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 MAIN = [f"global, {objective}" for objective in ("ELBO", "IWAE", "Renyi", "RWS", "NVI")]
@@ -119,3 +123,27 @@ def test_a_rank_that_is_killed_ends_the_others_with_words(killed):
 
 def test_nothing_past_the_last_checkpoint_is_lost(killed):
     check_same(cases.checkpointed("none", resume=killed[0]), cases.checkpointed("none"))
+
+
+@pytest.mark.parametrize("model", ["rows in one density", "a factor of all rows"])
+def test_what_cannot_be_split_is_refused(model):
+    programs = {"rows in one density": cases.without_plate, "a factor of all rows": cases.with_factor}
+    recipe = Recipe(programs[model], AutoNormal, True, False, Environment())
+    with pytest.raises(ValueError, match=r"no plate|depends on the rows"):
+        split_of(recipe, (cases.ALL, {}))
+
+
+def test_plates_and_parameters_that_grow_with_the_rows_are_found():
+    recipe = Recipe(cases.grouped, AutoDelta, True, False, Environment())
+    assert split_of(recipe, (cases.ALL, {})) == Split(frozenset({"data"}), {"AutoDelta.z": 0})
+
+
+@pytest.mark.parametrize("parallel", ["all", True, 2])
+def test_other_words_are_refused(parallel):
+    with pytest.raises(ValueError, match="parallel="):
+        pplvi.fit(cases.grouped, AutoDelta, args=cases.ALL, parallel=parallel)
+
+
+def test_one_process_takes_the_options_too():
+    alone = cases.fitted(cases.grouped, AutoDelta, "none")
+    check_same(cases.fitted(cases.grouped, AutoDelta, DataParallel(shard=True)), alone)

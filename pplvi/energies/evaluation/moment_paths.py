@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.evaluation.ais_path import Between
+from pplvi.energies.evaluation.ais_path import Between, Levels
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.couplings import DenseCoupling
+from pplvi.types import Values
 
 __all__ = ["Route", "averaged_machines", "base_fields"]
 
@@ -31,30 +33,41 @@ class Route:
     :ivar segments: what lies between neighbours; the first begins at the base-rate model.
     """
 
-    base: Between
-    segments: tuple[Between, ...]
+    base: Levels
+    segments: tuple[Levels, ...]
 
     @classmethod
-    def through(cls, base: Between, knots: Sequence[BoltzmannMachine]) -> Route:
+    def through(cls, base: Levels, knots: Sequence[BoltzmannMachine]) -> Route:
         """The route through some machines; none of them is the geometric path."""
+        if not knots or not isinstance(base, Between):
+            return cls(base, (base,))
         ends = [*knots, base.machine]
-        first = Between(ends[0], base.base)
-        rest = (Between(last, base.base, before) for before, last in pairwise(ends))
+        first = Between(ends[0], base.fields)
+        rest = (Between(last, base.fields, before) for before, last in pairwise(ends))
         return cls(base, (first, *rest))
 
-    def at(self, beta: float) -> tuple[Between, float]:
+    def at(self, beta: float) -> tuple[Levels, float]:
         """The segment of an inverse temperature, and how far along it that is."""
         count = len(self.segments)
         index = min(int(beta * count), count - 1)
         return self.segments[index], min(max(beta * count - index, 0.0), 1.0)
 
-    def levels(self, betas: Iterable[float]) -> tuple[tuple[Between, float], ...]:
+    def levels(self, betas: Iterable[float]) -> tuple[tuple[Levels, float], ...]:
         """The targets of some inverse temperatures."""
         return tuple(self.at(beta) for beta in betas)
 
 
-def base_fields(machine: BoltzmannMachine, base_rate: Tensor | None) -> dict[str, Tensor]:
-    """Fields of the base-rate model: the visible units have the base rates, hidden ones no field."""
+def base_fields(machine: BoltzmannMachine, base_rate: Tensor | None, given: Values) -> dict[str, Tensor]:
+    """Fields of the base-rate model: the visible units have the base rates, hidden ones no field.
+
+    Of a conditional machine they are those of each datum with no weights but from what it is given.
+
+    :raises ValueError: for base rates of another width, or of a conditional machine.
+    """
+    if given and base_rate is not None:
+        raise ValueError("base_rate= of a conditional machine, whose base-rate models are what it is given: leave it.")
+    if given:
+        return {layer: machine.field(layer, given) for layer in machine.layers}
     fields = {layer: torch.zeros_like(machine.bias(layer)) for layer in machine.layers}
     layer, units = machine.visible, machine.layers[machine.visible]
     rate = machine.offset(layer) if base_rate is None else torch.as_tensor(base_rate).to(machine.like())
@@ -81,11 +94,13 @@ def averaged_machines(base: Between, num_knots: int, num_steps: int) -> list[Bol
         raise ValueError(f"knots={(num_knots, num_steps)}: expected numbers of machines and of steps of at least 1.")
     if any(units.num_states != 2 for units in machine.layers.values()):
         raise ValueError("a moment-averaged path between layers that are not all binary: expected Bernoulli units.")
+    if machine.given is not None or not all(isinstance(c, DenseCoupling) for c in machine.couplings.values()):
+        raise ValueError("a moment-averaged path of a machine that is conditional, or whose couplings are not dense.")
     chains = machine.gibbs(machine.draw((_CHAINS,)), _BURN_IN)
     last = _statistics(machine, chains, num_sweeps=_BURN_IN)
-    first = _independent(machine, {layer: torch.sigmoid(f) for layer, f in base.base.items()})
+    first = _independent(machine, {layer: torch.sigmoid(f) for layer, f in base.fields.items()})
     knot, found = _emptied(base), []
-    values = {layer: torch.bernoulli(torch.sigmoid(f).expand(_CHAINS, -1)) for layer, f in base.base.items()}
+    values = {layer: torch.bernoulli(torch.sigmoid(f).expand(_CHAINS, -1)) for layer, f in base.fields.items()}
     for number in range(1, num_knots + 1):
         beta = number / (num_knots + 1)
         wanted = {name: torch.lerp(first[name], last[name], beta) for name in first}
@@ -104,7 +119,7 @@ def _emptied(base: Between) -> BoltzmannMachine:
     """A machine like it, that is the base-rate model."""
     new = copy.deepcopy(base.machine)
     for name, parameter in _parameters(new).items():
-        parameter.copy_(base.base[name] if isinstance(name, str) else torch.zeros_like(parameter))
+        parameter.copy_(base.fields[name] if isinstance(name, str) else torch.zeros_like(parameter))
     return new
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.energy import EnergyModel
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Seed
 from pplvi.programs.state import random_state
+from pplvi.types import Values
 
 __all__ = ["FreeEnergyGap", "Mixing", "chain_mixing", "free_energy_gap", "inpaint"]
 
@@ -28,10 +30,10 @@ class FreeEnergyGap(NamedTuple):
 
 
 @checked
-def free_energy_gap(machine: BoltzmannMachine, training: Tensor, validation: Tensor) -> FreeEnergyGap:
+def free_energy_gap(machine: EnergyModel, training: Tensor | Values, validation: Tensor | Values) -> FreeEnergyGap:
     """How much more likely a machine finds its training data (Hinton 2010, section 6).
 
-    :param training: data that it was trained on, ``(num_data, width)``; some are enough.
+    :param training: data that it was trained on, ``(num_data, width)``, or values by name; some are enough.
     :param validation: data that it was not trained on.
     :raises ValueError: if hidden layers cannot be summed out exactly, or for data outside the support.
 
@@ -41,9 +43,7 @@ def free_energy_gap(machine: BoltzmannMachine, training: Tensor, validation: Ten
     0.0
     """
     with torch.no_grad():
-        seen, unseen = (
-            machine.free_energy(machine.checked(v)[machine.visible]).double() for v in (training, validation)
-        )
+        seen, unseen = (-machine.log_marginal(machine.checked(v)).double() for v in (training, validation))
     error = (seen.var() / len(seen) + unseen.var() / len(unseen)).sqrt()
     return FreeEnergyGap(float(unseen.mean() - seen.mean()), float(error))
 
@@ -65,7 +65,7 @@ class Mixing(NamedTuple):
 
 @checked
 def chain_mixing(
-    machine: BoltzmannMachine,
+    machine: EnergyModel,
     num_chains: Count = 20,
     num_sweeps: Count = 200,
     *,
@@ -76,7 +76,8 @@ def chain_mixing(
 
     :param num_chains: chains, from the base measures.
     :param num_sweeps: Gibbs sweeps of each; at least 4.
-    :param start: where the chains start instead, ``(num_chains, width)`` of every layer: data, or persistent chains.
+    :param start: where the chains start instead, ``(num_chains, width)`` by layer: data, or persistent chains; with
+        ``"given"`` for a conditional machine.
     :param seed: seed of the chains; the process's random state stays as it was.
     :raises ValueError: for fewer than 2 chains or 4 sweeps.
 
@@ -91,12 +92,13 @@ def chain_mixing(
 
     energies, changed = [], []
     with random_state(seed), torch.no_grad():
-        values = dict(machine.draw((num_chains,)) if start is None else start)
+        values = {**machine.draw((num_chains,)), **(start or {})}
         for _ in range(num_sweeps):
             moved = machine.gibbs(values)
             changed.append((moved[machine.visible] != values[machine.visible]).double().mean())
             values = moved
-            energies.append(-machine.log_marginal({layer: values[layer] for layer in machine.classes[0]}))
+            kept = {layer: values[layer] for layer in machine.classes[0]}
+            energies.append(-machine.log_marginal({**kept, **machine.conditions(values)}))
     trace = torch.stack(energies, 1).double()
     chains = trace.cpu().numpy()
     return Mixing(float(arviz.rhat(chains)), float(arviz.ess(chains)), float(torch.stack(changed).mean()), trace)
@@ -104,7 +106,7 @@ def chain_mixing(
 
 def inpaint(
     machine: BoltzmannMachine,
-    v: Tensor,
+    v: Tensor | Values,
     observed: Tensor,
     *,
     num_sweeps: Count = 500,
@@ -113,7 +115,7 @@ def inpaint(
 ) -> Tensor:
     """Mean values of missing visible units given the others, ``(num_data, width)``, by clamped Gibbs sampling.
 
-    :param v: data, ``(num_data, width)``; missing entries may hold anything.
+    :param v: data, ``(num_data, width)``, or values by name; missing entries may hold anything.
     :param observed: which units were seen, ``(num_data, width)`` or ``(width,)``, boolean.
     :param num_sweeps: sweeps of a chain; conditional means are averaged over its second half.
     :param num_draws: chains of each datum.
@@ -126,11 +128,12 @@ def inpaint(
     tensor([[1.0000, 1.0000, 0.5000]])
     """
     layer = machine.visible
-    v = machine.checked(v, observed)[layer]
+    known = machine.checked(v, observed)
+    v = known[layer]
     if num_sweeps < 2:
         raise ValueError(f"num_sweeps={num_sweeps}: expected at least 2.")
     with random_state(seed), torch.no_grad():
-        values = machine.draw((num_draws, len(v)))
+        values = {**machine.draw((num_draws, len(v))), **machine.conditions(known)}
         values[layer] = torch.where(observed, v, values[layer])
         total, count = torch.zeros_like(v), 0
         for sweep in range(num_sweeps):

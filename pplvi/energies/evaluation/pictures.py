@@ -77,6 +77,8 @@ def plot_filters(
 ) -> Figure:
     """Weights between the visible layer and the units of another one as images, the strongest first.
 
+    Of a convolution one image for each map, of the filters' shape.
+
     :param layer: the other layer; the first hidden one unless given.
     :param shape: height and width of the visible layer; square unless given.
     :param num_filters: how many units.
@@ -88,6 +90,6 @@ def plot_filters(
     >>> len(plot_filters(RestrictedBoltzmannMachine(9, 4), num_filters=4, columns=4).axes)
     4
     """
-    weight = machine.weight(machine.visible, layer or machine.hidden[0]).detach().T
+    weight = machine.filters(machine.visible, layer or machine.hidden[0]).detach()
     strongest = weight.norm(dim=1).argsort(descending=True)[:num_filters]
     return plot_images(weight[strongest], shape, columns=columns, symmetric=True)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pplvi.energies.learning.chains import NAMED_CHAINS, Chains, Negative
+from pplvi.energies.learning.chains import NAMED_CHAINS, Chains, Negative, num_data_dims
 from pplvi.energies.learning.statistics import has_statistics, joint_log_densities
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.energy import EnergyModel
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
 from pplvi.energies.machines.training_step import training_step
@@ -34,7 +35,10 @@ from pplvi.types import Program, Values
 
 @dataclass(frozen=True)
 class _Term:
-    """A factor ``exp(-E)`` of a model: its machine, the values it had, and how many copies of log Z it stands for."""
+    """A factor ``exp(-E)`` of a model: its machine, the values it had, and how many copies of log Z it stands for.
+
+    Of a conditional machine, how many of each datum's own, ``(*batch)``.
+    """
 
     machine: EnergyModel
     values: dict[str, Tensor]
@@ -58,7 +62,8 @@ class BoltzmannELBO(Loss):
     :param sweeps: Gibbs sweeps of the chains in a step.
     :param negative: ``"persistent"`` (PCD, SML), ``"contrastive"`` (CD-k), ``"fast"`` (fast PCD), ``"tempered"``
         (parallel tempering), ``"mean_field"`` (mean-field CD), ``"exact"`` (every state, of a tiny machine), or an
-        object of :class:`pplvi.energies.Chains` with options of its own.
+        object of :class:`pplvi.energies.Chains` with options of its own. Conditional machines (``given=``), of which
+        every datum has its own distribution, need ``"contrastive"``, ``"mean_field"`` or ``"exact"``.
     :param num_particles: draws of a guide that does not declare its posterior.
     :param estimator: of the guide's gradient then, as in :class:`pplvi.ELBO`.
     :param offset_rate: least rate at which the offsets of centered machines follow the data and posterior means.
@@ -99,7 +104,9 @@ class BoltzmannELBO(Loss):
         :raises ValueError: if the model has no energy.
         """
         with training_step():
-            if isinstance(guide, FactorisedGuide) and (machine := _own_program(model)) is not None:
+            given = kwargs.get(GIVEN)
+            known = given is None or not given.requires_grad
+            if known and isinstance(guide, FactorisedGuide) and (machine := _own_program(model)) is not None:
                 return self._closed_form(machine, guide, *args, **kwargs)
             run, step = self._positive(model, guide, args, kwargs)
             total = step.scale * _differentiable(self.objective, step).sum()
@@ -131,7 +138,7 @@ class BoltzmannELBO(Loss):
     ) -> Tensor:
         """The loss of a machine's own program, without running it: the same value and gradient at half the cost."""
         machine.announce()
-        observed = machine.checked(v, kwargs.get("mask"))
+        observed = machine.checked(machine.joined(v, kwargs.get(GIVEN)), kwargs.get("mask"))
         with torch.no_grad():
             posterior = guide.factorised(v, size=size, **kwargs)
         data = {**observed, **posterior.means}
@@ -143,10 +150,13 @@ class BoltzmannELBO(Loss):
         self._follow(machine, data)
         scale = data_scale(len(log_data), full_size(len(log_data), size))
         positive = Step.from_proposal(log_data.unsqueeze(0), -posterior.entropy.unsqueeze(0), scale=scale)
-        total = scale * _differentiable(self.objective, positive).sum()
-        negative = self.negative.step(log_draws)
+        negative = self.negative.step(log_draws, num_data_dims(machine, draws))
         (num_data,) = mean_of_ranks(scale * len(log_data))
-        total = total + _share(negative, num_data) * _differentiable(LogPartition(), negative)
+        each = machine.given is not None
+        normaliser = _normalisers(
+            negative, torch.full_like(log_data, scale).detach() if each else scale * len(log_data)
+        )
+        total = scale * _differentiable(self.objective, positive).sum() + normaliser
         return self._reduced(total, num_data)
 
     def _follow(self, machine: EnergyModel, values: Values) -> None:
@@ -174,11 +184,23 @@ class BoltzmannELBO(Loss):
         with own_noise():
             step = self.negative(term.machine, term.values, advance=torch.is_grad_enabled())
         self._follow(term.machine, term.values)
-        (copies,) = mean_of_ranks(term.copies)
-        return _share(step, copies) * _differentiable(LogPartition(), step)
+        return _normalisers(step, term.copies)
 
     def __repr__(self) -> str:
         return f"BoltzmannELBO(negative={self.negative!r})"
+
+
+def _normalisers(step: Step, copies: Any) -> Tensor:
+    """``log Z`` as often as it counts, on all ranks together; of a conditional machine that of each datum of this one.
+
+    :param copies: how many, or how many of each datum.
+    """
+    each = _differentiable(LogPartition(), step)
+    if each.dim():
+        return (copies * each).sum()
+    (mean,) = mean_of_ranks(copies)
+    total: Tensor = _share(step, mean) * each
+    return total
 
 
 def _share(step: Step, copies: Any) -> Any:
@@ -217,8 +239,13 @@ def _energies(run: Run) -> Iterator[_Term]:
     """The energies of a run's model, each with the number of normalisers in its plates, subsample scales included."""
     for site in run.model.nodes.values():
         if site["type"] == "sample" and (machine := site["infer"].get("energy")) is not None:
-            factors = site["fn"].log_factor
+            factors, values = site["fn"].log_factor, site["infer"]["values"]
+            if machine.given is not None:
+                each = torch.ones_like(factors) if site["mask"] is None else site["mask"] * torch.ones_like(factors)
+                each = each.reshape(-1, *values[GIVEN].shape[:-1]).sum(0)
+                yield _Term(machine, values, site["scale"] * each / run.num_particles)
+                continue
             copies = site["scale"] * (factors.numel() / run.num_particles)
             if site["mask"] is not None:
                 copies = copies * torch.as_tensor(site["mask"]).expand(factors.shape).to(factors.dtype).mean()
-            yield _Term(machine, site["infer"]["values"], copies)
+            yield _Term(machine, values, copies)

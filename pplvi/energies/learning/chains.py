@@ -44,21 +44,30 @@ class Chains:
         :param data: values of all layers under the data, ``(*batch, width)``.
         :param advance: keep where the chains go.
         """
-        return self.step(machine.log_marginal(self.move(machine, data, advance)))
+        values = self.move(machine, data, advance)
+        return self.step(machine.log_marginal(values), num_data_dims(machine, values))
 
     def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """Where the chains go: values of all layers but those that are to be summed out, ``(*chains, width)``."""
         raise NotImplementedError
 
-    def step(self, log_density: Tensor) -> Step:
-        """The step of chains with these log densities, ``(*chains)``: draws of the target before and after it."""
-        return Step.equally_weighted(log_density.reshape(-1))
+    def step(self, log_density: Tensor, batch: int = 0) -> Step:
+        """The step of chains with these log densities, ``(*chains)``: draws of the target before and after it.
+
+        :param batch: how many of the last dimensions are data that have distributions of their own.
+        """
+        return Step.equally_weighted(_chains_first(log_density, batch))
 
     def kept(self, machine: EnergyModel, start: Callable[[], Values], prefix: str = "chain") -> dict[str, Tensor]:
         """The chains of a machine, as buffers, one for each layer; made by ``start`` at the first use.
 
-        :raises ValueError: if there are chains of another number or kind.
+        :raises ValueError: if there are chains of another number or kind, or if the machine is conditional.
         """
+        if machine.given is not None:
+            raise ValueError(
+                f"{self} of a machine with given={machine.given}: every datum has its own distribution, and no chain "
+                "goes on from one to another. Use negative='contrastive', or 'exact' for a tiny machine."
+            )
         names = {layer: f"{prefix}_{layer}" for layer in machine.layers}
         if any(not machine.remembers(name) for name in names.values()):
             with preserved_rng():  # a step draws the same numbers whether its chains were there before or not
@@ -83,6 +92,15 @@ def keep(chains: Values, values: Values) -> None:
     with torch.no_grad():
         for layer, value in chains.items():
             value.copy_(values[layer])
+
+
+def num_data_dims(machine: EnergyModel, values: Values) -> int:
+    """Dimensions of the data that have a ``log Z`` each: those of what a conditional machine is given."""
+    return sum(value.dim() - 1 for value in machine.conditions(values).values())
+
+
+def _chains_first(log_density: Tensor, batch: int) -> Tensor:
+    return log_density.reshape(-1, *log_density.shape[log_density.dim() - batch :])
 
 
 def settled(machine: EnergyModel, values: Values) -> dict[str, Tensor]:
@@ -143,13 +161,15 @@ class EveryState(Chains):
         """
         machine = _pairwise(machine, self)
         listed = machine.to_enumerate(tuple(machine.layers))
-        parts = list(machine.states(listed, machine.like()))
-        return {layer: torch.cat([part[layer] for part in parts]) for layer in listed}
+        parts, given = list(machine.states(listed, machine.like())), machine.conditions(data)
+        apart = [1] * num_data_dims(machine, given)
+        states = {layer: torch.cat([part[layer] for part in parts]) for layer in listed}
+        return {**{n: s.reshape(len(s), *apart, s.shape[-1]) for n, s in states.items()}, **given}
 
-    def step(self, log_density: Tensor) -> Step:
+    def step(self, log_density: Tensor, batch: int = 0) -> Step:
         """The step of states that are weighted by their probability."""
-        weight = log_density.detach().reshape(-1)
-        return replace(super().step(log_density), log_weight_in=weight, log_weight=weight)
+        weight = _chains_first(log_density.detach(), batch)
+        return replace(super().step(log_density, batch), log_weight_in=weight, log_weight=weight)
 
 
 @checked
@@ -166,7 +186,7 @@ class ContrastiveDivergence(Chains):
     def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
         """One step of ``sweeps`` sweeps from the data."""
         v = data[machine.visible].detach()
-        start = {**machine.draw(tuple(v.shape[:-1])), machine.visible: v}
+        start = {**machine.draw(tuple(v.shape[:-1])), machine.visible: v, **machine.conditions(data)}
         start = machine.gibbs(start, 1 if len(machine.hidden) == 1 else self.sweeps, clamped=(machine.visible,))
         return settled(machine, machine.gibbs(start, self.sweeps))
 
@@ -192,7 +212,7 @@ class MeanFieldContrastiveDivergence(Chains):
             for _ in range(self.sweeps):
                 for layer in (layer for group in machine.classes for layer in group):
                     values[layer] = machine.layers[layer].mean(machine.field(layer, values))
-        return settled(machine, values)
+        return settled(machine, {**values, **machine.conditions(data)})
 
 
 @checked
@@ -205,6 +225,8 @@ class TemperedChains(Chains):
 
     :ivar num_temperatures: number of inverse temperatures, evenly spaced from ``lowest`` to 1.
     :ivar lowest: the smallest inverse temperature.
+
+    Real units have no distribution at ``beta = 0``: machines that have such need ``lowest`` above 0.
 
     Source: Swendsen & Wang (1986); Desjardins et al. (2010); Cho, Raiko & Ilin (2010).
     """
@@ -220,7 +242,15 @@ class TemperedChains(Chains):
         return torch.linspace(self.lowest, 1.0, self.num_temperatures, dtype=like.dtype, device=like.device)
 
     def move(self, machine: EnergyModel, data: Values, advance: bool) -> dict[str, Tensor]:
-        """One step of ``sweeps`` sweeps and an exchange."""
+        """One step of ``sweeps`` sweeps and an exchange.
+
+        :raises ValueError: for units with a continuum of values, if the lowest inverse temperature is 0.
+        """
+        if self.lowest == 0 and (real := [n for n, units in machine.layers.items() if units.num_states is None]):
+            raise ValueError(
+                f"tempering down to lowest=0 with layers {real} that have a continuum of values, and no distribution "
+                "there: expected a larger one, such as negative=TemperedChains(lowest=0.5)."
+            )
         chains = self.kept(machine, lambda: machine.draw(self._shape(machine)))
         betas = self.betas(machine.like())
         with torch.no_grad():

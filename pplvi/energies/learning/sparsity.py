@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.convolutional import PooledUnits
+from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.exact_posterior import FactorisedGuide
 from pplvi.energies.machines.training_step import training_step
 from pplvi.energies.machines.units import BernoulliUnits
@@ -24,6 +26,7 @@ class SparsityPenalty(Loss):
 
     A loss to add to another one: ``BoltzmannELBO() + 0.01 * SparsityPenalty(0.1)``. For a machine's own program and a
     guide that declares its factorised posterior; activities are those of a unit given the guide's means of the others.
+    Layers of binary units count, pooled ones too (Lee et al. 2009).
 
     :param target: activity ``rho`` that units are drawn to.
     :raises ValueError: for a target outside (0, 1), or, at the first step, another program or guide.
@@ -43,7 +46,10 @@ class SparsityPenalty(Loss):
         self.target = target
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The penalty, in nats, summed over the hidden Bernoulli units."""
+        """The penalty, in nats, summed over the hidden binary units.
+
+        :raises ValueError: for another program or guide, or hidden layers of other units.
+        """
         machine = getattr(model, "__self__", None)
         if not (isinstance(machine, BoltzmannMachine) and isinstance(guide, FactorisedGuide)):
             raise ValueError(
@@ -53,8 +59,11 @@ class SparsityPenalty(Loss):
         machine.announce()
         with training_step():
             with torch.no_grad():
-                values = {**machine.observed(args[0], kwargs.get("mask")), **guide.factorised(*args, **kwargs).means}
-            layers = [n for n in machine.hidden if isinstance(machine.layers[n], BernoulliUnits)]
+                data = machine.joined(args[0], kwargs.get(GIVEN))
+                values = {**machine.observed(data, kwargs.get("mask")), **guide.factorised(*args, **kwargs).means}
+            layers = [n for n in machine.hidden if isinstance(machine.layers[n], BernoulliUnits | PooledUnits)]
+            if not layers:
+                raise ValueError(f"a sparsity penalty on {machine.hidden}: expected hidden layers of binary units.")
             return torch.stack([self._penalty(machine, layer, values) for layer in layers]).sum()
 
     def _penalty(self, machine: BoltzmannMachine, layer: str, values: dict[str, Tensor]) -> Tensor:

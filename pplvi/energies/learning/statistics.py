@@ -15,15 +15,24 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.training_step import active_step
 from pplvi.types import Values
 
+_PRODUCTS = ("log_density", "field", "contributions", "log_marginal", "energy", "bias", "weight", "coupling")
+
 
 def has_statistics(machine: Any) -> bool:
-    """Whether all that a machine learns are weights and biases."""
-    return isinstance(machine, BoltzmannMachine) and not any(
-        True for units in machine.layers.values() for _ in units.parameters()
-    )
+    """Whether all that a machine learns are weights and biases that it uses as :class:`BoltzmannMachine` does.
+
+    Not of a subclass with products or parameters of its own: its gradient is that of automatic differentiation.
+    """
+    if not isinstance(machine, BoltzmannMachine):
+        return False
+    own = all(getattr(type(machine), name) is getattr(BoltzmannMachine, name) for name in _PRODUCTS)
+    declared = own and all(coupling.has_statistics for coupling in machine.couplings.values())
+    learned = {id(p) for p in (*machine.edges().values(), *machine.biases().values())}
+    return declared and all(id(p) in learned for p in machine.parameters())
 
 
 def joint_log_densities(machine: BoltzmannMachine, batches: Sequence[Values]) -> list[Tensor]:
@@ -37,7 +46,7 @@ def joint_log_densities(machine: BoltzmannMachine, batches: Sequence[Values]) ->
     parameters = _parameters(machine)
     if not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())):
         return densities
-    joint, statistics = torch.cat([d.reshape(-1) for d in densities]), Statistics(machine, [v for _, v in found])
+    joint, statistics = torch.cat([d.reshape(-1) for d in densities]), Statistics(machine, found)
     joint = _Densities.apply(joint, statistics, tuple(parameters), *parameters.values())
     parts = joint.split([d.numel() for d in densities])
     return [part.reshape(d.shape) for part, d in zip(parts, densities, strict=True)]
@@ -45,8 +54,8 @@ def joint_log_densities(machine: BoltzmannMachine, batches: Sequence[Values]) ->
 
 def _completed(machine: BoltzmannMachine, values: Values) -> tuple[Tensor, dict[str, Tensor]]:
     """``log_marginal`` of values, and the values with the conditional means of what they lack."""
-    fields = {n: machine.field(n, values) for n in machine.layers if n not in values}
     density = machine.log_density(values)
+    fields = {n: machine.field(n, values) for n in machine.layers if n not in values}
     for layer, field in fields.items():
         density = density + machine.layers[layer].log_partition(field)
     return density, {**values, **{n: machine.layers[n].mean(field) for n, field in fields.items()}}
@@ -64,22 +73,27 @@ class Statistics:
     :mod:`pplvi.energies.machines.training_step`, and without offsets the plain one.
     """
 
-    def __init__(self, machine: BoltzmannMachine, batches: Sequence[Values]) -> None:
+    def __init__(self, machine: BoltzmannMachine, batches: Sequence[tuple[Tensor, Values]]) -> None:
         self.machine = machine
         self.offsets = {n: machine.offset(n).clone() for n in machine.layers} if machine.centered else None
         with torch.no_grad():
-            self.values = {n: self._around(n, [values[n] for values in batches]) for n in machine.layers}
+            shapes = [density.shape for density, _ in batches]
+            names = (*machine.layers, *machine.conditions(batches[0][1]))
+            self.values = {n: self._around(n, [values[n] for _, values in batches], shapes) for n in names}
 
-    def _around(self, layer: str, values: Sequence[Tensor]) -> Tensor:
-        rows = torch.cat([v.reshape(-1, v.shape[-1]) for v in values])
-        return rows if self.offsets is None else rows.sub_(self.offsets[layer])
+    def _around(self, layer: str, values: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> Tensor:
+        wide = [v.expand(*shape, v.shape[-1]) for v, shape in zip(values, shapes, strict=True)]
+        rows = torch.cat([v.reshape(-1, v.shape[-1]) for v in wide])
+        return rows if self.offsets is None or layer == GIVEN else rows.sub_(self.offsets[layer])
 
     def add_to(self, gradients: dict[Any, Tensor], weight: Tensor) -> None:
         """Add the gradients for these weights of the data, ``(total size,)``, in place where there are some."""
         self._add_weights(gradients, weight)
-        for layer, value in self.values.items():
+        for layer in self.machine.layers:
+            value = self.values[layer]
             own = weight if self.offsets is None else weight - weight * self._reach(layer, self.offsets)
-            _add(gradients, layer, own @ value)
+            shared = self.machine.layers[layer].num_biases
+            _add(gradients, layer, (own @ value).reshape(shared, -1).sum(-1))
 
     def _add_weights(self, gradients: dict[Any, Tensor], weight: Tensor) -> None:
         weighted = {b: self.values[b] * weight.unsqueeze(-1) for _, b in self.machine.connections}

@@ -12,19 +12,28 @@ layers that are independent given the others).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pplvi.energies.machines.couplings import DenseCoupling, Edge, Products, check_graph, colour_classes
+from pplvi.energies.machines.couplings import (
+    GIVEN,
+    Coupling,
+    DenseCoupling,
+    Edge,
+    Products,
+    check_centering,
+    check_graph,
+    colour_classes,
+)
 from pplvi.energies.machines.energy import Clamped, EnergyModel
 from pplvi.energies.machines.training_step import active_step
 from pplvi.energies.machines.units import Beta, Units, check_beta
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Natural, NonNegative, Positive
+from pplvi.kinds.kinds import Count, Natural, NonNegative, Positive
 from pplvi.types import Values
 
 MAX_BITS = 20
@@ -45,7 +54,10 @@ class BoltzmannMachine(EnergyModel):
     :param centered: give training the centered gradient, with offsets that follow the data and posterior means.
     :param name: prefix of the parameters' names: machines that live in one parameter store need names of their own.
     :param init_scale: standard deviation of the weights at the start.
-    :raises ValueError: for connections of unknown layers, given twice, or without a normalisable energy.
+    :param given: width of what the machine is conditional on, which has weights to the layers that ``connections`` pair
+        with ``"given"``, or to all layers. Every datum has its own ``log Z`` then. It is not centered.
+    :raises ValueError: for connections of unknown layers, given twice, or without a normalisable energy; for centered
+        ones that are not dense.
 
     Source: Ackley, Hinton & Sejnowski (1985); Salakhutdinov & Hinton (2009); Montavon & Mueller (2012) for centering.
 
@@ -58,30 +70,39 @@ class BoltzmannMachine(EnergyModel):
     def __init__(
         self,
         layers: Mapping[str, Units],
-        connections: Sequence[Edge],
+        connections: Sequence[tuple[str, str] | Coupling],
         *,
         centered: bool = True,
         name: str = "",
         init_scale: NonNegative = 0.01,
+        given: Count | None = None,
     ) -> None:
-        check_graph(layers, connections)
-        super().__init__(layers, centered=centered, name=name)
-        self.connections: tuple[Edge, ...] = tuple((a, b) for a, b in connections)
+        super().__init__(layers, centered=centered, name=name, given=given)
+        couplings = list(connections)
+        if given is not None and not any(GIVEN in _edge(connection) for connection in couplings):
+            couplings += [(GIVEN, layer) for layer in layers]
+        self.connections = tuple(_edge(connection) for connection in couplings)
+        check_graph(layers, self.connections, given)
+        widths = {GIVEN: given or 0, **{layer: units.width for layer, units in layers.items()}}
+        self.couplings = {_edge(c): _coupling(c, widths) for c in couplings}
+        check_centering(self.couplings, centered)
         for layer, units in layers.items():
-            self.register_parameter(f"bias_{layer}", torch.nn.Parameter(torch.zeros(units.width)))
-        self.couplings = {(a, b): DenseCoupling((a, b), (layers[a], layers[b])) for a, b in self.connections}
-        for (a, b), coupling in self.couplings.items():
-            self.register_parameter(f"weight_{a}_{b}", torch.nn.Parameter(coupling.start(init_scale)))
+            self.register_parameter(f"bias_{layer}", torch.nn.Parameter(torch.zeros(units.num_biases)))
+        for edge, coupling in self.couplings.items():
+            self.register_parameter(f"weight_{'_'.join(edge)}", torch.nn.Parameter(coupling.start(init_scale)))
         self.classes = colour_classes(tuple(layers), self.connections)
 
     # ------------------------------------------------------------------ parameters
 
     def edges(self) -> dict[Edge, Tensor]:
-        """Weights by pair of layers, ``(width, width)``; of a lateral pair only the upper triangle counts."""
-        return {(a, b): self._raw(f"weight_{a}_{b}") for a, b in self.connections}
+        """Parameters of the couplings by their layers: weights ``(width, width)``, of a lateral pair an upper triangle.
+
+        Other couplings than :class:`DenseCoupling` have parameters of other shapes.
+        """
+        return {edge: self._raw(f"weight_{'_'.join(edge)}") for edge in self.connections}
 
     def biases(self) -> dict[str, Tensor]:
-        """Biases by layer, ``(width,)``."""
+        """Parameters of the biases by layer, ``(num_biases,)``: of most units ``(width,)``."""
         return {layer: self._raw(f"bias_{layer}") for layer in self.layers}
 
     def _raw(self, name: str) -> Tensor:
@@ -90,17 +111,28 @@ class BoltzmannMachine(EnergyModel):
     def bias(self, layer: str) -> Tensor:
         """Biases of a layer, ``(width,)``."""
         step = active_step()
-        return self._raw(f"bias_{layer}") if step is None else step.live(self).parameters[layer]
+        bias = self._raw(f"bias_{layer}") if step is None else step.live(self).parameters[layer]
+        shared = self.layers[layer].width // len(bias)
+        return bias if shared == 1 else bias.unsqueeze(-1).expand(-1, shared).reshape(-1)
 
     def weight(self, a: str, b: str) -> Tensor:
         """Weights from layer to layer, ``(width of a, width of b)``.
 
         :raises ValueError: if they are not connected.
         """
-        coupling = self._coupling(a, b)
+        coupling = self.coupling(a, b)
         return coupling.weight(a, self._weight(coupling.edge))
 
-    def _coupling(self, a: str, b: str) -> DenseCoupling:
+    def filters(self, a: str, b: str) -> Tensor:
+        """What each unit of layer ``b`` (each map, of a convolution) looks at in layer ``a``, ``(num_units, size)``."""
+        coupling = self.coupling(a, b)
+        return coupling.filters(self._weight(coupling.edge))
+
+    def coupling(self, a: str, b: str) -> Coupling:
+        """The coupling of two layers.
+
+        :raises ValueError: if they are not connected.
+        """
         found = self.couplings.get((a, b)) or self.couplings.get((b, a))
         if found is None:
             raise ValueError(f"layers {a!r} and {b!r} are not connected: expected one of {list(self.connections)}.")
@@ -108,7 +140,7 @@ class BoltzmannMachine(EnergyModel):
 
     def _weight(self, edge: Edge) -> Tensor:
         step = active_step()
-        return self._raw(f"weight_{edge[0]}_{edge[1]}") if step is None else step.live(self).parameters[edge]
+        return self._raw(f"weight_{'_'.join(edge)}") if step is None else step.live(self).parameters[edge]
 
     @checked
     def limit_norms(self, limit: Positive) -> None:
@@ -127,8 +159,9 @@ class BoltzmannMachine(EnergyModel):
 
     def neighbours(self, layer: str) -> tuple[str, ...]:
         """Layers that a layer is connected with, itself among them where there are lateral connections."""
-        pairs = [(a, b) if a == layer else (b, a) for a, b in self.connections if layer in (a, b)]
-        return tuple(b for _, b in pairs)
+        pulls = (coupling.others(layer) for edge, coupling in self.couplings.items() if layer in edge)
+        near = {other: None for others in pulls for other in self.layers if other in others}
+        return tuple(near)
 
     def is_lateral(self, layer: str) -> bool:
         """Whether a layer is connected with itself."""
@@ -136,13 +169,23 @@ class BoltzmannMachine(EnergyModel):
 
     # ------------------------------------------------------------------ energy and fields
 
-    def contribution(self, source: str, target: str, value: Tensor) -> Tensor:
-        """What values of a layer add to the field of one it is connected with, ``(*batch, width of target)``.
+    def contributions(
+        self, layer: str, values: Values, known: Collection[str] = ()
+    ) -> Iterator[tuple[frozenset[str], Tensor]]:
+        """What couplings add to the field of a layer, ``(*batch, width)``, with the layers whose values make it.
 
-        :raises ValueError: if they are not connected.
+        Couplings that some of the layers have no values of add nothing.
+
+        :param known: layers that are counted elsewhere: couplings with nothing but these are left out.
         """
-        coupling = self._coupling(source, target)
-        return coupling.field(source, value, self._weight(coupling.edge), self._products())
+        for edge, coupling in self.couplings.items():
+            others = coupling.others(layer)
+            if layer in edge and others <= values.keys() and not others <= set(known):
+                statistics = {other: self._statistic(other, values[other]) for other in others}
+                yield others, coupling.field(layer, statistics, self._weight(edge), self._products())
+
+    def _statistic(self, layer: str, value: Tensor) -> Tensor:
+        return value if layer == GIVEN else self.layers[layer].statistic(value)
 
     def _products(self) -> Products | None:
         step = active_step()
@@ -159,20 +202,28 @@ class BoltzmannMachine(EnergyModel):
 
     def log_density(self, values: Values) -> Tensor:
         """Minus the terms of the energy that touch only the given layers, ``(*batch)``, in nats."""
-        total = torch.zeros(())
-        for layer, value in values.items():
-            units = self.layers[layer]
-            total = total + units.statistic(value) @ self.bias(layer) - units.base_energy(value)
-        for (a, b), coupling in self.couplings.items():
-            if a in values and b in values:
-                ends = values[a], values[b]
-                total = total - coupling.energy(ends, self._weight(coupling.edge), self._products())
+        total, statistics = torch.zeros(()), self.conditions(values)
+        for layer in (layer for layer in values if layer in self.layers):
+            units, value = self.layers[layer], values[layer]
+            statistics[layer] = units.statistic(value)
+            total = total + statistics[layer] @ self.bias(layer) - units.base_energy(value)
+        for edge, coupling in self.couplings.items():
+            if statistics.keys() >= set(edge):
+                total = total - coupling.energy(statistics, self._weight(edge), self._products())
         return total
 
     def field(self, layer: str, values: Values) -> Tensor:
         """``b + sum_m phi(s_m) W_ml``, ``(*batch, width)``, of the neighbours among the values."""
-        parts = [self.contribution(other, layer, values[other]) for other in self.neighbours(layer) if other in values]
-        return sum(parts, self.bias(layer))
+        self.conditions(values)
+        return sum((part for _, part in self.contributions(layer, values)), self.bias(layer))
+
+    def with_means(self, values: Values) -> dict[str, Tensor]:
+        """Values with the means of the other layers, where these are independent given them; without gradient."""
+        missing = [layer for layer in self.layers if layer not in values]
+        if not self._independent(missing):
+            return dict(values)
+        with torch.no_grad():
+            return {**values, **{n: self.layers[n].mean(self.field(n, values)) for n in missing}}
 
     def conditional(self, layer: str, values: Values, beta: Beta = 1.0) -> Any:
         """Distribution of a layer given the others, a ``TorchDistribution`` with one event dimension.
@@ -241,7 +292,7 @@ class BoltzmannMachine(EnergyModel):
         return sum((self.layers[layer].log_states for layer in layers), 0.0)
 
     def _independent(self, layers: Sequence[str]) -> bool:
-        return not any(a in layers and b in layers for a, b in self.connections)
+        return not any(sum(name in layers for name in edge) > 1 for edge in self.connections)
 
     def states(self, layers: Sequence[str], like: Tensor) -> Iterator[dict[str, Tensor]]:
         """All states of some layers together, some thousands at a time, ``(num_states, width)`` by layer.
@@ -257,16 +308,17 @@ class BoltzmannMachine(EnergyModel):
                 index = index // count
             yield states
 
-    def free_energy(self, v: Tensor, beta: Beta = 1.0) -> Tensor:
+    def free_energy(self, v: Tensor, beta: Beta = 1.0, *, given: Tensor | None = None) -> Tensor:
         """``F(v) = -log sum_h exp(-beta E(v, h))``, ``(*batch)``, in nats."""
-        return -self.log_marginal({self.visible: v}, beta)
+        return -self.log_marginal({self.visible: v, **({} if given is None else {GIVEN: given})}, beta)
 
-    def log_partition(self, beta: Beta = 1.0) -> Tensor:
+    def log_partition(self, beta: Beta = 1.0, *, given: Tensor | None = None) -> Tensor:
         """``log Z``, exact, in nats (float64): the smaller side is enumerated, the other summed out.
 
+        :param given: what a conditional machine is given, ``(*batch, given)``, of which each has its own ``log Z``.
         :raises ValueError: if the smaller side has more than 20 bits.
         """
-        return self.log_marginal({}, beta)
+        return self.log_marginal({} if given is None else {GIVEN: given}, beta)
 
     # ------------------------------------------------------------------ Gibbs sampling
 
@@ -318,3 +370,14 @@ class BoltzmannMachine(EnergyModel):
             drawn = units.sample((outer[..., i] + value @ inner[:, i]).unsqueeze(-1), beta).squeeze(-1)
             value[..., i] = drawn if held is None else torch.where(held[..., i], value[..., i], drawn)
         return value
+
+
+def _edge(connection: tuple[str, str] | Coupling) -> Edge:
+    return connection.edge if isinstance(connection, Coupling) else (connection[0], connection[1])
+
+
+def _coupling(connection: tuple[str, str] | Coupling, widths: Mapping[str, int]) -> Coupling:
+    if isinstance(connection, Coupling):
+        return connection
+    a, b = connection
+    return DenseCoupling((a, b), (widths[a], widths[b]))

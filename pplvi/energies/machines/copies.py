@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pplvi.energies.machines.units import BernoulliUnits, Beta, GaussianUnits, Units
@@ -41,11 +40,6 @@ class CopiedUnits(Units):
         """Bits of all copies."""
         return self.copies * self.units.log_states
 
-    @property
-    def is_plain(self) -> bool:
-        """That of one layer."""
-        return self.units.is_plain
-
     def statistic(self, value: Tensor) -> Tensor:
         """That of one layer: linear, so that it is the sum of the copies'."""
         return self.units.statistic(value)
@@ -71,26 +65,6 @@ class CopiedUnits(Units):
     def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """That of one layer, times the number of copies."""
         return self.copies * self.units.log_partition(field, beta)
-
-    def entropies(self, mean: Tensor) -> Tensor:
-        """Refused: what copies make of their sum is known for all units together.
-
-        :raises ValueError: always.
-        """
-        raise ValueError("copies of a layer are observed together or not at all: expected no mask of them.")
-
-    def mean_entropy(self, mean: Tensor) -> Tensor:
-        """Entropy of all copies, less what :meth:`base_energy` counts at the mean."""
-        one = mean / self.copies
-        own = self.units.mean_entropy(one) - self.units.base_energy(one)
-        return self.copies * own + self.base_energy(mean)
-
-    def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
-        """The distribution of the sum under a field.
-
-        :raises ValueError: sums of copies have no distribution object; copies serve for training by layers.
-        """
-        raise ValueError("copies of a layer are for training by BoltzmannELBO with factorised guides: use sample().")
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Sum of draws of the base measure."""

@@ -15,6 +15,7 @@ import torch
 from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
+from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.machines.training_step import Reminder, active_step
 from pplvi.energies.machines.units import Units
@@ -37,14 +38,18 @@ class EnergyModel(PyroModule):
     :param layers: units by name, bottom to top; the first is the visible one.
     :param centered: whether training centers the gradient.
     :param name: prefix of the parameters' names.
+    :param given: width of what the machine is conditional on, the values named ``"given"``; none by default.
+    :raises ValueError: for a width below 1.
     """
 
     classes: tuple[tuple[str, ...], ...]
 
-    def __init__(self, layers: Mapping[str, Units], *, centered: bool, name: str) -> None:
+    def __init__(self, layers: Mapping[str, Units], *, centered: bool, name: str, given: int | None = None) -> None:
         super().__init__(name)
         self.layers: dict[str, Units] = dict(layers)
-        self.centered = centered
+        if given is not None and (not isinstance(given, int) or given < 1):
+            raise ValueError(f"given={given!r}: expected the width of what the machine is conditional on, or None.")
+        self.given, self.centered = given, centered
         self._warned = False
         for layer, units in layers.items():
             setattr(self, f"units_{layer}", units)
@@ -69,12 +74,14 @@ class EnergyModel(PyroModule):
     def move_offsets(self, values: Values, rate: float) -> None:
         """Move the offsets towards the mean statistics of data and their posterior means, in place.
 
-        ``c <- (1 - r) c + r mean``, with ``r`` the larger of the rate and one over the number of moves.
+        ``c <- (1 - r) c + r mean``, with ``r`` the larger of the rate and one over the number of moves. Layers that
+        have no values stay where they are.
         """
         with torch.no_grad():
             count = self.kept("offset_count").add_(1)
             weight = torch.clamp(1 / count, min=rate)
-            for layer, units in self.layers.items():
+            for layer in self.layers.keys() & values.keys():
+                units = self.layers[layer]
                 mean = data_mean(units.statistic(values[layer]).reshape(-1, units.width).mean(0))
                 self.offset(layer).lerp_(mean, weight.to(mean.dtype))
 
@@ -115,6 +122,26 @@ class EnergyModel(PyroModule):
         """A tensor of the dtype and on the device of the parameters."""
         return next(self.parameters())
 
+    def conditions(self, values: Values) -> dict[str, Tensor]:
+        """What the machine is given, ``(*batch, given)``, by the name ``"given"``; nothing if it is not conditional.
+
+        :raises ValueError: if it is conditional and the values lack it, or have it for a machine that is not.
+        """
+        if self.given is None and GIVEN not in values:
+            return {}
+        if self.given is None or GIVEN not in values:
+            raise ValueError(
+                f"{type(self).__name__} with given={self.given} got values of {sorted(values)}: expected "
+                + (f"{GIVEN!r} among them, (*batch, {self.given})." if self.given else f"no {GIVEN!r} among them.")
+            )
+        return {GIVEN: values[GIVEN]}
+
+    def joined(self, v: Tensor | Values | None, given: Tensor | None) -> Tensor | Values | None:
+        """Data and what they are given as values by name."""
+        if given is None:
+            return v
+        return {**({} if v is None else {self.visible: v} if isinstance(v, Tensor) else v), GIVEN: given}
+
     def draw(self, shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
         """A start for Gibbs sampling: values of all layers, ``(*shape, width)``, from the base measures."""
         return {layer: units.uniform(shape, self.like()) for layer, units in self.layers.items()}
@@ -131,6 +158,7 @@ class EnergyModel(PyroModule):
         mask: Mask = None,
         size: int | None = None,
         num_draws: int = 1,
+        given: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The machine as a Pyro program: plate ``"data"``, a site for every layer, and the factor ``exp(-E)``.
 
@@ -142,16 +170,53 @@ class EnergyModel(PyroModule):
             their values in every draw; what ``v`` has in the place of missing ones, such as NaN, is not looked at.
         :param size: how many data there are, if ``v`` is a minibatch of them.
         :param num_draws: size of the plate without data; the layers are drawn by Gibbs sampling then.
+        :param given: what a conditional machine is given, ``(num_data, given)``; or ``"given"`` among the values.
         :returns: values of all layers.
         :raises ValueError: for values outside the support, or of another shape or dtype; for masks without values.
         """
         self.announce()
-        observed = self.checked(v, mask)
+        observed = self.checked(self.joined(v, given), mask)
         count = next((len(value) for value in observed.values()), num_draws)
         with data_plate(count, size):
             values = self.sites(count, observed, mask)
             self.energy_site("energy", values)
         return values
+
+    @pyro_method
+    def marginal(self, v: Tensor | Values, *, size: int | None = None, given: Tensor | None = None) -> None:
+        """The same program with the layers that are not given summed out: the factor is ``exp(-F(v))``.
+
+        Nothing is latent, so that its guide is :meth:`marginal_guide`, which samples nothing, and whatever units hidden
+        layers have, the gradient is exact.
+
+        :param v: values of the visible layer, or of several layers by name.
+        :param size: how many data there are, if ``v`` is a minibatch of them.
+        :param given: what a conditional machine is given, ``(num_data, given)``.
+        :raises ValueError: as :meth:`model` does, and if layers cannot be summed out exactly.
+
+        >>> import pyro, pplvi
+        >>> rbm = pplvi.RestrictedBoltzmannMachine(3, 2, hidden="gaussian", init_scale=0.1)
+        >>> loss = pplvi.BoltzmannELBO(num_chains=10, sweeps=1)
+        >>> svi = pyro.infer.SVI(rbm.marginal, rbm.marginal_guide, pyro.optim.SGD({"lr": 0.1}), loss)
+        >>> losses = [svi.step(torch.ones(5, 3)) for _ in range(3)]
+        """
+        self.announce()
+        observed = self.checked(self.joined(v, given))
+        count = len(next(iter(observed.values())))
+        with data_plate(count, size):
+            for layer in reversed(self.layers):
+                if layer in observed:
+                    measure = BaseMeasure(self.layers[layer], (count,), self.like(), checked=layer)
+                    pyro.sample(layer, measure, obs=observed[layer])
+            self.energy_site("energy", self.with_means(observed), self.log_marginal(observed))
+
+    @staticmethod
+    def marginal_guide(*args: Any, **kwargs: Any) -> None:
+        """The guide of :meth:`marginal`, which has no latent sites."""
+
+    def with_means(self, values: Values) -> dict[str, Tensor]:
+        """Values with the means of layers that are independent given them, without gradient; here, none."""
+        return dict(values)
 
     def observed(self, v: Tensor | Values | None, mask: Mask = None) -> dict[str, Tensor]:
         """Observed layers by name, ``(*batch, width)``, with a value of the support where a unit is missing.
@@ -162,6 +227,10 @@ class EnergyModel(PyroModule):
         """
         given = {} if v is None else {self.visible: v} if isinstance(v, Tensor) else dict(v)
         for layer, value in given.items():
+            if layer == GIVEN and self.conditions(given):
+                if value.dim() == 0 or value.shape[-1] != self.given:
+                    raise ValueError(f"given of shape {tuple(value.shape)}: expected (*batch, {self.given}).")
+                continue
             if layer not in self.layers:
                 raise ValueError(f"values of an unknown layer {layer!r}: expected some of {list(self.layers)}.")
             self.layers[layer].check_width(value, layer)
@@ -180,8 +249,8 @@ class EnergyModel(PyroModule):
         :raises ValueError: then, where torch's validation is on, and as :meth:`observed` does.
         """
         given = self.observed(v, mask)
-        for layer, value in given.items():
-            self.layers[layer].validate(value, layer)
+        for layer in self.layers.keys() & given.keys():
+            self.layers[layer].validate(given[layer], layer)
         return given
 
     def masks(self, mask: Mask, given: Values) -> dict[str, Tensor]:
@@ -192,6 +261,8 @@ class EnergyModel(PyroModule):
         found = {} if mask is None else {self.visible: mask} if isinstance(mask, Tensor) else dict(mask)
         if without := sorted(found.keys() - given.keys()):
             raise ValueError(f"a mask without data: expected values of the layers {without} that it belongs to.")
+        if GIVEN in found:
+            raise ValueError(f"a mask of {GIVEN!r}: expected one of layers, what a machine is given has to be known.")
         for layer, known in found.items():
             shape = tuple(given[layer].shape)
             if known.dtype != torch.bool or known.dim() > len(shape) or not _broadcasts(known.shape, shape):
@@ -207,8 +278,7 @@ class EnergyModel(PyroModule):
         Sites that a guide or an observation does not supply are drawn from what is known by then: given the layers
         above, or, at the top, by Gibbs sampling from nothing. Of partly observed layers only what is missing is.
         """
-        values: dict[str, Tensor] = {}
-        masks = self.masks(mask, observed)
+        values, masks = self.conditions(observed), self.masks(mask, observed)
         for layer in reversed(self.layers):
             given, known = observed.get(layer), masks.get(layer)
             pinned = None if known is None or given is None else (known, given)
@@ -223,9 +293,12 @@ class EnergyModel(PyroModule):
             values[layer] = torch.where(*pinned, value) if pinned else value
         return values
 
-    def energy_site(self, name: str, values: Values) -> None:
-        """The factor ``exp(-E)`` at given values, as a site that tells objectives which machine it belongs to."""
-        density = -self.energy(values)
+    def energy_site(self, name: str, values: Values, density: Tensor | None = None) -> None:
+        """The factor ``exp(-E)`` at given values, as a site that tells objectives which machine it belongs to.
+
+        :param density: the log of the factor, if it is another one, such as with layers summed out.
+        """
+        density = -self.energy(values) if density is None else density
         if active_step() is None and density.requires_grad:
             live = [p for p in self.parameters() if p.requires_grad]
             density = density + Reminder.apply(self._remind, density.detach(), *live)
@@ -285,12 +358,12 @@ class _LayerDraw:
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         machine = self.machine
         held = {n: v.detach().expand(*shape, v.shape[-1]) for n, v in self.above.items()}
-        start, clamped = {**machine.draw(shape), **held}, dict.fromkeys(held)
+        start, clamped = {**machine.draw(shape), **held}, dict.fromkeys(held.keys() - {GIVEN})
         if self.pinned is not None:
             start[self.layer] = torch.where(*self.pinned, start[self.layer])
             clamped[self.layer] = self.pinned[0]
         with torch.no_grad():
-            if set(machine.layers) == {*held, self.layer}:
+            if set(machine.layers) == {*held, self.layer} - {GIVEN}:
                 return machine.redrawn(self.layer, start, held=clamped.get(self.layer))
             return machine.gibbs(start, self.SWEEPS, clamped=clamped)[self.layer]
 

@@ -7,7 +7,7 @@ energy at the means. A guide with a method ``factorised(*args, **kwargs) -> Fact
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import Mask
+from pplvi.energies.machines.training_step import active_step
 from pplvi.kinds.checked import checked
 from pplvi.programs.plates import data_plate
+from pplvi.types import Values
 
 
 @checked
@@ -27,7 +29,8 @@ class Factorised:
     """A factorised distribution of hidden layers, one for each datum.
 
     :ivar means: mean value of each hidden layer, ``(*batch, width)``.
-    :ivar entropy: its entropy, ``(*batch)``, in nats, less ``E[base(s)] - base(E[s])`` of layers that have such a term.
+    :ivar entropy: its entropy, ``(*batch)``, in nats, less ``E[base(s)] - base(E[s])`` of layers that have such a term,
+        the distribution held: where units have parameters, ``base`` of such has a gradient.
     """
 
     means: Mapping[str, Tensor]
@@ -50,6 +53,7 @@ class ConditionalGuide:
     A Pyro guide for ``machine.model``: it has no parameters, and its ELBO is ``-F(v)``, the log evidence plus log Z.
 
     :param machine: a machine such as :class:`pplvi.energies.RestrictedBoltzmannMachine`.
+    :param observed: layers beside the visible one that the data have, such as labels.
     :raises ValueError: if hidden layers are connected with each other: use a mean-field guide.
 
     >>> from pplvi.energies import RestrictedBoltzmannMachine
@@ -58,8 +62,9 @@ class ConditionalGuide:
     tensor([[0.5000, 0.5000]])
     """
 
-    def __init__(self, machine: BoltzmannMachine) -> None:
-        joined = [pair for pair in machine.connections if set(pair) <= set(machine.hidden)]
+    def __init__(self, machine: BoltzmannMachine, observed: Sequence[str] = ()) -> None:
+        self.latent = tuple(layer for layer in machine.hidden if layer not in observed)
+        joined = [edge for edge in machine.connections if sum(name in self.latent for name in edge) > 1]
         if joined:
             raise ValueError(
                 f"the hidden layers are connected by {joined}, so that p(h | v) is not factorised: expected hidden "
@@ -67,34 +72,55 @@ class ConditionalGuide:
             )
         self.machine = machine
 
-    def factorised(self, v: Tensor, *, mask: Mask = None, size: int | None = None, num_draws: int = 1) -> Factorised:
-        """The posterior of data ``(num_data, width)``, without gradient.
+    def factorised(
+        self,
+        v: Tensor | Values,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
+        given: Tensor | None = None,
+    ) -> Factorised:
+        """The posterior of data ``(num_data, width)``, without gradient but, in training, of the units' parameters.
 
         :raises ValueError: with a mask: units that are missing tie the hidden ones together.
         """
         _refuse(mask)
-        machine = self.machine
-        values, entropy = {machine.visible: v}, torch.zeros(())
-        means = {}
-        with torch.no_grad():
-            for layer in machine.hidden:
-                units, field = machine.layers[layer], machine.field(layer, values)
+        machine, entropy = self.machine, torch.zeros(())
+        values, means = machine.observed(machine.joined(v, given)), {}
+        for layer in self._missing(values):
+            units = machine.layers[layer]
+            with torch.no_grad():
+                field = machine.field(layer, values)
                 means[layer] = units.mean(field)
+            with torch.set_grad_enabled(active_step() is not None):
                 entropy = entropy + units.field_entropy(field, means[layer])
         return Factorised(means, entropy)
 
     def __call__(
-        self, v: Tensor | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
+        given: Tensor | None = None,
     ) -> None:
         """Sample sites of the hidden layers in plate ``"data"``; from their base measures without data."""
         _refuse(mask)
         machine = self.machine
-        count = num_draws if v is None else len(v)
+        values = machine.observed(machine.joined(v, given))
+        count = next((len(value) for value in values.values()), num_draws)
         with data_plate(count, size):
-            for layer in machine.hidden:
-                given = {} if v is None else {machine.visible: v}
-                field = machine.field(layer, given) if given else machine.draw((count,))[layer]
+            for layer in self._missing(values) if machine.visible in values else machine.hidden:
+                field = machine.field(layer, values) if machine.visible in values else machine.draw((count,))[layer]
                 pyro.sample(layer, machine.layers[layer].conditional(field))
+
+    def _missing(self, values: Values) -> list[str]:
+        found = [layer for layer in self.machine.hidden if layer not in values]
+        if unknown := sorted(set(found) - set(self.latent)):
+            raise ValueError(f"data without values of the layers {unknown}: expected them, or a mean-field guide.")
+        return found
 
 
 def _refuse(mask: Mask) -> None:

@@ -9,12 +9,14 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.exact_posterior import ConditionalGuide
+from pplvi.energies.machines.spike_slab import SpikeSlabUnits
 from pplvi.energies.machines.units import BernoulliUnits, CategoricalUnits, GaussianUnits, Units
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, NonNegative, Plural
 
-Kind = Literal["bernoulli", "gaussian", "categorical"]
+Kind = Literal["bernoulli", "gaussian", "categorical", "spike_slab"]
 
 
 @checked
@@ -29,15 +31,18 @@ class RestrictedBoltzmannMachine(BoltzmannMachine):
     :param num_visible: visible units.
     :param num_hidden: hidden units.
     :param visible: ``"bernoulli"``, ``"gaussian"``, ``"categorical"`` (softmax units), or units of your own.
-    :param hidden: the same for the hidden layer.
+    :param hidden: the same for the hidden layer, or ``"spike_slab"`` (:class:`SpikeSlabUnits`).
     :param num_categories: values of a categorical unit.
     :param mean_field_visible: accept grey levels in ``[0, 1]``, as means of Bernoulli units.
     :param centered: train with the centered gradient.
     :param name: prefix of the parameters' names.
     :param init_scale: standard deviation of the weights at the start.
+    :param given: width of what the machine is conditional on: ``machine.model(v, given=x)``, with weights from ``x`` to
+        both layers.
     :raises ValueError: for unknown kinds, or two Gaussian layers.
 
-    Source: Smolensky (1986); Hinton (2002); Welling, Rosen-Zvi & Hinton (2004) for other units.
+    Source: Smolensky (1986); Hinton (2002); Welling, Rosen-Zvi & Hinton (2004) for other units; Taylor, Hinton &
+    Roweis (2007) for conditional machines.
 
     >>> rbm = RestrictedBoltzmannMachine(4, 3, init_scale=0.0)
     >>> rbm.distribution().log_prob(torch.ones(4))
@@ -56,21 +61,24 @@ class RestrictedBoltzmannMachine(BoltzmannMachine):
         centered: bool = True,
         name: str = "",
         init_scale: NonNegative = 0.01,
+        given: Count | None = None,
     ) -> None:
         layers = {
             "v": make_units(visible, num_visible, num_categories, mean_field_visible),
             "h": make_units(hidden, num_hidden, num_categories),
         }
-        super().__init__(layers, [("v", "h")], centered=centered, name=name, init_scale=init_scale)
+        super().__init__(layers, [("v", "h")], centered=centered, name=name, init_scale=init_scale, given=given)
 
     @property
     def guide(self) -> ConditionalGuide:
         """The exact posterior of the hidden layer, as a Pyro guide."""
         return ConditionalGuide(self)
 
-    def distribution(self, *, log_z: Tensor | float | None = None, num_sweeps: int = 1000) -> BoltzmannDistribution:
+    def distribution(
+        self, *, log_z: Tensor | float | None = None, num_sweeps: int = 1000, given: Tensor | None = None
+    ) -> BoltzmannDistribution:
         """The distribution of the visible layer; see :class:`BoltzmannDistribution`."""
-        return BoltzmannDistribution(self, log_z=log_z, num_sweeps=num_sweeps)
+        return BoltzmannDistribution(self, log_z=log_z, num_sweeps=num_sweeps, given=given)
 
 
 def make_units(
@@ -86,11 +94,13 @@ def make_units(
         return BernoulliUnits(num_units, mean_field=mean_field)
     if kind == "gaussian":
         return GaussianUnits(num_units)
+    if kind == "spike_slab":
+        return SpikeSlabUnits(num_units)
     if kind == "categorical":
         if num_categories is None:
             raise ValueError("categorical units without num_categories: expected a whole number of at least 2.")
         return CategoricalUnits(num_units, num_categories)
-    raise ValueError(f"units {kind!r}: expected 'bernoulli', 'gaussian', 'categorical' or an object of Units.")
+    raise ValueError(f"units {kind!r}: expected 'bernoulli', 'gaussian', 'categorical', 'spike_slab' or Units.")
 
 
 @checked
@@ -103,6 +113,8 @@ class BoltzmannDistribution(TorchDistribution):
     :param machine: the machine.
     :param log_z: an estimate of ``log Z``, in nats, such as that of annealed importance sampling.
     :param num_sweeps: Gibbs sweeps from a random start to a draw.
+    :param given: what a conditional machine is given, ``(*batch, given)``: a distribution for each.
+    :raises ValueError: for a conditional machine without it.
 
     >>> from pplvi.energies import RestrictedBoltzmannMachine
     >>> p = RestrictedBoltzmannMachine(4, 3).distribution()
@@ -113,12 +125,18 @@ class BoltzmannDistribution(TorchDistribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(
-        self, machine: BoltzmannMachine, *, log_z: Tensor | float | None = None, num_sweeps: Count = 1000
+        self,
+        machine: BoltzmannMachine,
+        *,
+        log_z: Tensor | float | None = None,
+        num_sweeps: Count = 1000,
+        given: Tensor | None = None,
     ) -> None:
         self.machine, self.num_sweeps = machine, num_sweeps
+        self.given = machine.conditions({} if given is None else {GIVEN: given})
         self.units = machine.layers[machine.visible]
         self._log_z = log_z
-        super().__init__(Size(), Size([self.units.width]), validate_args=False)
+        super().__init__(Size() if given is None else given.shape[:-1], Size([self.units.width]), validate_args=False)
         self._validate_args = torch.distributions.Distribution._validate_args
 
     @property
@@ -140,7 +158,7 @@ class BoltzmannDistribution(TorchDistribution):
         """
         if self._log_z is None:
             try:
-                self._log_z = self.machine.log_partition()
+                self._log_z = self.machine.log_marginal(self.given)
             except ValueError as error:
                 raise ValueError(
                     f"log_prob needs log Z, which is not known: {error} Then pass it: distribution(log_z=...)."
@@ -149,7 +167,7 @@ class BoltzmannDistribution(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> TorchDistribution:
         """Independent copies."""
-        return super().expand(batch_shape) if len(batch_shape) else self
+        return super().expand(batch_shape) if tuple(batch_shape) != self.batch_shape else self
 
     def _validate_sample(self, value: Tensor) -> None:
         self.units.check(value, self.machine.visible)
@@ -158,12 +176,12 @@ class BoltzmannDistribution(TorchDistribution):
         """``-F(v) - log Z``, ``(*batch)``, in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        free = self.machine.free_energy(value)
-        return -free - self.log_partition.to(free.dtype)
+        density = self.machine.log_marginal({self.machine.visible: value, **self.given})
+        return density - self.log_partition.to(density.dtype)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws, ``(*sample_shape, width)``, each the end of a Gibbs chain."""
-        start = self.machine.draw(tuple(sample_shape))
+        """Draws, ``(*sample_shape, *batch, width)``, each the end of a Gibbs chain."""
+        start = {**self.machine.draw((*sample_shape, *self.batch_shape)), **self.given}
         return self.machine.gibbs(start, self.num_sweeps)[self.machine.visible]
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -174,4 +192,5 @@ class BoltzmannDistribution(TorchDistribution):
         if not self.has_enumerate_support:
             raise NotImplementedError(f"{self.units.log_states:g} bits are too many to enumerate: at most 20.")
         like = self.machine.bias(self.machine.visible)
-        return torch.cat([s[self.machine.visible] for s in self.machine.states([self.machine.visible], like)])
+        states = torch.cat([s[self.machine.visible] for s in self.machine.states([self.machine.visible], like)])
+        return states.reshape(len(states), *(1 for _ in self.batch_shape), -1)

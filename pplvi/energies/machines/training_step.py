@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pplvi.energies.machines.couplings import DenseCoupling, Edge, Products
+from pplvi.energies.machines.couplings import GIVEN, DenseCoupling, Edge, Products
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def centered(machine: Any) -> Mapping[Any, Tensor]:
     if not (machine.centered and torch.is_grad_enabled() and any(p.requires_grad for p in plain.values())):
         return plain
     offsets = {name: machine.offset(name).clone() for name in machine.layers}  # the next step may move them in place
-    keys = tuple(plain)
-    return dict(zip(keys, _Centered.apply(keys, machine.couplings, offsets, *plain.values()), strict=True))
+    keys, couplings = tuple(plain), {edge: c for edge, c in machine.couplings.items() if GIVEN not in edge}
+    return dict(zip(keys, _Centered.apply(keys, couplings, offsets, *plain.values()), strict=True))
 
 
 class _Centered(torch.autograd.Function):

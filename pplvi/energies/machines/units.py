@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 from torch.nn.functional import one_hot, softplus
 
 from pplvi.energies.machines.one_hot import OneHots
+from pplvi.energies.machines.under_field import UnderField
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Plural, Positive, is_number
 from pplvi.programs.state import is_recording
@@ -40,7 +41,7 @@ def check_beta(beta: Beta) -> None:
         raise ValueError(f"beta={beta}: expected an inverse temperature, a number of at least 0.")
 
 
-def _times(beta: Beta, x: Tensor) -> Tensor:
+def times(beta: Beta, x: Tensor) -> Tensor:
     """``beta x``, with one beta for each element of the batch."""
     if isinstance(beta, Tensor):
         return beta.unsqueeze(-1) * x if beta.dim() else beta * x
@@ -54,6 +55,7 @@ class Units(PyroModule):
     :ivar num_units: number of units.
     :ivar width: numbers that describe the layer's value: ``num_units``, times the categories of a unit.
     :ivar num_states: states of one unit, or ``None`` for a continuum.
+    :ivar num_biases: biases of the layer: fewer than ``width`` where neighbours share one, all equally many.
     """
 
     num_states: int | None = None
@@ -62,6 +64,7 @@ class Units(PyroModule):
         super().__init__()
         self.num_units = num_units
         self.width = num_units if width is None else width
+        self.num_biases = self.width
 
     @property
     def log_states(self) -> float:
@@ -72,25 +75,23 @@ class Units(PyroModule):
         """``phi(s)``, ``(*batch, width)``: linear in the value."""
         return value
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the statistic is the value itself."""
-        return type(self).statistic is Units.statistic
-
     def base_energy(self, value: Tensor) -> Tensor | float:
         """``base(s)``, ``(*batch)``: the part of the energy that is not linear in the value."""
         return 0.0
 
     def entropies(self, mean: Tensor) -> Tensor:
-        """Entropy (nats) of units with these means, less ``E[base(s)] - base(mean)``, ``(*batch, width)``."""
-        raise NotImplementedError
+        """Entropy (nats) of units with these means, less ``E[base(s)] - base(mean)``, ``(*batch, width)``.
 
-    def mean_entropy(self, mean: Tensor) -> Tensor:
-        """:meth:`entropies` of all units together, ``(*batch)``."""
-        return self.entropies(mean).sum(-1)
+        :raises ValueError: if that is not known of each unit.
+        """
+        raise ValueError(f"{type(self).__name__} are observed together or not at all: expected no mask of them.")
 
     def field_entropy(self, field: Tensor, mean: Tensor) -> Tensor:
-        """:meth:`mean_entropy` of the units under a field, with their means: ``log Z(f) - phi(mu) . f + base(mu)``."""
+        """:meth:`entropies` of all units under a field, with their means: ``log Z(f) - phi(mu) . f + base(mu)``.
+
+        At a field and means without gradient, the gradient in the units' own parameters is that of ``-E[base(s)] +
+        base(mean)`` under a distribution that is held: what the gradient of a bound needs.
+        """
         linear = (self.statistic(mean) * field).sum(-1)
         return self.log_partition(field) - linear + self.base_energy(mean)
 
@@ -108,11 +109,16 @@ class Units(PyroModule):
 
     def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
         """The distribution under a field, with one event dimension."""
-        raise NotImplementedError
+        return UnderField(self, field, beta)
 
     def log_probs(self, field: Tensor, value: Tensor) -> Tensor:
-        """Log density of each unit under a field, ``(*batch, width)``, in nats: to add up."""
+        """Log density of each unit under a field, ``(*batch, width)``, in nats: to add up.
+
+        :raises ValueError: if that is not known of each unit.
+        """
         each: Any = self.conditional(field)
+        if isinstance(each, UnderField):
+            raise ValueError(f"{type(self).__name__} are observed together or not at all: expected no mask of them.")
         density: Tensor = each.base_dist.log_prob(value)
         return density
 
@@ -209,7 +215,7 @@ class BernoulliUnits(Units):
 
     def mean(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """``sigmoid(beta f)``."""
-        return torch.sigmoid(_times(beta, field))
+        return torch.sigmoid(times(beta, field))
 
     def sample(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """Independent coin flips."""
@@ -218,7 +224,7 @@ class BernoulliUnits(Units):
 
     def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """``sum softplus(beta f)``."""
-        return softplus(_times(beta, field)).sum(-1)
+        return softplus(times(beta, field)).sum(-1)
 
     def entropies(self, mean: Tensor) -> Tensor:
         """``-mu log mu - (1 - mu) log(1 - mu)``."""
@@ -226,7 +232,7 @@ class BernoulliUnits(Units):
 
     def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
         """Independent Bernoulli distributions."""
-        return dist.Bernoulli(logits=_times(beta, field), validate_args=False).to_event(1)
+        return dist.Bernoulli(logits=times(beta, field), validate_args=False).to_event(1)
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Fair coins."""
@@ -284,18 +290,18 @@ class CategoricalUnits(Units):
 
     def mean(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """``softmax(beta f)`` of each unit."""
-        return self._apart(_times(beta, field)).softmax(-1).flatten(-2)
+        return self._apart(times(beta, field)).softmax(-1).flatten(-2)
 
     def sample(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """Independent one-hot draws, by the largest of ``f`` plus Gumbel noise."""
-        logits = self._apart(_times(beta, field.detach()))
+        logits = self._apart(times(beta, field.detach()))
         noise = -torch.empty_like(logits).exponential_().log()
         largest = (logits + noise).argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, largest, 1.0).flatten(-2)  # one_hot() looks at values
 
     def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """``sum logsumexp(beta f)``."""
-        return self._apart(_times(beta, field)).logsumexp(-1).sum(-1)
+        return self._apart(times(beta, field)).logsumexp(-1).sum(-1)
 
     def entropies(self, mean: Tensor) -> Tensor:
         """``-mu log mu`` of each category."""
@@ -307,7 +313,7 @@ class CategoricalUnits(Units):
 
     def conditional(self, field: Tensor, beta: Beta = 1.0) -> TorchDistribution:
         """Independent one-hot distributions, side by side."""
-        return OneHots(self._apart(_times(beta, field)))
+        return OneHots(self._apart(times(beta, field)))
 
     def uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Each category with the same probability."""
@@ -371,7 +377,7 @@ class GaussianUnits(Units):
 
     def log_partition(self, field: Tensor, beta: Beta = 1.0) -> Tensor:
         """``sum beta t f^2 / 2 + log(2 pi / (beta t)) / 2``."""
-        return _times(beta, self.precision * field**2).sum(-1) / 2 + self._log_volume(beta).sum(-1)
+        return times(beta, self.precision * field**2).sum(-1) / 2 + self._log_volume(beta).sum(-1)
 
     def _log_volume(self, beta: Beta) -> Tensor:
         return self._deviation(beta).log() + math.log(2 * math.pi) / 2

@@ -85,21 +85,35 @@ class GibbsGuide(FactorisedInference):
         return [] if any(self.machine.is_lateral(layer) for layer in last) else last
 
     def factorised(
-        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
+        given: Tensor | None = None,
     ) -> Factorised:
         """Draws, and conditional means of the layers drawn last, with the entropy of these."""
+        v = self.machine.joined(v, given)
         observed = self.machine.observed(v, mask)
         known = observed.keys() - self.machine.masks(mask, observed)
         found = self.posterior(v, num_draws, mask=mask)
         return Factorised({n: x for n, x in found.values.items() if n not in known}, self.entropy(found))
 
     def __call__(
-        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
+        given: Tensor | None = None,
     ) -> None:
         """Sample sites of the layers that are not, or only partly, observed, in plate ``"data"``.
 
         The sites of layers that are drawn have log density 0, an upper bound of their own.
         """
+        v = self.machine.joined(v, given)
         observed = self.machine.observed(v, mask)
         with torch.no_grad():
             start = self.starts.posterior(v, num_draws, mask=mask)

@@ -47,18 +47,30 @@ class FactorisedInference:
     # ------------------------------------------------------------------ as a guide
 
     def factorised(
-        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
+        given: Tensor | None = None,
     ) -> Factorised:
-        """The posterior for the arguments of the model, without gradient."""
-        found = self._answer(v, mask, num_draws)
-        with torch.no_grad():
+        """The posterior for the arguments of the model, without gradient but, in training, of units' parameters."""
+        found = self._answer(self.machine.joined(v, given), mask, num_draws)
+        with torch.set_grad_enabled(active_step() is not None):
             return Factorised(found.means(), self.entropy(found))
 
     def __call__(
-        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
+        given: Tensor | None = None,
     ) -> None:
         """Sample sites of the layers that are not, or only partly, observed, in plate ``"data"``."""
-        self.emit(self._answer(v, mask, num_draws), size)
+        self.emit(self._answer(self.machine.joined(v, given), mask, num_draws), size)
 
     def _answer(self, v: Tensor | Values | None, mask: Mask, num_draws: int) -> MeanField:
         """The posterior without gradient."""
@@ -83,28 +95,38 @@ class FactorisedInference:
 
     # ------------------------------------------------------------------ what users ask for
 
-    def means(self, v: Tensor | Values | None = None, *, mask: Mask = None) -> dict[str, Tensor]:
+    def means(
+        self, v: Tensor | Values | None = None, *, mask: Mask = None, given: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Means of all layers, ``(*batch, width)`` by name; what is observed is as it was given.
 
         :param v: data, ``(*batch, width)``, or values of several layers by name.
         :param mask: true where units of the visible layer are observed, ``(*batch, width)`` or ``(width,)``, or such
             masks of several layers by name; the other units are mean-field units, whose values in ``v`` are not used.
+        :param given: what a conditional machine is given, ``(*batch, given)``; or ``"given"`` among the values.
         :raises ValueError: for values outside the support.
         """
-        return self._found(v, mask).values
+        return self._found(self.machine.joined(v, given), mask).values
 
-    def bound(self, v: Tensor | Values | None = None, *, mask: Mask = None, log_z: Tensor | float = 0.0) -> Tensor:
+    def bound(
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        log_z: Tensor | float = 0.0,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """``-E(mu) + H(mu) - log Z``, ``(*batch)``, in nats: a lower bound of the log evidence of what is observed.
 
         :param log_z: the machine's log partition function; without it the bound is one of ``log p + log Z``.
         """
-        found = self._found(v, mask)
+        found = self._found(self.machine.joined(v, given), mask)
         with torch.no_grad():
             return -self.machine.energy(found.values) + self.entropy(found) - log_z
 
-    def fill_in(self, v: Tensor, mask: Tensor) -> Tensor:
+    def fill_in(self, v: Tensor, mask: Tensor, given: Tensor | None = None) -> Tensor:
         """Data whose missing units, where the mask is false, have their posterior means, ``(*batch, width)``."""
-        return self.means(v, mask=mask)[self.machine.visible]
+        return self.means(v, mask=mask, given=given)[self.machine.visible]
 
     def _found(self, v: Tensor | Values | None, mask: Mask) -> MeanField:
         self.machine.checked(v, mask)
@@ -119,7 +141,7 @@ class FactorisedInference:
             if layer in found.masks:
                 total = total + units.entropies(mean).masked_fill(found.masks[layer], 0.0).sum(-1)
             else:
-                total = total + units.mean_entropy(mean)
+                total = total + units.field_entropy(found.fields[layer], mean)
         return total
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.couplings import GIVEN
 from pplvi.energies.machines.energy import Mask
 from pplvi.kinds.checked import checked
 from pplvi.types import Values
@@ -53,9 +54,8 @@ class Problem:
     def field(self, layer: str, values: Values) -> Tensor:
         """Field of a layer; what comes from observed layers was worked out once."""
         field = self.fixed[layer]
-        for other in self.machine.neighbours(layer):
-            if other not in self.known:
-                field = field + self.machine.contribution(other, layer, values[other])
+        for _, part in self.machine.contributions(layer, values, self.known):
+            field = field + part
         return field
 
     def mean(self, layer: str, field: Tensor) -> Tensor:
@@ -86,15 +86,16 @@ class Problem:
     def _first_field(self, layer: str, values: Values) -> Tensor:
         field, missing = self.fixed[layer], [n for n in self.machine.neighbours(layer) if n not in values]
         for other in missing:
-            field = field + self._center(other) @ self.machine.weight(other, layer)
-        for other in self.machine.neighbours(layer):
-            if other in values:
-                below = self.machine.contribution(other, layer, values[other])
-                field = field if other in self.known else field + below
-                if set(missing) - {layer}:
-                    field = field + below - self._center(other) @ self.machine.weight(other, layer)
+            field = field + self._center(other, layer)
+        for others, below in self.machine.contributions(layer, values):
+            field = field if others <= self.known.keys() else field + below
+            if set(missing) - {layer}:
+                field = field + below - sum((self._center(other, layer) for other in others), torch.zeros(()))
         return field
 
-    def _center(self, layer: str) -> Tensor:
-        offset = self.machine.offset(layer).clone()  # training moves it in place, under the gradient
-        return offset if self.machine.centered else torch.zeros_like(offset)
+    def _center(self, other: str, layer: str) -> Tensor:
+        """What a layer adds to the field of another one at its offset, of a centered machine."""
+        if not self.machine.centered or other == GIVEN:
+            return torch.zeros(())
+        # training moves the offset in place, under the gradient
+        return self.machine.offset(other).clone() @ self.machine.weight(other, layer)

@@ -7,6 +7,7 @@ from pyro.nn import PyroModule, pyro_method
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
+from pplvi.energies.machines.couplings import DenseCoupling
 from pplvi.energies.machines.energy import Mask
 from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.training_step import active_step
@@ -36,6 +37,10 @@ class RecognitionNetwork(PyroModule):
 
     def __init__(self, machine: BoltzmannMachine) -> None:
         super().__init__()
+        if other := [edge for edge, coupling in machine.couplings.items() if not isinstance(coupling, DenseCoupling)]:
+            raise ValueError(f"couplings {other} are no matrices of weights: expected DenseCoupling between layers.")
+        if machine.given is not None:
+            raise ValueError(f"a recognition network of a machine with given={machine.given}: use MeanFieldGuide.")
         if lateral := [layer for layer in machine.hidden if machine.is_lateral(layer)]:
             raise ValueError(f"hidden layers {lateral} have lateral connections: expected layers of independent units.")
         self.units = {layer: machine.layers[layer] for layer in machine.layers}
@@ -149,7 +154,13 @@ class RecognitionGuide(PyroModule, FactorisedInference):
 
     @pyro_method
     def factorised(
-        self, v: Tensor | Values | None = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1
+        self,
+        v: Tensor | Values | None = None,
+        *,
+        mask: Mask = None,
+        size: int | None = None,
+        num_draws: int = 1,
+        given: Tensor | None = None,
     ) -> Factorised:
         """The posterior without gradient; in a training step its entropy has the gradient of the divergence.
 
@@ -157,6 +168,7 @@ class RecognitionGuide(PyroModule, FactorisedInference):
         """
         if mask is not None:
             return self.sweeper.factorised(v, mask=mask, size=size, num_draws=num_draws)
+        v = self.machine.joined(v, given)
         observed = self.machine.observed(v)
         with torch.set_grad_enabled(active_step() is not None):
             guess = self.network.guess(observed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pplvi.energies.machines.couplings import DenseCoupling
 from pplvi.energies.machines.training_step import active_step
 from pplvi.energies.machines.units import BernoulliUnits
 from pplvi.energies.posteriors.mean_field import MeanFieldGuide
@@ -46,6 +47,8 @@ class TAPGuide(MeanFieldGuide):
         machine = self.machine
         if other := [layer for layer in machine.hidden if not isinstance(machine.layers[layer], BernoulliUnits)]:
             raise ValueError(f"the TAP equations here are for Bernoulli units, but layers {other} have others.")
+        if dense := [edge for edge, coupling in machine.couplings.items() if not isinstance(coupling, DenseCoupling)]:
+            raise ValueError(f"couplings {dense} are no matrices of weights: expected DenseCoupling between layers.")
         lateral = [layer for layer in machine.layers if machine.is_lateral(layer)]
         if lateral and not self.parallel:
             raise ValueError(f"layers {lateral} have lateral connections: expected parallel=True, with damping.")

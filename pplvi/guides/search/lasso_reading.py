@@ -18,7 +18,6 @@ from pplvi.programs.traces import Run
 from pplvi.types import Program
 
 _MOST = 2**26  # entries of all Gram matrices
-Values = dict[str, Tensor]
 
 
 class LassoReading:
@@ -67,7 +66,7 @@ class LassoReading:
         """Values of the sites, side by side in so many rows."""
         return torch.cat([values[name].reshape(rows, -1) for name in self.names], -1)
 
-    def unpacked(self, rows: Tensor) -> Values:
+    def unpacked(self, rows: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`packed`."""
         parts = rows.split([self.loc[name].numel() // len(rows) for name in self.names], -1)
         return {name: part.reshape(self.loc[name].shape) for name, part in zip(self.names, parts, strict=True)}
@@ -78,7 +77,7 @@ class LassoReading:
             return None
         return self.packed({name: codes[name] - self.loc[name] for name in self.names}, len(self.lasso.linear))
 
-    def codes_of(self, rows: Tensor) -> Values:
+    def codes_of(self, rows: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`rows_of`."""
         return {name: self.loc[name] + value for name, value in self.unpacked(rows).items()}
 
@@ -92,7 +91,7 @@ class LassoReading:
         return run, sum((run.site_log_prob(n, s).sum() for n, s in rest), like.new_zeros(()))
 
     @torch.enable_grad()
-    def _slope(self, shift: Mapping[str, Tensor]) -> tuple[Values, list[Tensor]]:
+    def _slope(self, shift: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The gradient of the rest's log density, at the locations moved by ``shift``, and the leaves."""
         leaves = {name: shift[name].detach().clone().requires_grad_() for name in self.names}
         total = self._at({name: self.loc[name] + leaf for name, leaf in leaves.items()})[1]
@@ -119,7 +118,9 @@ class LassoReading:
             "expected Gaussian observations of something linear. Use AutoDelta, or a guide with a density."
         )
 
-    def _candidate(self, slope: Values, leaves: Sequence[Tensor], rows: int, shared: bool) -> Lasso | None:
+    def _candidate(
+        self, slope: Mapping[str, Tensor], leaves: Sequence[Tensor], rows: int, shared: bool
+    ) -> Lasso | None:
         """The problem, if rows do not interact and (``shared``) have one curvature."""
         width = sum(leaf.numel() for leaf in leaves) // rows
         if (width**2 if shared else rows * width**2) > _MOST:
@@ -129,7 +130,7 @@ class LassoReading:
         same = bool((penalty == penalty[:1]).all())
         return Lasso((gram + gram.mT) / 2, linear, penalty[0] if same else penalty)
 
-    def _shared(self, slope: Values, leaves: Sequence[Tensor], rows: int, width: int) -> Tensor:
+    def _shared(self, slope: Mapping[str, Tensor], leaves: Sequence[Tensor], rows: int, width: int) -> Tensor:
         """A column of the matrix from each row, as many backward passes as it takes to have them all."""
         like = leaves[0]
         gram, first = like.new_zeros(width, width), 0
@@ -140,11 +141,11 @@ class LassoReading:
             first += rows
         return gram
 
-    def _own(self, slope: Values, leaves: Sequence[Tensor], rows: int, width: int) -> Tensor:
+    def _own(self, slope: Mapping[str, Tensor], leaves: Sequence[Tensor], rows: int, width: int) -> Tensor:
         eye = torch.eye(width).to(leaves[0])
         return torch.stack([self._curvature(slope, leaves, e.expand(rows, width)) for e in eye], -2)
 
-    def _curvature(self, slope: Values, leaves: Sequence[Tensor], directions: Tensor) -> Tensor:
+    def _curvature(self, slope: Mapping[str, Tensor], leaves: Sequence[Tensor], directions: Tensor) -> Tensor:
         along = self.unpacked(directions)
         curved = {name: value for name, value in slope.items() if value.requires_grad}
         if not curved:

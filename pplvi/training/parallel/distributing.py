@@ -15,7 +15,7 @@ from pplvi.training.parallel.ranks import ProcessGroup
 from pplvi.training.parallel.shares import share_of, split_of
 from pplvi.training.parallel.stepping import Meeting, together
 from pplvi.training.plan import TrainingPlan
-from pplvi.training.restart import Restart, copy_into, evaluate
+from pplvi.training.restart import Restart, copy_into, evaluate, scratch
 
 
 def distributed(plan: TrainingPlan, ranks: ProcessGroup, shard: bool) -> TrainingPlan:
@@ -27,6 +27,7 @@ def distributed(plan: TrainingPlan, ranks: ProcessGroup, shard: bool) -> Trainin
     """
     batches = plan.batches
     batches.environment = plan.recipe.environment
+    _check_guide(plan)
     if plan.seed is None:  # a common one
         pyro.set_rng_seed(ranks.first(lambda: int(torch.randint(2**31, ()))))
     share = share_of(ranks, batches, shard)
@@ -40,6 +41,17 @@ def distributed(plan: TrainingPlan, ranks: ProcessGroup, shard: bool) -> Trainin
     meeting = Meeting(ranks, share, split)
     steps = together(plan.steps, meeting)
     return replace(plan, steps=steps, watch=watch, ranks=ranks, settings=settings, ended=partial(_whole, plan, meeting))
+
+
+def _check_guide(plan: TrainingPlan) -> None:
+    with scratch(), plan.recipe.environment.active():
+        _, guide = replace(plan.recipe, apart=False).build()
+        if plan.start.needs_all_data(guide):
+            raise ValueError(
+                f"{type(guide).__name__} is found by a search with all data, which ranks have shares of: expected a "
+                "guide that is trained from its own start. Use parallel='none' on every rank, or one process, for "
+                "searches and init=."
+            )
 
 
 def _whole(plan: TrainingPlan, meeting: Meeting, run: Restart) -> None:
