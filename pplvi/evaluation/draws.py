@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Matrix, Positive
+
 __all__ = ["ModeCoverage", "Neighbours", "mode_coverage", "nearest_neighbours"]
 
 _COMMON = 0.05  # share of unseen data that are as near to the training data as what is called a copy
@@ -25,7 +28,8 @@ class Neighbours(NamedTuple):
     distance: Tensor
 
 
-def nearest_neighbours(samples: Tensor, data: Tensor) -> Neighbours:
+@checked
+def nearest_neighbours(samples: Matrix, data: Matrix) -> Neighbours:
     """The training datum that is nearest to each sample: a model that copies its data has distances near 0.
 
     :param samples: ``(num_samples, width)``.
@@ -57,7 +61,8 @@ class ModeCoverage(NamedTuple):
     counts: Tensor
 
 
-def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> ModeCoverage:
+@checked
+def mode_coverage(samples: Matrix, centres: Matrix, radius: Positive) -> ModeCoverage:
     """Count the modes that draws come to, where these are known.
 
     Source: Srivastava et al. (2017), "VEEGAN: reducing mode collapse in GANs using implicit variational learning".

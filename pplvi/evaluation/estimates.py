@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Matrix, Seed
 from pplvi.programs.calls import check_counts
 from pplvi.programs.joint import execute
 from pplvi.programs.state import random_state
 from pplvi.types import Program
 from pplvi.weights.algebra import logmeanexp
 
-__all__ = ["DensityEstimate", "Unnormalised", "data_hash", "log_density", "unnormalised"]
+__all__ = ["DensityEstimate", "Unnormalised", "data_hash", "log_density"]
 
 DensityKind = Literal["exact", "lower bound", "AIS estimate", "none"]
 NUM_DRAWS = 1000
 _CHUNK = 2**22  # numbers of draws that are in memory at a time
 
 
+@checked
 def data_hash(x: Tensor) -> str:
     """A short hash of data: log densities of another binarisation, or of other units, cannot be compared.
 
@@ -36,6 +39,7 @@ def data_hash(x: Tensor) -> str:
     return hashlib.sha256(str(values.shape).encode() + values.tobytes()).hexdigest()[:12]
 
 
+@checked
 @dataclass(frozen=True)
 class DensityEstimate:
     """Log densities of data, and what they are worth.
@@ -67,6 +71,7 @@ class DensityEstimate:
         return float(self.log_prob.std() / math.sqrt(len(self.log_prob)))
 
 
+@checked
 @dataclass(frozen=True)
 class Unnormalised:
     """A model whose density is known but for a constant.
@@ -97,8 +102,9 @@ def unnormalised(model: Any, seed: int | None) -> Unnormalised | None:
     return None
 
 
+@checked
 def log_density(
-    model: Any, x: Tensor, *, num_draws: int = NUM_DRAWS, seed: int | None = None, energy: Unnormalised | None = None
+    model: Any, x: Matrix, *, num_draws: Count = NUM_DRAWS, seed: Seed | None = None, energy: Unnormalised | None = None
 ) -> DensityEstimate:
     r"""Log densities of data: exact where there is a density, a bound where there is a guide.
 

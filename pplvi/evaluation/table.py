@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from pplvi.evaluation.draws import likeness
 from pplvi.evaluation.estimates import NUM_DRAWS, DensityEstimate, Unnormalised, data_hash, log_density, unnormalised
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Natural, Seed
 from pplvi.programs.calls import check_counts
 from pplvi.programs.state import random_state
 
@@ -23,14 +26,15 @@ COLUMNS = ["rank", "kind", "log_prob", "error", "diff", "diff_error", "train_gap
 COLUMNS += ["nearest", "copies", "precision", "coverage"]
 
 
+@checked
 def compare_densities(
     models: Mapping[str, Any],
     test: Any,
     *,
     train: Any = None,
-    num_draws: int = NUM_DRAWS,
-    num_samples: int = NUM_SAMPLES,
-    seed: int | None = None,
+    num_draws: Count = NUM_DRAWS,
+    num_samples: Natural = NUM_SAMPLES,
+    seed: Seed | None = None,
 ) -> pandas.DataFrame:
     r"""Compare models of all families by log densities of unseen data, in nats a datum.
 
@@ -101,7 +105,11 @@ def compare_densities(
 
 def _numbers(x: Any) -> Tensor:
     """A tensor of floating point numbers, of tensors and arrays of any kind."""
+    if not isinstance(x, (Tensor, np.ndarray)):
+        raise ValueError(f"the data are a {type(x).__name__}: expected a tensor or an array (N, D).")
     x = torch.as_tensor(x)
+    if x.is_complex():
+        raise ValueError("the data are complex: expected real numbers.")
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 

@@ -20,7 +20,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Number, Probability
+from pplvi.kinds.kinds import Count, Number, Positive, Probability
 from pplvi.losses.base import Loss, WeightedELBO
 from pplvi.objectives.bounds import RenyiBound, ThermodynamicBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
@@ -115,6 +115,7 @@ class ELBO(_Named):
         return {**found, "sites": _sites(run, entropies)} if per_site else found
 
 
+@checked
 class BetaELBO(_Named):
     r"""The ELBO with a weight on the divergence of its guide from the prior; no bound that is reported.
 
@@ -136,7 +137,7 @@ class BetaELBO(_Named):
     """
 
     def __init__(
-        self, beta: float, num_particles: int = 1, *, estimator: Estimator | None = None, **options: Any
+        self, beta: Positive, num_particles: Count = 1, *, estimator: Estimator | None = None, **options: Any
     ) -> None:
         _check_estimator(estimator, "BetaELBO", ("reparam", "score", "vimco", "stl"))
         if not beta > 0:

@@ -11,6 +11,8 @@ from pyro.nn import pyro_method
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.models.autoregressive.distributions import AutoregressiveDistribution
 from pplvi.models.autoregressive.model import BinaryAutoregressiveModel
 from pplvi.programs.calls import check_counts
@@ -92,6 +94,7 @@ class MaskedModel(BinaryAutoregressiveModel):
         return found
 
 
+@checked
 class FullyVisibleBeliefNetwork(MaskedModel):
     r"""Binary numbers, each by a logistic regression on those before it, or by a network of its own.
 
@@ -115,7 +118,7 @@ class FullyVisibleBeliefNetwork(MaskedModel):
     """
 
     def __init__(
-        self, num_visible: int, num_hidden: int | None = None, *, name: str = "fully_visible_belief_network"
+        self, num_visible: Count, num_hidden: Count | None = None, *, name: str = "fully_visible_belief_network"
     ) -> None:
         check_counts(num_visible=num_visible)
         degrees = []
@@ -125,6 +128,7 @@ class FullyVisibleBeliefNetwork(MaskedModel):
         super().__init__(num_visible, degrees, torch.arange(num_visible), False, name)
 
 
+@checked
 class MADE(MaskedModel):
     r"""The masked autoencoder for distribution estimation: all log odds of binary data in one pass.
 
@@ -148,8 +152,8 @@ class MADE(MaskedModel):
 
     def __init__(
         self,
-        num_visible: int,
-        hidden: Sequence[int],
+        num_visible: Count,
+        hidden: Sequence[Count],
         *,
         order: Tensor | None = None,
         direct: bool = True,

@@ -11,6 +11,8 @@ from pyro.nn import pyro_method
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Natural, Number
 from pplvi.models.autoregressive.distributions import AutoregressiveDistribution
 from pplvi.models.autoregressive.kernel import nade_logits
 from pplvi.models.autoregressive.model import AutoregressiveModel, BinaryAutoregressiveModel
@@ -57,6 +59,7 @@ class BernoulliNADE(AutoregressiveDistribution):
         return cells.filled(order, x.reshape(rows, -1), observed.reshape(rows, -1)).reshape(x.shape)
 
 
+@checked
 class NADE(BinaryAutoregressiveModel):
     r"""The neural autoregressive distribution estimator of binary data.
 
@@ -90,12 +93,12 @@ class NADE(BinaryAutoregressiveModel):
 
     def __init__(
         self,
-        num_visible: int,
-        num_hidden: int,
+        num_visible: Count,
+        num_hidden: Count,
         *,
-        given: int = 0,
+        given: Natural = 0,
         tied: bool = False,
-        init_scale: float = 0.05,
+        init_scale: Number = 0.05,
         name: str = "nade",
     ) -> None:
         super().__init__(num_visible, name, given)
@@ -176,6 +179,7 @@ class MixtureNADE(AutoregressiveDistribution):
         return x
 
 
+@checked
 class RNADE(AutoregressiveModel):
     r"""The real-valued neural autoregressive density estimator.
 
@@ -200,10 +204,10 @@ class RNADE(AutoregressiveModel):
 
     def __init__(
         self,
-        num_visible: int,
-        num_hidden: int,
+        num_visible: Count,
+        num_hidden: Count,
         *,
-        components: int = 10,
+        components: Count = 10,
         family: Literal["normal", "laplace"] = "normal",
         name: str = "rnade",
     ) -> None:

@@ -12,6 +12,8 @@ from torch import Size, Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, linear
 
 from pplvi.guides.owned import claim_name
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.models.autoregressive.distributions import EventDistribution
 from pplvi.models.autoregressive.model import BinaryAutoregressiveModel
 from pplvi.models.autoregressive.walk import OutputCells
@@ -128,6 +130,7 @@ def _first(order: Tensor, seen: Tensor) -> Tensor:
     return order.gather(1, (~seen).gather(1, order).to(torch.int8).sort(dim=1, stable=True)[1])
 
 
+@checked
 class OrderlessNADE(BinaryAutoregressiveModel):
     r"""A network that predicts any binary numbers from any others, trained on all orders at once.
 
@@ -150,7 +153,7 @@ class OrderlessNADE(BinaryAutoregressiveModel):
     torch.Size([5])
     """
 
-    def __init__(self, num_visible: int, hidden: Sequence[int], *, name: str = "orderless_nade") -> None:
+    def __init__(self, num_visible: Count, hidden: Sequence[Count], *, name: str = "orderless_nade") -> None:
         super().__init__(num_visible, name)
         check_counts(**{f"hidden[{i}]": width for i, width in enumerate(hidden)})
         if not hidden:

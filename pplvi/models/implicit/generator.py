@@ -12,12 +12,15 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 
 from pplvi.guides.owned import claim_name
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate
 
 __all__ = ["Generator"]
 
 
+@checked
 class Generator(PyroModule):
     r"""An implicit model: a network of noise, :math:`x = g(z)`.
 
@@ -40,7 +43,7 @@ class Generator(PyroModule):
     def __init__(
         self,
         network: nn.Module,
-        num_latents: int,
+        num_latents: Count,
         *,
         noise: Literal["normal", "uniform"] = "normal",
         name: str = "generator",

@@ -14,6 +14,8 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count, Natural
 from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 from pplvi.programs.calls import check_counts
 
@@ -22,6 +24,7 @@ __all__ = ["DeepLatentGaussian"]
 _LEAST_SCALE = 1e-3
 
 
+@checked
 class DeepLatentGaussian(LayeredModel):
     r"""Layers of Gaussian latents through networks: one layer is a variational autoencoder.
 
@@ -54,12 +57,12 @@ class DeepLatentGaussian(LayeredModel):
 
     def __init__(
         self,
-        num_visible: int,
-        latents: Sequence[int],
+        num_visible: Count,
+        latents: Sequence[Count],
         *,
-        hidden: int = 200,
+        hidden: Count = 200,
         likelihood: Literal["bernoulli", "normal"] = "bernoulli",
-        given: int = 0,
+        given: Natural = 0,
         name: str = "deep_latent_gaussian",
     ) -> None:
         super().__init__([num_visible, *latents], name)

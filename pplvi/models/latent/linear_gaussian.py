@@ -13,6 +13,8 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam, pyro_method
 from torch import Tensor
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.models.inputs import checked_data, checked_mask
 from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 
@@ -48,6 +50,7 @@ class LinearGaussian(NamedTuple):
         return dist.MultivariateNormal(loc, precision_matrix=total)
 
 
+@checked
 class GaussianBeliefNetwork(LayeredModel):
     r"""Layers of Gaussian units, each a linear function of the one above, with noise of its own.
 
@@ -71,7 +74,7 @@ class GaussianBeliefNetwork(LayeredModel):
     True
     """
 
-    def __init__(self, widths: Sequence[int], *, name: str = "gaussian_belief_network") -> None:
+    def __init__(self, widths: Sequence[Count], *, name: str = "gaussian_belief_network") -> None:
         super().__init__(widths, name)
         for layer, (width, parents) in enumerate(pairwise(widths)):
             self._declare(layer, width, parents)
@@ -167,6 +170,7 @@ class GaussianBeliefNetwork(LayeredModel):
         return prior.log_prob(at) + seen_there - posterior.log_prob(at)
 
 
+@checked
 class FactorAnalysis(GaussianBeliefNetwork):
     r"""Factor analysis: standard normal factors, linear Gaussian data with a noise of its own for each number.
 
@@ -185,7 +189,7 @@ class FactorAnalysis(GaussianBeliefNetwork):
     (torch.Size([5]), torch.Size([3, 4]))
     """
 
-    def __init__(self, num_visible: int, num_latents: int, *, name: str = "factor_analysis") -> None:
+    def __init__(self, num_visible: Count, num_latents: Count, *, name: str = "factor_analysis") -> None:
         super().__init__([num_visible, num_latents], name=name)
 
     def _declare_top(self, layer: int, width: int) -> None:
@@ -196,6 +200,7 @@ class FactorAnalysis(GaussianBeliefNetwork):
         return mean, torch.ones_like(mean)
 
 
+@checked
 class ProbabilisticPCA(FactorAnalysis):
     r"""Probabilistic principal components: factor analysis with one noise for all numbers.
 
@@ -216,7 +221,7 @@ class ProbabilisticPCA(FactorAnalysis):
     True
     """
 
-    def __init__(self, num_visible: int, num_latents: int, *, name: str = "probabilistic_pca") -> None:
+    def __init__(self, num_visible: Count, num_latents: Count, *, name: str = "probabilistic_pca") -> None:
         super().__init__(num_visible, num_latents, name=name)
 
     def _declare(self, layer: int, width: int, parents: int) -> None:

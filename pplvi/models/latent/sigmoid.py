@@ -11,6 +11,8 @@ import torch
 from pyro.nn import pyro_method
 from torch import Tensor, nn
 
+from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Count
 from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 
 __all__ = ["SigmoidBeliefNetwork"]
@@ -18,6 +20,7 @@ __all__ = ["SigmoidBeliefNetwork"]
 MOST_ENUMERATED = 14
 
 
+@checked
 class SigmoidBeliefNetwork(LayeredModel):
     r"""Layers of binary units, each with log odds linear in the layer above.
 
@@ -44,7 +47,7 @@ class SigmoidBeliefNetwork(LayeredModel):
     True
     """
 
-    def __init__(self, widths: Sequence[int], *, name: str = "sigmoid_belief_network") -> None:
+    def __init__(self, widths: Sequence[Count], *, name: str = "sigmoid_belief_network") -> None:
         super().__init__(widths, name)
         for layer, (below, above) in enumerate(pairwise(widths)):
             setattr(self, f"weight_{layer}", nn.Parameter(torch.randn(below, above) * above**-0.5))
