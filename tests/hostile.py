@@ -120,6 +120,8 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "samples": lambda: BINARY,
     "images": lambda: torch.rand(4, 9),
     "dictionary": lambda: torch.randn(3, 2),
+    "maximum_mean_discrepancy y": lambda: torch.rand(4, 2),
+    "data_hash x": lambda: BINARY,
     "widths": lambda: [3, 2, 2],
     "units": lambda: energies.BernoulliUnits(3),
     "layers": lambda: {"v": energies.BernoulliUnits(3), "h": energies.BernoulliUnits(2)},
@@ -160,7 +162,6 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "log_density model": lambda: models.FactorAnalysis(3, 2),
     "log_density x": lambda: torch.randn(6, 3),
     "unnormalised model": lambda: models.FactorAnalysis(3, 2),
-    "maximum_mean_discrepancy x": lambda: torch.zeros(4, 3),
     "alpha": lambda: 0.5,
     "log_weight_in": lambda: torch.zeros(4),
     "log_target": lambda: torch.zeros(4),
@@ -266,6 +267,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "learn_dictionary": {"num_steps": 2},
     "learn_binary_coding": {"num_steps": 2},
     "Posterior": {"num_draws": 10},
+    "compare_densities": {"num_samples": 5},
     "init_to_pathfinder": {"num_paths": 1},
     "start_at_pathfinder": {"num_paths": 1},
     "GeometricPath": {"num_steps": 2},
@@ -281,6 +283,7 @@ COUNTS = {
     "num_codes": 2,
 }
 COUNTS |= {
+    "num_latents": 2,
     "given": 3,
     "maps": 2,
     "filter_size": 3,

@@ -6,7 +6,7 @@ from pplvi.evaluation.draws import (
     mode_coverage,
     nearest_neighbours,
 )
-from pplvi.evaluation.estimates import DensityEstimate, Unnormalised, data_hash, log_density, unnormalised
+from pplvi.evaluation.estimates import DensityEstimate, Unnormalised, data_hash, log_density
 from pplvi.evaluation.table import compare_densities
 
 __all__ = [
@@ -19,5 +19,4 @@ __all__ = [
     "log_density",
     "mode_coverage",
     "nearest_neighbours",
-    "unnormalised",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Matrix
+from pplvi.kinds.kinds import Matrix, Positive
 
 __all__ = ["ModeCoverage", "Neighbours", "mode_coverage", "nearest_neighbours"]
 
@@ -62,7 +62,7 @@ class ModeCoverage(NamedTuple):
 
 
 @checked
-def mode_coverage(samples: Matrix, centres: Matrix, radius: float) -> ModeCoverage:
+def mode_coverage(samples: Matrix, centres: Matrix, radius: Positive) -> ModeCoverage:
     """Count the modes that draws come to, where these are known.
 
     Source: Srivastava et al. (2017), "VEEGAN: reducing mode collapse in GANs using implicit variational learning".
@@ -83,7 +83,7 @@ def mode_coverage(samples: Matrix, centres: Matrix, radius: float) -> ModeCovera
     return ModeCoverage(covered, float((distance <= radius).double().mean()), counts)
 
 
-def likeness(samples: Matrix, train: Tensor | None, test: Tensor) -> dict[str, float]:
+def likeness(samples: Tensor, train: Tensor | None, test: Tensor) -> dict[str, float]:
     """Numbers of draws beside those of unseen data.
 
     ``nearest``: their mean distance to the training data over that of test data; ``copies``: the share that is as near

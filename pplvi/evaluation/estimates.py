@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Rows, Seed
+from pplvi.kinds.kinds import Count, Matrix, Seed
 from pplvi.programs.calls import check_counts
 from pplvi.programs.joint import execute
 from pplvi.programs.state import random_state
 from pplvi.types import Program
 from pplvi.weights.algebra import logmeanexp
 
-__all__ = ["DensityEstimate", "Unnormalised", "data_hash", "log_density", "unnormalised"]
+__all__ = ["DensityEstimate", "Unnormalised", "data_hash", "log_density"]
 
 DensityKind = Literal["exact", "lower bound", "AIS estimate", "none"]
 NUM_DRAWS = 1000
@@ -93,7 +93,7 @@ class Unnormalised:
 
 
 @singledispatch
-def unnormalised(model: Any, seed: Seed | None) -> Unnormalised | None:
+def unnormalised(model: Any, seed: int | None) -> Unnormalised | None:
     """What is known of a model without a normaliser; ``None`` for all others. Families register themselves.
 
     >>> unnormalised(print, None) is None
@@ -104,7 +104,7 @@ def unnormalised(model: Any, seed: Seed | None) -> Unnormalised | None:
 
 @checked
 def log_density(
-    model: Any, x: Rows, *, num_draws: Count = NUM_DRAWS, seed: Seed | None = None, energy: Unnormalised | None = None
+    model: Any, x: Matrix, *, num_draws: Count = NUM_DRAWS, seed: Seed | None = None, energy: Unnormalised | None = None
 ) -> DensityEstimate:
     r"""Log densities of data: exact where there is a density, a bound where there is a guide.
 

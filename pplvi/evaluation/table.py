@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -13,7 +14,7 @@ from torch.distributions import Distribution
 from pplvi.evaluation.draws import likeness
 from pplvi.evaluation.estimates import NUM_DRAWS, DensityEstimate, Unnormalised, data_hash, log_density, unnormalised
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Seed
+from pplvi.kinds.kinds import Count, Natural, Seed
 from pplvi.programs.calls import check_counts
 from pplvi.programs.state import random_state
 
@@ -31,8 +32,8 @@ def compare_densities(
     test: Any,
     *,
     train: Any = None,
-    num_draws: int = NUM_DRAWS,
-    num_samples: int = NUM_SAMPLES,
+    num_draws: Count = NUM_DRAWS,
+    num_samples: Natural = NUM_SAMPLES,
     seed: Seed | None = None,
 ) -> pandas.DataFrame:
     r"""Compare models of all families by log densities of unseen data, in nats a datum.
@@ -104,12 +105,11 @@ def compare_densities(
 
 def _numbers(x: Any) -> Tensor:
     """A tensor of floating point numbers, of tensors and arrays of any kind."""
-    try:
-        x = torch.as_tensor(x)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"data of type {type(x).__name__}: expected a tensor or an array, one row for each."
-        ) from error
+    if not isinstance(x, (Tensor, np.ndarray)):
+        raise ValueError(f"the data are a {type(x).__name__}: expected a tensor or an array (N, D).")
+    x = torch.as_tensor(x)
+    if x.is_complex():
+        raise ValueError("the data are complex: expected real numbers.")
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())
 
 

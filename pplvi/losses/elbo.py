@@ -20,7 +20,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Number, Probability
+from pplvi.kinds.kinds import Count, Number, Positive, Probability
 from pplvi.losses.base import Loss, WeightedELBO
 from pplvi.objectives.bounds import RenyiBound, ThermodynamicBound
 from pplvi.objectives.forward_kl import ForwardKLDivergence
@@ -137,7 +137,7 @@ class BetaELBO(_Named):
     """
 
     def __init__(
-        self, beta: float, num_particles: int = 1, *, estimator: Estimator | None = None, **options: Any
+        self, beta: Positive, num_particles: Count = 1, *, estimator: Estimator | None = None, **options: Any
     ) -> None:
         _check_estimator(estimator, "BetaELBO", ("reparam", "score", "vimco", "stl"))
         if not beta > 0:

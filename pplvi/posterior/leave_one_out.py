@@ -229,7 +229,8 @@ def _together(draws: Draws, names: Sequence[str], kept: Sequence[Plate]) -> Tens
         value = draws.log_likelihood[name] if name in draws.log_likelihood else draws.log_factors[name]
         own = [p.name for p in draws.plates[name]]
         value = value.permute(0, *(1 + own.index(n) for n in [*(p.name for p in kept), *others]))
-        total = total + value.flatten(1 + len(kept)).sum(-1) if others else total + value
+        value = value.flatten(1 + len(kept)).sum(-1) if others else value
+        total = value if isinstance(total, int) else total + value  # of one site no copy
     return torch.as_tensor(total)
 
 

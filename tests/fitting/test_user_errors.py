@@ -139,7 +139,7 @@ def test_names_of_which_one_goes_on_after_another() -> None:
 
 @pytest.mark.parametrize("given", [{"coords": 3}, {"dims": [1]}, {"coords": {"data": 5}}, {"dims": {"z": 5}}], ids=str)
 def test_names_for_an_export_that_are_none(given: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected a dictionary from a string to a sequence"):
+    with pytest.raises(ValueError, match="expected a dictionary from a string to a"):
         fit(model, AutoNormal, args=(Y,), num_steps=2).to_arviz(**given)
 
 

@@ -225,7 +225,7 @@ def test_two_guides_of_one_class_share_their_parameters_but_restarts_do_not():
 def test_from_pyro_takes_only_mcmc():
     guide = autoguide.AutoDiagonalNormal(model)
     guide(Y)
-    with pytest.raises(AttributeError, match="num_chains"):
+    with pytest.raises(AttributeError, match=r"num_chains|from_pyro"):  # ArviZ 1.x has no such converter
         az.from_pyro(guide)
     data = pplvi.to_arviz(pplvi.Posterior(model, guide, (Y,), num_draws=50, seed=0), num_prior=10)
     assert data.posterior["z"].shape == (1, 50)

@@ -155,7 +155,7 @@ def test_weighted_objective_is_marked_and_its_posterior_is_not_weighted() -> Non
     ("call", "words"),
     [
         (lambda: GaussianBeliefNetwork([3]), "at least one latent layer"),
-        (lambda: SigmoidBeliefNetwork([3, 0]), r"widths\[1\]=0"),
+        (lambda: SigmoidBeliefNetwork([3, 0]), r"widths=\[3, 0\]"),
         (lambda: DeepLatentGaussian(3, [2], likelihood="poisson"), "'bernoulli' or 'normal'"),
         (lambda: DeepLatentGaussian(3, [2], given=1).model(torch.zeros(2, 3)), r"\(N, 1\)"),
         (lambda: DeepLatentGaussian(3, [2]).traverse(torch.zeros(2), 2, torch.zeros(3)), "index=2"),

@@ -178,6 +178,8 @@ def raise_bound(
     """
     _check(machine)
     values = machine.checked(data)
+    if machine.visible not in values:
+        raise ValueError(f"data of the layers {sorted(values)}: expected values of {machine.visible!r} among them.")
     with random_state(seed), torch.no_grad():
         base = _base(machine, values, base_rate)
         return _raise(Route.through(base, ()), _betas(base, num_betas, None), values, num_chains, guide)

@@ -40,7 +40,7 @@ class SpikeSlabUnits(Units):
     def __init__(self, num_units: Count, *, precision: Positive = 1.0, log_odds: Number = 0.0) -> None:
         super().__init__(num_units)
         self.log_precision = torch.nn.Parameter(torch.full((num_units,), math.log(precision)))
-        self.log_odds = torch.nn.Parameter(torch.full((num_units,), float(log_odds)))
+        self.log_odds = torch.nn.Parameter(torch.tensor(float(log_odds)).expand(num_units).clone())
 
     @property
     def precision(self) -> Tensor:

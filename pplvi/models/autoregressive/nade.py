@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count
+from pplvi.kinds.kinds import Count, Natural, Number
 from pplvi.models.autoregressive.distributions import AutoregressiveDistribution
 from pplvi.models.autoregressive.kernel import nade_logits
 from pplvi.models.autoregressive.model import AutoregressiveModel, BinaryAutoregressiveModel
@@ -96,9 +96,9 @@ class NADE(BinaryAutoregressiveModel):
         num_visible: Count,
         num_hidden: Count,
         *,
-        given: int = 0,
+        given: Natural = 0,
         tied: bool = False,
-        init_scale: float = 0.05,
+        init_scale: Number = 0.05,
         name: str = "nade",
     ) -> None:
         super().__init__(num_visible, name, given)
@@ -207,7 +207,7 @@ class RNADE(AutoregressiveModel):
         num_visible: Count,
         num_hidden: Count,
         *,
-        components: int = 10,
+        components: Count = 10,
         family: Literal["normal", "laplace"] = "normal",
         name: str = "rnade",
     ) -> None:

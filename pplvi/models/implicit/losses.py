@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pplvi.kinds.checked import checked
+from pplvi.kinds.kinds import Positive
 from pplvi.losses.base import Loss
 from pplvi.types import Program
 
@@ -17,7 +18,7 @@ __all__ = ["Adversarial", "MomentMatching", "maximum_mean_discrepancy"]
 
 
 @checked
-def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[float] = (2.0, 5.0, 10.0, 20.0)) -> Tensor:
+def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[Positive] = (2.0, 5.0, 10.0, 20.0)) -> Tensor:
     r"""Squared distance of two distributions in the mean of a mixture of Gaussian kernels, without bias.
 
     .. math:: \text{MMD}^2 = E[k(x, x')] - 2 E[k(x, y)] + E[k(y, y')], \qquad
@@ -50,7 +51,7 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidths: Sequence[float] =
     return mean(x, x, True) - 2 * mean(x, y, False) + mean(y, y, True)
 
 
-def _check(x: Any, y: Any, bandwidths: Sequence[float]) -> None:
+def _check(x: Any, y: Any, bandwidths: Sequence[Positive]) -> None:
     for name, draws in (("x", x), ("y", y)):
         if not isinstance(draws, Tensor) or draws.dim() != 2 or len(draws) < 2 or draws.shape[1] != x.shape[1]:
             came = tuple(draws.shape) if isinstance(draws, Tensor) else type(draws).__name__
@@ -83,7 +84,7 @@ class MomentMatching(Loss):
 
     compares_draws: ClassVar[bool] = True
 
-    def __init__(self, bandwidths: Sequence[float] = (2.0, 5.0, 10.0, 20.0)) -> None:
+    def __init__(self, bandwidths: Sequence[Positive] = (2.0, 5.0, 10.0, 20.0)) -> None:
         super().__init__()
         if not bandwidths or not all(s > 0 for s in bandwidths):
             raise ValueError(f"bandwidths={tuple(bandwidths)}: expected positive numbers.")
@@ -98,6 +99,7 @@ class MomentMatching(Loss):
         return f"MomentMatching({self.bandwidths})"
 
 
+@checked
 class Adversarial(Loss):
     r"""Generative adversarial training: the guide tells data from draws, and the model learns to mislead it.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count
+from pplvi.kinds.kinds import Count, Natural
 from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
 from pplvi.programs.calls import check_counts
 
@@ -62,7 +62,7 @@ class DeepLatentGaussian(LayeredModel):
         *,
         hidden: Count = 200,
         likelihood: Literal["bernoulli", "normal"] = "bernoulli",
-        given: int = 0,
+        given: Natural = 0,
         name: str = "deep_latent_gaussian",
     ) -> None:
         super().__init__([num_visible, *latents], name)
@@ -172,13 +172,13 @@ class DeepLatentGaussian(LayeredModel):
         return self.decoded(moved, given).mean
 
     @torch.no_grad()
-    def sample(self, num_draws: Count, given: Tensor | None = None) -> Tensor:
+    def sample(self, num_draws: int, given: Tensor | None = None) -> Tensor:
         """Draws, ``(num_draws, D)``; of each condition one, where there are any."""
         found: Tensor = self.model(None, given, size=num_draws)
         return found
 
 
-def _network(below: int, hidden: Count, above: int) -> nn.Module:
+def _network(below: int, hidden: int, above: int) -> nn.Module:
     return nn.Sequential(nn.Linear(below, hidden), nn.ReLU(), nn.Linear(hidden, above))
 
 

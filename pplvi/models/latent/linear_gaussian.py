@@ -74,7 +74,7 @@ class GaussianBeliefNetwork(LayeredModel):
     True
     """
 
-    def __init__(self, widths: Sequence[int], *, name: str = "gaussian_belief_network") -> None:
+    def __init__(self, widths: Sequence[Count], *, name: str = "gaussian_belief_network") -> None:
         super().__init__(widths, name)
         for layer, (width, parents) in enumerate(pairwise(widths)):
             self._declare(layer, width, parents)

@@ -47,7 +47,7 @@ class SigmoidBeliefNetwork(LayeredModel):
     True
     """
 
-    def __init__(self, widths: Sequence[int], *, name: str = "sigmoid_belief_network") -> None:
+    def __init__(self, widths: Sequence[Count], *, name: str = "sigmoid_belief_network") -> None:
         super().__init__(widths, name)
         for layer, (below, above) in enumerate(pairwise(widths)):
             setattr(self, f"weight_{layer}", nn.Parameter(torch.randn(below, above) * above**-0.5))

@@ -8,7 +8,7 @@ the groups.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Variable = tuple[tuple[str, ...], np.ndarray]
 Group = dict[str, Variable]
 Groups = dict[str, Group]
-Labels = Sequence[Any]
+Labels = Collection[Any]
 
 SAMPLE = ("chain", "draw")
 _PACKAGES = {

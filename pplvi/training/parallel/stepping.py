@@ -269,8 +269,14 @@ class CompiledTogether(_Together, CompiledStepper):
         with self.meeting.active():
             if self.update.count == 0:
                 self.prepare(calls[0])
-            with own_noise() if self._draws_apart() else nullcontext():
-                return super().many(calls)
+            try:
+                with own_noise() if self._draws_apart() else nullcontext():
+                    return super().many(calls)
+            except LinAlgError as error:  # the others are inside their step: it cannot be taken back together
+                raise RuntimeError(
+                    f"a recorded step has failed on rank {self.meeting.ranks.rank}, while others go on: {error}. "
+                    "Expected matrices that can be factorised; with compile=False all ranks go back together."
+                ) from error
 
     def _draws_apart(self) -> bool:
         """Whether all random numbers of a step are this rank's own.
