@@ -120,6 +120,7 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "samples": lambda: BINARY,
     "images": lambda: torch.rand(4, 9),
     "dictionary": lambda: torch.randn(3, 2),
+    "maximum_mean_discrepancy x": lambda: torch.rand(4, 2),
     "maximum_mean_discrepancy y": lambda: torch.rand(4, 2),
     "data_hash x": lambda: BINARY,
     "widths": lambda: [3, 2, 2],
