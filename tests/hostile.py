@@ -120,28 +120,8 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "samples": lambda: BINARY,
     "images": lambda: torch.rand(4, 9),
     "dictionary": lambda: torch.randn(3, 2),
-    "beta": lambda: 4.0,
-    "hidden": lambda: [4],
-    "latents": lambda: [2],
-    "Generator network": lambda: torch.nn.Linear(2, 3),
-    "maximum_mean_discrepancy x": lambda: torch.rand(4, 2),
     "maximum_mean_discrepancy y": lambda: torch.rand(4, 2),
-    "models": lambda: {"a": pplvi.FullyVisibleBeliefNetwork(3)},
-    "log_density model": lambda: pplvi.FullyVisibleBeliefNetwork(3),
-    "log_density x": lambda: BINARY,
     "data_hash x": lambda: BINARY,
-    "test": lambda: BINARY,
-    "centres": lambda: BINARY,
-    "radius": lambda: 1.0,
-    "DensityEstimate kind": lambda: "exact",
-    "DensityEstimate log_prob": lambda: torch.zeros(3),
-    "DensityEstimate data": lambda: "abc",
-    "Unnormalised log_density": lambda: None,
-    "Unnormalised log_z": lambda: 0.0,
-    "Unnormalised interval": lambda: None,
-    "Unnormalised ess": lambda: None,
-    "Unnormalised reliable": lambda: True,
-    "Unnormalised sample": lambda: torch.zeros,
     "widths": lambda: [3, 2, 2],
     "units": lambda: energies.BernoulliUnits(3),
     "layers": lambda: {"v": energies.BernoulliUnits(3), "h": energies.BernoulliUnits(2)},
@@ -160,6 +140,29 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "train": lambda: lambda rate: short_fit(),
     "optim": lambda: torch.optim.Adam,
     "name": lambda: "z",
+    "beta": lambda: 0.5,
+    "latents": lambda: [2],
+    "hidden": lambda: [4],
+    "y": lambda: torch.ones(4, 3),
+    "centres": lambda: BINARY,
+    "radius": lambda: 0.5,
+    "seed": lambda: 0,
+    "models": lambda: {"a": models.FactorAnalysis(3, 2)},
+    "test": lambda: torch.randn(6, 3),
+    "DensityEstimate kind": lambda: "exact",
+    "DensityEstimate log_prob": lambda: torch.zeros(4),
+    "DensityEstimate data": lambda: "a hash",
+    "Unnormalised log_density": lambda: None,
+    "Unnormalised log_z": lambda: 0.0,
+    "Unnormalised interval": lambda: None,
+    "Unnormalised ess": lambda: 10.0,
+    "Unnormalised reliable": lambda: True,
+    "Unnormalised sample": lambda: lambda count: torch.zeros(count, 3),
+    "Generator network": lambda: torch.nn.Linear(2, 3),
+    "log_density model": lambda: models.FactorAnalysis(3, 2),
+    "log_density x": lambda: torch.randn(6, 3),
+    "unnormalised model": lambda: models.FactorAnalysis(3, 2),
+    "maximum_mean_discrepancy x": lambda: torch.zeros(4, 3),
     "alpha": lambda: 0.5,
     "log_weight_in": lambda: torch.zeros(4),
     "log_target": lambda: torch.zeros(4),
@@ -271,7 +274,14 @@ SHORT: dict[str, dict[str, Any]] = {
     "GeometricPath": {"num_steps": 2},
     "plot_filters": {"shape": (1, 3)},
 }
-COUNTS = {"num_steps": 2, "num_visible": 3, "num_hidden": 2, "num_units": 3, "num_categories": 3, "num_codes": 2}
+COUNTS = {
+    "num_steps": 2,
+    "num_visible": 3,
+    "num_hidden": 2,
+    "num_units": 3,
+    "num_categories": 3,
+    "num_codes": 2,
+}
 COUNTS |= {
     "num_latents": 2,
     "given": 3,
@@ -345,7 +355,7 @@ _UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD, ins
 
 def _is_walked(thing: Any) -> bool:
     if inspect.isfunction(thing):
-        return True
+        return not hasattr(thing, "register")  # of those that go by the type of their argument
     if not inspect.isclass(thing) or inspect.isabstract(thing) or getattr(thing, "_is_protocol", False):
         return False
     if issubclass(thing, (tuple, BaseException)):

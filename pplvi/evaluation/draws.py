@@ -83,7 +83,7 @@ def mode_coverage(samples: Matrix, centres: Matrix, radius: Positive) -> ModeCov
     return ModeCoverage(covered, float((distance <= radius).double().mean()), counts)
 
 
-def likeness(samples: Tensor, train: Tensor | None, test: Tensor) -> dict[str, float]:
+def likeness(samples: Matrix, train: Tensor | None, test: Tensor) -> dict[str, float]:
     """Numbers of draws beside those of unseen data.
 
     ``nearest``: their mean distance to the training data over that of test data; ``copies``: the share that is as near

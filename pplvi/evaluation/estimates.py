@@ -93,7 +93,7 @@ class Unnormalised:
 
 
 @singledispatch
-def unnormalised(model: Any, seed: int | None) -> Unnormalised | None:
+def unnormalised(model: Any, seed: Seed | None) -> Unnormalised | None:
     """What is known of a model without a normaliser; ``None`` for all others. Families register themselves.
 
     >>> unnormalised(print, None) is None

@@ -89,3 +89,8 @@ Matrix: TypeAlias = Annotated[
     Tensor, Condition("a matrix of floating point numbers", lambda x: x.is_floating_point() and x.dim() == 2)
 ]
 """Real numbers in rows and columns."""
+
+Rows: TypeAlias = Annotated[
+    Tensor, Condition("floating point data, (num_data, ...)", lambda x: x.is_floating_point() and x.dim() > 0)
+]
+"""Data along the first dimension."""

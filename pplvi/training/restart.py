@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -104,7 +103,6 @@ _INSIDE: list[Restart] = []
 """The runs whose scopes are open, the innermost last."""
 
 _THREAD = threading.RLock()
-_PUBLISHED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 
 class ScopedProgram:
@@ -193,23 +191,18 @@ def publish(run: Restart) -> None:
     """Leave a restart's parameters in the global store; others that are there stay.
 
     Inside of another fit, such as in its callback, the store is that fit's, which goes on with it as it is. A parameter
-    of the same name that no fit has left there is replaced with a warning.
+    of the same name and another shape, which is another program's, is replaced with a warning.
     """
     if _INSIDE:
         return
     store = pyro.get_param_store()
     mine = run.store["params"]
     old = {name: store._params[name] for name in mine if name in store}
-    foreign = sorted(
-        name for name, value in old.items() if value is not mine[name] and _PUBLISHED.get(id(value)) is not value
-    )
-    if foreign:
+    if other := sorted(name for name, value in old.items() if value.shape != mine[name].shape):
         warn(
-            f"parameters {foreign} of Pyro's global store, which no fit has made, are replaced by those of this fit: "
-            "give them other names, or fit inside of `with pyro.get_param_store().scope():`."
+            f"parameters {other} of Pyro's global store, which are another program's, are replaced by those of this "
+            "fit: give them other names, or fit inside of `with pyro.get_param_store().scope():`."
         )
-    for value in mine.values():
-        _PUBLISHED[id(value)] = value
     for name in mine:
         if name in store:
             del store[name]

@@ -228,11 +228,11 @@ def test_a_fit_in_a_callback_leaves_the_outer_one_alone():
     assert float(inner[0].posterior(num_draws=50).draws.latents["z"].mean()) != float(outer.guide.median(Y)["z"])
 
 
-def test_parameters_that_no_fit_has_made_are_replaced_with_a_warning():
-    pyro.param("AutoNormal.locs.z", torch.tensor(5.0))
+def test_parameters_of_another_program_are_replaced_with_a_warning():
+    pyro.param("AutoNormal.locs.z", torch.ones(2))
     with pytest.warns(UserWarning, match=r"\['AutoNormal.locs.z'\].*are replaced by those of this fit"):
         run()
-    run()  # of another fit: as it was
+    run()  # of its own: as it was
 
 
 def test_a_second_thread_is_refused_with_words():

@@ -63,7 +63,7 @@ class MaskedModel(BinaryAutoregressiveModel):
     order: Tensor
     direct: Tensor | None
 
-    def __init__(self, num_visible: int, degrees: Sequence[Tensor], order: Tensor, direct: bool, name: str) -> None:
+    def __init__(self, num_visible: Count, degrees: Sequence[Tensor], order: Tensor, direct: bool, name: str) -> None:
         super().__init__(num_visible, name)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(num_visible))
         every = [place, *degrees]

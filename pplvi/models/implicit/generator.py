@@ -77,7 +77,7 @@ class Generator(PyroModule):
         """Nothing: there is no posterior to approximate."""
 
     @torch.no_grad()
-    def sample(self, num_draws: int) -> Tensor:
+    def sample(self, num_draws: Count) -> Tensor:
         """Draws, ``(num_draws, D)``."""
         found: Tensor = self.model(size=num_draws)
         return found

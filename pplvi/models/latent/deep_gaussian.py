@@ -172,13 +172,13 @@ class DeepLatentGaussian(LayeredModel):
         return self.decoded(moved, given).mean
 
     @torch.no_grad()
-    def sample(self, num_draws: int, given: Tensor | None = None) -> Tensor:
+    def sample(self, num_draws: Count, given: Tensor | None = None) -> Tensor:
         """Draws, ``(num_draws, D)``; of each condition one, where there are any."""
         found: Tensor = self.model(None, given, size=num_draws)
         return found
 
 
-def _network(below: int, hidden: int, above: int) -> nn.Module:
+def _network(below: int, hidden: Count, above: int) -> nn.Module:
     return nn.Sequential(nn.Linear(below, hidden), nn.ReLU(), nn.Linear(hidden, above))
 
 

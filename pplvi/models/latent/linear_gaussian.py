@@ -150,7 +150,7 @@ class GaussianBeliefNetwork(LayeredModel):
         )
 
     @torch.no_grad()
-    def sample(self, num_draws: int) -> Tensor:
+    def sample(self, num_draws: Count) -> Tensor:
         """Draws, ``(num_draws, D)``."""
         return self.distribution().sample((num_draws,))
 

@@ -120,7 +120,7 @@ class SigmoidBeliefNetwork(LayeredModel):
         return (numbers[:, None] >> torch.arange(self.widths[layer], device=numbers.device) & 1).to(self.bias_0)
 
     @torch.no_grad()
-    def sample(self, num_draws: int) -> Tensor:
+    def sample(self, num_draws: Count) -> Tensor:
         """Draws, ``(num_draws, D)``."""
         found: Tensor = self.model(size=num_draws)
         return found
