@@ -22,8 +22,8 @@ from pplvi.programs import stacked
 from pplvi.programs.factorising import run_sound
 from pplvi.programs.handlers import without_padding
 from pplvi.programs.masks import balance_missing
-from pplvi.programs.minibatches import minibatch
-from pplvi.programs.randomness import OutOfPlace, carried, for_all_particles
+from pplvi.programs.minibatches import OneMinibatch
+from pplvi.programs.randomness import OutOfPlace, carried
 from pplvi.programs.running import How, run_guide, run_pair, trace_within
 from pplvi.programs.sites import is_enumerated, is_subsample
 from pplvi.programs.state import is_recording
@@ -211,7 +211,7 @@ def gathered(one: One, lanes: Lanes, how: How, way: Way, given: Given) -> Run:
     """Run every particle and put what they leave into one run."""
     single = replace(how, num_particles=1, values=None)
     gather = _looped if way.word == "loop" else _carried
-    with _OneMinibatch():
+    with OneMinibatch():
         try:
             outputs, records, run = gather(one, lanes, how.num_particles, single, way, given)
         except _NewParameter:
@@ -267,30 +267,15 @@ def _looped(
     parts, failures = [], []
     for particle in range(count):
         own = {name: value[particle] for name, value in lanes.items()}
-        run, failed = run_sound(partial(one, own, single), drawing=not given.densities)
+        run, failed = run_sound(partial(one, own, single), guarded=is_recording(), drawing=not given.densities)
         outputs, records = stacked.take_apart(run, densities=given.densities, exact=given.exact)
         parts.append(outputs)
-        failures.append(torch.tensor(False) if failed is None else failed)
+        failures.append(failed)
     together = stacked.stack_outputs(parts)
-    if bool((which := torch.stack(failures)).any()):
-        _fail(together["model"], records["model"], which)
+    if any(failed is not None for failed in failures):
+        which = [torch.tensor(False) if failed is None else failed for failed in failures]
+        _fail(together["model"], records["model"], torch.stack(which))
     return together, records, run
-
-
-class _OneMinibatch(Messenger):
-    """Draw the indices of each plate once, for all particles."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.drawn: dict[str, Any] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not is_subsample(msg) or msg["value"] is not None:
-            return
-        if msg["name"] not in self.drawn:
-            with for_all_particles():
-                self.drawn[msg["name"]] = minibatch(msg["fn"])
-        msg["value"], msg["done"] = self.drawn[msg["name"]], True
 
 
 class _Parameters(Messenger):
@@ -317,7 +302,7 @@ def for_each(function: Callable[[Tensor], Tensor], rows: Tensor, *, written: boo
 
     def one(row: Tensor) -> tuple[Tensor, Tensor]:
         mode.token = row[0] if written else None
-        with _OneMinibatch(), _Parameters():
+        with OneMinibatch(), _Parameters():
             value = function(row)
         failed, mode.token, mode.failed = mode.failed, None, None
         return value, torch.zeros_like(value, dtype=torch.bool) if failed is None else failed

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pplvi.programs.randomness import for_all_particles
 from pplvi.programs.sites import is_subsample
 
 _MANY = 8_192  # elements of a plate, up to which a permutation of all takes no time
@@ -41,18 +43,36 @@ def some_of(size: int, number: int, device: Any = None) -> Tensor:
     return chosen[random[1].argsort()]
 
 
-def minibatch(fn: Any) -> Tensor:
-    """The draw of Pyro's distribution of a plate's indices; of a large plate, :func:`some_of` them."""
-    number, size = fn.subsample_size, fn.size
-    if number is None or fn.use_cuda or size <= _MANY or number >= size:
-        whole: Tensor = fn()
-        return whole
-    return some_of(size, number, fn.device)
+class _Few(_Subsample):
+    """Indices of a minibatch of a large plate, as Pyro's distribution of them."""
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Some of the plate's elements, in random order."""
+        return some_of(self.size, self.subsample_size or self.size, self.device)
 
 
 class FewIndices(Messenger):
-    """Draw minibatches of large plates without a permutation of all their elements."""
+    """Draw minibatches of large plates without a permutation of all their elements, if nothing else gives them."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if is_subsample(msg) and msg["value"] is None:
-            msg["value"], msg["done"] = minibatch(msg["fn"]), True
+        if not is_subsample(msg) or msg["value"] is not None:
+            return
+        fn = msg["fn"]
+        if fn.size > _MANY and not fn.use_cuda and fn.subsample_size is not None and fn.subsample_size < fn.size:
+            msg["fn"] = _Few(fn.size, fn.subsample_size, fn.use_cuda, fn.device)
+
+
+class OneMinibatch(Messenger):
+    """Draw the indices of each plate once, for all particles that are run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not is_subsample(msg) or msg["value"] is not None:
+            return
+        if msg["name"] not in self.drawn:
+            with for_all_particles():
+                self.drawn[msg["name"]] = msg["fn"](*msg["args"], **msg["kwargs"])
+        msg["value"], msg["done"] = self.drawn[msg["name"]], True

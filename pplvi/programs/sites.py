@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.poutine.subsample_messenger import _Subsample
 from torch.distributions import Distribution
 
 Site = dict[str, Any]
@@ -77,7 +78,7 @@ def is_computed(site: Any) -> bool:
 
 def is_subsample(site: Any) -> bool:
     """Whether the site is the index draw of a subsampled plate."""
-    return site["type"] == "sample" and type(site["fn"]).__name__ == "_Subsample"
+    return site["type"] == "sample" and isinstance(site["fn"], _Subsample)
 
 
 def sample_sites(trace: Any) -> Iterator[tuple[str, Site]]:

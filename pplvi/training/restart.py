@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyro
 import torch
@@ -187,18 +188,22 @@ def one_thread() -> Iterator[None]:
         _THREAD.release()
 
 
+_LEFT: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+"""Parameters that fits have left in the global store, by name."""
+
+
 def publish(run: Restart) -> None:
     """Leave a restart's parameters in the global store; others that are there stay.
 
     Inside of another fit, such as in its callback, the store is that fit's, which goes on with it as it is. A parameter
-    of the same name and another shape, which is another program's, is replaced with a warning.
+    of the same name and another shape, which no fit has left there, is replaced with a warning.
     """
     if _INSIDE:
         return
     store = pyro.get_param_store()
     mine = run.store["params"]
     old = {name: store._params[name] for name in mine if name in store}
-    if other := sorted(name for name, value in old.items() if value.shape != mine[name].shape):
+    if other := sorted(n for n, x in old.items() if x.shape != mine[n].shape and x is not _LEFT.get(n)):
         warn(
             f"parameters {other} of Pyro's global store, which are another program's, are replaced by those of this "
             "fit: give them other names, or fit inside of `with pyro.get_param_store().scope():`."
@@ -207,3 +212,4 @@ def publish(run: Restart) -> None:
         if name in store:
             del store[name]
     store.set_state(run.store)
+    _LEFT.update({name: store._params[name] for name in mine})

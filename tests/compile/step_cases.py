@@ -224,8 +224,10 @@ CASES = {
     "batched events": Case(with_guide(events), (DATA.reshape(10, 2),)),
     "PyroModule": Case(regression, (DATA.reshape(10, 2), DATA[:10])),
     "pyro.module": Case(autoencoder, ((DATA.reshape(5, 4) > 0) * 1.0,), partial(ImportanceWeightedELBO, 5)),
-    "flow": Case(with_guide(factors, AutoFlow, transforms=2, hidden_features=(8,)), (torch.tensor(0.7),)),
-    "small flow": Case(with_guide(factors, AutoFlow, transforms=1, hidden_features=(4,)), (torch.tensor(0.7),)),
+    "flow": Case(with_guide(factors, AutoFlow, flow="nsf", transforms=2, hidden_features=(8,)), (torch.tensor(0.7),)),
+    "small flow": Case(
+        with_guide(factors, AutoFlow, flow="nsf", transforms=1, hidden_features=(4,)), (torch.tensor(0.7),)
+    ),
     "full covariance": Case(with_guide(factors, AutoMultivariateNormal), (torch.tensor(0.7),), partial(ELBO, 3)),
     "only parameters": Case(lambda: (only_parameters, no_guide), (DATA,)),
     "discrete draws": Case(lambda: (discrete, discrete_guide), (torch.tensor(1.5),), partial(ELBO, 6)),

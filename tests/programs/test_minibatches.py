@@ -9,7 +9,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pplvi
-from pplvi.programs.minibatches import minibatch, some_of
+from pplvi.programs.minibatches import FewIndices, some_of
 
 
 @pytest.mark.parametrize(("size", "number"), [(5, 1), (5, 2), (4, 3), (4, 4)])
@@ -58,9 +58,8 @@ def test_a_step_makes_no_permutation_of_a_large_plate(compile, monkeypatch):
 
 
 def test_small_plates_are_drawn_as_pyro_draws_them():
-    with pyro.poutine.trace() as tracer, pyro.plate("data", 20, subsample_size=5):
-        pass
     torch.manual_seed(0)
-    drawn = minibatch(tracer.trace.nodes["data"]["fn"])
+    with FewIndices(), pyro.plate("data", 20, subsample_size=5) as drawn:
+        pass
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.randperm(20)[:5])

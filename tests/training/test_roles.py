@@ -128,7 +128,7 @@ def test_modules_have_roles_too():
     ("optim", "message"),
     [
         ({"model": Adam({"lr": 0.1})}, r"optim has the keys \['model'\]: expected 'model' and 'guide'"),
-        ({"model": Adam({"lr": 0.1}), "guide": 0.1}, r"optim\['guide'\]=float: expected"),
+        ({"model": Adam({"lr": 0.1}), "guide": 0.1}, r"'guide': 0.1}: expected a dictionary"),
         ({"guide": Adam({"lr": 0.1}), "model": ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1},
           "gamma": 0.9})}, r"optim\['model'\] is a PyroLRScheduler"),
     ],

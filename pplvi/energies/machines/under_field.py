@@ -17,6 +17,7 @@ class UnderField(TorchDistribution):
     :param field: fields of its units, ``(*batch, width)``.
     :param beta: inverse temperature, a number or ``(*batch)``.
 
+    >>> import torch
     >>> from pplvi.energies import BernoulliUnits
     >>> UnderField(BernoulliUnits(2), torch.zeros(3, 2)).log_prob(torch.ones(2))
     tensor([-1.3863, -1.3863, -1.3863])
