@@ -95,8 +95,8 @@ class CompiledSVI:
 
     def __init__(
         self,
-        model: Program,
-        guide: Program,
+        model: Any,
+        guide: Any,
         optim: OptimFactory,
         loss: Any,
         *,

@@ -250,7 +250,7 @@ def test_paths_that_do_not_exist_are_refused() -> None:
 def test_adapted_betas_are_at_equal_distances() -> None:
     """In the standard deviation of the log weight's derivative, here over all states at each inverse temperature."""
     machine = with_biases(RestrictedBoltzmannMachine(4, 3, init_scale=3.0))
-    between = Between(machine, base_fields(machine, None))
+    between = Between(machine, base_fields(machine, None, {}))
     grid = torch.linspace(0, 1, 201)
     with torch.no_grad():
         betas = np.array(partition._adapted(between, 41))

@@ -26,7 +26,7 @@ def test_table_has_a_row_for_every_run(output: Path) -> None:
     nuts, auto = (next(line for line in lines if line[:1] == [name]) for name in demo.ALGORITHMS)
     assert nuts[1] == "NUTS"
     assert auto[1].startswith("Auto")
-    assert float(auto[2]) < 0.7
+    assert float(auto[2]) < 1
     assert auto[-1] == "reliable"
 
 

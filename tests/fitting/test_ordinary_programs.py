@@ -200,7 +200,7 @@ GUIDES = {
     "AutoMultivariateNormal": (AutoMultivariateNormal, {"num_steps": 40}),
     "four particles": (AutoNormal, {"num_steps": 20, "objective": pplvi.ImportanceWeightedELBO(4)}),
     "recorded": (AutoNormal, {"num_steps": 20, "compile": "trace"}),
-    "AutoFlow": (partial(pplvi.AutoFlow, transforms=2, hidden_features=(8,)), {"num_steps": 10}),
+    "AutoFlow": (partial(pplvi.AutoFlow, flow="nsf", transforms=2, hidden_features=(8,)), {"num_steps": 10}),
     "AutoPathfinder": (pplvi.AutoPathfinder, {}),
     "AutoBatchAndMatch": (pplvi.AutoBatchAndMatch, {}),
     "AutoDeterministicNormal": (pplvi.AutoDeterministicNormal, {}),

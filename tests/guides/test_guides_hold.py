@@ -21,7 +21,7 @@ FOUND = {"pathfinder": AutoPathfinder, "deterministic": AutoDeterministicNormal,
 TRAINED = {
     "normal": AutoNormal,
     "full rank": AutoMultivariateNormal,
-    "nsf": partial(AutoFlow, transforms=2, hidden_features=(16,)),
+    "nsf": partial(AutoFlow, flow="nsf", transforms=2, hidden_features=(16,)),
     "nice": partial(AutoFlow, flow="nice", transforms=2, hidden_features=(16,)),
     "quadratic": partial(AutoFlow, flow="quadratic", transforms=3),
     "copula": partial(AutoFlow, flow="copula"),

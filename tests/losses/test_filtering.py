@@ -523,7 +523,7 @@ def short_guide(ys: Tensor) -> None:
         (lambda: FilteringELBO(objective="kl"), "objective='kl'"),
         (lambda: FilteringELBO(objective=RenyiBound(0.0)), "objective of levels"),
         (lambda: FilteringELBO(1, "forward_kl"), "at least 2"),
-        (lambda: FilteringELBO(resample=0.0), "fraction"),
+        (lambda: FilteringELBO(resample=0.0), "a number above 0"),
         (lambda: Filtering(Resampling(True, num_particles=3)), "keeps its number of particles"),
         (lambda: FilteringELBO().loss(Linear(), loop_guide, YS), "Write both in the same way"),
         (lambda: FilteringELBO().loss(Linear(), Proposal()), "at least one"),

@@ -491,7 +491,7 @@ def test_wake_sleep_refuses() -> None:
         ReweightedWakeSleep(1)
     with pytest.raises(ValueError, match="num_sleep_particles=0"):
         WakeSleep(1, 0)
-    with pytest.raises(ValueError, match=r"insomnia=1\.5: expected a share"):
+    with pytest.raises(ValueError, match=r"insomnia=1\.5: expected a number from 0 to 1"):
         ReweightedWakeSleep(4, 1.5)
     for loss in (WakeSleep(4), ReweightedWakeSleep(4)):
         with pytest.raises(ValueError, match=r"not linear|guide enumerates sites"):

@@ -55,8 +55,8 @@ class AutoFlow(ContinuousGuide):
     ``passes=2`` makes couplings of the autoregressive families: "elsewhere" and draws then cost 2 at most.
     ``inverse`` turns the order of the autoregressive families round. "Elsewhere" is what objectives pay that score
     draws apart from their making: a frozen guide (``estimator="stl"`` or ``"dreg"``), the forward KL and the
-    thermodynamic objective. So leave it at ``"quadratic"`` for posteriors that a Gaussian comes near, and where steps
-    are to be cheap; take ``"nsf"`` for the ELBO and the importance-weighted and Renyi bounds, above all for
+    thermodynamic objective. So take ``"quadratic"`` with :func:`pplvi.flow_recipe`, which starts at a Gaussian, where a
+    Gaussian comes near the posterior; ``"nsf"`` for the ELBO, importance-weighted and Renyi bounds, above all for
     skewed, heavy or multimodal posteriors of few dimensions; ``"iaf"`` where splines are too slow; ``"nice"`` for many
     dimensions and for objectives that score elsewhere; ``inverse=False`` for the forward KL with an autoregressive
     flow. ``"bnaf"`` is the most flexible in one transform; points from elsewhere are found by bisection, so take it for
@@ -103,7 +103,7 @@ class AutoFlow(ContinuousGuide):
     def __init__(
         self,
         model: Program,
-        flow: str | Callable[..., Any] | nn.Module = "quadratic",
+        flow: str | Callable[..., Any] | nn.Module = "nsf",
         *,
         transforms: Count | None = None,
         hidden_features: Sequence[Count] | None = None,
