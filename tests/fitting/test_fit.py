@@ -597,7 +597,7 @@ def test_kill_in_the_middle_of_a_write_loses_nothing(tmp_path):
     path = tmp_path / "run.pt"
     script = f"""
         import os, sys, time
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]!r}
         from test_fit import AutoNormal, Checkpoint, fit, loader, model
         fsync, calls = os.fsync, []
         def slow(handle):
