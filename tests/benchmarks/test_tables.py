@@ -251,6 +251,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.script)
+@pytest.mark.table(2)
 def test_table(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"benchmarks.{case.script}")
     run = Command(module.main, tmp_path / "table.json")

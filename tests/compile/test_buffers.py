@@ -69,7 +69,7 @@ def stateful(name: str, mode: Any, steps: int = 3) -> tuple[CompiledSVI, Tensor]
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", STATEFUL)
-@pytest.mark.table(4)
+@pytest.mark.table(9)
 def test_buffers_change_once_a_step(name, mode, inductor_noise):
     """Recording and inspecting leave them alone, each step moves them on, also inside the loop."""
     (ours, losses), (theirs, expected) = (stateful(name, m, 6) for m in (mode, False))
@@ -83,6 +83,7 @@ def test_buffers_change_once_a_step(name, mode, inductor_noise):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.table(4)
 def test_buffers_are_saved_and_resumed(name, mode, inductor_noise):
     whole, losses = stateful(name, mode, 8)
     first, early = stateful(name, mode, 4)

@@ -38,7 +38,7 @@ from pplvi.training.schedules import Cosine
 SINGLE = ("nested plates", "enumeration", "constrained supports")  # in float32 too
 
 
-@pytest.mark.table(6)
+@pytest.mark.table(9)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),

@@ -111,7 +111,7 @@ def fitted(name, args=(Y,)):
     return pplvi.fit(model, make, args=args, objective=objective, optim=optim, progress=False, seed=0, **start)
 
 
-@pytest.mark.table(2)
+@pytest.mark.table(3)
 @pytest.mark.parametrize("name", EVERY)
 def test_the_posterior_is_recovered_exactly(name):
     result = fitted(name)
@@ -236,7 +236,7 @@ def regression(x, y=None):
 X = torch.linspace(-1.0, 1.0, 10, dtype=torch.float64)
 
 
-@pytest.mark.table(2)
+@pytest.mark.table(3)
 @pytest.mark.parametrize("name", WHOLE)
 def test_global_latents_predict_data_of_any_size(name):
     options = {} if name in FOUND else {"num_steps": 3, "optim": partial(torch.optim.Adam, lr=0.001)}

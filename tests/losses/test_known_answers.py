@@ -182,7 +182,7 @@ def name_of_trial(value: object) -> str:
     return "-".join(map(name_of, ROWS[value])) if isinstance(value, int) else value
 
 
-@pytest.mark.table(3)
+@pytest.mark.table(5)
 @pytest.mark.parametrize(("row", "fault"), list(_tried()), ids=name_of_trial)
 def test_value_and_gradient_are_right_and_a_wrong_sign_or_weight_is_seen(row: int, fault: str) -> None:
     draws, expected, sign = drawn(row)
@@ -501,7 +501,7 @@ JOINT_FAULTS = ("sign of log q", "weight of one particle", "gradient of one part
 JOINT_TRIALS = [(i, fault) for i in range(len(JOINT_ROWS)) for fault in (RIGHT, JOINT_FAULTS[i % 4])]
 
 
-@pytest.mark.table(3)
+@pytest.mark.table(5)
 @pytest.mark.parametrize(
     ("row", "fault"), JOINT_TRIALS, ids=lambda x: x if isinstance(x, str) else "-".join(map(name_of, JOINT_ROWS[x]))
 )

@@ -134,6 +134,7 @@ def test_stopping_and_cooling_are_those_of_the_eager_loop():
     ("mode", "data"),
     [("trace", None), ("trace", "minibatches"), pytest.param("max", "minibatches", marks=pytest.mark.slow)],
 )
+@pytest.mark.table(3)
 def test_resumed_training_is_the_uninterrupted_one(mode, data, tmp_path: Path):
     def loader() -> dict[str, Any]:
         if data is None:
