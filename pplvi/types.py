@@ -5,13 +5,8 @@ from typing import Annotated, Any, TypeAlias
 
 from torch import Tensor
 
-from pplvi.kinds.kinds import Condition
-
-Program: TypeAlias = Annotated[
-    Callable[..., Any],
-    Condition("a Pyro program, that is a callable with pyro.sample statements", lambda x: not isinstance(x, type)),
-]
-"""A model or a guide: a function or a module with Pyro's sample statements."""
+Program: TypeAlias = Annotated[Callable[..., Any], "a Pyro program, that is a callable with pyro.sample statements"]
+"""A model or a guide: a function or a module with Pyro's sample statements. The words are those of errors."""
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a program."""

@@ -104,9 +104,15 @@ def _article(name: str) -> str:
 
 def _annotated(hint: Any, *metadata: Any) -> Condition | None:
     base = condition_of(hint)
-    kinds = [kind for kind in metadata if isinstance(kind, Condition)]
+    kinds = [_named(each) if isinstance(each, str) else each for each in metadata]
+    kinds = [kind for kind in kinds if isinstance(kind, Condition)]
     every = [kind for kind in (base, *kinds) if kind is not None]
     return Condition(every[-1].words, lambda x: all(kind.holds(x) for kind in every)) if every else None
+
+
+def _named(words: str) -> Condition:
+    """What words alone say of a type: a value, which a class is not."""
+    return Condition(words, lambda x: not isinstance(x, type))
 
 
 def _union(*hints: Any) -> Condition | None:

@@ -32,10 +32,9 @@ MAX_PARAMETERS = 12
 
 # A room imports only rooms on floors below its own.
 FLOORS = {
-    0: {"kinds"},
-    1: {"types", "weights"},
-    2: {"objectives", "programs"},
-    3: {"kernels", "posterior"},
+    1: {"kinds", "types"},
+    2: {"weights", "programs"},
+    3: {"objectives", "kernels", "posterior"},
     4: {"samplers"},
     5: {"losses", "guides"},
     6: {"compile", "models"},
