@@ -1,4 +1,4 @@
-"""Markov kernels with tractable densities there and back. Imports ``objectives`` and ``programs``."""
+"""Markov kernels with tractable densities there and back. Imports ``programs`` and what stands below."""
 
 from pplvi.kernels.base import Kernel
 from pplvi.kernels.coordinates import Coordinates

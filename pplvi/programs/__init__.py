@@ -1,4 +1,4 @@
-"""Running Pyro programs and knowing what they do. Imports ``weights``."""
+"""Running Pyro programs and knowing what they do. Imports ``kinds``."""
 
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.joint import execute

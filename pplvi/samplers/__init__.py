@@ -1,4 +1,4 @@
-"""Samplers run programs and yield weighted steps. Imports ``kernels`` and what stands below."""
+"""Samplers run programs and yield weighted steps. Imports ``kernels``, ``objectives`` and what stands below."""
 
 from pplvi.samplers.annealed import Annealed
 from pplvi.samplers.base import Request
