@@ -26,6 +26,10 @@ from pplvi.programs.sharding import data_mean
 from pplvi.types import Values
 
 Mask = Tensor | Mapping[str, Tensor] | None
+Shown = Tensor | Values | None
+"""Values of the visible layer, or of layers by name; nothing is drawn."""
+Fixed = Tensor | None
+"""What a conditional machine is given."""
 Clamped = Sequence[str] | Mapping[str, Tensor | None]
 
 
@@ -152,13 +156,7 @@ class EnergyModel(PyroModule):
 
     @pyro_method
     def model(
-        self,
-        v: Tensor | Values | None = None,
-        *,
-        mask: Mask = None,
-        size: int | None = None,
-        num_draws: int = 1,
-        given: Tensor | None = None,
+        self, v: Shown = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1, given: Fixed = None
     ) -> dict[str, Tensor]:
         """The machine as a Pyro program: plate ``"data"``, a site for every layer, and the factor ``exp(-E)``.
 

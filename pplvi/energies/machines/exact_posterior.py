@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import Mask
+from pplvi.energies.machines.energy import Fixed, Mask, Shown
 from pplvi.energies.machines.training_step import active_step
 from pplvi.kinds.checked import checked
 from pplvi.programs.plates import data_plate
@@ -98,13 +98,7 @@ class ConditionalGuide:
         return Factorised(means, entropy)
 
     def __call__(
-        self,
-        v: Tensor | Values | None = None,
-        *,
-        mask: Mask = None,
-        size: int | None = None,
-        num_draws: int = 1,
-        given: Tensor | None = None,
+        self, v: Shown = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1, given: Fixed = None
     ) -> None:
         """Sample sites of the hidden layers in plate ``"data"``; from their base measures without data."""
         _refuse(mask)

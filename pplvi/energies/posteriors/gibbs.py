@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import Mask
+from pplvi.energies.machines.energy import Fixed, Mask, Shown
 from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.measures import BaseMeasure
 from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
@@ -85,13 +85,7 @@ class GibbsGuide(FactorisedInference):
         return [] if any(self.machine.is_lateral(layer) for layer in last) else last
 
     def factorised(
-        self,
-        v: Tensor | Values | None = None,
-        *,
-        mask: Mask = None,
-        size: int | None = None,
-        num_draws: int = 1,
-        given: Tensor | None = None,
+        self, v: Shown = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1, given: Fixed = None
     ) -> Factorised:
         """Draws, and conditional means of the layers drawn last, with the entropy of these."""
         v = self.machine.joined(v, given)
@@ -101,13 +95,7 @@ class GibbsGuide(FactorisedInference):
         return Factorised({n: x for n, x in found.values.items() if n not in known}, self.entropy(found))
 
     def __call__(
-        self,
-        v: Tensor | Values | None = None,
-        *,
-        mask: Mask = None,
-        size: int | None = None,
-        num_draws: int = 1,
-        given: Tensor | None = None,
+        self, v: Shown = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1, given: Fixed = None
     ) -> None:
         """Sample sites of the layers that are not, or only partly, observed, in plate ``"data"``.
 

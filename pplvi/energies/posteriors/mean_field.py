@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
-from pplvi.energies.machines.energy import Mask
+from pplvi.energies.machines.energy import Fixed, Mask, Shown
 from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.measures import PartlyObserved
 from pplvi.energies.machines.training_step import active_step
@@ -47,13 +47,7 @@ class FactorisedInference:
     # ------------------------------------------------------------------ as a guide
 
     def factorised(
-        self,
-        v: Tensor | Values | None = None,
-        *,
-        mask: Mask = None,
-        size: int | None = None,
-        num_draws: int = 1,
-        given: Tensor | None = None,
+        self, v: Shown = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1, given: Fixed = None
     ) -> Factorised:
         """The posterior for the arguments of the model, without gradient but, in training, of units' parameters."""
         found = self._answer(self.machine.joined(v, given), mask, num_draws)
@@ -61,13 +55,7 @@ class FactorisedInference:
             return Factorised(found.means(), self.entropy(found))
 
     def __call__(
-        self,
-        v: Tensor | Values | None = None,
-        *,
-        mask: Mask = None,
-        size: int | None = None,
-        num_draws: int = 1,
-        given: Tensor | None = None,
+        self, v: Shown = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1, given: Fixed = None
     ) -> None:
         """Sample sites of the layers that are not, or only partly, observed, in plate ``"data"``."""
         self.emit(self._answer(self.machine.joined(v, given), mask, num_draws), size)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.couplings import DenseCoupling
-from pplvi.energies.machines.energy import Mask
+from pplvi.energies.machines.energy import Fixed, Mask, Shown
 from pplvi.energies.machines.exact_posterior import Factorised
 from pplvi.energies.machines.training_step import active_step
 from pplvi.energies.posteriors.mean_field import FactorisedInference, MeanFieldGuide
@@ -154,13 +154,7 @@ class RecognitionGuide(PyroModule, FactorisedInference):
 
     @pyro_method
     def factorised(
-        self,
-        v: Tensor | Values | None = None,
-        *,
-        mask: Mask = None,
-        size: int | None = None,
-        num_draws: int = 1,
-        given: Tensor | None = None,
+        self, v: Shown = None, *, mask: Mask = None, size: int | None = None, num_draws: int = 1, given: Fixed = None
     ) -> Factorised:
         """The posterior without gradient; in a training step its entropy has the gradient of the divergence.
 

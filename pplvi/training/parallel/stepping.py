@@ -188,16 +188,10 @@ class EagerTogether(_Together, EagerStepper):
     """Pyro's ``SVI`` on every rank, with the mean gradient."""
 
     def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        objective: Any,
-        update: Update,
-        before_first: BeforeFirst,
-        meeting: Meeting,
+        self, model: Program, guide: Program, objective: Any, update: Update, first: BeforeFirst, *, meeting: Meeting
     ) -> None:
         self.loss, self.meeting = own_loss(objective), meeting
-        super().__init__(model, guide, self.loss, update, before_first)
+        super().__init__(model, guide, self.loss, update, first)
         self.svi.loss_and_grads, update.norm = self._loss_and_grads, meeting.norm
 
     def many(self, calls: Sequence[Call]) -> Sequence[StepLoss]:
@@ -338,7 +332,7 @@ class _EagerTogether(Steps):
     meeting: Meeting = field(kw_only=True)
 
     def __call__(self, model: Program, guide: Program, objective: Any, before_first: BeforeFirst) -> Stepper:
-        return EagerTogether(model, guide, objective, self.update(), before_first, self.meeting)
+        return EagerTogether(model, guide, objective, self.update(), before_first, meeting=self.meeting)
 
 
 @dataclass
