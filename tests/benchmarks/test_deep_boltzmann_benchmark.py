@@ -43,6 +43,7 @@ def test_rows_of_deep_boltzmann(
     assert "| way " in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_rows_of_deep_boltzmann_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = script("deep_boltzmann_large.py", monkeypatch)
     out, machine = tmp_path / "large.json", tmp_path / "machine.pt"

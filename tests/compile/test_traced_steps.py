@@ -21,7 +21,7 @@ from pplvi.compile.svi import CompiledSVI
 from pplvi.losses.elbo import ELBO, own_loss
 
 
-@pytest.mark.table(2)
+@pytest.mark.table(3)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float64) for name in CASES), *((name, torch.float32) for name in sorted(SHAPES))],

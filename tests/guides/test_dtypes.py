@@ -38,7 +38,7 @@ def exact_regression(x: Tensor, y: Tensor) -> float:
     return float(dist.MultivariateNormal(torch.zeros(len(y), dtype=torch.float64), covariance).log_prob(y))
 
 
-@pytest.mark.table(3)
+@pytest.mark.table(5)
 @pytest.mark.parametrize("family", FAMILIES, ids=name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_meets_constants_of_its_own_type(family: Callable[..., Any], dtype: torch.dtype) -> None:
@@ -109,7 +109,7 @@ def one_class(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
 
-@pytest.mark.table(2)
+@pytest.mark.table(4)
 @pytest.mark.parametrize("family", FAMILIES, ids=name)
 def test_the_probability_of_one_class_is_a_constant(family: Callable[..., Any]) -> None:
     y = torch.tensor([1.3])

@@ -109,7 +109,7 @@ class Recorder:
         self.seen.append(trace.trace.nodes["z"]["value"].detach())
 
 
-@pytest.mark.table(3)
+@pytest.mark.table(4)
 @pytest.mark.parametrize("resample", [False, True, 0.7])
 @pytest.mark.parametrize("path", ["residual", "langevin", "learned path", "programs"])
 @pytest.mark.parametrize("target", TARGETS)
@@ -414,7 +414,7 @@ def only_local() -> tuple[Callable[..., None], Callable[..., None]]:
     return model, flat
 
 
-@pytest.mark.table(2)
+@pytest.mark.table(3)
 @pytest.mark.parametrize("resample", [False, True, 0.9])
 @pytest.mark.parametrize("divergence", CLOSED_FORMS, ids=str)
 @pytest.mark.parametrize("programs", [several, only_local])

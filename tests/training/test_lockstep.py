@@ -64,6 +64,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ],
     ids=["defaults", "clip, decay", "monitor"],
 )
+@pytest.mark.table(2)
 def test_restarts_in_one_program_are_those_alone(options, shared):
     same(*both(model, **options))
     assert shared == [50, 50, 30] or shared[:2] == [10, 10]
@@ -161,6 +162,7 @@ def uninterrupted() -> Any:
 
 
 @pytest.mark.parametrize("when", [85, 1])
+@pytest.mark.table(2)
 def test_resumed_restarts_are_the_uninterrupted_ones(when, tmp_path: Path):
     """Bit for bit, those that had ended included."""
 

@@ -27,7 +27,12 @@ class SequenceMachine(PyroModule):
     :ivar machine: the conditional machine, which annealed importance sampling takes with :meth:`frames`.
     """
 
-    machine: RestrictedBoltzmannMachine
+    def __init__(self, name: str, visible: Kind | Units, widths: tuple[int, int, int], init_scale: float) -> None:
+        super().__init__(name)
+        num_visible, num_hidden, num_state = widths
+        self.machine = RestrictedBoltzmannMachine(
+            num_visible, num_hidden, visible=visible, centered=False, init_scale=init_scale, given=num_state
+        )
 
     @abstractmethod
     def following(self, state: Tensor, v: Tensor) -> Tensor:
@@ -133,10 +138,7 @@ class RNNBoltzmannMachine(SequenceMachine):
         name: str = "",
         init_scale: NonNegative = 0.01,
     ) -> None:
-        super().__init__(name)
-        self.machine = RestrictedBoltzmannMachine(
-            num_visible, num_hidden, visible=visible, centered=False, init_scale=init_scale, given=num_state
-        )
+        super().__init__(name, visible, (num_visible, num_hidden, num_state), init_scale)
         self.weight_input = torch.nn.Parameter(init_scale * torch.randn(num_visible, num_state))
         self.weight_state = torch.nn.Parameter(init_scale * torch.randn(num_state, num_state))
         self.bias_state = torch.nn.Parameter(torch.zeros(num_state))
@@ -185,10 +187,7 @@ class RecurrentTemporalMachine(SequenceMachine):
         name: str = "",
         init_scale: NonNegative = 0.01,
     ) -> None:
-        super().__init__(name)
-        self.machine = RestrictedBoltzmannMachine(
-            num_visible, num_hidden, visible=visible, centered=False, init_scale=init_scale, given=num_hidden
-        )
+        super().__init__(name, visible, (num_visible, num_hidden, num_hidden), init_scale)
         self.start = torch.nn.Parameter(torch.zeros(num_hidden))
 
     def first(self) -> Tensor:

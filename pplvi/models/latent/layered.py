@@ -42,6 +42,16 @@ class LayeredModel(PyroModule):
         return data_plate(len(checked_data(x, self.widths[0])), size)
 
 
+def given_to_guide(x: Tensor | None) -> Tensor:
+    """Data, whose latents a guide draws.
+
+    :raises ValueError: without data.
+    """
+    if x is None:
+        raise ValueError("x=None: expected data, whose latents the guide draws.")
+    return x
+
+
 def masked_event(each: dist.TorchDistribution, x: Tensor | None, mask: Tensor | None) -> dist.TorchDistribution:
     """The distribution of independent numbers, those left out that are missing.
 

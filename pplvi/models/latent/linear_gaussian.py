@@ -16,7 +16,7 @@ from torch import Tensor
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count
 from pplvi.models.inputs import checked_data, checked_mask
-from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
+from pplvi.models.latent.layered import LayeredModel, given_to_guide, masked_event, zero_filled
 
 __all__ = ["FactorAnalysis", "GaussianBeliefNetwork", "ProbabilisticPCA"]
 
@@ -132,9 +132,7 @@ class GaussianBeliefNetwork(LayeredModel):
 
         :raises ValueError: without data.
         """
-        if x is None:
-            raise ValueError("x=None: expected data, whose latents the guide draws.")
-        with self.plate(x, size):
+        with self.plate(x := given_to_guide(x), size):
             child, shown = zero_filled(x, mask), None if mask is None else checked_mask(mask, x)
             for layer, (link, prior) in enumerate(reversed(list(self._priors())), 1):
                 child = pyro.sample(f"z{layer}", link.posterior(child, prior, shown))

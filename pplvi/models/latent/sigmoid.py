@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count
-from pplvi.models.latent.layered import LayeredModel, masked_event, zero_filled
+from pplvi.models.latent.layered import LayeredModel, given_to_guide, masked_event, zero_filled
 
 __all__ = ["SigmoidBeliefNetwork"]
 
@@ -86,9 +86,7 @@ class SigmoidBeliefNetwork(LayeredModel):
 
         :raises ValueError: without data.
         """
-        if x is None:
-            raise ValueError("x=None: expected data, whose latents the guide draws.")
-        with self.plate(x, size):
+        with self.plate(x := given_to_guide(x), size):
             below = zero_filled(x, mask)
             for layer in range(len(self.widths) - 1):
                 weight, bias = getattr(self, f"recognition_{layer}"), getattr(self, f"recognition_bias_{layer}")
