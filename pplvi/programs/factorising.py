@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pyro
 import torch
@@ -77,7 +77,8 @@ class SoundFactors(TorchFunctionMode):
 
     def __init__(self, *, drawing: bool = False) -> None:
         super().__init__()
-        self.drawing, self.failed = drawing, cast("Tensor | None", None)
+        self.drawing = drawing
+        self.failed: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one function of torch, in its own way unless it factorises."""
@@ -88,14 +89,16 @@ class SoundFactors(TorchFunctionMode):
         factor, info = torch.linalg.cholesky_ex(matrix.detach())
         bad = (info != 0).reshape(-1).any()
         self.failed = bad if self.failed is None else self.failed | bad
-        failed, unit = (info != 0)[..., None, None], torch.eye(matrix.shape[-1]).to(matrix)
-        if self.drawing:
-            factor = torch.where(failed, torch.nan, factor)
-        elif torch.is_grad_enabled():  # no gradient through a factor that is none
-            factor = torch.linalg.cholesky_ex(torch.where(failed, unit, matrix))[0]
-        else:
-            factor = torch.where(failed, unit, factor)
+        factor = self._instead(matrix, factor, (info != 0)[..., None, None])
         return factor.mH if upper else factor
+
+    def _instead(self, matrix: Tensor, factor: Tensor, failed: Tensor) -> Tensor:
+        if self.drawing:
+            return torch.where(failed, torch.nan, factor)
+        unit = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        if torch.is_grad_enabled():  # no gradient through a factor that is none
+            return torch.linalg.cholesky_ex(torch.where(failed, unit, matrix))[0]
+        return torch.where(failed, unit, factor)
 
 
 class JointFactorisation(RuntimeError):
