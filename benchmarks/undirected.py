@@ -42,6 +42,7 @@ from pplvi.energies import (
     ClassificationBoltzmannMachine,
     ContrastiveDivergence,
     ConvolutionalBoltzmannMachine,
+    GaussianUnits,
     MeanCovarianceMachine,
     MeanProductOfStudents,
     PersistentChains,
@@ -357,27 +358,35 @@ def whitened(count: int = 60_000, side: int = 8) -> tuple[Tensor, Tensor]:
     return ((train - mean) @ white).float(), ((test - mean) @ white).float()
 
 
+def spikes_and_slabs(width: int, narrow: float = 0.3, wide: float = 5.0, share: float = 0.2) -> Any:
+    """A machine that starts as independent pixels, each normal and wide in a share of patches, narrow in the others.
+
+    At small weights the gradient of what slabs know of the covariance is of second order, and training stays there.
+    """
+    odds = math.log(share / (1 - share)) + math.log(narrow / wide) / 2
+    units = GaussianUnits(width, variance=narrow), SpikeSlabUnits(width, precision=4.0, log_odds=odds)
+    machine = RestrictedBoltzmannMachine(width, width, visible=units[0], hidden=units[1], centered=False)
+    with torch.no_grad():
+        machine.weight("v", "h").copy_(2 * narrow * math.sqrt(1 / narrow - 1 / wide) * torch.eye(width))
+    return machine
+
+
 def patches(settings: argparse.Namespace) -> Iterator[Row]:
     """Machines of real units."""
     train, test = whitened(2000 if settings.share < 0.1 else 60_000)
     test = test[: settings.frames or 3000]
     hidden = 64
-    kinds: dict[str, tuple[Callable[[], Any], float]] = {
-        "Gaussian RBM": (partial(RestrictedBoltzmannMachine, 64, hidden, visible="gaussian", centered=False), 1e-3),
-        "spike and slab": (
-            lambda: RestrictedBoltzmannMachine(
-                64, 64, visible="gaussian", hidden=SpikeSlabUnits(hidden, precision=4.0), centered=False
-            ),
-            1e-3,
-        ),
-        "mean and covariance": (partial(MeanCovarianceMachine, 64, num_covariance=48, num_mean=16), 1e-3),
-        "mean product of Students": (partial(MeanProductOfStudents, 64, num_covariance=48, num_mean=16), 1e-3),
+    kinds: dict[str, tuple[Callable[[], Any], float, int]] = {
+        "Gaussian RBM": (partial(RestrictedBoltzmannMachine, 64, hidden, visible="gaussian", centered=False), 1e-3, 1),
+        "spike and slab": (partial(spikes_and_slabs, 64), 2e-4, 10),
+        "mean and covariance": (partial(MeanCovarianceMachine, 64, num_covariance=48, num_mean=16), 1e-3, 1),
+        "mean product of Students": (partial(MeanProductOfStudents, 64, num_covariance=48, num_mean=16), 1e-3, 1),
     }
-    for name, (make, lr) in ((name, kind) for name, kind in kinds.items() if asked(settings, name)):
+    for name, (make, lr, sweeps) in ((name, kind) for name, kind in kinds.items() if asked(settings, name)):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         machine, index = make(), rows_of(train, 100)
-        loss = BoltzmannELBO(negative=PersistentChains(100, 1))
+        loss = BoltzmannELBO(negative=PersistentChains(100, sweeps))
         program = (machine.marginal, machine.marginal_guide)
         updates = max(2, round(settings.share * 10_000))
         run = Run(program, machine, loss, lambda index=index: (train[next(index)],), updates=updates, lr=lr, rate=0.02)
