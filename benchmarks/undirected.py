@@ -10,7 +10,7 @@
 - ``images``: a convolutional machine with probabilistic max pooling on sampled MNIST (the binarisation of natural_bm):
   milliseconds an update of 20 images, and its likelihood.
 - ``patches``: 8 x 8 patches of scikit-learn's two photographs, whitened: machines of as many hidden units whose
-  covariance is Gaussian, of spikes and slabs, or gated.
+  covariance is Gaussian, of spikes and slabs (from a start that knows how wide pixels are), or gated.
 
 Log-likelihoods are those of annealed importance sampling, which are too high on average; intervals are three standard
 errors of log Z beside one of the mean over data.
