@@ -37,7 +37,7 @@ from pplvi.evaluation import log_density, mode_coverage
 from pplvi.models import MADE, NADE, DeepLatentGaussian, FactorAnalysis, Generator, maximum_mean_discrepancy
 from pplvi.programs.plates import data_plate
 
-SECONDS = {"nade": 600, "made": 200, "rnn_nade": 120, "factors": 25, "dlgm": 600, "gmmn": 60, "gan": 20, "speed": 0}
+SECONDS = {"nade": 600, "made": 200, "rnn_nade": 120, "factors": 60, "dlgm": 600, "gmmn": 60, "gan": 20, "speed": 0}
 QUICK = "--only nade made factors dlgm gmmn gan speed --seconds 0.5 --hidden 8 --draws 20 --test-images 50"
 
 
