@@ -106,6 +106,11 @@ class Attempt:
         return self.name if self.form == WRITTEN else f"{self.name}, {self.form}"
 
     @property
+    def is_easy(self) -> bool:
+        """Whether no other form of the model is needed: most draws are effective, with light tails."""
+        return self.pareto_k < GOOD_ENOUGH and self.efficiency >= _HALF
+
+    @property
     def is_interrupted(self) -> bool:
         """Whether the user has interrupted it."""
         return self.fit is not None and self.fit.runs[self.fit.best].reason == "interrupted"
@@ -135,15 +140,16 @@ def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
 
 
 WRITTEN = "as written"
+_FEW_DIMENSIONS = 20  # in which a mixture reaches what one Gaussian does not; in more, particles come first
 _FOUND = (
     Rung("AutoPathfinder", AutoPathfinder),
-    Rung("AutoStudentMixture", AutoStudentMixture),
+    Rung("AutoStudentMixture", AutoStudentMixture, most=_FEW_DIMENSIONS),
     Rung("AutoBatchAndMatch", AutoBatchAndMatch, gaussian=True),
+    # What no Gaussian comes near is sampled, from the best of them.
+    Rung("SMC", "smc"),
     Rung("AutoDeterministicNormal", AutoDeterministicNormal, gaussian=True),
     Rung("AutoStudentMixture(num_scouts=512)", partial(AutoStudentMixture, num_scouts=512)),
 )
-# What no Gaussian comes near is sampled, from the best of them.
-_SAMPLED = (Rung("SMC", "smc"),)
 # Neither can move the parameters of a model.
 _TRAINED = (
     Rung("AutoNormal", AutoNormal, _gaussian_recipe, 5000),
@@ -173,9 +179,7 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     start = time.perf_counter()
     ladder = _Ladder(fit, originals, Clock.of(budget))
     forms = originals.look(forms_of, model)
-    reason = ladder.climb(
-        {WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND + _SAMPLED), *_FLOWS)
-    )
+    reason = ladder.climb({WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
     best = ladder.best
     if best.fit is None:
         raise ladder.errors[0]
@@ -248,7 +252,7 @@ class _Ladder:
         for rung in rungs:
             chosen = forms if self.form is None else {self.form: forms[self.form]}
             for number, (form, model) in enumerate(chosen.items()):
-                if self.attempts and self.clock.over():
+                if self.attempts and (self.clock.over() or (self.form is None and self.attempts[-1].is_easy)):
                     break
                 if not self._try(rung, form, model, share=1 / (len(chosen) - number)):
                     return f"the time left was too short for {rung.name}, and it has the best verdict"
@@ -300,6 +304,8 @@ class _Ladder:
             return True
         if rung.guide == "smc":
             make = partial(make, init=self._start(), budget=self.clock)
+        if rung.guide is AutoBatchAndMatch:
+            make = partial(self.fit, model, partial(AutoBatchAndMatch, start=self._start()))
         if rung.recipe is None:
             self._note(rung.name, form, make)
             return True
@@ -347,11 +353,12 @@ class _Ladder:
                 posterior = found.posterior(_DRAWS)
                 if found.islands is None:
                     pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
+                    judgement["efficiency"] = float(posterior.ess.min()) / posterior.num_draws
                 log_evidence = posterior.total_log_evidence
                 if self.form is None:
                     self.posteriors[form] = posterior
                 else:
-                    judgement = _judged(posterior)
+                    judgement |= _judged(posterior)
         except ValueError as error:
             found, failure = None, str(error).split(":")[0].split(";")[0]
             self.errors.append(error)
