@@ -71,7 +71,8 @@ class AutoStudentMixture(FoundGuide):
 
     :param model: a Pyro model in up to 100 unconstrained dimensions; its latent sites are continuous or enumerated, its
         plates are not subsampled.
-    :param num_scouts: how many points climb from the prior; 160 times as many far ones, where they are cheap, are looked at, for narrow modes.
+    :param num_scouts: how many points climb from the prior; 160 times as many far ones, fewer where they are dear, are
+        looked at, for narrow modes.
     :param num_components: the most components; modes beyond it, those of the least mass, are left out.
     :param init_radius: as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`: from there four
         more scouts climb.
