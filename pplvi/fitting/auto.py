@@ -75,7 +75,6 @@ class Attempt:
     :ivar state: what the model's parameters are worth after it.
     :ivar failure: why there is no fit, or empty.
     :ivar verdict: on these draws; ``None`` without a fit.
-    :ivar firm: whether it is reliable, and other draws would say so too.
     :ivar efficiency: effective part of the draws.
     :ivar unheard: the draws, if the verdict is without scouts, which could only find against them.
     """
@@ -90,7 +89,6 @@ class Attempt:
     state: list[torch.Tensor]
     failure: str = ""
     verdict: Verdict | None = None
-    firm: bool = False
     efficiency: float = 0.0
     unheard: Posterior | None = None
 
@@ -104,6 +102,11 @@ class Attempt:
     def title(self) -> str:
         """The family and, if it is not as written, the form of the model."""
         return self.name if self.form == WRITTEN else f"{self.name}, {self.form}"
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether its verdict is the best one, by all that is asked of draws."""
+        return self.verdict is not None and self.verdict.word == RELIABLE and self.unheard is None
 
     @property
     def is_easy(self) -> bool:
@@ -215,7 +218,7 @@ class _Ladder:
     @property
     def best(self) -> Attempt:
         """The attempt that has a fit, in the form that was chosen, with the best verdict and the least k-hat."""
-        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.rank, not a.firm, a.pareto_k))
+        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.rank, a.pareto_k))
 
     @property
     def comparison(self) -> str:
@@ -260,7 +263,7 @@ class _Ladder:
                     return _INTERRUPTED
             if self.form is None:
                 self._choose(self._easiest())
-            if self.done and self.best.firm and not self.doubt:
+            if self.done and self.best.is_reliable and not self.doubt:
                 return "its draws are reliable"
             if self.clock.over():
                 return "the time was over, and it has the best verdict"
@@ -389,17 +392,7 @@ def _judged(posterior: Posterior) -> dict[str, Any]:
     """The verdict of an attempt and what goes with it. Scouts, who are dear, are asked where they may decide."""
     facts = posterior.facts_without_scouts
     if facts is None:
-        return {"verdict": posterior.verdict, "firm": _is_firm(posterior)}
+        return {"verdict": posterior.verdict}
     if (verdict := at_best(facts)).word != RELIABLE:
         return {"verdict": verdict, "efficiency": facts.efficiency, "unheard": posterior}
-    return {"verdict": posterior.verdict, "firm": _is_firm(posterior), "efficiency": facts.efficiency}
-
-
-def _is_firm(posterior: Posterior) -> bool:
-    """Whether draws are reliable by more than chance: k-hat is below 0.7 by two errors, or most draws are effective."""
-    if posterior.verdict.word != RELIABLE:
-        return False
-    if posterior.draws.batch or not posterior.has_weights:
-        return True
-    facts = posterior.facts
-    return facts.pareto_k + 2 * facts.pareto_k_error < GOOD_ENOUGH or facts.efficiency > _MOST
+    return {"verdict": posterior.verdict, "efficiency": facts.efficiency}
