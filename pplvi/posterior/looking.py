@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,6 +163,12 @@ def _is_constant(site: Any) -> bool:
     except NotImplementedError:
         return False
     return math.prod(free) == 0 < site["value"].numel()
+
+
+def name_of(program: Any) -> str:
+    """What a reader calls a model or guide: the name of the function or of the class."""
+    program = inspect.unwrap(program)
+    return str(getattr(program, "__name__", type(program).__name__))
 
 
 def chunks_of(total: int, chunk_size: int | None, most: int | None) -> list[tuple[int, int]]:

@@ -9,7 +9,6 @@ weights of its own.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Seed
+from pplvi.posterior import looking
 from pplvi.posterior.draws import Draws, draw, predict, score
 from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
 from pplvi.posterior.leave_one_out import LeftOut, loo
-from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.predictions import observed_as_before, told_how_to_predict
 from pplvi.posterior.stacking import repeated, stack
 from pplvi.posterior.verdict import Facts, Verdict, judge
@@ -93,7 +92,7 @@ class Posterior(WeightedDraws):
     """Whether the training of the guide had converged, where a fit knows."""
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Where the guide has its parameters, if not in the global store."""
-    _source: MoreDraws | None = None
+    _source: looking.MoreDraws | None = None
     _pair: tuple[Program, Program]
 
     @explained()
@@ -117,17 +116,17 @@ class Posterior(WeightedDraws):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         self._pair = model, guide
         run = self._look()
-        most = chunk_size or fitting(run, num_draws, self._few)
-        chunks = chunks_of(num_draws, chunk_size, most)
-        if at_a_point := is_at_a_point(run):
+        most = chunk_size or looking.fitting(run, num_draws, self._few)
+        chunks = looking.chunks_of(num_draws, chunk_size, most)
+        if at_a_point := looking.is_at_a_point(run):
             chunks = [(0, 1)]
         draws = self._drawn(chunks, seed)
         draws = repeated(draws, num_draws) if at_a_point else draws
         _check_latents(draws)
         if chunk_size is not None and len(chunks) > 1:
             _check_same_data(draws)
-        super().__init__(draws, point_sites(draws, run))
-        self._source = MoreDraws(mark_of(run), seed or 0, most, bytes_of(run))
+        super().__init__(draws, looking.point_sites(draws, run))
+        self._source = looking.MoreDraws(looking.mark_of(run), seed or 0, most, looking.bytes_of(run))
 
     def _look(self) -> Run:
         """A run for inspection, the same as long as the programs and their parameters are."""
@@ -163,25 +162,20 @@ class Posterior(WeightedDraws):
         datum has weights of its own, for MCMC, and where the guide's parameters have changed since.
         """
         source = self._source
-        if source is None or not self.has_weights or self.draws.batch:
-            return self
-        if not self.is_current:
+        if source is None or not self.has_weights or self.draws.batch or not self.is_current:
             return self
 
         def more(size: int, number: int) -> Draws:
-            return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
+            return self._drawn(looking.chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
 
         with self.scope():
             return grown(self, more, source.bytes)
 
     @property
     def is_current(self) -> bool:
-        """Whether these are still draws of the guide and densities of the model: whether neither parameters nor data
-        have changed since, as far as one run at a fixed seed can tell. Chains are not asked."""
-        if self._source is None:
-            return True
+        """Whether parameters and data are what they were, as far as one run can tell; true of chains."""
         with self.scope():
-            return mark_of(self._look()) == self._source.mark
+            return self._source is None or looking.mark_of(self._look()) == self._source.mark
 
     @cached_property
     def facts_without_scouts(self) -> Facts | None:
@@ -280,15 +274,15 @@ class Posterior(WeightedDraws):
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
         run = plain_run(self.model, self.args, self.kwargs)
-        bounds = chunks_of(num_chains * length, chunk_size, fitting(run))
+        bounds = looking.chunks_of(num_chains * length, chunk_size, looking.fitting(run))
         scored = stack((self._score(latents, *b) for b in bounds), num_chains * length)
         super(Posterior, self).__init__(scored, num_chains=num_chains, evidence=evidence)
         return self
 
     def __repr__(self) -> str:
         kind = f"MCMC, chains={self.num_chains}" if self.evidence is None else f"SMC, islands={self.num_chains}"
-        source = kind if self.guide is None else name_of(self.guide)
-        return f"Posterior({name_of(self.model)}, {source}, {self.draws!r})"
+        source = kind if self.guide is None else looking.name_of(self.guide)
+        return f"Posterior({looking.name_of(self.model)}, {source}, {self.draws!r})"
 
     def _remember(
         self,
@@ -379,12 +373,6 @@ class Posterior(WeightedDraws):
             unknown.
         """
         return loo(self, var_name, groups)
-
-
-def name_of(program: Any) -> str:
-    """What a reader calls a model or guide: the name of the function or of the class."""
-    program = inspect.unwrap(program)
-    return str(getattr(program, "__name__", type(program).__name__))
 
 
 def _check_latents(draws: Draws) -> None:
