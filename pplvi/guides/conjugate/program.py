@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain as flat
 from typing import Any
@@ -139,7 +139,7 @@ def _family(name: str, found: Latent, fallback: Mapping[str, str]) -> str:
     if (family := family_of(kind)) is None:
         raise ValueError(
             f"latent site {name!r} is {kind}, which has no conjugate family: expected Normal, MultivariateNormal, "
-            f"Gamma, InverseGamma, Exponential, Beta, Dirichlet or Wishart. Name {_advice({name: found}, ())}."
+            f"Gamma, InverseGamma, Exponential, Beta, Dirichlet or Wishart. Name {_advice({name: found})}."
         )
     return family
 
@@ -159,7 +159,7 @@ def _fallback_family(name: str, found: Latent) -> str:
     kind = str(base_distribution(found.fn).support)
     raise ValueError(
         f"fallback for site {name!r} is no guide family: its support is {kind}, expected real or positive values. "
-        f"Name a guide family, {_advice({name: found}, ())}."
+        f"Name a guide family, {_advice({name: found})}."
     )
 
 
@@ -213,7 +213,7 @@ def _factor(blocks: Blocks, turn: LoopTurns, summed: bool, latents: Mapping[str,
     try:
         return Factor(expected_log_prob(blocks, turn.fn, turn.value), turn, summed)
     except NotConjugate as error:
-        raise _refusal(turn.name, error, latents, blocks.loose) from error
+        raise _refusal(turn, error, blocks, latents) from error
 
 
 def _block_name(group: Sequence[str]) -> str:
@@ -247,20 +247,32 @@ def _is_walk(trace: Any, group: Sequence[str]) -> bool:
     return True
 
 
-def _refusal(name: str, error: NotConjugate, latents: Mapping[str, Latent], loose: Collection[str]) -> ValueError:
+def _refusal(turn: LoopTurns, error: NotConjugate, blocks: Blocks, latents: Mapping[str, Latent]) -> ValueError:
     """What is said of a factor without a closed form."""
+    sites = {site: latents[site] for site in sorted(error.sites) if site in latents}
     return ValueError(
-        f"site {name!r} is not conjugate: {error}. Expected a form whose updates are closed (a precision with a Gamma "
-        "prior, scale=tau.rsqrt(); a linear map; one product in a logarithm). Rewrite it, or name "
-        f"{_advice({site: latents[site] for site in sorted(error.sites) if site in latents}, loose)}."
+        f"site {turn.name!r} is not conjugate: {error}. Expected a form whose updates are closed (a precision with a "
+        "Gamma prior, scale=tau.rsqrt(); a linear map; one product in a logarithm). Rewrite it, or name "
+        f"{_advice(sites, (blocks, turn))}."
     )
 
 
-def _advice(latents: Mapping[str, Latent], loose: Collection[str]) -> str:
-    """The ``fallback=`` that sites can take: of those that natural gradients do not take, a guide family."""
+def _advice(latents: Mapping[str, Latent], about: tuple[Blocks, LoopTurns] | None = None) -> str:
+    """The ``fallback=`` that sites can take: a guide family, where natural gradients do not take them."""
     if not latents:
         return "another guide"
-    normal = not set(latents) & set(loose) and all(_normal_family(found) is not None for found in latents.values())
+    families = {site: _normal_family(found) for site, found in latents.items()}
+    normal = None not in families.values() and (about is None or _is_integrable(*about, families))
     sites = ", ".join(f"{site!r}: {repr('cvi') if normal else 'AutoNormal'}" for site in latents)
     how = "updates by natural gradients" if normal else "pyro.infer.autoguide.AutoNormal or another guide, by gradient"
     return f"fallback={{{sites}}} for {how}, or use another guide"
+
+
+def _is_integrable(blocks: Blocks, turn: LoopTurns, families: Mapping[str, Any]) -> bool:
+    """Whether a factor has an expectation where some sites are normal, or their logarithms are."""
+    loose = Blocks(blocks.names, {**blocks.families, **families}, blocks.loose | frozenset(families), blocks.series)
+    try:
+        expected_log_prob(loose, turn.fn, turn.value)
+    except NotConjugate:
+        return False
+    return True

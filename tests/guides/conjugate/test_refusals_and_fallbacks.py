@@ -88,7 +88,7 @@ REFUSED = {
     correlations: r"latent site 'tril' is LKJCholesky, which has no conjugate family.*fallback=\{'tril': AutoNormal\}",
     gamma_scale: r"'y' is not conjugate.*standard deviation.*power -2 of site 'sd'.*gamma.*fallback=\{'sd': 'cvi'\}",
     power: r"'y' is not conjugate.*\(a\^1 a\^1 a\^1|site 'a'",
-    exponential: r"'y' is not conjugate: the loc of Normal is torch.exp of 'a'.*fallback=\{'a': 'cvi'\}",
+    exponential: r"'y' is not conjugate: the loc of Normal is torch.exp of 'a'.*fallback=\{'a': AutoNormal\}",
     plate_that_interacts: r"elements of site 'b' along \['features'\] interact.*blocks=\[\('b',\)\].*to_event",
     logits: r"'y' is not conjugate: the logits of Bernoulli depend on latent sites.*fallback=\{'b': 'cvi'\}",
     log_of_a_sum: r"'y' is not conjugate: the logarithm of a sum with 'p'",
