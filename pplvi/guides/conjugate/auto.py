@@ -18,12 +18,12 @@ from pplvi.guides.conjugate.complete import check_conditional, complete_conditio
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, draw_site, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
 from pplvi.guides.conjugate.families import BlockFamily
-from pplvi.guides.conjugate.keeping import are_same, checked_blocks, facts_of, key_of, named_values, plates_of
+from pplvi.guides.conjugate.keeping import are_same, checked_blocks, constants_of, key_of, named_values, new_plates
 from pplvi.guides.conjugate.program import read_program
 from pplvi.guides.conjugate.quantiles import medians, site_quantiles
 from pplvi.guides.conjugate.rates import RobbinsMonro
 from pplvi.guides.conjugate.reading import Reading
-from pplvi.guides.conjugate.sampled import SampledMeanField, ascend_by_draws, averaged
+from pplvi.guides.conjugate.sampled import SampledMeanField, ascend_by_draws, by_draws
 from pplvi.guides.conjugate.shapes import Structure
 from pplvi.guides.conjugate.trained import TRAINED, GuideFactory, TrainedFactor, check_families, of_guides, shown
 from pplvi.guides.owned import OwnedGuide
@@ -208,7 +208,7 @@ class AutoConjugate(OwnedGuide, Search):
     def _averaged(self, field: BlockMeanField, args: Any, kwargs: Any) -> BlockMeanField:
         """The mean field, with expectations over draws of the trained factors if there are any."""
         read = partial(self._read_at, args=args, kwargs=kwargs, indices=None)
-        return averaged(field, self._trained, read, (args, kwargs)) if self._trained else field
+        return by_draws(field, self._trained, read, (args, kwargs)) if self._trained else field
 
     def _made(self, args: Any, kwargs: Any) -> tuple[TrainedFactor, ...]:
         """The trained factors, anew or as they are kept."""
@@ -243,7 +243,7 @@ class AutoConjugate(OwnedGuide, Search):
         drawn = [p for name in reading.drawn for p in site_plates(reading.summed[name])]
         self._around = [*(p for found in reading.latents.values() for p in found.plates), *drawn]
         self._structure, self._drawn, self._locals = Structure.of(reading), reading.drawn, reading.locals()
-        self._kinds = {b: (type(f), facts_of(f)) for b, f in field.families.items()}
+        self._kinds = {b: (type(f), constants_of(f)) for b, f in field.families.items()}
 
     def _families(self, prefix: str = _PREFIX) -> dict[str, BlockFamily]:
         """The distributions that are kept: those of the guide, or where its walk is."""
@@ -277,7 +277,7 @@ class AutoConjugate(OwnedGuide, Search):
         structure = self._known()
         families: Mapping[str, BlockFamily] = self._families()
         found: Mapping[str, EnumeratedConditional] = {}
-        plates = plates_of(self._around)
+        plates = new_plates(self._around)
         if self._drawn or self._locals or self.conditional:
             field = self._local(args, kwargs, plates)
             structure, families = Structure.of(field.reading), field.families

@@ -15,7 +15,7 @@ def key_of(prefix: str, block: str, name: str) -> str:
     return f"{prefix}{block}:{name}".replace(".", "/")
 
 
-def facts_of(family: BlockFamily) -> dict[str, Any]:
+def constants_of(family: BlockFamily) -> dict[str, Any]:
     """What of a distribution is no tensor."""
     return {name: value for name, value in vars(family).items() if name not in ("canonical", "leaves")}
 
@@ -38,7 +38,7 @@ def named_values(init: Any) -> Mapping[str, Any]:
     return values
 
 
-def plates_of(found: Sequence[Any]) -> dict[str, Any]:
+def new_plates(found: Sequence[Any]) -> dict[str, Any]:
     """Plates of a guide by name."""
     once = {plate.name: plate for plate in found}
     return {p.name: pyro.plate(p.name, p.full_size, dim=p.dim, subsample_size=p.size) for p in once.values()}

@@ -138,7 +138,7 @@ class SampledMeanField(BlockMeanField):
         return total
 
 
-def averaged(
+def by_draws(
     field_: BlockMeanField, trained: Sequence[TrainedFactor], read: Callable[..., Reading], call: Any
 ) -> SampledMeanField:
     """A mean field with expectations over draws of trained factors.
