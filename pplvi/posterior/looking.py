@@ -12,6 +12,7 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from pplvi.posterior.draws import Draws
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.randomness import of_all
 from pplvi.programs.sites import Site, is_delta, latent_sites, sample_sites
 from pplvi.programs.state import fingerprint
@@ -35,7 +36,7 @@ def is_at_a_point(run: Run) -> bool:
 
 @dataclass(frozen=True)
 class MoreDraws:
-    """What more draws of a guide take: a mark of its parameters, a seed, a size of chunks, and bytes."""
+    """What more draws of a guide take: a mark of the programs, a seed, a size of chunks, and bytes."""
 
     mark: str
     seed: int
@@ -44,8 +45,8 @@ class MoreDraws:
 
 
 def mark_of(run: Run) -> str:
-    """What a run that drew from a fixed seed looked like: another one if a parameter has changed."""
-    return fingerprint({name: site["value"] for name, site in sample_sites(run.guide)})
+    """What a run that drew from a fixed seed looked like: another one if a parameter or the data have changed."""
+    return fingerprint([{name: site["value"] for name, site in sample_sites(run.guide)}, run.log_target()])
 
 
 def fitting(run: Run, num_draws: int = 0, make: Callable[[int], Any] | None = None) -> int | None:
@@ -135,6 +136,12 @@ def work_of_draw(more: Callable[[int, int], Any]) -> float:
             more(size, 0)
         counts.append(work.total)
     return max(1.0, (counts[2] - counts[1]) / (_FEW[1] - _FEW[0]))
+
+
+def work_of_row(density: UnconstrainedDensity) -> float:
+    """How many elements one row more has a density compute."""
+    rows = density.start.expand(_FEW[1], -1)
+    return work_of_draw(lambda size, seed: density(rows[:size]))
 
 
 def point_sites(draws: Draws, run: Run) -> frozenset[str]:

@@ -165,14 +165,23 @@ class Posterior(WeightedDraws):
         source = self._source
         if source is None or not self.has_weights or self.draws.batch:
             return self
+        if not self.is_current:
+            return self
+
+        def more(size: int, number: int) -> Draws:
+            return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
+
         with self.scope():
-            if mark_of(self._look()) != source.mark:
-                return self
-
-            def more(size: int, number: int) -> Draws:
-                return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
-
             return grown(self, more, source.bytes)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether these are still draws of the guide and densities of the model: whether neither parameters nor data
+        have changed since, as far as one run at a fixed seed can tell. Chains are not asked."""
+        if self._source is None:
+            return True
+        with self.scope():
+            return mark_of(self._look()) == self._source.mark
 
     @cached_property
     def facts_without_scouts(self) -> Facts | None:
