@@ -185,6 +185,7 @@ class Fit:
         vectorize: Vectorize = None,
         chunk_size: int | None = None,
         seed: int | None = None,
+        parallel: Literal["draws"] | None = None,
     ) -> Posterior:
         """Weighted draws from the guide of a restart; of MCMC and SMC, all its draws, whatever ``num_draws``.
 
@@ -195,6 +196,7 @@ class Fit:
         :param vectorize: the way of running draws; :attr:`vectorize` unless given.
         :param chunk_size: draw at most so many at once.
         :param seed: for the draws; by default the seed of the restart.
+        :param parallel: ``"draws"``: the ranks of a process group share the drawing, as :class:`pplvi.Posterior` says.
         :raises ValueError: if the fit had no ``args`` and none are given, or there is no such restart.
         """
         run = self._run(self.best if restart is None else restart)
@@ -207,7 +209,7 @@ class Fit:
         if self.islands is not None:
             found = self.islands
             return posterior_of_islands(found.latents, found.found.log_evidence, model, call, **options)
-        options["seed"] = run.seed if seed is None else seed
+        options |= {"seed": run.seed if seed is None else seed, "parallel": parallel}
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
             posterior = Posterior(model, run.guide, *call, num_draws=num_draws, **options)
         posterior.scope, posterior.converged = run.scope, self._has_converged(run)
