@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from pplvi.objectives.nested import (
-    FilteringForwardKL,
     FilteringBound,
+    FilteringForwardKL,
     IncrementalBound,
     NestedForwardKL,
     NestedReverseKL,

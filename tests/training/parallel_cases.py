@@ -284,17 +284,6 @@ CASES |= {
 }
 
 
-def interrupted(parallel: Any) -> dict[str, Any]:
-    """Ctrl-C on the last rank ends all at the same step."""
-    last = parallel == ALONE or join().rank == join().size - 1
-
-    def press(run: Any) -> None:
-        if last and run.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return fitted(regression, AutoNormal, parallel, callbacks=[press])
-
-
 TWELVE = TensorDataset(*(torch.cat([x, x[:1]]) for x in ALL))
 
 
@@ -354,7 +343,6 @@ def restarts(parallel: Any, guide: Any = AutoNormal, **options: Any) -> dict[str
 
 
 CASES |= {
-    "Ctrl-C": interrupted,
     "samplers": sampled,
     "chains": chains,
     "islands": islands,

@@ -6,6 +6,7 @@ import pickle
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,20 @@ def test_ranks_do_what_one_process_does(together, name):
         for found in outcomes:
             if name in found:
                 check_same(found[name], alone)
+
+
+@pytest.mark.exhaustive  # three compilations
+def test_compiled_steps_of_ranks_are_those_of_one_process(tmp_path):
+    steps = partial(cases.fitted, cases.regression, AutoNormal, compile=True, objective=pplvi.ImportanceWeightedELBO(3))
+
+    def on(rank: int) -> Any:
+        meeting = f"file://{tmp_path}/meeting"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+        return steps(cases.FULL)
+
+    alone = steps("none")
+    for found in launched(2, on, tmp_path):
+        check_same(found, alone)
 
 
 def test_ranks_share_draws_each_from_a_seed_of_its_own(together):
