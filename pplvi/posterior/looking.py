@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from pplvi.posterior.draws import Draws
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.randomness import of_all
 from pplvi.programs.sites import Site, is_delta, latent_sites, sample_sites
 from pplvi.programs.state import fingerprint
@@ -35,7 +37,7 @@ def is_at_a_point(run: Run) -> bool:
 
 @dataclass(frozen=True)
 class MoreDraws:
-    """What more draws of a guide take: a mark of its parameters, a seed, a size of chunks, and bytes."""
+    """What more draws of a guide take: a mark of the programs, a seed, a size of chunks, and bytes."""
 
     mark: str
     seed: int
@@ -44,8 +46,8 @@ class MoreDraws:
 
 
 def mark_of(run: Run) -> str:
-    """What a run that drew from a fixed seed looked like: another one if a parameter has changed."""
-    return fingerprint({name: site["value"] for name, site in sample_sites(run.guide)})
+    """What a run that drew from a fixed seed looked like: another one if a parameter or the data have changed."""
+    return fingerprint([{name: site["value"] for name, site in sample_sites(run.guide)}, run.log_target()])
 
 
 def fitting(run: Run, num_draws: int = 0, make: Callable[[int], Any] | None = None) -> int | None:
@@ -137,6 +139,12 @@ def work_of_draw(more: Callable[[int, int], Any]) -> float:
     return max(1.0, (counts[2] - counts[1]) / (_FEW[1] - _FEW[0]))
 
 
+def work_of_row(density: UnconstrainedDensity) -> float:
+    """How many elements one row more has a density compute."""
+    rows = density.start.expand(_FEW[1], -1)
+    return work_of_draw(lambda size, seed: density(rows[:size]))
+
+
 def point_sites(draws: Draws, run: Run) -> frozenset[str]:
     """Latent sites that the guide holds at a point: ``Delta`` there, and the same in every draw."""
     if not draws.random:
@@ -155,6 +163,12 @@ def _is_constant(site: Any) -> bool:
     except NotImplementedError:
         return False
     return math.prod(free) == 0 < site["value"].numel()
+
+
+def name_of(program: Any) -> str:
+    """What a reader calls a model or guide: the name of the function or of the class."""
+    program = inspect.unwrap(program)
+    return str(getattr(program, "__name__", type(program).__name__))
 
 
 def chunks_of(total: int, chunk_size: int | None, most: int | None) -> list[tuple[int, int]]:
