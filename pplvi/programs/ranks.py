@@ -85,6 +85,20 @@ class ProcessGroup(Processes):
         """Whether it is true on any rank."""
         return any(self.gather(bool(flag)))
 
+    def any_answer(self, ask: Callable[[], Any]) -> bool:
+        """Whether what is asked is true on any rank.
+
+        :raises KeyboardInterrupt: on all ranks, if any was interrupted so far, or is while it answers.
+        """
+        try:
+            answer = bool(ask())
+        except KeyboardInterrupt:
+            answer, self.interrupted = False, True
+        found = self.gather((answer, self.interrupted))
+        if any(interrupted for _, interrupted in found):
+            raise KeyboardInterrupt
+        return any(answer for answer, _ in found)
+
     def mean(self, number: float) -> float:
         """The mean of a number over the ranks."""
         return float(self.mean_of(torch.tensor(number, dtype=torch.float64, device=self.device)))
@@ -150,11 +164,15 @@ class ProcessGroup(Processes):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, Ctrl-C is kept until the ranks meet next; a second one is not."""
-        if threading.current_thread() is not threading.main_thread():
+        """Inside, Ctrl-C is kept until the ranks meet next; a second one is not.
+
+        Where the process ignores it, as one that a shell has put in the background, it is ignored here too.
+        """
+        before = signal.getsignal(signal.SIGINT)
+        elsewhere = threading.current_thread() is not threading.main_thread()
+        if elsewhere or before in (None, signal.SIG_IGN):  # None: what handles it is not Python's to put back
             yield
             return
-        before = signal.getsignal(signal.SIGINT)
 
         def keep(number: int, frame: Any) -> None:
             self.interrupted = True

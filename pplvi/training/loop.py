@@ -134,8 +134,8 @@ class Trainer:
             self._end(reason)
         elif self._is_save_due():
             self._save()
-        answers = [callback(run) for callback in watch.callbacks]
-        if watch.callbacks and self.stepper.agreed(any(answers)) and not run.reason:
+        asked = [partial(callback, run) for callback in watch.callbacks]
+        if asked and self.stepper.answered(lambda: sum(bool(ask()) for ask in asked)) and not run.reason:
             self._end("callback")
         watch.report(run)
 

@@ -73,6 +73,13 @@ class Stepper(ABC):
         """Whether all that take these steps are to act on a flag."""
         return bool(flag)
 
+    def answered(self, ask: Callable[[], Any]) -> bool:
+        """Whether all that take these steps are to act on the answer to what is asked between them.
+
+        :raises KeyboardInterrupt: if any of them was interrupted.
+        """
+        return bool(ask())
+
     @abstractmethod
     def prepare(self, call: Call) -> None:
         """Make the parameters without a step, where that can be done."""

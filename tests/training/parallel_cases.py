@@ -14,6 +14,8 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pplvi
@@ -225,6 +227,29 @@ def stopped(parallel: Any) -> dict[str, Any]:
     return fitted(regression, AutoNormal, parallel, callbacks=[lambda run: last and run.step == 2])
 
 
+def interrupted(parallel: Any, press: Callable[[], Any]) -> dict[str, Any]:
+    """Ctrl-C on the last rank, which alone has a callback, ends all at the same step."""
+
+    def after_second(run: Any) -> None:
+        if run.step == 2:
+            press()
+
+    last = parallel == ALONE or join().rank == join().size - 1
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+    try:
+        return fitted(regression, AutoNormal, parallel, callbacks=[after_second] if last else [])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def press_control_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def started_apart(parallel: Any) -> dict[str, Any]:
     """A module whose first weights are other ones on every rank."""
     torch.manual_seed(rank_of(parallel))
@@ -343,6 +368,8 @@ def restarts(parallel: Any, guide: Any = AutoNormal, **options: Any) -> dict[str
 
 
 CASES |= {
+    "Ctrl-C": partial(interrupted, press=press_control_c),
+    "Ctrl-C in a callback": partial(interrupted, press=raise_interrupt),
     "samplers": sampled,
     "chains": chains,
     "islands": islands,
@@ -362,6 +389,23 @@ def drawn(num_draws: int, seed: int, **options: Any) -> dict[str, Any]:
     return {"w": found.draws.latents["w"].numpy(), "weights": found.log_weight.numpy()}
 
 
+def sharded(held: list[Any] | None = None) -> None:
+    """A fit of a module of which every rank has a part, that is seen from outside unless it is held by a list."""
+    net = torch.nn.Linear(3, 1, dtype=torch.float64)
+    fully_shard(net, mesh=init_device_mesh("cpu", (join().size,)))
+
+    def likelihood(net, x, y):
+        pyro.module("net", net)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(net(x).squeeze(-1), 1.0), obs=y)
+
+    if held is None:
+        fitted(lambda x, y, rows: likelihood(net, x, y), AutoNormal, FULL)
+    else:
+        held.append(net)
+        fitted(lambda x, y, rows: likelihood(held[0], x, y), AutoNormal, FULL)
+
+
 def refusals() -> dict[str, str]:
     """What is said of fits that several ranks cannot share."""
     own = tuple(x + join().rank for x in ALL)
@@ -372,6 +416,8 @@ def refusals() -> dict[str, str]:
             regression_of_one, AutoNormal, args=ALL, restarts=2, parallel="restarts", checkpoint="run.pt"
         ),
         "different data or seeds": lambda: pplvi.fit(regression_of_one, "nuts", args=own),
+        "['net'] are, or have, DTensor": sharded,
+        "'net$$$weight'] are, or have, DTensor": lambda: sharded([]),
         "only here": lambda: join().each(one_bad_rank),
     }
     found = {}

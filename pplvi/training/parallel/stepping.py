@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from pplvi.programs.shard import Exchanges, Shard, mean_over
 from pplvi.programs.sharding import Sharded, own_noise
 from pplvi.programs.state import buffers_of, fingerprint, module_of
 from pplvi.training.optimizers import Update
-from pplvi.training.parallel.shares import OwnData, Split
+from pplvi.training.parallel.shares import OwnData, Split, check_unsharded
 from pplvi.training.restart import Restart, is_numerical
 from pplvi.training.schedules import norm_of
 from pplvi.training.steps import (
@@ -88,8 +88,14 @@ class Meeting:
     def align(self, model: Program, guide: Program) -> bool:
         """Let all ranks begin where rank 0 does; whether they did so by themselves.
 
-        :raises ValueError: if they have other parameters, or parameters for other data.
+        :raises ValueError: if they have other parameters, parameters for other data, or parts of parameters.
         """
+        store = pyro.get_param_store()
+        try:
+            check_unsharded(dict(store.named_parameters()))
+        except ValueError:
+            store.clear()  # memory of parts is freed after a gradient: nobody may look at it on the way out
+            raise
         if True in self.drawn and isinstance(module_of(guide), AutoGuide) and not self.split.known:
             raise ValueError(
                 f"{type(guide).__name__} draws latents of the data on this rank, and was made before it was known "
@@ -182,6 +188,10 @@ class _Together(Stepper):
     def agreed(self, flag: Any) -> bool:
         """Whether any rank says so."""
         return self.meeting.ranks.any(flag)
+
+    def answered(self, ask: Callable[[], Any]) -> bool:
+        """Whether any rank says so; Ctrl-C meanwhile ends all of them here."""
+        return self.meeting.ranks.any_answer(ask)
 
 
 class EagerTogether(_Together, EagerStepper):
