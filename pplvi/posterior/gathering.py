@@ -52,7 +52,7 @@ from pplvi.types import Program
 from pplvi.weights.algebra import logmeanexp, normalize
 from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
-_DEAR_WORK, _DEAR_LOOK = 3e4, 5e3  # elements; those of a point that is only looked at, to find narrow modes
+_DEAR_WORK, _DEAR_LOOK = 3e4, 800.0  # elements; those of a point that is only looked at, to find narrow modes
 
 
 class ModelCall(NamedTuple):
@@ -75,7 +75,7 @@ class ModelCall(NamedTuple):
         return max(least, int(number * part))
 
 
-_PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 5_000
+_PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 20_000
 _SCOUT_DRAWS, _MORE_DRAWS, _CHECKED = 2_000, 10_000, 10_000  # of the last, those of the guide, to compare with
 _FEW, _FEW_DRAWS = 8, 500
 _DEAR = 2**15  # bytes of a draw from which on fewer are sent
