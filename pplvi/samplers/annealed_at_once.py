@@ -125,6 +125,7 @@ def all_levels(walk: Walk, resampling: Resampling) -> Step:
         log_target=(fixed + paths[0]).movedim(0, 1),
         log_target_fixed=fixed.movedim(0, 1),
         log_reverse=(reverse + paths[1]).movedim(0, 1),
+        log_reverse_fixed=reverse.movedim(0, 1),
         log_initial=initial.movedim(0, 1),
         log_forward=((forward.detach() if freeze else forward) + paths[2]).movedim(0, 1),
         **walk.particles.accounts,

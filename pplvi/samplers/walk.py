@@ -109,6 +109,7 @@ class Walk:
             log_target=fixed + paths(fixed),
             log_target_fixed=fixed,
             log_reverse=reverse + paths(reverse),
+            log_reverse_fixed=reverse,
             log_initial=state.log_density,
             log_forward=paths.log_forward(lambda: self.run(kernel, paths.at, state.values, complete=True)),
             **self.particles.accounts,

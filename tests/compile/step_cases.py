@@ -29,6 +29,7 @@ from pplvi.losses.base import WeightedELBO
 from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
 from pplvi.losses.nested import NestedELBO
 from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
+from pplvi.objectives.f_divergences import NestedDivergence
 from pplvi.objectives.nested import FilteringBound
 from pplvi.samplers.annealed import Annealed, Resampling
 
@@ -315,6 +316,11 @@ CASES |= {
         LEARNED, POINT, partial(NestedELBO, "reverse_kl", 6, resample=0.7, scheme="stratified")
     ),
     "nested, forward KL": Case(LEARNED, POINT, partial(NestedELBO, ("forward_kl", "reverse_kl"), 6)),
+    "nested, Jensen-Shannon": Case(LEARNED, POINT, partial(NestedELBO, "jensen_shannon", 6, resample=True)),
+    "nested, a function": Case(own_path, POINT, partial(NestedELBO, lambda log_ratio: log_ratio.expm1() ** 2, 6)),
+    "nested, by scores": Case(
+        own_path, POINT, partial(NestedELBO, NestedDivergence("hellinger", estimator="score"), 6)
+    ),
     "nested, variational": Case(LEARNED, POINT, partial(NestedELBO, "avo", 6)),
     "nested, local latents": Case(
         annealed(local, partial(local, loc=1.0), RESIDUAL), (DATA,), partial(NestedELBO, "reverse_kl", 4, resample=True)

@@ -71,6 +71,7 @@ def grouped_broadcasting(group, y):
 PATHS = {
     "residual": lambda model, first: (pplvi.AnnealedGuide(model, first, 2), {}),
     "all levels at once": lambda model, first: (pplvi.AnnealedGuide(model, first, 2), {"vectorize_levels": True}),
+    "another divergence": lambda model, first: (pplvi.AnnealedGuide(model, first, 2), {"divergence": "hellinger"}),
     "Langevin": lambda model, first: (pplvi.AnnealedGuide(model, first, 2, LangevinKernel(0.01)), {}),
     "controlled": lambda model, first: (pplvi.AnnealedGuide(model, first, 2, ControlledLangevinKernel(0.01)), {}),
     "Hamiltonian": lambda model, first: (
