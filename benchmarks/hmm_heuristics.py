@@ -13,7 +13,7 @@ exactly, by the forward algorithm at draws of ``eta``; and, for the first of the
 without resampling and with. Below, each factor against the mixture on the same instances: mean difference and its 95 %
 interval.
 
-The paper has 200 time steps and 2,000 held-out instances with 1,000 samples (``--published``); the defaults are smaller.
+The paper has 200 time steps and 2,000 held-out instances with 1,000 samples (``--published``); the defaults are less.
 Unlike there the four means have different prior means, so that labels cannot be switched. Levels are local, so that a
 training step may stop after some of them (``--train-levels``): what it leaves out is more of the same.
 

@@ -19,6 +19,7 @@ from pplvi.objectives.step import Objective
 from pplvi.samplers.annealed import Annealed, Resampling
 from pplvi.samplers.paths import Planned
 from pplvi.types import Program
+from pplvi.weights.rejection import Rejection
 from pplvi.weights.resampling import ResamplingScheme
 
 Function = Callable[[Tensor], Tensor]
@@ -54,6 +55,8 @@ class NestedELBO(WeightedELBO):
     :param vectorize_levels: score all levels in one graph, which is faster; ``False``: level by level, with a backward
         pass each, so that memory does not grow with their number; ``None``: all at once where the kernels allow it
         (those of :class:`pplvi.kernels.ResidualKernel` do). Gradients are the same.
+    :param rejection: try moves of small weight again, level by level (:class:`pplvi.weights.Rejection`); not with
+        ``"avo"``.
     :raises ValueError: for another divergence, fraction or scheme, or too few particles.
 
     >>> NestedELBO(divergence="reverse_kl", num_particles=36, resample=True)
@@ -69,24 +72,28 @@ class NestedELBO(WeightedELBO):
         resample: bool | Rate | Resampling = False,
         scheme: ResamplingScheme = "systematic",
         vectorize_levels: bool | None = None,
+        rejection: Rejection | None = None,
         **options: Any,
     ) -> None:
         objective = _objective(divergence)
         resampling = resample if isinstance(resample, Resampling) else Resampling(resample, scheme)
-        sampler = Annealed(resampling, vectorize_levels=vectorize_levels)
+        sampler = Annealed(resampling, vectorize_levels=vectorize_levels, rejection=rejection)
         super().__init__(objective, sampler, num_particles, **options)
+        self._check_levels = sampler.check_rejection
         self.divergence, self.resample = divergence, resample
         self.monitor = self.monitor if resampling.when is False else None
         self._plain = WeightedELBO(_of_one_level(objective), None, num_particles, **options)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, in nats, of all levels at once: its gradient is that of the surrogates."""
+        self._check_levels(guide, self.num_particles)
         if not isinstance(guide, Planned):
             return self._plain.differentiable_loss(model, guide, *args, **kwargs)
         return super().differentiable_loss(model, guide, *args, **kwargs)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """An estimate of the loss; gradients are added to the parameters' ``grad``, level by level."""
+        self._check_levels(guide, self.num_particles)
         if not isinstance(guide, Planned):
             return self._plain.loss_and_grads(model, guide, *args, **kwargs)
         total = 0.0

@@ -199,8 +199,9 @@ class Objective(ABC):
     :cvar monitor: what minus the value is a bound of, ``"lower"``; the value itself an ``"upper"`` bound; or ``None``.
     :cvar linear: linear in ``log v``: the only kind that survives scales inside the densities or averaged densities.
     :cvar self_normalised: compares weights of particles, so that one particle of a guide says nothing.
-    :cvar proposals: where draws may come from: the guide (``"guide"``), the model itself (``"model"``), or a mixture of
-        the guide with another proposal (``"mixture"``), where ``log_weight`` is not that of ``log_forward``.
+    :cvar proposals: where draws may come from: the guide (``"guide"``), the model itself (``"model"``), a mixture of
+        the guide with another proposal (``"mixture"``), where ``log_weight`` is not that of ``log_forward``, or the
+        guide with some of its draws rejected (``"rejection"``), where only ``log_weight_in`` knows which.
     """
 
     monitor: ClassVar[BoundSide | None] = None

@@ -59,6 +59,8 @@ def wanted(choice: bool | None, walk: Walk, resampling: Resampling) -> bool:
 def _hindrance(walk: Walk, resampling: Resampling) -> str:
     if not walk.particles.routing.local:
         return "the objective is not local: expected one whose levels pass no gradient to each other"
+    if walk.rejection is not None:
+        return "moves may be rejected: expected none that are"
     if walk.particles.num_particles == 1:
         return "there is one particle: expected at least 2"
     if resampling.num_particles not in (None, walk.particles.num_particles):

@@ -32,6 +32,7 @@ from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
 from pplvi.objectives.f_divergences import NestedDivergence
 from pplvi.objectives.nested import FilteringBound
 from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.weights.rejection import Rejection
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 GROUPS = torch.tensor([[0.3, 1.9, 1.1], [2.2, 1.4, 0.8]])
@@ -320,6 +321,9 @@ CASES |= {
     "nested, a function": Case(own_path, POINT, partial(NestedELBO, lambda log_ratio: log_ratio.expm1() ** 2, 6)),
     "nested, by scores": Case(
         own_path, POINT, partial(NestedELBO, NestedDivergence("hellinger", estimator="score"), 6)
+    ),
+    "nested, rejected": Case(
+        LEARNED, POINT, partial(NestedELBO, "reverse_kl", 6, resample=True, rejection=Rejection(2))
     ),
     "nested, variational": Case(LEARNED, POINT, partial(NestedELBO, "avo", 6)),
     "nested, local latents": Case(
