@@ -22,8 +22,7 @@ from pplvi.types import Program
 from pplvi.weights.rejection import Rejection
 from pplvi.weights.resampling import ResamplingScheme
 
-Function = Callable[[Tensor], Tensor]
-Divergence = FDivergenceName | Function
+Divergence = FDivergenceName | Callable[[Tensor], Tensor]
 
 _OBJECTIVES: dict[tuple[Any, ...], Objective] = {
     ("reverse_kl",): NestedReverseKL(),

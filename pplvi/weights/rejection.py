@@ -35,7 +35,7 @@ def rejection_control(log_weight: Tensor, log_threshold: Number | Floats) -> tup
     :param log_threshold: ``log c``, in nats: a number or a tensor that broadcasts against ``batch``. It must not depend
         on these draws.
     :returns: indices of the draws, and the logarithms of the factors of their weights, each of shape ``batch``.
-    :raises ValueError: for fewer than two draws.
+    :raises ValueError: for fewer than two draws, or a threshold of another shape.
 
     >>> rejection_control(torch.tensor([[-9.0, 0.5], [1.0, 0.5], [1.0, 0.5]]), log_threshold=0.0)
     (tensor([1, 0]), tensor([0., 0.]))
@@ -44,6 +44,11 @@ def rejection_control(log_weight: Tensor, log_threshold: Number | Floats) -> tup
         raise ValueError(
             f"log_weight is {log_weight.dtype} of shape {tuple(log_weight.shape)}: expected log-weights of at least "
             "two draws, (num_tries, *batch). Draw more than once."
+        )
+    if isinstance(log_threshold, Tensor) and not _spreads(log_threshold, log_weight[0]):
+        raise ValueError(
+            f"log_threshold of shape {tuple(log_threshold.shape)} for draws of shape {tuple(log_weight.shape[1:])}: "
+            "expected a number, or one that broadcasts against these."
         )
     count = len(log_weight)
     log_accepted = (log_weight.detach() - log_threshold).clamp(max=0.0)
@@ -55,6 +60,12 @@ def rejection_control(log_weight: Tensor, log_threshold: Number | Floats) -> tup
     log_estimate = torch.logsumexp(after, 0) - (count - 1 - first).clamp(min=1).to(log_weight.dtype).log()
     own = torch.take_along_dim(log_accepted, first.unsqueeze(0), 0).squeeze(0)
     return first, torch.where(forced, 0.0, log_estimate - own.masked_fill(forced, 0.0))
+
+
+def _spreads(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor broadcasts to the shape of another."""
+    pairs = zip(tensor.shape[::-1], other.shape[::-1], strict=False)
+    return tensor.dim() <= other.dim() and all(size in (1, wanted) for size, wanted in pairs)
 
 
 @checked

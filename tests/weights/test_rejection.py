@@ -76,6 +76,9 @@ def test_hostile_arguments_are_refused() -> None:
     for bad in (torch.zeros(1, 3), torch.zeros(()), torch.zeros(3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="at least two draws"):
             rejection_control(bad, 0.0)
+    for shape in ((2,), (1, 3), (0,)):
+        with pytest.raises(ValueError, match="one that broadcasts"):
+            rejection_control(torch.zeros(4, 3), torch.zeros(shape))
     for threshold in (float("nan"), float("inf"), "high"):
         with pytest.raises(ValueError, match="log_threshold"):
             rejection_control(torch.zeros(3), threshold)
