@@ -45,7 +45,7 @@ from pplvi.objectives import NestedForwardKL, Step, log_normalizer_ratio
 from pplvi.programs import execute
 from pplvi.weights import effective_sample_size, logmeanexp
 
-QUICK = "--time-steps 4 --test-instances 40 --filtered 20 --samples 20 --particles 5 --iterations 2"
+QUICK = "--time-steps 4 --test-instances 40 --filtered 20 --samples 20 --particles 5 --iterations 2 --mode eager"
 
 CENTRES = torch.tensor([-4.5, -1.5, 1.5, 4.5])
 ROWS = 1.0 + 4.0 * torch.eye(4)
@@ -285,7 +285,7 @@ def train(method: str, options: argparse.Namespace) -> tuple[Proposal, int, floa
     pyro.set_rng_seed(options.seed)
     proposal = Proposal(method)
     loss = FirstLevels(options.particles, options.train_levels or options.time_steps + 1)
-    svi = CompiledSVI(HiddenMarkov(), proposal, Adam({"lr": options.lr}), loss, mode="trace")
+    svi = CompiledSVI(HiddenMarkov(), proposal, Adam({"lr": options.lr}), loss, mode=options.mode)
     start, steps = time.process_time(), 0
     while steps < options.iterations and time.process_time() - start < options.seconds:
         data = simulate(options.time_steps, options.instances)
@@ -309,10 +309,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--test-instances", type=int, default=40)
     parser.add_argument("--filtered", type=int, default=40, help="how many of them pass the filter")
     parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--mode", default="trace", choices=["trace", "eager"], help="steps recorded, or not")
     parser.add_argument("--seed", type=int, default=0)
     if parser.parse_args(arguments).published:
         parser.set_defaults(**PUBLISHED)
     options = parser.parse_args(arguments)
+    options.mode = options.mode if options.mode == "trace" else False
     pyro.set_rng_seed(options.seed + 1)
     held = simulate(options.time_steps, options.test_instances)
     rows, found = [], {}

@@ -12,7 +12,7 @@ from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Rate
 from pplvi.losses.base import WeightedELBO
 from pplvi.objectives.bounds import RenyiBound
-from pplvi.objectives.f_divergences import F_DIVERGENCES, FDivergenceName, NestedDivergence
+from pplvi.objectives.f_divergences import F_DIVERGENCES, FDivergenceName, NestedDivergence, shown
 from pplvi.objectives.forward_kl import ForwardKLDivergence
 from pplvi.objectives.nested import IncrementalBound, NestedForwardKL, NestedReverseKL
 from pplvi.objectives.step import Objective
@@ -40,7 +40,7 @@ class NestedELBO(WeightedELBO):
     For an annealed guide (:class:`pplvi.guides.AnnealedGuide`). Levels are local, no gradient goes from one to another,
     and ``loss_and_grads`` goes backward level by level, so that its memory does not grow with their number. For any
     other guide this is the ELBO (sticking the landing), the forward KL divergence of the whole posterior, or another
-    divergence of it.
+    divergence of it, by which a model's own parameters come near the guide and learn nothing of the evidence.
 
     :param divergence: ``"reverse_kl"``; ``"forward_kl"``, which leaves reverse kernels as they are; ``"chi_square"``,
         ``"hellinger"``, ``"jensen_shannon"``, or any function of the log incremental weight that is an f-divergence
@@ -79,7 +79,7 @@ class NestedELBO(WeightedELBO):
         sampler = Annealed(resampling, vectorize_levels=vectorize_levels, rejection=rejection)
         super().__init__(objective, sampler, num_particles, **options)
         self._check_levels = sampler.check_rejection
-        self.divergence, self.resample = divergence, resample
+        self.divergence, self.resample, self.rejection = divergence, resample, rejection
         self.monitor = self.monitor if resampling.when is False else None
         self._plain = WeightedELBO(_of_one_level(objective), None, num_particles, **options)
 
@@ -105,8 +105,9 @@ class NestedELBO(WeightedELBO):
         return total
 
     def __repr__(self) -> str:
-        shown = f"divergence={self.divergence!r}, num_particles={self.num_particles}, resample={self.resample!r}"
-        return f"NestedELBO({shown})"
+        more = "" if self.rejection is None else f", rejection={self.rejection!r}"
+        first = f"divergence={shown(self.divergence)}, num_particles={self.num_particles}"
+        return f"NestedELBO({first}, resample={self.resample!r}{more})"
 
 
 def _objective(divergence: Any) -> Objective:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -114,6 +114,22 @@ class NestedDivergence(Objective):
             surrogate = surrogate - weighted_sum(weight * (second - first), path - step.log_forward)
         return Terms(weighted_sum(weight, value), surrogate)
 
+    def __repr__(self) -> str:
+        return f"NestedDivergence(f={shown(self.f)}, reverse={shown(self.reverse)}, estimator={self.estimator!r})"
+
+
+def shown(divergence: Any) -> str:
+    """A divergence as a representation shows it, the same in every process: a function by its name.
+
+    >>> shown(("hellinger", torch.neg))
+    "('hellinger', neg)"
+    """
+    if isinstance(divergence, tuple | list):
+        return f"({', '.join(map(shown, divergence))})"
+    if isinstance(divergence, Objective) or not callable(divergence):
+        return repr(divergence)
+    return str(getattr(divergence, "__name__", type(divergence).__name__))
+
 
 def _ratios(step: Step) -> tuple[Tensor, Tensor]:
     """Normalised incoming weights, and ``log u`` (0 where the incoming weight is), both detached."""
@@ -148,7 +164,7 @@ def _check(name: str, f: Callable[[Tensor], Tensor], *, smooth: bool) -> None:
     """Look at a function at ratios from 1/20 to 20."""
 
     def refuse(found: str, expected: str) -> ValueError:
-        return ValueError(f"{name}={f!r} {found}: expected {expected}")
+        return ValueError(f"{name}={shown(f)} {found}: expected {expected}")
 
     grid = torch.linspace(-3.0, 3.0, 601, dtype=torch.float64)
     try:

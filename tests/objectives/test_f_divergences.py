@@ -236,6 +236,9 @@ def test_pairs_objectives_and_their_refusals() -> None:
     assert NestedELBO("hellinger").objective == NestedDivergence("hellinger")
     assert NestedELBO(("hellinger", "reverse_kl")).objective == NestedDivergence("hellinger", "reverse_kl")
     assert NestedELBO(NestedDivergence(alpha, estimator="score")).objective.routing.detach
+    assert repr(NestedELBO((alpha, "reverse_kl"))) == (
+        "NestedELBO(divergence=(alpha, 'reverse_kl'), num_particles=10, resample=False)"
+    )  # without addresses, so that a run can be resumed in another process
     for bad in (RenyiBound(0.0), ("avo", "reverse_kl"), ("forward_kl", "avo"), ()):
         with pytest.raises(ValueError, match="divergence="):
             NestedELBO(bad)
