@@ -250,10 +250,10 @@ def evaluate(proposal: Proposal, held: Tensor, options: argparse.Namespace) -> d
     pyro.set_rng_seed(options.seed + 2)
     for data in held.split(20, 1):
         keep(("log_z_exact", "ess_exact"), without_states(proposal, data, options.samples))
-    for data in held[:, : options.filtered].split(20, 1):
+    for data in held[:, : options.filtered].split(20, 1) if options.filtered else ():
         keep(("log_z", "ess"), filtered(proposal, data, options.samples, resample=False))
         keep(("log_z_resampled", "ess_resampled"), filtered(proposal, data, options.samples, resample=True))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat([torch.zeros(0), *parts]) for name, parts in found.items()}
 
 
 def differences(found: dict[str, dict[str, Tensor]]) -> list[Difference]:
@@ -262,6 +262,8 @@ def differences(found: dict[str, dict[str, Tensor]]) -> list[Difference]:
     for method in found.keys() - {"mixture"} if "mixture" in found else ():
         for measure in MEASURES:
             gain = (found[method][measure] - found["mixture"][measure]).double()
+            if not len(gain):  # none passed the filter
+                continue
             mean, error = gain.mean().item(), (gain.std() / len(gain) ** 0.5).item()
             rows.append(Difference(method, measure, len(gain), mean, mean - 1.96 * error, mean + 1.96 * error))
     return sorted(rows, key=lambda row: METHODS.index(row.method))
