@@ -54,7 +54,7 @@ def rejection_control(log_weight: Tensor, log_threshold: Number | Floats) -> tup
     log_accepted = (log_weight.detach() - log_threshold).clamp(max=0.0)
     accepted = torch.rand_like(log_accepted) < log_accepted.exp()
     number = torch.arange(count, device=log_weight.device).reshape(-1, *[1] * (log_weight.dim() - 1))
-    first = torch.where(accepted & (number < count - 1), number, count - 1).amin(0)
+    first = torch.where(accepted, number, count - 1).amin(0)
     after = log_accepted.masked_fill(number <= first, -math.inf)
     forced = first == count - 1
     log_estimate = torch.logsumexp(after, 0) - (count - 1 - first).clamp(min=1).to(log_weight.dtype).log()
