@@ -42,7 +42,7 @@ def test_a_warning_is_at_the_line_of_the_user() -> None:
     assert [Path(warning.filename) for warning in found] == [Path(__file__)]
 
 
-@pytest.mark.filterwarnings("error", "ignore:Pareto k is above", "ignore:Estimated shape parameter of Pareto")
+@pytest.mark.filterwarnings("error")
 def test_tables_and_plots_of_one_chain_say_nothing_of_arviz(heard: pytest.LogCaptureFixture) -> None:
     fit, chain = fitted(), fitted("nuts", 30)
     assert az.summary(fit.to_arviz(num_prior=0)).r_hat.isna().all()
