@@ -28,7 +28,10 @@ def arviz_itself() -> Any:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        import arviz
+        try:
+            import arviz
+        except FileNotFoundError:  # another process wrote the stamp of the day at the same time: now it is there
+            import arviz
     logger_of(arviz).addFilter(_OF_ONE_CHAIN)  # once: the same object is not added again
     return arviz
 
