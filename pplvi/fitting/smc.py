@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ from pplvi.samplers.metric import GaussianBase
 from pplvi.samplers.tempered import TemperedDraws, TemperedSMC
 from pplvi.types import Call, Program
 
-_WIDER = 1.1  # sds of the base, relative to those of the guide: what is too narrow costs more than what is too wide
+# Sds of the base, relative to those of the guide: what is too narrow misses tails, and what is too wide costs levels.
+_WIDER, _WIDEST, _VOLUME = 1.1, 3.0, 5.0  # the last in nats
 _MOMENT_DRAWS = 4_000
 _MATCHES = 60
 _PATHS, _ITERATIONS = 4, 150
@@ -117,7 +119,8 @@ def _base(density: RecordedDensity, guide: Any, call: Call, vectorize: Vectorize
 
 
 def _wider(density: RecordedDensity, loc: Tensor, covariance: Tensor) -> GaussianBase:
-    return GaussianBase.of(loc.to(density.start), _WIDER**2 * covariance.to(density.start))
+    wider = max(_WIDER, min(_WIDEST, math.exp(_VOLUME / density.dim)))
+    return GaussianBase.of(loc.to(density.start), wider**2 * covariance.to(density.start))
 
 
 def found_start(
