@@ -1,4 +1,4 @@
-"""``torchrun`` itself, on a script as users write it."""
+"""``torchrun``'s agent on functions, and ``torchrun`` itself on a script as users write it."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import train
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -16,11 +17,8 @@ def alone():
     return train.train(parallel="none")
 
 
-def check_ranks(folder: Path, alone: dict[str, torch.Tensor], *options: str) -> None:
+def check_found(folder: Path, alone: dict[str, torch.Tensor]) -> None:
     """Both ranks have what one process finds."""
-    arguments = [train.__file__, str(folder), *(["--killed"] if options else [])]
-    done = subprocess.run([*COMMAND, *options, *arguments], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
     for rank in range(2):
         found = torch.load(folder / f"{rank}.pt")
         assert found.keys() == alone.keys()
@@ -28,11 +26,27 @@ def check_ranks(folder: Path, alone: dict[str, torch.Tensor], *options: str) -> 
             torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
 
 
+def check_script(folder: Path, alone: dict[str, torch.Tensor], *options: str) -> None:
+    """The command does what one process does."""
+    arguments = [train.__file__, str(folder), *(["--killed"] if options else [])]
+    done = subprocess.run([*COMMAND, *options, *arguments], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    check_found(folder, alone)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # the agent has threads
+def test_workers_of_its_agent_do_what_one_process_does(tmp_path, alone):
+    meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
+    elastic_launch(LaunchConfig(1, 1, 2, run_id="test", **meeting), train.saved)(tmp_path, False)
+    check_found(tmp_path, alone)
+
+
+@pytest.mark.exhaustive  # two processes that import everything
 def test_a_script_does_what_one_process_does(tmp_path, alone):
-    check_ranks(tmp_path, alone)
+    check_script(tmp_path, alone)
 
 
 @pytest.mark.exhaustive  # four processes more
 def test_a_rank_that_is_killed_is_started_again_and_goes_on(tmp_path, alone):
-    check_ranks(tmp_path, alone, "--max-restarts", "3")  # a group that could not be joined is a restart too
+    check_script(tmp_path, alone, "--max-restarts", "3")  # a group that could not be joined is a restart too
     assert (tmp_path / "run.pt").exists()

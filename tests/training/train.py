@@ -41,7 +41,11 @@ def dies(run: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    folder, killed = Path(sys.argv[1]), "--killed" in sys.argv
+def saved(folder: Path, killed: bool) -> None:
+    """What a rank finds, in a file of its own."""
     found = train(folder / "run.pt" if killed else None, callbacks=[dies] if killed else [])
     torch.save(found, folder / f"{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    saved(Path(sys.argv[1]), "--killed" in sys.argv)
