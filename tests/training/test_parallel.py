@@ -26,7 +26,10 @@ from pplvi.training.replicas import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 MAIN = [f"global, {objective}" for objective in ("ELBO", "IWAE", "Renyi", "RWS", "NVI")]
-TWO = [*MAIN, "PCD", "fewer rows than ranks", "chains", "islands", "restarts"]
+BOTH = [*MAIN, "PCD", "fewer rows than ranks"]
+MET = ["NaN in the loss", "NaN in a program", "callback", "Ctrl-C", "Ctrl-C in a callback"]
+THREE = [*BOTH, *MET, "local, IWAE", "both, IWAE", "minibatches", "starts", "rows of parameters", "chains", "restarts"]
+TWO = [name for name in cases.CASES if name in BOTH or name not in THREE]
 
 
 def launched(ranks: int, work: Callable[[int], Any], folder: Path, killed: int | None = None) -> list[Any]:
@@ -66,7 +69,7 @@ def alone() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def together(alone, tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
-    """The outcomes of all cases on every rank of three, and of the main ones on two.
+    """The outcomes of all cases on the ranks of two or of three, of the main ones on both.
 
     The ranks are forks of a process in which all has run once (:func:`alone`), so that nothing is imported or traced
     again.
@@ -84,7 +87,7 @@ def together(alone, tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
 
         return launched(ranks, on, folder)
 
-    return {2: work(2, TWO), 3: work(3, [name for name in cases.CASES if name != "islands"])}
+    return {2: work(2, TWO), 3: work(3, THREE)}
 
 
 def check_same(found: Any, expected: Any) -> None:
