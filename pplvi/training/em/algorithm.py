@@ -23,6 +23,7 @@ from pplvi.training.em.complete import CompleteData, Counts
 from pplvi.training.em.conjugate import ConjugateData, ConjugateLatents
 from pplvi.training.em.families import CollapseError
 from pplvi.training.em.maximisation import Maximisation
+from pplvi.training.em.mixed import MixedData, MixedLatents
 from pplvi.training.em.starts import kmeans_start, random_start, tells_apart
 from pplvi.training.optimizers import Update
 from pplvi.training.steps import BeforeFirst, Find, Stepper, Steps
@@ -179,7 +180,7 @@ class EMStepper(Stepper):
         self.algorithm, self.model, self.guide = algorithm, model, guide
         self.before_first, self.restart, self.several = before_first, restart, several
         self.update = EMUpdate()
-        self.problem: CompleteData | ConjugateData | None = None
+        self.problem: CompleteData | ConjugateData | MixedData | None = None
         self.maximise: Maximisation
 
     def many(self, calls: Sequence[Call]) -> Sequence[float]:
@@ -210,7 +211,7 @@ class EMStepper(Stepper):
             self.guide.collapsed, self.update.converged = str(error), True
 
     @property
-    def _problem(self) -> CompleteData | ConjugateData:
+    def _problem(self) -> CompleteData | ConjugateData | MixedData:
         if self.problem is None:
             raise ValueError("EM has no data yet: expected prepare(call) first.")
         return self.problem
@@ -226,12 +227,15 @@ class EMStepper(Stepper):
             Maximisation(self._problem)(self._problem.expect(start)[1])  # a whole one, whatever the others are
 
     @torch.no_grad()
-    def _start(self, problem: CompleteData | ConjugateData) -> dict[str, Tensor] | None:
+    def _start(self, problem: CompleteData | ConjugateData | MixedData) -> dict[str, Tensor] | None:
         kind = self.algorithm.start
         if isinstance(problem, ConjugateData):
             if kind == "kmeans":
                 raise ValueError(f"start='kmeans' is for discrete latents, not {problem.sites}: expected 'random'.")
             return None if kind == "program" or (kind is None and self.restart == 0) else problem.random_start()
+        if isinstance(problem, MixedData):
+            kind = kind or ("program" if self.restart == 0 and problem.tells_apart() else "kmeans")
+            return None if kind == "program" else problem.start(kind)
         run = problem.run()
         run.expected_counts()  # packs its tensors
         if kind is None:
@@ -249,8 +253,7 @@ class EMStepper(Stepper):
     def prepare(self, call: Call) -> None:
         """Read the program: which latents are summed, which parameters have a closed form."""
         if self.problem is None:
-            kind = ConjugateData if isinstance(self.guide, ConjugateLatents) else CompleteData
-            self.problem = kind(self.model, self.guide, call)
+            self.problem = _problem(self.model, self.guide, call)
             self.maximise = Maximisation(self.problem, self.algorithm.m_steps)
             self.guide.closed, self.guide.searched = self.maximise.closed, self.maximise.searched
 
@@ -269,6 +272,14 @@ class EMStepper(Stepper):
         """Give both back."""
         self.update.set_pace(state)
         self.guide.collapsed = state["collapsed"]
+
+
+def _problem(model: Program, guide: Any, call: Call) -> CompleteData | ConjugateData | MixedData:
+    """What the latents of a guide make of a program."""
+    if isinstance(guide, MixedLatents):
+        return MixedData(model, call)
+    kind = ConjugateData if isinstance(guide, ConjugateLatents) else CompleteData
+    return kind(model, guide, call)
 
 
 class EMSteps(Steps):
