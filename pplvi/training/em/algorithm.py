@@ -52,8 +52,9 @@ class ExpectationMaximization:
 
     Continuous latents are taken where their exact posterior is in closed form, by what :class:`pplvi.AutoConjugate`
     knows: factor analysis, probabilistic PCA, linear-Gaussian state spaces, random effects, Gamma rates of counts.
-    Their M-step is in closed form for linear maps, means, spreads and rates. E- and M-step are recorded once;
-    ``fit.guide`` draws from the posterior at the maximum.
+    Their M-step is in closed form for linear maps, means, spreads, rates and shares. With discrete latents of the same
+    elements (mixtures of factor analysers), they are taken given each joint value of these, at most 128 an element. E-
+    and M-step are recorded once; ``fit.guide`` draws from the posterior at the maximum.
 
     Source: Dempster, Laird & Rubin (1977), "Maximum likelihood from incomplete data via the EM algorithm"; Neal &
     Hinton (1998), "A view of the EM algorithm that justifies incremental, sparse, and other variants", for ``m_steps``.
@@ -66,7 +67,8 @@ class ExpectationMaximization:
         random probabilities of the latents (continuous ones: from draws of their prior), ``"program"`` from the values
         that the parameters have in the program. ``None``: the first restart from the program, unless its components
         are all alike, which EM cannot tell apart; that, and the others, from k-means, or from draws of the prior.
-    :raises ValueError: for other arguments; when fitting, for latents without a closed form, minibatches, and a
+    :raises ValueError: for other arguments; when fitting, for latents without a closed form, minibatches, discrete
+        latents that are not local to the same elements of a plate when there are continuous ones too, and a
         likelihood without a maximum, such as that of a component that closes in on one datum.
 
     >>> import pyro, pplvi, pyro.distributions as dist

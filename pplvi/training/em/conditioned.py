@@ -80,8 +80,8 @@ class LocalLatents:
         own = sorted(p.name for p in self.plates)
         where = f"plates {own}" if own else "no plate"
         advice = (
-            "Put the sites of each datum into one plate, with pyro.plate('data', n), give the parameters priors and use "
-            "fit(model, AutoConjugate), or train a guide by SVI."
+            "Put the sites of each datum into one plate, with pyro.plate('data', n); or give the parameters priors and "
+            "use fit(model, AutoConjugate), whose discrete and continuous latents are independent."
         )
         if apart := {n: plates[n] for n in self.sites if plates[n] != own}:
             raise ValueError(
@@ -94,6 +94,12 @@ class LocalLatents:
                 f"discrete latents {_listed(self.sites)} have {number} joint values, for each of which the continuous "
                 f"ones have another posterior: expected at most {MOST}, local to the elements of a plate. {advice}"
             )
+        counted = [*map(_is_counted, self.sites.values(), self.supports.values())]
+        if odd := [n for n, good in zip(self.sites, counted, strict=True) if not good]:
+            raise ValueError(
+                f"discrete latents {odd} have values other than 0, 1, ...: expected Categorical, Bernoulli, Binomial "
+                "or OneHotCategorical distributions where there are continuous latents too."
+            )
         if outside := [n for n, inside in plates.items() if not {*own} <= {*inside}]:
             raise ValueError(
                 f"sites {outside} are not in {where} of the discrete latents {[*self.sites]}, whose elements they "
@@ -105,6 +111,14 @@ class LocalLatents:
                 f"sites {weighed} are masked or scaled, and mixtures with continuous latents are exact for whole "
                 "elements: expected discrete latents without a mask, and no scale. Leave masked elements out."
             )
+
+
+def _is_counted(site: Site, support: Tensor) -> bool:
+    """Whether the values of a site are 0, 1, ..., or a one at these places."""
+    event = tuple(site["fn"].event_shape)
+    ordinal = torch.eye(len(support)) if event else torch.arange(len(support))
+    flat = support.reshape(len(support), *event)
+    return flat.shape == ordinal.shape and torch.equal(flat.double(), ordinal.double())
 
 
 def _is_one(scale: Any) -> bool:

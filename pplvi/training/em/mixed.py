@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
-from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, draw_site
+from pplvi.guides.conjugate.draws import draw_block
 from pplvi.guides.conjugate.families import BlockFamily
 from pplvi.guides.conjugate.keeping import constants_of, new_plates
 from pplvi.guides.conjugate.reading import Reading
-from pplvi.guides.conjugate.shapes import SiteShape, Structure
+from pplvi.guides.conjugate.shapes import Structure
 from pplvi.programs.density import outside_of_handlers
 from pplvi.programs.running import plain_run
-from pplvi.programs.sites import sample_sites, site_plates
+from pplvi.programs.sites import kind_of, sample_sites
 from pplvi.programs.state import preserved_rng
 from pplvi.training.em.complete import Counts
 from pplvi.training.em.conditioned import Component, LocalLatents
@@ -47,7 +47,8 @@ class ConjugateMixture:
 
     def posterior(self, *canonical: Tensor) -> tuple[Tensor, ...]:
         """The posterior of each component, ``log p(x_n, z_n = k)`` (nats), ``(components, *elements)``."""
-        found, table, left = [], [], list(canonical)
+        found: list[Tensor] = []
+        table, left = [], list(canonical)
         with torch.no_grad():
             for component in self.components:
                 own, left = left[: len(component.names)], left[len(component.names) :]
@@ -75,7 +76,9 @@ class ConjugateMixture:
 
 def _check(reading: Reading) -> None:
     if cut := reading.subsampled():
-        raise ValueError(f"plates {[*cut]} are subsampled, so that log p(x) would change by itself: expected whole ones.")
+        raise ValueError(
+            f"plates {[*cut]} are subsampled, so that log p(x) would change by itself: expected whole ones."
+        )
     check_exact(reading)
 
 
@@ -162,18 +165,8 @@ class MixedLatents:
         mixture, table = self._found(args, kwargs)
         local, first = mixture.local, mixture.components[0]
         structure = Structure.of(first.field.reading)
-        shapes = {n: _shape_of(site) for n, site in local.sites.items()}
-        plates = new_plates([p for s in (*structure.sites.values(), *shapes.values()) for p in s.plates])
-        with ExitStack() as stack:
-            for plate in local.plates:
-                stack.enter_context(plates[plate.name])
-            law = dist.Categorical(logits=table.movedim(0, -1))
-            which = pyro.sample(auxiliary_name("+".join(local.sites)), law, infer={"is_auxiliary": True})
-        drawn: dict[str, Tensor] = {}
-        for name, site in local.sites.items():
-            event = site["fn"].event_shape
-            values = torch.stack([value[name].reshape(event) for value in local.values()])
-            drawn[name] = draw_site(name, dist.Delta(values[which], event_dim=len(event)), shapes[name], plates)
+        plates = new_plates([*local.plates, *(p for s in structure.sites.values() for p in s.plates)])
+        drawn, which = _draw_discrete(table, local, plates)
         for block in first.field.families:
             drawn |= draw_block(block, _given(which, mixture, block), structure, plates)
         return drawn
@@ -198,9 +191,32 @@ class MixedLatents:
         return mixture, table
 
 
-def _shape_of(site: Any) -> SiteShape:
-    fn = site["fn"]
-    return SiteShape((*fn.batch_shape, *fn.event_shape), fn.event_dim, site_plates(site), site["value"].dtype)
+def _draw_discrete(table: Tensor, local: LocalLatents, plates: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """Each discrete site given those before; their values, and which joint value that is."""
+    left = table.movedim(0, -1).unsqueeze(-2)  # one row for each joint value of the sites before
+    which = torch.zeros((), dtype=torch.long)
+    drawn = {}
+    for name, site in local.sites.items():
+        size = len(local.supports[name])
+        left = left.reshape((*left.shape[:-2], -1, size, left.shape[-1] // size))
+        logits = left.logsumexp(-1)
+        row = which.reshape((*(1,) * (len(local.shape) - which.dim()), *which.shape))
+        places = _places(local.shape)
+        with ExitStack() as stack:
+            for plate in local.plates:
+                stack.enter_context(plates[plate.name])
+            drawn[name] = pyro.sample(name, _law(site, logits[(*places, row)]))
+        index = drawn[name].argmax(-1) if site["fn"].event_dim else drawn[name].long()
+        which = which * size + index
+        left = left.reshape((*left.shape[:-3], -1, left.shape[-1]))
+    return drawn, which
+
+
+def _law(site: Any, logits: Tensor) -> Any:
+    kind = kind_of(site["fn"])
+    if kind == "Bernoulli":
+        return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
+    return dist.OneHotCategorical(logits=logits) if kind == "OneHotCategorical" else dist.Categorical(logits=logits)
 
 
 def _given(which: Tensor, mixture: ConjugateMixture, block: str) -> BlockFamily:
@@ -211,13 +227,18 @@ def _given(which: Tensor, mixture: ConjugateMixture, block: str) -> BlockFamily:
     which = which.reshape((*(1,) * (batch - which.dim()), *which.shape))
     lead = which.dim() - batch
     kept = [d for d in dims if d is not None]
-    ordered = which.permute((*range(lead), *(which.dim() + d for d in kept)))
+    rest = [d for d in range(-batch, 0) if d not in kept]  # of size one
+    ordered = which.permute((*range(lead), *(which.dim() + d for d in (*kept, *rest))))
     sizes = iter(ordered.shape[lead:])
     ordered = ordered.reshape((*ordered.shape[:lead], *(1 if d is None else next(sizes) for d in dims)))
     found = {}
     for name in families[0].canonical:
         values = torch.stack([family.canonical[name] for family in families])
         own = values.shape[1 : 1 + len(dims)]
-        places = [torch.arange(n).reshape((n, *(1,) * (len(dims) - 1 - i))) for i, n in enumerate(own)]
-        found[name] = values[(ordered, *places)]
+        found[name] = values[(ordered, *_places(own))]
     return type(families[0]).revived(found, **constants_of(families[0]))
+
+
+def _places(sizes: Sequence[int]) -> list[Tensor]:
+    """Indices of every place of an array, which broadcast against each other."""
+    return [torch.arange(n).reshape((n, *(1,) * (len(sizes) - 1 - i))) for i, n in enumerate(sizes)]

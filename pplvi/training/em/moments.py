@@ -164,7 +164,8 @@ class _Shares:
     def numbers(self, gradients: _Gradients) -> tuple[Tensor, Tensor]:
         """``n``, and its sum: the gradient of minus ``Q`` is ``sum n p - n``; read off where ``p`` is moderate."""
         leaf = gradients.leaves[self.name].detach().clone()
-        places = [torch.zeros_like(leaf), torch.linspace(0.5, 1.5, leaf.shape[-1]).to(leaf).expand_as(leaf)]
+        away = torch.linspace(0.5, 1.5, leaf.shape[-1]).to(leaf) if self.classes else torch.ones(())
+        places = [torch.zeros_like(leaf), away.to(leaf).expand_as(leaf)]
         here, there = (gradients.at({self.name: place - leaf})[self.name] for place in places)
         p, q = map(self.shares, places)
         over, under = (there - here) * (q - p), (q - p) ** 2
@@ -174,7 +175,7 @@ class _Shares:
     def holds(self, gradients: _Gradients, generator: torch.Generator) -> bool:
         """Whether that is what ``Q`` is in this parameter."""
         leaf = gradients.leaves[self.name].detach().clone()
-        if leaf.dim() == 0 or (self.classes and leaf.shape[-1] == 1):
+        if self.classes and (leaf.dim() == 0 or leaf.shape[-1] == 1):
             return False
         n, total = self.numbers(gradients)
         away = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf)
@@ -214,7 +215,11 @@ def closed_moments(problem: ParameterLeaves, counts: Mapping[str, Tensor]) -> Cl
     :param counts: what the M-step needs of the posterior.
     """
     gradients, generator = _Gradients(problem, counts), torch.Generator().manual_seed(0)
-    groups: list[Any] = [s for s in (_shares(name, problem.constraint(name)) for name in problem.leaves) if s and s.holds(gradients, generator)]
+    groups: list[Any] = [
+        s
+        for s in (_shares(name, problem.constraint(name)) for name in problem.leaves)
+        if s and s.holds(gradients, generator)
+    ]
     shares = {group.name for group in groups}
     real = tuple(name for name in problem.leaves if _is_real(problem.constraint(name)) and name not in shares)
     if real:
