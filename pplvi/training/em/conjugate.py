@@ -183,7 +183,7 @@ def check_exact(reading: Reading) -> None:
     block_of = {site: block for block, sites in reading.blocks.items() for site in sites}
     for factor in reading.factors:
         sites = {s for s in factor.expected.sites if s in block_of}
-        if len({block_of[s] for s in sites}) > 1 or (factor.summed and sites):
+        if len({block_of[s] for s in sites}) > 1:
             raise ValueError(
                 f"site {factor.name!r} depends on {sorted(sites)} at once, whose exact posterior is no product of "
                 "distributions: expected normal latents, or latents that are independent given the data. Use "

@@ -194,14 +194,14 @@ class MixedLatents:
 def _draw_discrete(table: Tensor, local: LocalLatents, plates: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     """Each discrete site given those before; their values, and which joint value that is."""
     left = table.movedim(0, -1).unsqueeze(-2)  # one row for each joint value of the sites before
-    which = torch.zeros((), dtype=torch.long)
+    which = torch.zeros((), dtype=torch.long, device=table.device)
     drawn = {}
     for name, site in local.sites.items():
         size = len(local.supports[name])
         left = left.reshape((*left.shape[:-2], -1, size, left.shape[-1] // size))
         logits = left.logsumexp(-1)
         row = which.reshape((*(1,) * (len(local.shape) - which.dim()), *which.shape))
-        places = _places(local.shape)
+        places = _places(local.shape, table.device)
         with ExitStack() as stack:
             for plate in local.plates:
                 stack.enter_context(plates[plate.name])
@@ -213,7 +213,8 @@ def _draw_discrete(table: Tensor, local: LocalLatents, plates: Mapping[str, Any]
 
 
 def _law(site: Any, logits: Tensor) -> Any:
-    kind = kind_of(site["fn"])
+    kind, dtype = kind_of(site["fn"]), site["value"].dtype
+    logits = logits.to(dtype) if dtype.is_floating_point else logits
     if kind == "Bernoulli":
         return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
     return dist.OneHotCategorical(logits=logits) if kind == "OneHotCategorical" else dist.Categorical(logits=logits)
@@ -235,10 +236,10 @@ def _given(which: Tensor, mixture: ConjugateMixture, block: str) -> BlockFamily:
     for name in families[0].canonical:
         values = torch.stack([family.canonical[name] for family in families])
         own = values.shape[1 : 1 + len(dims)]
-        found[name] = values[(ordered, *_places(own))]
+        found[name] = values[(ordered, *_places(own, which.device))]
     return type(families[0]).revived(found, **constants_of(families[0]))
 
 
-def _places(sizes: Sequence[int]) -> list[Tensor]:
+def _places(sizes: Sequence[int], device: torch.device) -> list[Tensor]:
     """Indices of every place of an array, which broadcast against each other."""
-    return [torch.arange(n).reshape((n, *(1,) * (len(sizes) - 1 - i))) for i, n in enumerate(sizes)]
+    return [torch.arange(n, device=device).reshape((n, *(1,) * (len(sizes) - 1 - i))) for i, n in enumerate(sizes)]

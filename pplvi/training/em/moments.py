@@ -92,9 +92,17 @@ class _Quadratic:
 
     @torch.no_grad()
     def maximise(self, gradients: _Gradients) -> None:
-        """Go to the maximum: Newton's step, and another one for its rounding errors."""
+        """Go to the maximum: Newton's step, and another one for its rounding errors.
+
+        :raises CollapseError: where there is no single one.
+        """
         first = self.packed(gradients.here()[1])
-        tril = torch.linalg.cholesky(self.curvature(gradients, first))
+        tril, failed = torch.linalg.cholesky_ex(self.curvature(gradients, first))
+        if bool(failed.any()):
+            raise CollapseError(
+                f"the data leave {[*self.names]} undetermined, as those of a component without data are: expected fewer "
+                "components or factors, or another start (seed=)."
+            )
         for _ in range(2):
             slope = self.packed(gradients.here()[1])
             step = torch.cholesky_solve(slope.unsqueeze(-1), tril).squeeze(-1)
