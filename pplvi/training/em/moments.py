@@ -100,7 +100,7 @@ class _Quadratic:
         tril, failed = torch.linalg.cholesky_ex(self.curvature(gradients, first))
         if bool(failed.any()):
             raise CollapseError(
-                f"the data leave {[*self.names]} undetermined, as those of a component without data are: expected fewer "
+                f"the data leave {[*self.names]} undetermined, as a component without data does: expected fewer "
                 "components or factors, or another start (seed=)."
             )
         for _ in range(2):
