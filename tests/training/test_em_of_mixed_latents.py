@@ -110,7 +110,7 @@ def shared(x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (chain, r"discrete latents 'z_0' to 'z_7' have 256 joint values.*with pyro.plate\('data', n\).*AutoConjugate"),
+        (chain, r"discrete latents 'z_0' to 'z_7' have 256 joint values.*with pyro.plate\('data', n\).*AutoNormal"),
         (nested, r"discrete latents \['b', 'c'\] are in different plates .*too many"),
         (shared, r"sites \['h'\] are not in plates \['data'\] of the discrete latents \['z'\]"),
     ],

@@ -80,8 +80,8 @@ class LocalLatents:
         own = sorted(p.name for p in self.plates)
         where = f"plates {own}" if own else "no plate"
         advice = (
-            "Put the sites of each datum into one plate, with pyro.plate('data', n); or give the parameters priors and "
-            "use fit(model, AutoConjugate), whose discrete and continuous latents are independent."
+            "Put the sites of each datum into one plate, with pyro.plate('data', n); or train a bound on "
+            "log p(x) in its place, fit(config_enumerate(model), AutoNormal), which sums discrete latents exactly."
         )
         if apart := {n: plates[n] for n in self.sites if plates[n] != own}:
             raise ValueError(
