@@ -130,7 +130,7 @@ def _listed(names: Any) -> str:
     return str(found) if len(found) < 6 else f"{found[0]!r} to {found[-1]!r}"
 
 
-class Component:
+class ConditionedProgram:
     """A program given one joint value of its discrete latents.
 
     :param local: the latents.

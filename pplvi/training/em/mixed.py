@@ -23,7 +23,7 @@ from pplvi.programs.running import plain_run
 from pplvi.programs.sites import kind_of, sample_sites
 from pplvi.programs.state import preserved_rng
 from pplvi.training.em.complete import Counts
-from pplvi.training.em.conditioned import Component, LocalLatents
+from pplvi.training.em.conditioned import ConditionedProgram, LocalLatents
 from pplvi.training.em.conjugate import RecordedProblem, check_exact, joint_blocks
 from pplvi.training.em.starts import clustered, random_elements
 from pplvi.types import Call, Program
@@ -43,7 +43,7 @@ class ConjugateMixture:
             values = self.local.values()
             joint = joint_blocks(pyro.condition(model, data=values[0]), call)
             options: Any = (joint, init_to_sample, _check)
-            self.components = [Component(model, call, self.local, value, *options) for value in values]
+            self.components = [ConditionedProgram(model, call, self.local, value, *options) for value in values]
 
     def posterior(self, *canonical: Tensor) -> tuple[Tensor, ...]:
         """The posterior of each component, ``log p(x_n, z_n = k)`` (nats), ``(components, *elements)``."""
