@@ -13,7 +13,7 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
 from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
-from pplvi.guides.conjugate.ascent import BlockMeanField, Recorder, ascend_bound, settle_locals, started
+from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, settle_locals, started
 from pplvi.guides.conjugate.complete import check_conditional, complete_conditional
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, draw_site, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
