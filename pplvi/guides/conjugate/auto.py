@@ -27,6 +27,7 @@ from pplvi.guides.conjugate.sampled import SampledMeanField, ascend_by_draws, by
 from pplvi.guides.conjugate.shapes import Structure
 from pplvi.guides.conjugate.trained import TRAINED, GuideFactory, TrainedFactor, check_families, of_guides, shown
 from pplvi.guides.owned import OwnedGuide
+from pplvi.guides.recording import Recorder
 from pplvi.guides.search.base import Search
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Fraction, Seed

@@ -45,9 +45,9 @@ class AutoProximal(OwnedGuide, Search):
     The guide is a point for the data that it is called with, found at every call at the present parameters of the
     model, so that training these by ``fit`` or ``SVI`` is dictionary learning by gradient. A point has no density: the
     fit has a mode and no evidence, and its report says so. ``fit(..., compile=)`` of a model without parameters records
-    the iterations from one look at the gaps to the next. Dictionary learning is not recorded, on all data or minibatches:
-    the lasso problem is read anew off every step, by checks that need its values, and how many iterations it takes is
-    not known before.
+    the iterations from one look at the gaps to the next. Dictionary learning is not recorded, on all data or in
+    minibatches: every step reads its lasso problem anew, by checks that need its values, and takes as many iterations
+    as its data need.
 
     After a call: ``gap``, in nats, of the shape of the site's plates, and ``iterations``.
 
@@ -138,9 +138,9 @@ class AutoProximal(OwnedGuide, Search):
         """The mode for these arguments, by site; what was found last, if nothing has changed since."""
         if is_recording():
             raise ValueError(
-                "AutoProximal reads the program anew in every training step and searches until its gap is closed, which "
-                "a recorded step cannot: expected compile=False. Its iterations are recorded by fit(..., compile=) for a "
-                "model without parameters."
+                "AutoProximal reads the program anew in every training step, and searches until its gap is closed, "
+                "which a recorded step cannot: expected compile=False. Of a model without parameters "
+                "fit(..., compile=) records the iterations."
             )
         with preserved_rng(), poutine.block():
             leaves = _parameters(self.model, args, kwargs)

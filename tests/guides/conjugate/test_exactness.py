@@ -256,11 +256,20 @@ def test_dirichlet_rows() -> None:
         p = pyro.sample("p", dist.Dirichlet(prior))
         pyro.sample("y", dist.Multinomial(5, p), obs=counts)
 
+    def plate_of_multinomials() -> None:
+        p = pyro.sample("p", dist.Dirichlet(prior))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Multinomial(7, p), obs=tables)
+
     exact = dirichlet_evidence(prior, counts)
     assert bound(categorical) == pytest.approx(exact, abs=1e-9)
     assert bound(one_hot) == pytest.approx(exact, abs=1e-9)
     ways = torch.lgamma(torch.tensor(6.0)) - torch.lgamma(counts + 1).sum()
     assert bound(multinomial) == pytest.approx(exact + float(ways), abs=1e-9)
+    tables = torch.tensor([[7.0, 0.0, 0.0], [2.0, 4.0, 1.0], [1.0, 1.0, 5.0]])
+    ways = 3 * torch.lgamma(torch.tensor(8.0)) - torch.lgamma(tables + 1).sum()
+    together = dirichlet_evidence(prior, tables.sum(0)) + float(ways)
+    assert bound(plate_of_multinomials) == pytest.approx(together, abs=1e-9)
 
 
 def test_wishart_row() -> None:
