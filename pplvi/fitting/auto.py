@@ -144,10 +144,11 @@ def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
 
 WRITTEN = "as written"
 _FEW_DIMENSIONS = 20  # in which a mixture reaches what one Gaussian does not; in more, particles come first
+_MANY_DIMENSIONS = 500  # in which one Gaussian is too far away, and its updates take the time of the particles
 _FOUND = (
     Rung("AutoPathfinder", AutoPathfinder),
     Rung("AutoStudentMixture", AutoStudentMixture, most=_FEW_DIMENSIONS),
-    Rung("AutoBatchAndMatch", AutoBatchAndMatch, gaussian=True),
+    Rung("AutoBatchAndMatch", AutoBatchAndMatch, most=_MANY_DIMENSIONS, gaussian=True),
     # What no Gaussian comes near is sampled, from the best of them.
     Rung("SMC", "smc"),
     Rung("AutoDeterministicNormal", AutoDeterministicNormal, gaussian=True),

@@ -187,6 +187,7 @@ class Fit:
         vectorize: Vectorize = None,
         chunk_size: int | None = None,
         seed: int | None = None,
+        parallel: Literal["draws"] | None = None,
     ) -> Posterior:
         """Weighted draws from the guide of a restart; of MCMC and SMC, all its draws, whatever ``num_draws``.
 
@@ -199,23 +200,24 @@ class Fit:
         :param vectorize: the way of running draws; :attr:`vectorize` unless given.
         :param chunk_size: draw at most so many at once.
         :param seed: for the draws; by default the seed of the restart.
+        :param parallel: ``"draws"``: ranks share the drawing, as :class:`pplvi.Posterior` says.
         :raises ValueError: if the fit had no ``args`` and none are given, or there is no such restart.
         """
         run = self._run(self.best if restart is None else restart)
-        at_once = self.vectorize if vectorize is None else vectorize
-        options = {"vectorize": at_once, "chunk_size": chunk_size, "seed": run.seed if seed is None else seed}
+        options: dict[str, Any] = {"chunk_size": chunk_size, "parallel": parallel}
+        options["vectorize"] = self.vectorize if vectorize is None else vectorize
+        options["seed"] = run.seed if seed is None else seed
         draw = partial(self._posterior, run, self._call(args, kwargs), num_draws, options)
-        if args is not None or kwargs is not None or options["seed"] is None:
-            return draw()
-        return self._kept.find((run.index, num_draws, *options.values()), draw)
+        given = args is not None or kwargs is not None or options["seed"] is None
+        return draw() if given else self._kept.find((run.index, num_draws, *options.values()), draw)
 
     def _posterior(self, run: Restart, call: Call, num_draws: int, options: dict[str, Any]) -> Posterior:
         model = ScopedProgram(run.model, run)
         if self.mcmc is not None:
-            del options["seed"]
+            del options["seed"], options["parallel"]
             return Posterior.from_mcmc(cast(MCMC, self.mcmc), model, *call, **options)
         if self.islands is not None:
-            del options["seed"]
+            del options["seed"], options["parallel"]
             found = self.islands
             return posterior_of_islands(found.latents, found.found.log_evidence, model, call, **options)
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped

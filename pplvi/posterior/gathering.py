@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.draws import Draws
+from pplvi.posterior.islands import evidence_of_islands
 from pplvi.posterior.looking import work_of_draw, work_of_row
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
@@ -52,7 +54,7 @@ from pplvi.types import Program
 from pplvi.weights.algebra import logmeanexp, normalize
 from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
-_DEAR_WORK, _DEAR_LOOK = 3e4, 5e3  # elements; those of a point that is only looked at, to find narrow modes
+_DEAR_WORK, _DEAR_LOOK = 3e4, 800.0  # elements; those of a point that is only looked at, to find narrow modes
 
 
 class ModelCall(NamedTuple):
@@ -75,14 +77,14 @@ class ModelCall(NamedTuple):
         return max(least, int(number * part))
 
 
-_PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 5_000
+_PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 20_000
 _SCOUT_DRAWS, _MORE_DRAWS, _CHECKED = 2_000, 10_000, 10_000  # of the last, those of the guide, to compare with
 _FEW, _FEW_DRAWS = 8, 500
 _DEAR = 2**15  # bytes of a draw from which on fewer are sent
 _LOOPED = 2**20  # times dearer is a draw of a program that is run for each draw
 _MOST_DRAWS, _MOST_BYTES, _MOST_WORK = 100_000, 2**28, 5e8
 _K_ERROR = 0.1
-_SURE, _SMALL = 4.0, 0.02
+_SURE, _LIKELY, _SMALL = 4.0, 2.0, 0.02
 _MORE, _APART = 0.2, 0.1  # nats of evidence; standard deviations of a mean
 _BAD_K, _NEARLY_EQUAL = 0.7, 0.9
 
@@ -275,7 +277,7 @@ def _scouted(programs: ModelCall, pool: WeightedDraws, thin: int) -> tuple[tuple
         return (), f"{number_of_starts} scouts met no mode"
     text = f"{number_of_starts} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
     number = programs.affordable(_SCOUT_DRAWS, _FEW_DRAWS), programs.affordable(_MORE_DRAWS, 2 * _FEW_DRAWS)
-    compare = _missed_by_chains if pool.is_mcmc else missed
+    compare = partial(_missed_by_chains, chains=pool) if pool.is_mcmc else missed
     return _compared(density, (divided, seen), own, number, compare), text
 
 
@@ -303,10 +305,16 @@ def _compared(
     return tuple(found)
 
 
-def _missed_by_chains(scouts: Weighed, own: Weighed, regions: Regions) -> list[Missed]:
-    """Chains know no evidence: their parts of the whole are compared, in the basins of the modes."""
-    whole = torch.full_like(own.log_weight, float(logmeanexp(scouts.log_weight)))
-    return [each for each in missed(scouts, own._replace(log_weight=whole), regions) if not each.tail]
+def _missed_by_chains(scouts: Weighed, own: Weighed, regions: Regions, chains: WeightedDraws) -> list[Missed]:
+    """Chains know no evidence: their parts of the whole are compared, in the basins of the modes. Islands know it up to
+    an error, which is allowed for, so that tails can be compared too."""
+    if chains.evidence is None:
+        whole = float(logmeanexp(scouts.log_weight))
+    else:
+        value, error = evidence_of_islands(chains.evidence.double())
+        whole = float(value + _LIKELY * error)
+    found = missed(scouts, own._replace(log_weight=torch.full_like(own.log_weight, whole)), regions)
+    return [each for each in found if chains.evidence is not None or not each.tail]
 
 
 def _own(density: UnconstrainedDensity, pool: WeightedDraws, thin: int, number: int) -> Weighed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,3 +185,32 @@ def chunks_of(total: int, chunk_size: int | None, most: int | None) -> list[tupl
         raise ValueError(f"got num_draws={total} and chunk_size={chunk_size}; expected at least 1 of each.")
     size = chunk_size or most or total
     return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def check_latents(draws: Draws) -> None:
+    """Refuse a model without latents.
+
+    :raises ValueError: if there are none.
+    """
+    if not draws.latents:
+        raise ValueError(
+            "the model has no latent sites to draw (all its sites are observed, deterministic or enumerated), so "
+            "there is no posterior: expected at least one pyro.sample without obs=."
+        )
+
+
+def check_same_data(draws: Draws) -> None:
+    """Refuse draws of several runs that belong to different data.
+
+    :raises ValueError: where plates are subsampled.
+    """
+    if names := subsampled(draws, draws.plates):
+        raise ValueError(
+            f"the plates {names} are subsampled anew in every run of the program, so that draws of several runs would "
+            "belong to different data: expected the full data, or one run (no chunk_size)."
+        )
+
+
+def subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
+    """The subsampled plates that some sites are in."""
+    return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})

@@ -25,7 +25,7 @@ from pplvi.guides.conjugate.rates import RobbinsMonro
 from pplvi.guides.conjugate.reading import Reading
 from pplvi.guides.conjugate.sampled import SampledMeanField, ascend_by_draws, by_draws
 from pplvi.guides.conjugate.shapes import Structure
-from pplvi.guides.conjugate.trained import TRAINED, GuideFactory, TrainedFactor, check_families, of_guides, shown
+from pplvi.guides.conjugate.trained import TRAINED, GuideFactory, TrainedFactor, check_families, of_guides, one_draw
 from pplvi.guides.owned import OwnedGuide
 from pplvi.guides.recording import Recorder
 from pplvi.guides.search.base import Search
@@ -197,7 +197,7 @@ class AutoConjugate(OwnedGuide, Search):
     def _read(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], indices: Mapping[str, Tensor] | None = None
     ) -> Reading:
-        values = shown(self._trained, (args, kwargs))
+        values = one_draw(self._trained, (args, kwargs))
         return self._read_at(values, self._init_loc_fn, args=args, kwargs=kwargs, indices=indices)
 
     def _read_at(self, values: Mapping[str, Tensor], init: Any, *, args: Any, kwargs: Any, indices: Any) -> Reading:

@@ -109,7 +109,7 @@ def of_guides(trained: Sequence[TrainedFactor], method: str, *args: Any, **kwarg
     return found
 
 
-def shown(trained: Sequence[TrainedFactor], call: Any) -> dict[str, Tensor]:
+def one_draw(trained: Sequence[TrainedFactor], call: Any) -> dict[str, Tensor]:
     """A draw of each site."""
     with torch.no_grad():
         return {n: v[0] for f in trained for n, v in zip(f.sites, f.draw(2, call)[0], strict=True)}
