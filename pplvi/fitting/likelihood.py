@@ -9,11 +9,12 @@ from pplvi.fitting.options import Checkpoint
 from pplvi.fitting.result import Fit
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.state import Environment, fingerprint
-from pplvi.programs.summing import summing
+from pplvi.programs.summing import drawing, summing
 from pplvi.training.batches import FullData
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.em.algorithm import EMSteps, ExpectationMaximization, SummedLatents
-from pplvi.training.em.conjugate import ConjugateLatents, has_continuous
+from pplvi.training.em.conjugate import ConjugateLatents, kinds_of_latents
+from pplvi.training.em.mixed import MixedLatents
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Restart, publish, scratch
@@ -71,8 +72,11 @@ def recipe_of_likelihood(model: Program, call: Call, restarts: int, environment:
     """How the programs of the restarts are made: discrete latents of the model are summed over."""
     guide: Any = ConjugateLatents
     with scratch(), environment.active():
-        if not has_continuous(model, environment.move(call)):
+        discrete, continuous = kinds_of_latents(model, environment.move(call))
+        if not continuous:
             model, guide = summing(model, *environment.move(call)), SummedLatents
+        elif discrete:
+            model, guide = drawing(model, discrete), MixedLatents
     return Recipe(model, guide, True, restarts > 1, environment)
 
 

@@ -48,6 +48,9 @@ def separately(site: Any, num_dreams: int, nesting: int) -> Tensor:
     >>> site = found.trace.nodes["y"]
     >>> separately({**site, "cond_indep_stack": site["cond_indep_stack"][-1:]}, num_dreams=5, nesting=1).shape
     torch.Size([5, 3, 2])
+    >>> shared = {**site, "value": value[0], "cond_indep_stack": site["cond_indep_stack"][-1:]}  # by all particles
+    >>> separately(shared, num_dreams=5, nesting=1).shape
+    torch.Size([5, 3, 2])
     """
     value: Tensor = site["value"]
     depth = site["fn"].event_dim + max((-plate.dim for plate in site_plates(site)), default=0)

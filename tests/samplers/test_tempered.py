@@ -236,3 +236,13 @@ def test_particles_beyond_the_support_are_no_reason_to_refuse():
     found = TemperedSMC(num_particles=200, num_draws=400).run(half, GaussianBase.of(torch.zeros(1), torch.eye(1)))
     assert abs(float(found.log_evidence.mean())) < 0.3
     assert bool((found.draws > 0).all())
+
+
+def test_particles_that_stay_in_their_modes_are_not_kept_for_ever():
+    def apart(z: Tensor) -> Tensor:
+        scale = torch.tensor([0.3])
+        return torch.logaddexp(*(normal(z, torch.tensor([m]), scale) for m in (-9.0, 9.0)))
+
+    settings = TemperedSMC(num_particles=64, num_islands=2, num_draws=2000, max_kept=400)
+    found = settings.run(target_of(apart), base_of(1, 9.0))
+    assert found.levels[-1].num_kept < 60

@@ -23,6 +23,7 @@ from pplvi.training.em.complete import CompleteData, Counts
 from pplvi.training.em.conjugate import ConjugateData, ConjugateLatents
 from pplvi.training.em.families import CollapseError
 from pplvi.training.em.maximisation import Maximisation
+from pplvi.training.em.mixed import MixedData, MixedLatents
 from pplvi.training.em.starts import kmeans_start, random_start, tells_apart
 from pplvi.training.optimizers import Update
 from pplvi.training.steps import BeforeFirst, Find, Stepper, Steps
@@ -51,8 +52,9 @@ class ExpectationMaximization:
 
     Continuous latents are taken where their exact posterior is in closed form, by what :class:`pplvi.AutoConjugate`
     knows: factor analysis, probabilistic PCA, linear-Gaussian state spaces, random effects, Gamma rates of counts.
-    Their M-step is in closed form for linear maps, means, spreads and rates. E- and M-step are recorded once;
-    ``fit.guide`` draws from the posterior at the maximum.
+    Their M-step is in closed form for linear maps, means, spreads, rates and shares. With discrete latents of the same
+    elements (mixtures of factor analysers), they are taken given each joint value of these, at most 128 an element. E-
+    and M-step are recorded once; ``fit.guide`` draws from the posterior at the maximum.
 
     Source: Dempster, Laird & Rubin (1977), "Maximum likelihood from incomplete data via the EM algorithm"; Neal &
     Hinton (1998), "A view of the EM algorithm that justifies incremental, sparse, and other variants", for ``m_steps``.
@@ -65,7 +67,8 @@ class ExpectationMaximization:
         random probabilities of the latents (continuous ones: from draws of their prior), ``"program"`` from the values
         that the parameters have in the program. ``None``: the first restart from the program, unless its components
         are all alike, which EM cannot tell apart; that, and the others, from k-means, or from draws of the prior.
-    :raises ValueError: for other arguments; when fitting, for latents without a closed form, minibatches, and a
+    :raises ValueError: for other arguments; when fitting, for latents without a closed form, minibatches, discrete
+        latents that are not local to the same elements of a plate when there are continuous ones too, and a
         likelihood without a maximum, such as that of a component that closes in on one datum.
 
     >>> import pyro, pplvi, pyro.distributions as dist
@@ -179,7 +182,7 @@ class EMStepper(Stepper):
         self.algorithm, self.model, self.guide = algorithm, model, guide
         self.before_first, self.restart, self.several = before_first, restart, several
         self.update = EMUpdate()
-        self.problem: CompleteData | ConjugateData | None = None
+        self.problem: CompleteData | ConjugateData | MixedData | None = None
         self.maximise: Maximisation
 
     def many(self, calls: Sequence[Call]) -> Sequence[float]:
@@ -210,7 +213,7 @@ class EMStepper(Stepper):
             self.guide.collapsed, self.update.converged = str(error), True
 
     @property
-    def _problem(self) -> CompleteData | ConjugateData:
+    def _problem(self) -> CompleteData | ConjugateData | MixedData:
         if self.problem is None:
             raise ValueError("EM has no data yet: expected prepare(call) first.")
         return self.problem
@@ -226,12 +229,15 @@ class EMStepper(Stepper):
             Maximisation(self._problem)(self._problem.expect(start)[1])  # a whole one, whatever the others are
 
     @torch.no_grad()
-    def _start(self, problem: CompleteData | ConjugateData) -> dict[str, Tensor] | None:
+    def _start(self, problem: CompleteData | ConjugateData | MixedData) -> dict[str, Tensor] | None:
         kind = self.algorithm.start
         if isinstance(problem, ConjugateData):
             if kind == "kmeans":
                 raise ValueError(f"start='kmeans' is for discrete latents, not {problem.sites}: expected 'random'.")
             return None if kind == "program" or (kind is None and self.restart == 0) else problem.random_start()
+        if isinstance(problem, MixedData):
+            kind = kind or ("program" if self.restart == 0 and problem.tells_apart() else "kmeans")
+            return None if kind == "program" else problem.start(kind)
         run = problem.run()
         run.expected_counts()  # packs its tensors
         if kind is None:
@@ -249,8 +255,7 @@ class EMStepper(Stepper):
     def prepare(self, call: Call) -> None:
         """Read the program: which latents are summed, which parameters have a closed form."""
         if self.problem is None:
-            kind = ConjugateData if isinstance(self.guide, ConjugateLatents) else CompleteData
-            self.problem = kind(self.model, self.guide, call)
+            self.problem = _problem(self.model, self.guide, call)
             self.maximise = Maximisation(self.problem, self.algorithm.m_steps)
             self.guide.closed, self.guide.searched = self.maximise.closed, self.maximise.searched
 
@@ -269,6 +274,14 @@ class EMStepper(Stepper):
         """Give both back."""
         self.update.set_pace(state)
         self.guide.collapsed = state["collapsed"]
+
+
+def _problem(model: Program, guide: Any, call: Call) -> CompleteData | ConjugateData | MixedData:
+    """What the latents of a guide make of a program."""
+    if isinstance(guide, MixedLatents):
+        return MixedData(model, call)
+    kind = ConjugateData if isinstance(guide, ConjugateLatents) else CompleteData
+    return kind(model, guide, call)
 
 
 class EMSteps(Steps):

@@ -40,7 +40,36 @@ class ConjugateLatents(AutoConjugate):
         self.collapsed = ""
 
 
-class ConjugateData(ParameterLeaves):
+class RecordedProblem(ParameterLeaves):
+    """A complete-data problem whose functions of tensors and parameters are recorded the first time."""
+
+    def __init__(self, model: Program, call: Call) -> None:
+        super().__init__(model, call)
+        self._programs: dict[str, Any] = {}
+
+    def value_and_gradient(self, counts: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Minus ``Q``, and its gradient in these leaves as a vector."""
+
+        def both(*values: Tensor) -> tuple[Tensor, Tensor]:
+            return super(RecordedProblem, self).value_and_gradient(dict(zip(counts, values, strict=True)), leaves)
+
+        names = [name for name, leaf in self.leaves.items() if any(leaf is other for other in leaves)]
+        loss, gradient = self.recorded(f"M {names}", both, list(counts.values()))
+        return loss, gradient
+
+    def recorded(self, name: str, function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> Any:
+        """A function of tensors and the present parameters, recorded the first time."""
+        flat = torch.cat([leaf.detach().flatten() for leaf in self.leaves.values()])
+        inputs = (flat, *(value.detach() for value in given))
+        if name not in self._programs:
+            starts = accumulate((leaf.numel() for leaf in self.leaves.values()), initial=0)
+            places = {id(leaf): (start, leaf) for start, leaf in zip(starts, self.leaves.values(), strict=False)}
+            self._programs[name] = _recorded(lambda _, *values: function(*values), inputs, places)
+        with torch.no_grad():
+            return self._programs[name](*inputs)
+
+
+class ConjugateData(RecordedProblem):
     r"""A program with continuous latents whose exact posterior is in closed form, at fixed arguments.
 
     ``Q`` is the expected log density of every site under that posterior, by the expectations of
@@ -59,8 +88,7 @@ class ConjugateData(ParameterLeaves):
             raise ValueError(
                 f"plates {[*cut]} are subsampled, so that log p(x) would change by itself: expected whole ones."
             )
-        _check_exact(self.field.reading)
-        self._programs: dict[str, Any] = {}
+        check_exact(self.field.reading)
 
     def _read(self) -> Reading:
         """The program at the present parameters; where its latents are shown does not matter."""
@@ -87,7 +115,7 @@ class ConjugateData(ParameterLeaves):
         if instead is not None:
             self.field.place([instead[name] for name in names])
             return math.nan, dict(instead)
-        *canonical, evidence = self._run("E", self._posterior, self.field.canonical)
+        *canonical, evidence = self.recorded("E", self._posterior, self.field.canonical)
         self.field.place(canonical)
         return float(evidence), dict(zip(names, canonical, strict=True))
 
@@ -102,27 +130,6 @@ class ConjugateData(ParameterLeaves):
         field.place([value.detach() for value in counts.values()])
         parts: list[Any] = [(field.marginals[f.name] * f.at(field.state)).sum() for f in field.reading.factors]
         return torch.stack(parts).sum()
-
-    def value_and_gradient(self, counts: Mapping[str, Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Minus ``Q``, and its gradient in these leaves as a vector."""
-
-        def both(*values: Tensor) -> tuple[Tensor, Tensor]:
-            return super(ConjugateData, self).value_and_gradient(dict(zip(counts, values, strict=True)), leaves)
-
-        names = [name for name, leaf in self.leaves.items() if any(leaf is other for other in leaves)]
-        loss, gradient = self._run(f"M {names}", both, list(counts.values()))
-        return loss, gradient
-
-    def _run(self, name: str, function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> Any:
-        """A function of tensors and the present parameters, recorded the first time."""
-        flat = torch.cat([leaf.detach().flatten() for leaf in self.leaves.values()])
-        inputs = (flat, *(value.detach() for value in given))
-        if name not in self._programs:
-            starts = accumulate((leaf.numel() for leaf in self.leaves.values()), initial=0)
-            places = {id(leaf): (start, leaf) for start, leaf in zip(starts, self.leaves.values(), strict=False)}
-            self._programs[name] = _recorded(lambda _, *values: function(*values), inputs, places)
-        with torch.no_grad():
-            return self._programs[name](*inputs)
 
 
 def _recorded(
@@ -148,10 +155,11 @@ def _named(field: BlockMeanField) -> Counts:
     return dict(zip(names, field.canonical, strict=True))
 
 
-def has_continuous(model: Program, call: Call) -> bool:
-    """Whether a program has latents that cannot be enumerated."""
+def kinds_of_latents(model: Program, call: Call) -> tuple[list[str], list[str]]:
+    """Names of the latents of a program that can be enumerated, and of the others."""
     latents = latent_sites(plain_run(model, *call).model)
-    return any(not site["fn"].has_enumerate_support for site in latents.values())
+    discrete = [name for name, site in latents.items() if site["fn"].has_enumerate_support]
+    return discrete, [name for name in latents if name not in discrete]
 
 
 def joint_blocks(model: Program, call: Call) -> list[tuple[str, ...]]:
@@ -167,11 +175,15 @@ def joint_blocks(model: Program, call: Call) -> list[tuple[str, ...]]:
     return [tuple(site for site in normal if site in group) for group in groups]
 
 
-def _check_exact(reading: Reading) -> None:
+def check_exact(reading: Reading) -> None:
+    """Check that the posterior of the continuous latents is a product of blocks.
+
+    :raises ValueError: if it is none.
+    """
     block_of = {site: block for block, sites in reading.blocks.items() for site in sites}
     for factor in reading.factors:
         sites = {s for s in factor.expected.sites if s in block_of}
-        if len({block_of[s] for s in sites}) > 1 or (factor.summed and sites):
+        if len({block_of[s] for s in sites}) > 1:
             raise ValueError(
                 f"site {factor.name!r} depends on {sorted(sites)} at once, whose exact posterior is no product of "
                 "distributions: expected normal latents, or latents that are independent given the data. Use "

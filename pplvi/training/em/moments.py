@@ -92,9 +92,17 @@ class _Quadratic:
 
     @torch.no_grad()
     def maximise(self, gradients: _Gradients) -> None:
-        """Go to the maximum: Newton's step, and another one for its rounding errors."""
+        """Go to the maximum: Newton's step, and another one for its rounding errors.
+
+        :raises CollapseError: where there is no single one.
+        """
         first = self.packed(gradients.here()[1])
-        tril = torch.linalg.cholesky(self.curvature(gradients, first))
+        tril, failed = torch.linalg.cholesky_ex(self.curvature(gradients, first))
+        if bool(failed.any()):
+            raise CollapseError(
+                f"the data leave {[*self.names]} undetermined, as a component without data does: expected fewer "
+                "components or factors, or another start (seed=)."
+            )
         for _ in range(2):
             slope = self.packed(gradients.here()[1])
             step = torch.cholesky_solve(slope.unsqueeze(-1), tril).squeeze(-1)
@@ -147,6 +155,52 @@ class _Spread:
 
 
 @dataclass(frozen=True)
+class _Shares:
+    """Logits ``a`` of probabilities ``p`` in whose rows ``Q = sum_k n_k log p_k``.
+
+    :ivar name: of the parameter.
+    :ivar classes: whether a row has one for each class; else each element has that of ones.
+    """
+
+    name: str
+    classes: bool
+
+    def shares(self, leaf: Tensor) -> Tensor:
+        """Probabilities."""
+        return leaf.softmax(-1) if self.classes else leaf.sigmoid()
+
+    def numbers(self, gradients: _Gradients) -> tuple[Tensor, Tensor]:
+        """``n``, and its sum: the gradient of minus ``Q`` is ``sum n p - n``; read off where ``p`` is moderate."""
+        leaf = gradients.leaves[self.name].detach().clone()
+        away = torch.linspace(0.5, 1.5, leaf.shape[-1]).to(leaf) if self.classes else torch.ones(())
+        places = [torch.zeros_like(leaf), away.to(leaf).expand_as(leaf)]
+        here, there = (gradients.at({self.name: place - leaf})[self.name] for place in places)
+        p, q = map(self.shares, places)
+        over, under = (there - here) * (q - p), (q - p) ** 2
+        total = over.sum(-1, keepdim=True) / under.sum(-1, keepdim=True) if self.classes else over / under
+        return total * p - here, total
+
+    def holds(self, gradients: _Gradients, generator: torch.Generator) -> bool:
+        """Whether that is what ``Q`` is in this parameter."""
+        leaf = gradients.leaves[self.name].detach().clone()
+        if self.classes and (leaf.dim() == 0 or leaf.shape[-1] == 1):
+            return False
+        n, total = self.numbers(gradients)
+        away = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf)
+        there = gradients.at({self.name: away})[self.name]
+        return bool((total > 0).all()) and _close(there, total * self.shares(leaf + away) - n)
+
+    @torch.no_grad()
+    def maximise(self, gradients: _Gradients) -> None:
+        """Go to the maximum; rows of no count stay."""
+        n, total = self.numbers(gradients)
+        leaf = gradients.leaves[self.name]
+        tiny, eps = torch.finfo(leaf.dtype).tiny, torch.finfo(leaf.dtype).eps
+        found = (n / total).clamp(tiny, 1 - (0 if self.classes else eps / 2))
+        leaf.copy_(torch.where(total > 0, found.log() if self.classes else found.logit(), leaf))
+
+
+@dataclass(frozen=True)
 class ClosedMoments:
     """An M-step that goes through groups of parameters, each at its maximum given the others, until all are."""
 
@@ -169,15 +223,20 @@ def closed_moments(problem: ParameterLeaves, counts: Mapping[str, Tensor]) -> Cl
     :param counts: what the M-step needs of the posterior.
     """
     gradients, generator = _Gradients(problem, counts), torch.Generator().manual_seed(0)
-    real = tuple(name for name in problem.leaves if _is_real(problem.constraint(name)))
-    groups: list[Any] = []
+    groups: list[Any] = [
+        s
+        for s in (_shares(name, problem.constraint(name)) for name in problem.leaves)
+        if s and s.holds(gradients, generator)
+    ]
+    shares = {group.name for group in groups}
+    real = tuple(name for name in problem.leaves if _is_real(problem.constraint(name)) and name not in shares)
     if real:
         made = next((q for q in _partitions(real, problem.leaves) if q.holds(gradients, generator)), None)
         if made is None:
             return None
         groups.append(made)
     for name in problem.leaves:
-        if name not in real:
+        if name not in real and name not in shares:
             spreads = [_Spread(name, power) for power in _POWERS] if _is_positive(problem.constraint(name)) else []
             found = next((spread for spread in spreads if spread.holds(gradients, generator)), None)
             if found is None:
@@ -198,6 +257,14 @@ def _is_real(constraint: Any) -> bool:
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
     return type(constraint).__name__ == "_Real"
+
+
+def _shares(name: str, constraint: Any) -> _Shares | None:
+    """What a parameter may be the logits of, under its constraint."""
+    if _is_real(constraint) or type(constraint).__name__ == "_Simplex":
+        return _Shares(name, classes=True)
+    bounds = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+    return _Shares(name, classes=False) if bounds == (0.0, 1.0) else None
 
 
 def _is_positive(constraint: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def tells_apart(run: Run) -> bool:
 def random_start(run: Run) -> dict[str, Tensor]:
     """Random log probabilities of every latent's values, for each element of its plates."""
     sites = {n: s for n, s in latent_sites(run.model).items() if is_enumerated(s)}
-    return {n: _placed(s, _SPREAD * torch.randn(_elements(s), _values(s))) for n, s in sites.items()}
+    return {n: _placed(s, random_elements(s, _values(s))) for n, s in sites.items()}
 
 
 def kmeans_start(run: Run) -> dict[str, Tensor]:
@@ -56,6 +57,20 @@ def kmeans_start(run: Run) -> dict[str, Tensor]:
             certain = _CERTAIN * torch.nn.functional.one_hot(part, clusters).to(found[name])
             found[name] = _placed(run.model.nodes[name], certain)
     return found
+
+
+def random_elements(site: Any, clusters: int) -> Tensor:
+    """Random log probabilities of so many clusters for each element of a site's plates, ``(elements, clusters)``."""
+    return _SPREAD * torch.randn(_elements(site), clusters)
+
+
+def clustered(site: Any, seen: Sequence[Any], clusters: int) -> Tensor:
+    """Log probabilities that put every element of a site's plates into the cluster that k-means finds for it.
+
+    :param seen: observed sites inside of these plates.
+    """
+    labels = _kmeans(torch.cat([_by_element(site, other) for other in seen], 1), clusters)
+    return _CERTAIN * torch.nn.functional.one_hot(labels, clusters).double()
 
 
 def _values(site: Any) -> int:
