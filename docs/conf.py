@@ -7,12 +7,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent / "_ext"), str(Path(__file__).parents[1])]
 for name in ("MPLBACKEND",):  # notebooks have their own
     os.environ.pop(name, None)
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # pages have no use for the bars of notebooks
 
 import pplvi  # noqa: E402
 
 project, author, version = "pplvi", "pplvi developers", pplvi.__version__
 release = version
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.intersphinx", "myst_nb", "pages", "mathml"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.intersphinx", "myst_nb", "pages", "mathml", "kinds_in_words"]
 root_doc = "index"
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
 html_theme = "furo"

@@ -26,6 +26,7 @@ from pplvi.posterior import plot_against_reference, plot_weights
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 40 if SMOKE else 3000
 NUM_DRAWS = 40 if SMOKE else 1000
+NUM_ITERATIONS = 10 if SMOKE else 200
 OUT = Path("out")
 OUT.mkdir(exist_ok=True)
 torch.set_default_dtype(torch.float64)  # searches end where numbers end: give them some
@@ -61,12 +62,13 @@ def schools(sigma, y=None):
 
 # %%
 fit = partial(pplvi.fit, schools, args=(sigma, y), seed=0, progress=False)
+recipe = pplvi.flow_recipe(NUM_STEPS) | ({"init": None} if SMOKE else {})
 fits = {
     "mean field": fit(AutoNormal, num_steps=NUM_STEPS),
     "pathfinder": fit(AutoPathfinder),
     "deterministic": fit(partial(AutoDeterministicNormal, init_scale=0.3)),
-    "batch and match": fit(AutoBatchAndMatch),
-    "flow": fit(partial(AutoFlow, flow="quadratic", rotate=False), **pplvi.flow_recipe(NUM_STEPS)),
+    "batch and match": fit(partial(AutoBatchAndMatch, num_iterations=NUM_ITERATIONS)),
+    "flow": fit(partial(AutoFlow, flow="quadratic", rotate=False), **recipe),
 }
 
 # %% [markdown]
@@ -148,5 +150,5 @@ plt.savefig(OUT / "awkward_reference.png")
 # needs only the first rung. `chosen.model` is that form, for a flow, if the report asks for one.
 
 # %%
-chosen = pplvi.fit(schools, "auto", budget=1.0 if SMOKE else 60.0, args=(sigma, y), seed=0, progress=False)
+chosen = pplvi.fit(schools, "auto", budget=0.1 if SMOKE else 60.0, args=(sigma, y), seed=0, progress=False)
 chosen.report()

@@ -9,16 +9,18 @@ from docutils import nodes
 from latex2mathml.converter import convert
 
 SCRIPT = dict(zip("BEFHILMR", "ℬℰℱℋℐℒℳℛ", strict=True))  # the others follow each other in Unicode
+LEFT = re.compile(r"(<m[io][^>]*>)\\(\w+|[{}|])(?=<)")  # commands that the converter does not know: arg, and big braces
 FUNCTION = r"(<mi>(?:log|exp|det|min|max|arg)</mi>)(?!<mo[^>]*>&#x00028;)"
 
 
 def mathml(latex: str, display: str) -> str:
     """A formula. Browsers know no script variant of letters, and no space after the name of a function.
 
-    >>> "ℒ" in mathml(r"\\mathcal L", "inline")
-    True
+    >>> "ℒ" in mathml(r"\\mathcal L", "inline"), "\\\\" in mathml(r"\\arg\\max_x \\big\\{ x \\big\\|", "inline")
+    (True, False)
     """
     found = convert(latex, display=display)
+    found = LEFT.sub(lambda mark: mark[1] + mark[2].replace("|", "‖"), found)
     found = re.sub(r'<mi mathvariant="script">([A-Z])</mi>', lambda letter: f"<mi>{_script(letter[1])}</mi>", found)
     return re.sub(FUNCTION, r'\1<mspace width="0.17em" />', found)
 

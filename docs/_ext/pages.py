@@ -130,9 +130,19 @@ def generate(app: Any) -> None:
     notebooks(DOCS)
 
 
+def spread(app: Any, env: Any, names: list[str]) -> None:
+    """Pages with cells come at equal distances: parts of the list are read side by side, and cells take the time."""
+    paths = {name: Path(env.doc2path(name)) for name in names}
+    run = [name for name in names if paths[name].suffix == ".ipynb" or "{code-cell}" in paths[name].read_text()]
+    others = [name for name in names if name not in set(run)]
+    place = {name: number / len(part) for part in (run, others) for number, name in enumerate(part)}
+    names.sort(key=place.__getitem__)
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Connect what Sphinx calls."""
     app.connect("builder-inited", generate)
+    app.connect("env-before-read-docs", spread)
     app.connect("missing-reference", References())
     app.connect("doctree-resolved", Names())
     return {"parallel_read_safe": True}

@@ -11,7 +11,6 @@ import argparse
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from torch import Tensor
 from pplvi.examples import LOADERS, load
 from pplvi.examples.example import Example
 from pplvi.fitting import Fit, fit
+from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.plots import plot_against_reference, plot_weights
 
 # Compiled by Pyro's own tracer, and with a full mass matrix, because the posteriors are correlated.
@@ -111,8 +110,6 @@ def failed(job: Job, why: str, seconds: float = math.nan) -> Outcome:
 
 def sample(job: Job) -> Outcome:
     """Run NUTS, and say how exact a reference it is."""
-    import arviz as az
-
     example, start = load(job.example), time.process_time()
     result = fit(
         example.model,
@@ -127,7 +124,7 @@ def sample(job: Job) -> Outcome:
     verdict, seconds = result.verdict.word, time.process_time() - start
     data = show(job, example, result)
     draws = result.posterior().draws.latents
-    summary = az.summary(data, var_names=list(draws), round_to="none")
+    summary = arviz_itself().summary(data, var_names=list(draws), round_to="none")
     mean, spread = (float((summary[name] / summary["sd"]).max()) for name in ("mcse_mean", "mcse_sd"))
     return Outcome(job, draws, seconds, ("NUTS", "", f"{summary['ess_bulk'].min():.0f}", ""), (mean, spread), verdict)
 
@@ -185,7 +182,7 @@ def run_all(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
     if processes == 1:
         yield from map(run, jobs)
         return
-    _import_arviz_once()
+    arviz_itself()  # this process writes ArviZ's stamp of the day: workers would race for it
     left = dict.fromkeys(jobs)
     with suppress(BrokenProcessPool):
         for outcome in _in_processes(jobs, processes):
@@ -201,13 +198,6 @@ def run_all(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
 def _in_processes(jobs: Sequence[Job], processes: int) -> Iterator[Outcome]:
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from (future.result() for future in as_completed([pool.submit(run, job) for job in jobs]))
-
-
-def _import_arviz_once() -> None:
-    """Let this process write ArviZ's stamp of the day: workers importing it for the first time at once race."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import_module("arviz")
 
 
 def rows_of(outcomes: Iterable[Outcome]) -> dict[str, list[tuple[str, ...]]]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Condition
 from pplvi.posterior.arviz.groups import quality
-from pplvi.posterior.arviz.quiet import arviz_itself
+from pplvi.posterior.arviz.quiet import arviz_itself, said_in_a_table
 from pplvi.posterior.arviz.schema import equal
 from pplvi.posterior.arviz.versions import compared, totals
-from pplvi.posterior.posterior import Posterior, name_of
+from pplvi.posterior.looking import name_of
+from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.verdict import UNRELIABLE, Verdict
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def _has_loo(posterior: Posterior) -> bool:
 
 def _loo(name: str, posterior: Posterior, var_name: str | Sequence[str] | None) -> ELPDData:
     try:
-        return posterior.loo(var_name)
+        with said_in_a_table():
+            return posterior.loo(var_name)
     except ValueError as error:
         raise ValueError(f"leave-one-out of {name!r}: {error}") from error
 

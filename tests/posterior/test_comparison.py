@@ -95,7 +95,6 @@ def test_better_models_come_first():
     assert list(table.columns) == ["verdict", *COLUMNS, *NUMBERS, "guide", "objective"]
 
 
-@pytest.mark.filterwarnings("ignore:Pareto k is above")
 def test_a_guide_that_is_not_reliable_is_marked_and_not_ranked_first():
     """A guide that is far too narrow predicts by what is nearly one value: its leave-one-out is too large."""
     narrow = posterior(loc=MEAN, scale=0.1 * SD)
@@ -202,7 +201,6 @@ def test_ambiguous_sites_are_refused_with_the_name_of_the_fit():
     assert math.isfinite(compare({"two": both}, var_name="again").loc["two", "elpd_loo"])
 
 
-@pytest.mark.filterwarnings("ignore:Pareto k is above")
 def test_a_guide_that_was_found_was_trained_by_no_objective():
     options = {"args": (torch.tensor(Y),), "seed": 0, "progress": False}
     table = compare(

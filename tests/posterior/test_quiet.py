@@ -1,5 +1,8 @@
 """What a session shows: warnings at the user's own line, and none that the user can do nothing about."""
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +45,7 @@ def test_a_warning_is_at_the_line_of_the_user() -> None:
     assert [Path(warning.filename) for warning in found] == [Path(__file__)]
 
 
-@pytest.mark.filterwarnings("error", "ignore:Pareto k is above", "ignore:Estimated shape parameter of Pareto")
+@pytest.mark.filterwarnings("error")
 def test_tables_and_plots_of_one_chain_say_nothing_of_arviz(heard: pytest.LogCaptureFixture) -> None:
     fit, chain = fitted(), fitted("nuts", 30)
     assert az.summary(fit.to_arviz(num_prior=0)).r_hat.isna().all()
@@ -60,3 +63,28 @@ def test_other_words_of_arviz_are_heard(heard: pytest.LogCaptureFixture) -> None
         warnings.simplefilter("always")
         warnings.warn("of something else", DeprecationWarning, stacklevel=1)
     assert len(found) == 1
+
+
+RACE = """
+import pathlib
+
+replace = pathlib.Path.replace
+
+def lose(path, target):
+    replace(path, target)
+    pathlib.Path.replace = replace
+    raise FileNotFoundError(target)
+
+pathlib.Path.replace = lose
+from pplvi.posterior.arviz.quiet import arviz_itself
+print(arviz_itself().summary.__name__, pathlib.Path.replace is replace)
+"""
+
+
+def test_an_import_that_loses_the_race_for_the_stamp_of_the_day_is_made_again(tmp_path: Path) -> None:
+    """With an empty cache folder, as two processes on a fresh machine meet it."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", RACE]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert said == ["summary", str(is_legacy())]  # ArviZ 1.x has no stamp
+    assert not is_legacy() or (tmp_path / "arviz" / "daily_warning").exists()

@@ -19,13 +19,18 @@ OF_PYRO = {"AutoDelta", "AutoLaplaceApproximation", "AutoMultivariateNormal", "A
 OTHERS = {"DataLoader", "DistributedSampler", "RankLostError", "None", "False", "True", "K"}
 
 
-@pytest.fixture(scope="module")
-def names() -> ModuleType:
-    """The part of the build that knows the pages, without Sphinx."""
-    spec = importlib.util.spec_from_file_location("docs_names", DOCS / "_ext" / "names.py")
-    sys.modules["docs_names"] = module = importlib.util.module_from_spec(spec)
+def extension(name: str) -> ModuleType:
+    """A part of the build that needs no Sphinx."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / "_ext" / f"{name}.py")
+    sys.modules[f"docs_{name}"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def names() -> ModuleType:
+    """What knows the pages."""
+    return extension("names")
 
 
 def document(path: Path) -> str:
@@ -98,3 +103,17 @@ def test_theory_names_a_class_on_every_page(names: ModuleType) -> None:
         words = set(re.findall(r"`(\w+)", page.read_text()))
         assert "$$" in page.read_text(), page
         assert len(words & public) >= 3, page
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        ("Annotated[int, Condition(words=a whole number, holds=~pplvi.kinds.<lambda>)]", "int: a whole number"),
+        ("Sequence[Annotated[float, Condition(words=in [0, 1), holds=f)]] | None", "Sequence[float: in [0, 1)] | None"),
+        ("Annotated[Callable[[...], Any], 'a Pyro program']", "Callable[[...], Any]: a Pyro program"),
+    ],
+    ids=["number", "inside", "program"],
+)
+def test_kinds_of_argument_are_said_in_words(annotation: str, words: str) -> None:
+    """Not by the code of their conditions."""
+    assert extension("kinds_in_words").in_words(annotation) == words

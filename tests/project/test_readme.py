@@ -31,8 +31,7 @@ def words_and_numbers(text: str) -> tuple[list[str], list[float]]:
     return words, [float(number.replace(",", "")) for number in re.findall(NUMBER, text)]
 
 
-# Posteriors of so few steps have bad weights, and say so: as they should. Nothing else may be said.
-@pytest.mark.filterwarnings("error", "ignore:Pareto k is above", "ignore:Estimated shape parameter of Pareto")
+@pytest.mark.filterwarnings("error")
 def test_readme_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "readme"}

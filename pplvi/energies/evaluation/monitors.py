@@ -12,6 +12,7 @@ from pplvi.energies.machines.boltzmann import BoltzmannMachine
 from pplvi.energies.machines.energy import EnergyModel
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Seed
+from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.programs.state import random_state
 from pplvi.types import Values
 
@@ -88,8 +89,7 @@ def chain_mixing(
     """
     if num_chains < 2 or num_sweeps < 4:
         raise ValueError(f"num_chains={num_chains}, num_sweeps={num_sweeps}: expected at least 2 chains and 4 sweeps.")
-    import arviz
-
+    arviz = arviz_itself()
     energies, changed = [], []
     with random_state(seed), torch.no_grad():
         values = {**machine.draw((num_chains,)), **(start or {})}

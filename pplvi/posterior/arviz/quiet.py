@@ -28,7 +28,10 @@ def arviz_itself() -> Any:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        import arviz
+        try:
+            import arviz
+        except FileNotFoundError:  # another process wrote the stamp of the day at the same time: now it is there
+            import arviz
     logger_of(arviz).addFilter(_OF_ONE_CHAIN)  # once: the same object is not added again
     return arviz
 
@@ -49,4 +52,17 @@ def its_own_affairs() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
+        yield
+
+
+@contextmanager
+def said_in_a_table() -> Iterator[None]:
+    """Keep warnings of single leave-one-out densities from a user whose table has a column for them.
+
+    >>> with said_in_a_table():
+    ...     warnings.warn("Pareto k is above 0.70 for 1 of 8 observations")
+    """
+    with warnings.catch_warnings():
+        for start in ("Pareto k is above", "Estimated shape parameter of Pareto distribution"):
+            warnings.filterwarnings("ignore", start, UserWarning)
         yield
