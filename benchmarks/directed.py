@@ -3,14 +3,15 @@
 Images are stochastically binarised MNIST, drawn once (``--data`` holds ``mnist/mnist_sampled.npz``, the draw of
 natural_bm, which is not the one of the papers), or scikit-learn's digits, thresholded at half intensity, without
 ``--data``. Chorales are the JSB set of Boulanger-Lewandowski et al. (``music/JSB_Chorales.mat``), left out without
-``--data``. Every model gets ``--seconds`` CPU seconds of training on one thread; the rate falls to zero meanwhile.
+``--data``. Every model gets ``--seconds`` CPU seconds of training on one thread, or those of ``SECONDS``; meanwhile the
+rate falls to zero as a cosine. Validation data choose among points of the way; their time is not counted.
 
     nade          NADE with 500 hidden units: exact test log-likelihood (Larochelle & Murray 2011: -88.33)
     made          MADE with 500 hidden units in natural order (Germain et al. 2015: -88.04 with two layers, many orders)
-    rnn_nade      RNN-NADE, nats a frame (Boulanger-Lewandowski et al. 2012: 5.19)
+    rnn_nade      RNN-NADE, nats a frame of chorales (Boulanger-Lewandowski et al. 2012: 5.19), or of other ``--music``
     factors       factor analysis of images: the ELBO of an amortised guide beside the exact marginal
-    dlgm          deep latent Gaussians of three layers: importance-weighted bounds with ``--draws`` draws
-    gmmn          moment matching with batches of 50 and 500: unbiased MMD^2 of 1,000 draws from test images
+    dlgm          deep latent Gaussians of three layers: importance-weighted bounds along the way, and with ``--draws``
+    gmmn          moment matching with batches of 50, 100 and 500: unbiased MMD^2 of 1,000 draws from test images
     gan           a ring of 8 and a grid of 25 modes, non-saturating and minimax: modes that draws cover
     speed         milliseconds of 100 images forward and backward through NADE, and through a loop of autograd's
 
@@ -18,6 +19,7 @@ natural_bm, which is not the one of the papers), or scikit-learn's digits, thres
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ from pplvi.evaluation import log_density, mode_coverage
 from pplvi.models import MADE, NADE, DeepLatentGaussian, FactorAnalysis, Generator, maximum_mean_discrepancy
 from pplvi.programs.plates import data_plate
 
+SECONDS = {"nade": 600, "made": 200, "rnn_nade": 120, "factors": 60, "dlgm": 600, "gmmn": 60, "gan": 20, "speed": 0}
 QUICK = "--only nade made factors dlgm gmmn gan speed --seconds 0.5 --hidden 8 --draws 20 --test-images 50"
 
 
@@ -75,14 +78,14 @@ def train(
     seconds: float,
     rate: float,
     watch: Callable[[float], None] = lambda share: None,
-    betas: tuple[float, float] = (0.9, 0.999),
+    **adam: Any,
 ) -> Training:
-    """Adam with a rate that falls to zero in so many CPU seconds; ``watch`` is not counted."""
-    optim = torch.optim.Adam(module.parameters(), rate, betas)
+    """Adam for so many CPU seconds: the rate rises in 3 % of them, and falls as a cosine; ``watch`` is not counted."""
+    optim = torch.optim.AdamW(module.parameters(), rate, fused=True, **{"weight_decay": 0.0, **adam})
     steps, start = 0, process_time()
     while (share := (process_time() - start) / seconds) < 1:
         for group in optim.param_groups:
-            group["lr"] = rate * min(1.0, 1.2 * (1 - share))
+            group["lr"] = rate * min(1.0, share / 0.03 + 0.02) * (1 + math.cos(math.pi * share)) / 2
         optim.zero_grad()
         loss().backward()
         nn.utils.clip_grad_norm_(module.parameters(), 100.0)
@@ -123,16 +126,18 @@ def mean_and_error(each: Callable[[Tensor], Tensor], x: Tensor, size: int = 500)
 # ---------------------------------------------------------------------- autoregressive
 
 
-def likelihood(model: Any, data: Images, options: argparse.Namespace, rate: float, size: int) -> dict[str, Any]:
+def likelihood(model: Any, data: Images, options: argparse.Namespace, rate: float, decay: float) -> dict[str, Any]:
     """Train a model with an exact density by its own program, and keep what is best on validation images."""
+    rate, size = options.rate or rate, options.batch
     model.start_at(data.train)
     best: dict[str, Any] = {"valid": -math.inf}
     curve: list[tuple[float, float]] = []  # share of the time, and nats
-    marks = [0.25, 0.5, 0.6, 0.7, 0.8, 0.9]
+    marks = [0.1, 0.25, 0.5, 0.7, 0.8, 0.9]
 
     def watch(share: float) -> None:
         if marks and share >= marks[0]:
             curve.append((marks.pop(0), keep()))
+            print(f"  {share:.2f} of the time: {curve[-1][1]:.2f} on validation images", flush=True)
 
     def keep() -> float:
         valid = mean_and_error(model.distribution().log_prob, data.valid[:2000])[0]
@@ -141,7 +146,7 @@ def likelihood(model: Any, data: Images, options: argparse.Namespace, rate: floa
         return valid
 
     loss = pair_loss(model.model, model.guide, batches(data.train, size), pplvi.ELBO())
-    done = train(model, loss, options.seconds, rate, watch)
+    done = train(model, loss, options.seconds, rate, watch, weight_decay=decay)
     keep()
     model.load_state_dict(best["state"])
     test, error = mean_and_error(model.distribution().log_prob, data.test[: options.test_images])
@@ -153,18 +158,20 @@ def likelihood(model: Any, data: Images, options: argparse.Namespace, rate: floa
         "valid": [*curve, (1.0, best["valid"])],
         "steps": done.steps,
         "epochs": done.steps * size / len(data.train),
+        "rate": rate,
+        "weight_decay": decay,
         "cpu_seconds": done.seconds,
     }
 
 
 def nade(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     """NADE in the order of the pixels."""
-    return [likelihood(NADE(data.train.shape[1], options.hidden), data, options, options.rate or 4e-3, options.batch)]
+    return [likelihood(NADE(data.train.shape[1], options.hidden), data, options, 1.5e-2, 0.01)]
 
 
 def made(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     """MADE in the order of the pixels."""
-    return [likelihood(MADE(data.train.shape[1], [options.hidden]), data, options, options.rate or 1e-3, options.batch)]
+    return [likelihood(MADE(data.train.shape[1], [options.hidden]), data, options, 1e-2, 0.1)]
 
 
 def speed(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
@@ -196,11 +203,11 @@ def speed(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
 class Chorales(nn.Module):
     """RNN-NADE: a recurrent network gives NADE its biases for each frame."""
 
-    def __init__(self, frames: Tensor, hidden: int = 150, units: int = 150) -> None:
+    def __init__(self, frames: Tensor, hidden: int = 150, units: int = 200) -> None:
         super().__init__()
-        self.recurrent = nn.GRU(frames.shape[1], units, batch_first=True)
+        self.recurrent = nn.LSTM(frames.shape[1], units, batch_first=True)
         self.drop = nn.Dropout(0.3)
-        self.nade = NADE(frames.shape[1], hidden, given=units, init_scale=0.01)
+        self.nade = NADE(frames.shape[1], hidden, given=units, init_scale=0.05)
         self.nade.start_at(frames)
 
     def model(self, x: Tensor, mask: Tensor) -> None:
@@ -229,6 +236,9 @@ def rnn_nade(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
     from scipy.io import loadmat
 
     rows = []
+    if options.out and options.out.exists():  # other pieces, of earlier runs
+        before = json.loads(options.out.read_text())["tables"].get("rnn_nade", {"rows": []})["rows"]
+        rows = [row for row in before if row["music"] not in options.music]
     for name in options.music:
         found = loadmat(options.data / "music" / f"{name}.mat")
         parts = {
@@ -245,9 +255,10 @@ def transposed(piece: Tensor, steps: int) -> Tensor:
 
 
 def chorales(parts: dict[str, list[Tensor]], options: argparse.Namespace) -> dict[str, Any]:
-    """One set of pieces."""
+    """One set of pieces; the parameters are those that validation pieces like best."""
     net, elbo = Chorales(torch.cat(parts["train"])), pplvi.ELBO()
-    best, marks = {"valid": math.inf}, [i / 12 for i in range(1, 12)]
+    best: dict[str, Any] = {"valid": math.inf}
+    marks = [i / 12 for i in range(3, 12)]
 
     @torch.no_grad()
     def evaluate(part: str) -> float:
@@ -258,7 +269,7 @@ def chorales(parts: dict[str, list[Tensor]], options: argparse.Namespace) -> dic
         return total / sum(map(len, parts[part]))
 
     def loss() -> Tensor:
-        chosen = [parts["train"][i] for i in torch.randint(len(parts["train"]), (8,)).tolist()]
+        chosen = [parts["train"][i] for i in torch.randint(len(parts["train"]), (options.pieces,)).tolist()]
         chosen = [
             transposed(piece, int(torch.randint(-options.transpose, options.transpose + 1, ()))) for piece in chosen
         ]
@@ -274,11 +285,13 @@ def chorales(parts: dict[str, list[Tensor]], options: argparse.Namespace) -> dic
     def keep() -> None:
         valid = evaluate("valid")
         if valid < best["valid"]:
-            best.update(valid=valid, test=evaluate("test"), train=evaluate("train"))
+            best.update(valid=valid, state={name: value.clone() for name, value in net.state_dict().items()})
 
-    done = train(net, loss, options.seconds, options.rate or 2e-3, watch)
+    done = train(net, loss, options.seconds, options.rate or 2e-2, watch)
     keep()
-    return {**best, "steps": done.steps, "cpu_seconds": done.seconds}
+    net.load_state_dict(best.pop("state"))
+    found = {part: evaluate(part) for part in ("valid", "test", "train")}
+    return {**found, "transpose": options.transpose, "steps": done.steps, "cpu_seconds": done.seconds}
 
 
 # ---------------------------------------------------------------------- directed latent
@@ -303,23 +316,39 @@ def factors(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
 
 
 def dlgm(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
-    """Three layers of latents with a ladder guide."""
+    """Three layers of latents with a ladder guide: the curve in time, and at its end the bound of many draws."""
     model = DeepLatentGaussian(data.train.shape[1], [50, 20, 10], hidden=min(options.hidden, 200))
-    steps = pair_loss(model.model, model.guide, batches(data.train, 100), pplvi.ImportanceWeightedELBO(5))
-    done = train(model, steps, options.seconds, options.rate or 1e-3)
+    with torch.no_grad():
+        list(model.decoder.parameters())[-1].copy_(data.train.mean(0).clamp(1e-3, 1 - 1e-3).logit())
     test = data.test[: min(options.test_images, 500)]
-    found = log_density((model, model.guide), test, num_draws=options.draws, seed=0)
-    error = float(found.log_prob.std() / math.sqrt(len(test)))
-    return [{"bound": found.mean, "error": error, "draws": options.draws, "steps": done.steps, "test": len(test)}]
+    rows: list[dict[str, Any]] = []
+    marks = [0.1, 0.3]
+
+    def bound(draws: int, share: float) -> None:
+        found = log_density((model, model.guide), test, num_draws=draws, seed=0)
+        error = float(found.log_prob.std() / math.sqrt(len(test)))
+        row = {"cpu_seconds": share * options.seconds, "bound": found.mean, "error": error, "draws": draws}
+        rows.append({**row, "test": len(test)})
+        print(f"  {rows[-1]}", flush=True)
+
+    def watch(share: float) -> None:
+        if marks and share >= marks[0]:
+            bound(min(options.draws, 500), marks.pop(0))
+
+    steps = pair_loss(model.model, model.guide, batches(data.train, 100), pplvi.ImportanceWeightedELBO(5))
+    done = train(model, steps, options.seconds, options.rate or 3e-3, watch)
+    for draws in sorted({min(options.draws, 500), options.draws}):
+        bound(draws, 1.0)
+    return [{**row, "steps": done.steps} for row in rows]
 
 
 # ---------------------------------------------------------------------- implicit
 
 
 def gmmn(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
-    """Moment matching with two sizes of batches; training images for comparison."""
+    """Moment matching with three sizes of batches; training images for comparison."""
     test, rows = data.test[:1000], []
-    for size in (50, 500):
+    for size in (50, 100, 500):
         torch.manual_seed(0)
         widths = [10, 64, 256, 256, data.train.shape[1]]
         layers = [part for i in range(4) for part in (nn.Linear(widths[i], widths[i + 1]), nn.ReLU())]
@@ -330,7 +359,7 @@ def gmmn(options: argparse.Namespace, data: Images) -> list[dict[str, Any]]:
             model,
             lambda loss=loss, model=model, batch=batch: loss.differentiable_loss(model.model, model.guide, next(batch)),
             options.seconds,
-            options.rate or 1e-3,
+            options.rate or 7e-3,
         )
         draws = model.sample(1000)
         rows.append({"batch": size, "mmd2": float(maximum_mean_discrepancy(draws, test)), "steps": done.steps})
@@ -394,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder with mnist/ and music/; scikit-learn's digits without")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--seconds", type=float, default=60.0, help="CPU seconds of each training")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of each training; else those of each table")
     parser.add_argument("--hidden", type=int, default=500)
     parser.add_argument("--rate", type=float, help="learning rate of Adam")
     parser.add_argument("--batch", type=int, default=100, help="images of a step of NADE and MADE")
@@ -403,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     parser.add_argument(
         "--transpose", type=int, default=5, help="semitones, at most, by which pieces are moved in training"
     )
+    parser.add_argument("--pieces", type=int, default=8, help="of a step of RNN-NADE")
     parser.add_argument("--music", nargs="+", default=["JSB_Chorales"])
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -410,10 +440,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     for name in options.only:
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        found[name] = TABLES[name](options, data)
+        seconds = SECONDS[name] if options.seconds is None else options.seconds
+        settings = argparse.Namespace(**{**vars(options), "only": [name], "seconds": seconds})
+        found[name] = TABLES[name](settings, data)
         if found[name]:
             print(f"\n{name}\n{table_of(found[name])}")
-        write_table(options, name, found[name])
+        write_table(settings, name, found[name])
     return found
 
 

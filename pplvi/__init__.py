@@ -114,6 +114,7 @@ if TYPE_CHECKING:
     from pplvi.samplers import TemperedSMC as TemperedSMC
     from pplvi.training import ExpectationMaximization as ExpectationMaximization
     from pplvi.training import PerProgram as PerProgram
+    from pplvi.weights import Rejection as Rejection
     from pplvi.weights import Resampling as Resampling
 
 __version__ = "0.1.0"
@@ -224,6 +225,7 @@ _HOMES = {
     "TemperedSMC": "samplers",
     "ExpectationMaximization": "training",
     "PerProgram": "training",
+    "Rejection": "weights",
     "Resampling": "weights",
 }
 

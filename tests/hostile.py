@@ -164,6 +164,8 @@ EXAMPLES: dict[str, Callable[[], Any]] = {
     "log_density x": lambda: torch.randn(6, 3),
     "unnormalised model": lambda: models.FactorAnalysis(3, 2),
     "alpha": lambda: 0.5,
+    "log_threshold": lambda: 0.0,
+    "f": lambda: "chi_square",
     "log_weight_in": lambda: torch.zeros(4),
     "log_target": lambda: torch.zeros(4),
     "log_target_fixed": lambda: torch.zeros(4),

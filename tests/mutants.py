@@ -34,6 +34,7 @@ TESTS = {
     "samplers": [
         "tests/samplers/test_particles.py",
         "tests/samplers/test_samplers.py",
+        "tests/samplers/test_rejected_moves.py",
         "tests/samplers/test_annealing.py",
     ],
     "samplers/filtering.py": ["tests/losses/test_filtering.py", "tests/guides/test_filtered.py"],

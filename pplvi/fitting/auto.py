@@ -75,7 +75,6 @@ class Attempt:
     :ivar state: what the model's parameters are worth after it.
     :ivar failure: why there is no fit, or empty.
     :ivar verdict: on these draws; ``None`` without a fit.
-    :ivar firm: whether it is reliable, and other draws would say so too.
     :ivar efficiency: effective part of the draws.
     :ivar unheard: the draws, if the verdict is without scouts, which could only find against them.
     """
@@ -90,7 +89,6 @@ class Attempt:
     state: list[torch.Tensor]
     failure: str = ""
     verdict: Verdict | None = None
-    firm: bool = False
     efficiency: float = 0.0
     unheard: Posterior | None = None
 
@@ -104,6 +102,16 @@ class Attempt:
     def title(self) -> str:
         """The family and, if it is not as written, the form of the model."""
         return self.name if self.form == WRITTEN else f"{self.name}, {self.form}"
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether its verdict is the best one, by all that is asked of draws."""
+        return self.verdict is not None and self.verdict.word == RELIABLE and self.unheard is None
+
+    @property
+    def is_easy(self) -> bool:
+        """Whether no other form of the model is needed: most draws are effective, with light tails."""
+        return self.pareto_k < GOOD_ENOUGH and self.efficiency >= _HALF
 
     @property
     def is_interrupted(self) -> bool:
@@ -135,15 +143,17 @@ def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
 
 
 WRITTEN = "as written"
+_FEW_DIMENSIONS = 20  # in which a mixture reaches what one Gaussian does not; in more, particles come first
+_MANY_DIMENSIONS = 500  # in which one Gaussian is too far away, and its updates take the time of the particles
 _FOUND = (
     Rung("AutoPathfinder", AutoPathfinder),
-    Rung("AutoStudentMixture", AutoStudentMixture),
-    Rung("AutoBatchAndMatch", AutoBatchAndMatch, gaussian=True),
+    Rung("AutoStudentMixture", AutoStudentMixture, most=_FEW_DIMENSIONS),
+    Rung("AutoBatchAndMatch", AutoBatchAndMatch, most=_MANY_DIMENSIONS, gaussian=True),
+    # What no Gaussian comes near is sampled, from the best of them.
+    Rung("SMC", "smc"),
     Rung("AutoDeterministicNormal", AutoDeterministicNormal, gaussian=True),
     Rung("AutoStudentMixture(num_scouts=512)", partial(AutoStudentMixture, num_scouts=512)),
 )
-# What no Gaussian comes near is sampled, from the best of them.
-_SAMPLED = (Rung("SMC", "smc"),)
 # Neither can move the parameters of a model.
 _TRAINED = (
     Rung("AutoNormal", AutoNormal, _gaussian_recipe, 5000),
@@ -173,9 +183,7 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     start = time.perf_counter()
     ladder = _Ladder(fit, originals, Clock.of(budget))
     forms = originals.look(forms_of, model)
-    reason = ladder.climb(
-        {WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND + _SAMPLED), *_FLOWS)
-    )
+    reason = ladder.climb({WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
     best = ladder.best
     if best.fit is None:
         raise ladder.errors[0]
@@ -211,7 +219,7 @@ class _Ladder:
     @property
     def best(self) -> Attempt:
         """The attempt that has a fit, in the form that was chosen, with the best verdict and the least k-hat."""
-        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.rank, not a.firm, a.pareto_k))
+        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.rank, a.pareto_k))
 
     @property
     def comparison(self) -> str:
@@ -248,7 +256,7 @@ class _Ladder:
         for rung in rungs:
             chosen = forms if self.form is None else {self.form: forms[self.form]}
             for number, (form, model) in enumerate(chosen.items()):
-                if self.attempts and self.clock.over():
+                if self.attempts and (self.clock.over() or (self.form is None and self.attempts[-1].is_easy)):
                     break
                 if not self._try(rung, form, model, share=1 / (len(chosen) - number)):
                     return f"the time left was too short for {rung.name}, and it has the best verdict"
@@ -256,7 +264,7 @@ class _Ladder:
                     return _INTERRUPTED
             if self.form is None:
                 self._choose(self._easiest())
-            if self.done and self.best.firm and not self.doubt:
+            if self.done and self.best.is_reliable and not self.doubt:
                 return "its draws are reliable"
             if self.clock.over():
                 return "the time was over, and it has the best verdict"
@@ -300,6 +308,8 @@ class _Ladder:
             return True
         if rung.guide == "smc":
             make = partial(make, init=self._start(), budget=self.clock)
+        if rung.guide is AutoBatchAndMatch:
+            make = partial(self.fit, model, partial(AutoBatchAndMatch, start=self._start()))
         if rung.recipe is None:
             self._note(rung.name, form, make)
             return True
@@ -347,11 +357,12 @@ class _Ladder:
                 posterior = found.posterior(_DRAWS)
                 if found.islands is None:
                     pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
+                    judgement["efficiency"] = float(posterior.ess.min()) / posterior.num_draws
                 log_evidence = posterior.total_log_evidence
                 if self.form is None:
                     self.posteriors[form] = posterior
                 else:
-                    judgement = _judged(posterior)
+                    judgement |= _judged(posterior)
         except ValueError as error:
             found, failure = None, str(error).split(":")[0].split(";")[0]
             self.errors.append(error)
@@ -382,17 +393,7 @@ def _judged(posterior: Posterior) -> dict[str, Any]:
     """The verdict of an attempt and what goes with it. Scouts, who are dear, are asked where they may decide."""
     facts = posterior.facts_without_scouts
     if facts is None:
-        return {"verdict": posterior.verdict, "firm": _is_firm(posterior)}
+        return {"verdict": posterior.verdict}
     if (verdict := at_best(facts)).word != RELIABLE:
         return {"verdict": verdict, "efficiency": facts.efficiency, "unheard": posterior}
-    return {"verdict": posterior.verdict, "firm": _is_firm(posterior), "efficiency": facts.efficiency}
-
-
-def _is_firm(posterior: Posterior) -> bool:
-    """Whether draws are reliable by more than chance: k-hat is below 0.7 by two errors, or most draws are effective."""
-    if posterior.verdict.word != RELIABLE:
-        return False
-    if posterior.draws.batch or not posterior.has_weights:
-        return True
-    facts = posterior.facts
-    return facts.pareto_k + 2 * facts.pareto_k_error < GOOD_ENOUGH or facts.efficiency > _MOST
+    return {"verdict": posterior.verdict, "efficiency": facts.efficiency}

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from pyro.infer import MCMC
 
 from pplvi.compile.svi import CompileMode
 from pplvi.fitting.arguments import (
@@ -33,6 +34,7 @@ from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.result import Fit
 from pplvi.fitting.smc import found_start, run_islands, smc_settings
+from pplvi.fitting.spreading import check_whole, common_stop, sharers, spread_chains, spread_restarts
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.kinds.checked import check_values
 from pplvi.kinds.kinds import Count, Positive, Seed
@@ -41,6 +43,7 @@ from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import Inputs
+from pplvi.programs.ranks import Processes, common_seed
 from pplvi.programs.reparam import forms_of
 from pplvi.programs.state import Environment, fingerprint, random_state
 from pplvi.programs.ways import Vectorize
@@ -96,7 +99,7 @@ def fit(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     vectorize: Vectorize = None,
-    parallel: DataParallel | Literal["none"] | None = None,
+    parallel: DataParallel | Literal["none", "restarts"] | None = None,
 ) -> Fit:
     r"""Train a guide on a model, from one or several seeds, and keep every restart.
 
@@ -171,7 +174,8 @@ def fit(
         of all tensors; ``"vmap"``, carried by ``torch.func.vmap``; ``"loop"`` (``False``), one after another. The
         fastest that is right for the programs is found by trying unless one is named.
     :param parallel: under ``torchrun``, or in a process group that was made before, the ranks train together on shares
-        of the data: ``None``, or a :class:`pplvi.fitting.DataParallel`. ``"none"``: each by itself.
+        of the data: ``None``, or a :class:`pplvi.fitting.DataParallel`. ``"restarts"``: each trains some of the
+        restarts, and all get all of them; as MCMC chains and SMC islands are spread. ``"none"``: each by itself.
     :returns: the result; the parameters of its best restart are left in Pyro's global store. ``Ctrl-C`` returns what
         there is.
         Fits run in one thread at a time, and one in a callback of another leaves the store alone.
@@ -203,14 +207,19 @@ def fit(
     check_values(Sequence[Callable[..., Any]], callbacks=callbacks)
     check_seed(seed, restarts)
     ways.named(vectorize)
-    ranks = DataParallel.of(parallel)
+    split = DataParallel.of(parallel)
     if data is None:
         call = checked_inputs(model, *call, environment)
     unused: dict[str, Any] = {"data": data, "objective": objective, "optim": optim, "learning_rate": learning_rate}
     unused |= {"init": init, "monitor": monitor, "callbacks": callbacks or None, "compile": compile or None}
-    unused |= {"checkpoint": checkpoint, "resume": resume, "parallel": None if parallel == "none" else parallel}
+    unused |= {
+        "checkpoint": checkpoint,
+        "resume": resume,
+        "parallel": parallel if isinstance(parallel, DataParallel) else None,
+    }
     if isinstance(guide, str) and guide == "auto":
         refuse({**unused, "num_steps": num_steps, "num_warmup": num_warmup}, "guide='auto'", "budget, ")
+        check_whole("'auto'", sharers(parallel))
         same: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "dtype": dtype}
         same |= {"vectorize": vectorize, "parallel": "none"}
         originals = Originals(model, *call, environment)
@@ -228,6 +237,7 @@ def fit(
             "ExpectationMaximization",
             "num_steps, callbacks, checkpoint, resume, ",
         )
+        check_whole("ExpectationMaximization", sharers(parallel))
         same = {"num_steps": num_steps, "restarts": restarts, "seed": seed, "callbacks": callbacks}
         return maximise_likelihood(model, guide, call, environment, progress=progress, **same, **kept)
     if data is None and not getattr(objective, "compares_draws", False):
@@ -236,11 +246,11 @@ def fit(
         refuse({**unused, "init": None, "num_warmup": num_warmup}, "SMC", "init, num_steps, budget, ")
         settings = replace(settings, num_draws=num_steps or settings.num_draws)
         settings = replace(settings, num_islands=restarts) if restarts > 1 else settings
-        return _fit_islands(settings, model, call, environment, init, seed, budget, vectorize)
+        return _fit_islands(settings, model, call, environment, init, seed, budget, vectorize, sharers(parallel))
     if (make_kernel := kernel_factory(guide)) is not None:
         refuse(unused, "MCMC", "num_steps, num_warmup, ")
         recipe = Recipe(model, make_kernel, True, False, environment)
-        run = _fit_chains(recipe, call, num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress)
+        run = _fit_chains(recipe, call, num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress, sharers(parallel))
         run.vectorize = vectorize
         return run
     if num_warmup is not None:
@@ -282,11 +292,11 @@ def fit(
         },
         start=SearchedStart(init, compiled.mode),
     )
-    if ranks is not None:
-        plan = ranks.applied(plan)
+    if split is not None:
+        plan = split.applied(plan)
     unwritten = None
     try:
-        runs = train_restarts(plan)
+        runs = spread_restarts(plan, sharers(parallel)) if parallel == "restarts" else train_restarts(plan)
     except UnwrittenError as error:
         if not error.runs:
             raise
@@ -314,25 +324,38 @@ def fit(
 
 
 def _fit_chains(
-    recipe: Recipe, call: Call, num_samples: int, num_warmup: int | None, chains: int, seed: int | None, progress: bool
+    recipe: Recipe,
+    call: Call,
+    num_samples: int,
+    num_warmup: int | None,
+    chains: int,
+    seed: int | None,
+    progress: bool,
+    ranks: Processes,
 ) -> Fit:
     run = Restart(0, recipe.model, recipe.guide, recipe.environment, seed)
     recipe.environment.move_module(recipe.model)
-    check_chains(recipe.model, *call, recipe.environment)
-    start = time.perf_counter()
-    with run.scope():
-        mcmc = run_chains(
+    common = common_seed(ranks, seed, call)
+    ranks.each(lambda: check_chains(recipe.model, *call, recipe.environment))
+    start, (args, kwargs) = time.perf_counter(), recipe.environment.move(call)
+
+    def chosen(numbers: Sequence[int]) -> MCMC:
+        return run_chains(
             recipe.guide,
             recipe.model,
-            *recipe.environment.move(call),
+            args,
+            kwargs,
+            numbers,
             num_samples=num_samples,
             num_warmup=num_samples if num_warmup is None else num_warmup,
-            num_chains=chains,
-            seed=seed,
-            progress=progress,
+            seed=common,
+            progress=progress and ranks.rank == 0,
         )
+
+    with run.scope():
+        mcmc = spread_chains(ranks, chains, chosen)
     run.seconds = time.perf_counter() - start
-    name = type(mcmc.kernel).__name__
+    name = getattr(recipe.guide, "func", recipe.guide).__name__
     return Fit([run], 0, guide_name=name, args=call[0], kwargs=call[1], seed=seed, mcmc=mcmc)
 
 
@@ -345,12 +368,14 @@ def _fit_islands(
     seed: int | None,
     budget: float | Timing | Clock | None,
     vectorize: Vectorize,
+    ranks: Processes,
 ) -> Fit:
     clock, start = Clock.of(budget), time.perf_counter()
     environment.move_module(model)
     check_chains(model, *call, environment)
     run = Restart(0, model, model, environment, seed)
-    with run.scope(), random_state(seed):
+    seed = common_seed(ranks, seed, call)
+    with run.scope(), random_state(seed), ranks.listening():
         args, kwargs = environment.move(call)
         if callable(init):
             form, guide, named = WRITTEN, init, describe(init)
@@ -360,8 +385,9 @@ def _fit_islands(
             form, guide, named = found_start(forms, (args, kwargs), init=init, seed=seed, vectorize=vectorize)
             run.model = forms[form]
         named = named if form == WRITTEN else f"{named} ({form})"
-        islands = run_islands(settings, run.model, (args, kwargs), guide, named, vectorize=vectorize, stop=clock.over)
+        moved, stop = (args, kwargs), common_stop(ranks, clock)
+        islands = run_islands(settings, run.model, moved, guide, named, vectorize=vectorize, stop=stop, ranks=ranks)
     run.seconds, run.reason = time.perf_counter() - start, islands.found.ended
     fit = Fit([run], 0, guide_name="SMC", args=call[0], kwargs=call[1], seed=seed, islands=islands, vectorize=vectorize)
-    fit.reformed, fit.timing = form != WRITTEN, clock.timing
+    fit.reformed, fit.timing = form != WRITTEN, ranks.first(lambda: clock.timing)
     return fit

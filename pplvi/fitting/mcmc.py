@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,23 +38,24 @@ def run_chains(
     model: Program,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    chains: Sequence[int],
     *,
     num_samples: int,
     num_warmup: int,
-    num_chains: int,
     seed: int | None,
     progress: bool = True,
 ) -> MCMC:
     """Draw chain after chain; chain ``c`` has the seed ``seed + c``. With a seed, the global random state stays.
 
+    :param chains: numbers of the chains that are drawn here.
     :param num_samples: draws of each chain after warm-up.
     :param num_warmup: steps of each chain that adapt the kernel and are dropped.
     :returns: one ``MCMC`` that holds the chains, fewer than asked for if the user interrupted them; of one that was
         interrupted after its warm-up, with none before it, the draws so far.
     """
-    chains: list[MCMC] = []
+    done: list[MCMC] = []
     with preserved_rng(active=seed is not None):
-        for index in range(num_chains):
+        for index in chains:
             if seed is not None:
                 pyro.set_rng_seed(seed + index)
 
@@ -74,14 +75,14 @@ def run_chains(
 
             try:
                 with explained():
-                    chains.append(retried(run))  # its first draws may have no density, later ones are rejected
+                    done.append(retried(run))  # its first draws may have no density, later ones are rejected
             except KeyboardInterrupt:
-                if not chains and len(kept.draws) < _FEWEST:
+                if not done and len(kept.draws) < _FEWEST:
                     raise
-                if not chains:
-                    chains.append(kept.cut_short())
+                if not done:
+                    done.append(kept.cut_short())
                 break
-    return joined_chains(chains)
+    return joined_chains(done)
 
 
 class _Kept:

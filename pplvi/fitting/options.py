@@ -10,9 +10,9 @@ from pplvi.compile.svi import CompileMode
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count
 from pplvi.programs.calls import LastBatch, check_last_batch
+from pplvi.programs.ranks import ProcessGroup, join
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.parallel.distributing import distributed
-from pplvi.training.parallel.ranks import ProcessGroup, join
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.steps import CompiledSteps, EagerSteps, Steps
 
@@ -140,15 +140,15 @@ class DataParallel:
 
     @classmethod
     def of(cls, parallel: Any) -> DataParallel | None:
-        """The options; ``None`` for ``"none"``, one process.
+        """The options; ``None`` for ``"none"``, one process, and for ``"restarts"``, which keep the data whole.
 
         :raises ValueError: for anything else.
         """
         if parallel is None or isinstance(parallel, cls):
             return parallel or cls()
-        if parallel == "none":
+        if isinstance(parallel, str) and parallel in ("none", "restarts"):
             return None
-        raise ValueError(f"parallel={parallel!r}: expected None, 'none', or pplvi.fitting.DataParallel().")
+        raise ValueError(f"parallel={parallel!r}: expected None, 'none', 'restarts', or pplvi.fitting.DataParallel().")
 
     def applied(self, plan: TrainingPlan) -> TrainingPlan:
         """The plan for all ranks of the group that there is or that torchrun describes; the same one without."""

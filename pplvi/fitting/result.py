@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ from pplvi.losses.base import Loss
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.gathering import disagreements
+from pplvi.posterior.kept import Kept
 from pplvi.posterior.leave_one_out import LeftOut
 from pplvi.posterior.particles import posterior_of_islands
 from pplvi.posterior.posterior import Posterior
@@ -101,6 +102,7 @@ class Fit:
         self.guide_name, self.args, self.kwargs, self.is_bound = guide_name, args, dict(kwargs), is_bound
         self.islands = islands
         self.notes: dict[str, str] = {}
+        self._kept = Kept()
         self.origin, self.reformed = origin, False
         self.total_seconds: float | None = None
         self.timing = Timing()
@@ -185,8 +187,11 @@ class Fit:
         vectorize: Vectorize = None,
         chunk_size: int | None = None,
         seed: int | None = None,
+        parallel: Literal["draws"] | None = None,
     ) -> Posterior:
         """Weighted draws from the guide of a restart; of MCMC and SMC, all its draws, whatever ``num_draws``.
+
+        The last two are kept: the same call finds the same object and its verdict, until parameters or data change.
 
         :param num_draws: how many.
         :param restart: its index; the best unless given.
@@ -195,19 +200,26 @@ class Fit:
         :param vectorize: the way of running draws; :attr:`vectorize` unless given.
         :param chunk_size: draw at most so many at once.
         :param seed: for the draws; by default the seed of the restart.
+        :param parallel: ``"draws"``: ranks share the drawing, as :class:`pplvi.Posterior` says.
         :raises ValueError: if the fit had no ``args`` and none are given, or there is no such restart.
         """
         run = self._run(self.best if restart is None else restart)
-        call = self._call(args, kwargs)
+        options: dict[str, Any] = {"chunk_size": chunk_size, "parallel": parallel}
+        options["vectorize"] = self.vectorize if vectorize is None else vectorize
+        options["seed"] = run.seed if seed is None else seed
+        draw = partial(self._posterior, run, self._call(args, kwargs), num_draws, options)
+        given = args is not None or kwargs is not None or options["seed"] is None
+        return draw() if given else self._kept.find((run.index, num_draws, *options.values()), draw)
+
+    def _posterior(self, run: Restart, call: Call, num_draws: int, options: dict[str, Any]) -> Posterior:
         model = ScopedProgram(run.model, run)
-        at_once = self.vectorize if vectorize is None else vectorize
-        options: dict[str, Any] = {"vectorize": at_once, "chunk_size": chunk_size}
         if self.mcmc is not None:
+            del options["seed"], options["parallel"]
             return Posterior.from_mcmc(cast(MCMC, self.mcmc), model, *call, **options)
         if self.islands is not None:
+            del options["seed"], options["parallel"]
             found = self.islands
             return posterior_of_islands(found.latents, found.found.log_evidence, model, call, **options)
-        options["seed"] = run.seed if seed is None else seed
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
             posterior = Posterior(model, run.guide, *call, num_draws=num_draws, **options)
         posterior.scope, posterior.converged = run.scope, self._has_converged(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,20 @@ import torch
 from torch import Tensor
 
 from pplvi.fitting.recorded import RecordedDensity
+from pplvi.fitting.spreading import spread_rows
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.gaussians import Gaussian
 from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.posterior.draws import draw
+from pplvi.programs.ranks import Processes
 from pplvi.programs.ways import Vectorize
 from pplvi.samplers.metric import GaussianBase
 from pplvi.samplers.tempered import TemperedDraws, TemperedSMC
 from pplvi.types import Call, Program
 
-_WIDER = 1.1  # sds of the base, relative to those of the guide: what is too narrow costs more than what is too wide
+# Sds of the base, relative to those of the guide: what is too narrow misses tails, and what is too wide costs levels.
+_WIDER, _WIDEST, _VOLUME = 1.1, 3.0, 5.0  # the last in nats
 _MOMENT_DRAWS = 4_000
 _MATCHES = 60
 _PATHS, _ITERATIONS = 4, 150
@@ -80,22 +84,25 @@ def run_islands(
     *,
     vectorize: Vectorize = None,
     stop: Callable[[], str] = lambda: "",
+    ranks: Processes | None = None,
 ) -> Islands:
     """Bring particles from the Gaussian of a guide to the posterior of a model.
 
     :param guide: a guide that was found or trained; its distribution is taken as Gaussian on the unconstrained space.
     :param start: what it is called.
     :param stop: asked before each move.
+    :param ranks: processes that share the evaluations of the density; this one alone unless given.
     :raises ValueError: for models that have no unconstrained density: subsampled plates, discrete latents that are not
         enumerated, no latents.
     """
     density = RecordedDensity(model, *call, prototype=getattr(guide, "model", None), vectorize=vectorize)
-    base = _base(density, guide, call, vectorize)
+    ranks, base = ranks or Processes(), _base(density, guide, call, vectorize)
+    base = ranks.first(lambda: base)  # all draw from one, whatever their processors have rounded
     with torch.no_grad():
-        found = settings.run(density.value_and_gradient, base, stop=stop)
+        found = settings.run(spread_rows(ranks, density.value_and_gradient), base, stop=stop)
         flat = found.draws.reshape(-1, density.dim)
         latents = {n: v.reshape(*found.draws.shape[:2], *v.shape[1:]) for n, v in density.unpack(flat).items()}
-    return Islands(found, latents, density.gradients, start)
+    return Islands(found, latents, sum(ranks.gather(density.gradients)), start)
 
 
 def _base(density: RecordedDensity, guide: Any, call: Call, vectorize: Vectorize) -> GaussianBase:
@@ -112,7 +119,8 @@ def _base(density: RecordedDensity, guide: Any, call: Call, vectorize: Vectorize
 
 
 def _wider(density: RecordedDensity, loc: Tensor, covariance: Tensor) -> GaussianBase:
-    return GaussianBase.of(loc.to(density.start), _WIDER**2 * covariance.to(density.start))
+    wider = max(_WIDER, min(_WIDEST, math.exp(_VOLUME / density.dim)))
+    return GaussianBase.of(loc.to(density.start), wider**2 * covariance.to(density.start))
 
 
 def found_start(

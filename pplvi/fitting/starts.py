@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pplvi.compile.iterating import RecordedMap
 from pplvi.compile.svi import CompileMode
+from pplvi.fitting.recorded import RecordedDensity
 from pplvi.guides.conjugate.ascent import Recorder
 from pplvi.guides.conjugate.auto import AutoConjugate
-from pplvi.guides.search.base import Search
+from pplvi.guides.search.base import FoundGuide, Search
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.guides.search.start import start_at_pathfinder
@@ -119,6 +120,8 @@ class SearchedStart(Start):
         if not self.searches(guide):
             start_at_pathfinder(guide, run.model, *call, search=SEARCHES[cast(str, self.init)])
             return False
+        if isinstance(guide, FoundGuide):
+            guide.make_density = RecordedDensity
         guide.run(*call[0], **call[1])
         if _parameters(run, call):
             return False

@@ -93,6 +93,8 @@ class NestedReverseKL(_SelfNormalised):
     tensor(0.1201)
     """
 
+    proposals: ClassVar[frozenset[str]] = frozenset({"guide", "rejection"})
+
     @property
     def routing(self) -> Routing:
         """Frozen forward density, draws live within the level only."""
@@ -124,6 +126,7 @@ class NestedForwardKL(_SelfNormalised):
     tensor(0.1109)
     """
 
+    proposals: ClassVar[frozenset[str]] = frozenset({"guide", "rejection"})
     fit_reverse: bool = False
 
     @property

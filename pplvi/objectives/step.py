@@ -18,7 +18,7 @@ Estimator = Literal["reparam", "score", "vimco", "stl", "dreg"]
 
 @dataclass(frozen=True)
 class Step:
-    """One weighted step: seven log densities of shape ``(num_particles, *batch)``.
+    """One weighted step: log densities of shape ``(num_particles, *batch)``.
 
     ``batch`` are the plates common to every sample site, latent and observed, of model and guide: weights are per datum
     wherever the model allows it. Ordinary variational inference is one step from nothing, with ``log_weight_in``,
@@ -34,6 +34,7 @@ class Step:
     :ivar log_score: the part of the guide's log density whose draws carry no path gradient, unscaled, or ``None``.
     :ivar score: the same for each single draw, ``(num_particles, *batch, draws)``, for linear objectives, or ``None``.
     :ivar below: the part of the log weight that depends on each of these draws, detached, of the same shape.
+    :ivar log_reverse_fixed: ``log r[k-1]`` at detached ``z[k]``, parameters live; or ``None``, if the same.
     :ivar score_path: what these densities add to ``log_forward``, whose gradient has mean zero.
     :ivar scale: subsample scale of the batch plates: multiplies the objective, never a weight.
     :ivar subsampled: subsampled plates outside ``batch``; their scale is inside the densities.
@@ -58,6 +59,7 @@ class Step:
     score: Tensor | None = None
     below: Tensor | None = None
     score_path: Tensor | None = None
+    log_reverse_fixed: Tensor | None = None
 
     @classmethod
     def from_proposal(
@@ -85,6 +87,7 @@ class Step:
         log_reverse: Tensor | None = None,
         log_forward: Tensor | None = None,
         log_target_fixed: Tensor | None = None,
+        log_reverse_fixed: Tensor | None = None,
         scale: float = 1.0,
         subsampled: tuple[str, ...] = (),
     ) -> Step:
@@ -105,6 +108,7 @@ class Step:
             log_target=log_target,
             log_target_fixed=fixed,
             log_reverse=reverse,
+            log_reverse_fixed=log_reverse_fixed,
             log_initial=log_initial,
             log_forward=forward,
             scale=scale,
@@ -195,8 +199,9 @@ class Objective(ABC):
     :cvar monitor: what minus the value is a bound of, ``"lower"``; the value itself an ``"upper"`` bound; or ``None``.
     :cvar linear: linear in ``log v``: the only kind that survives scales inside the densities or averaged densities.
     :cvar self_normalised: compares weights of particles, so that one particle of a guide says nothing.
-    :cvar proposals: where draws may come from: the guide (``"guide"``), the model itself (``"model"``), or a mixture of
-        the guide with another proposal (``"mixture"``), where ``log_weight`` is not that of ``log_forward``.
+    :cvar proposals: where draws may come from: the guide (``"guide"``), the model itself (``"model"``), a mixture of
+        the guide with another proposal (``"mixture"``), where ``log_weight`` is not that of ``log_forward``, or the
+        guide with some of its draws rejected (``"rejection"``), where only ``log_weight_in`` knows which.
     """
 
     monitor: ClassVar[BoundSide | None] = None

@@ -12,7 +12,8 @@ from pplvi.posterior.arviz.groups import quality
 from pplvi.posterior.arviz.quiet import arviz_itself, said_in_a_table
 from pplvi.posterior.arviz.schema import equal
 from pplvi.posterior.arviz.versions import compared, totals
-from pplvi.posterior.posterior import Posterior, name_of
+from pplvi.posterior.looking import name_of
+from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.verdict import UNRELIABLE, Verdict
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from pplvi.posterior.arviz.quiet import arviz_itself
 from pplvi.posterior.draws import Draws
-from pplvi.posterior.looking import work_of_draw
+from pplvi.posterior.islands import evidence_of_islands
+from pplvi.posterior.looking import work_of_draw, work_of_row
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
     Missed,
@@ -52,6 +54,8 @@ from pplvi.types import Program
 from pplvi.weights.algebra import logmeanexp, normalize
 from pplvi.weights.pareto import pareto_k_error, tail_shortfall
 
+_DEAR_WORK, _DEAR_LOOK = 3e4, 800.0  # elements; those of a point that is only looked at, to find narrow modes
+
 
 class ModelCall(NamedTuple):
     """A model, its call, the way of running it, and what a draw takes: bytes, and elements computed."""
@@ -63,22 +67,24 @@ class ModelCall(NamedTuple):
     bytes_of_draw: int = 1
     work_of_draw: float = 1.0
 
-    def affordable(self, number: int, least: int) -> int:
-        """So many rows, or fewer where they are dear or run one after another, but not too few."""
+    def affordable(self, number: int, least: int, dear: float = _DEAR_WORK) -> int:
+        """So many rows, or fewer where they are dear or run one after another, but not too few.
+
+        :param dear: the elements computed for a row from which on fewer are sent.
+        """
         one_by_one = _LOOPED if self.vectorize in (False, "loop") else 1
-        part = min(1.0, _DEAR / (self.bytes_of_draw * one_by_one), _DEAR_WORK / self.work_of_draw)
+        part = min(1.0, _DEAR / (self.bytes_of_draw * one_by_one), dear / self.work_of_draw)
         return max(least, int(number * part))
 
 
-_PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 5_000
+_PRIOR_SCOUTS, _FAR_SCOUTS, _SCREENED = 64, 16, 20_000
 _SCOUT_DRAWS, _MORE_DRAWS, _CHECKED = 2_000, 10_000, 10_000  # of the last, those of the guide, to compare with
 _FEW, _FEW_DRAWS = 8, 500
 _DEAR = 2**15  # bytes of a draw from which on fewer are sent
-_DEAR_WORK = 3e4  # elements
 _LOOPED = 2**20  # times dearer is a draw of a program that is run for each draw
 _MOST_DRAWS, _MOST_BYTES, _MOST_WORK = 100_000, 2**28, 5e8
 _K_ERROR = 0.1
-_SURE, _SMALL = 4.0, 0.02
+_SURE, _LIKELY, _SMALL = 4.0, 2.0, 0.02
 _MORE, _APART = 0.2, 0.1  # nats of evidence; standard deviations of a mean
 _BAD_K, _NEARLY_EQUAL = 0.7, 0.9
 
@@ -254,24 +260,25 @@ def _scouted(programs: ModelCall, pool: WeightedDraws, thin: int) -> tuple[tuple
         return (), f"no scouts were sent, in {density.dim:,} dimensions"
     if missing := {block.name for block in density.blocks} ^ set(pool.draws.latents):
         return (), f"no scouts were sent: the guide draws {sorted(missing)}, which has no density to climb"
-    rows = density.start.expand(_FEW, -1)
-    programs = programs._replace(work_of_draw=work_of_draw(lambda size, seed: density(rows[:size])))
+    programs = programs._replace(work_of_draw=work_of_row(density))
     own = _own(density, pool, thin, programs.affordable(_CHECKED, _FEW_DRAWS))
-    few = programs.affordable(_FAR_SCOUTS, _FEW)
-    prior = prior_starts(density, *call, programs.affordable(_PRIOR_SCOUTS, _FEW))
+    few, screening = programs.affordable(_FAR_SCOUTS, _FEW), programs.affordable(_SCREENED, _FEW_DRAWS // 5, _DEAR_LOOK)
+    first = programs.affordable(_PRIOR_SCOUTS, _FEW)
+    prior, others = prior_starts(density, *call, first + screening).tensor_split([first])
+    modes, whole = climbed_once(density, prior), around(own)
     beside = torch.cat([spread_starts(own, few), _tails(own, few)])
-    modes, whole = climbed(density, beside, climbed_once(density, prior)), around(own)
-    number_of_starts = len(prior) + len(beside)
-    if (seen := _joined(mixed(modes), whole)) is None:
-        return (), f"{number_of_starts} scouts met no mode"
-    screening = programs.affordable(_SCREENED, _FEW_DRAWS // 5)
-    candidates = torch.cat([prior_starts(density, *call, screening), wide(seen, screening)])
-    modes = climbed(density, screened(density, seen, candidates, few), modes)
+    number_of_starts, seen = len(prior) + len(beside), _joined(mixed(modes), whole)
+    if seen is not None:
+        candidates = torch.cat([others, wide(seen, screening)])
+        beside = torch.cat([beside, screened(density, seen, candidates, few)])
+    modes = climbed(density, beside, modes)
     divided = mixed(modes)
+    if (seen := _joined(divided, whole) or seen) is None:
+        return (), f"{number_of_starts} scouts met no mode"
     text = f"{number_of_starts} scouts met {len(modes)} mode{'s' * (len(modes) != 1)}"
     number = programs.affordable(_SCOUT_DRAWS, _FEW_DRAWS), programs.affordable(_MORE_DRAWS, 2 * _FEW_DRAWS)
-    compare = _missed_by_chains if pool.is_mcmc else missed
-    return _compared(density, (divided, _joined(divided, whole) or seen), own, number, compare), text
+    compare = partial(_missed_by_chains, chains=pool) if pool.is_mcmc else missed
+    return _compared(density, (divided, seen), own, number, compare), text
 
 
 def _joined(*parts: Students | None) -> Students | None:
@@ -298,10 +305,16 @@ def _compared(
     return tuple(found)
 
 
-def _missed_by_chains(scouts: Weighed, own: Weighed, regions: Regions) -> list[Missed]:
-    """Chains know no evidence: their parts of the whole are compared, in the basins of the modes."""
-    whole = torch.full_like(own.log_weight, float(logmeanexp(scouts.log_weight)))
-    return [each for each in missed(scouts, own._replace(log_weight=whole), regions) if not each.tail]
+def _missed_by_chains(scouts: Weighed, own: Weighed, regions: Regions, chains: WeightedDraws) -> list[Missed]:
+    """Chains know no evidence: their parts of the whole are compared, in the basins of the modes. Islands know it up to
+    an error, which is allowed for, so that tails can be compared too."""
+    if chains.evidence is None:
+        whole = float(logmeanexp(scouts.log_weight))
+    else:
+        value, error = evidence_of_islands(chains.evidence.double())
+        whole = float(value + _LIKELY * error)
+    found = missed(scouts, own._replace(log_weight=torch.full_like(own.log_weight, whole)), regions)
+    return [each for each in found if chains.evidence is not None or not each.tail]
 
 
 def _own(density: UnconstrainedDensity, pool: WeightedDraws, thin: int, number: int) -> Weighed:
@@ -310,7 +323,9 @@ def _own(density: UnconstrainedDensity, pool: WeightedDraws, thin: int, number: 
     values = {name: value[first] for name, value in pool.draws.latents.items()}
     with torch.no_grad():
         position = density.pack_rows(values)
-        log_p = density(position).double().nan_to_num(-math.inf, -math.inf, -math.inf)
+        known = pool.draws.log_p
+        log_p = density(position) if known is None else known[first] + density.log_jacobian(position)
+        log_p = log_p.double().nan_to_num(-math.inf, -math.inf, -math.inf)
     good = position.isfinite().all(1)
     log_weight = torch.zeros_like(log_p) if pool.is_mcmc else pool.log_weight[first].double()
     return Weighed(position.double().nan_to_num(0.0, 0.0, 0.0), log_p, log_weight.masked_fill(~good, -math.inf))

@@ -259,11 +259,12 @@ def _pointwise(likelihood: Tensor, log_weight: Tensor, columns: Tensor) -> tuple
     """
     likelihood, log_weight = likelihood.reshape(len(likelihood), -1), log_weight.double().cpu()
     posterior = torch.log_softmax(pareto_smooth(log_weight)[0], 0)
-    parts = []
+    # Written in place: small results that were kept one by one would keep the memory around them from being used again.
+    elpd, lpd, pareto_k = log_weight.new_empty(3, len(columns))
     for chunk in torch.arange(len(columns), device="cpu").split(max(1, _CHUNK // len(likelihood))):
         density = likelihood[:, chunk].double().cpu()
-        parts.append(_leave_out(density, log_weight[:, columns[chunk]], posterior[:, columns[chunk]]))
-    elpd, lpd, pareto_k = (torch.cat(part) for part in zip(*parts, strict=True))
+        found = _leave_out(density, log_weight[:, columns[chunk]], posterior[:, columns[chunk]])
+        elpd[chunk], lpd[chunk], pareto_k[chunk] = found
     if bad := int(elpd.isnan().sum()):
         raise ValueError(
             f"leave-one-out is undefined for {bad} of {len(elpd)} observations: they have density 0 under some draw, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 from pplvi.posterior.draws import Draws
+from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.randomness import of_all
 from pplvi.programs.sites import Site, is_delta, latent_sites, sample_sites
 from pplvi.programs.state import fingerprint
@@ -35,7 +37,7 @@ def is_at_a_point(run: Run) -> bool:
 
 @dataclass(frozen=True)
 class MoreDraws:
-    """What more draws of a guide take: a mark of its parameters, a seed, a size of chunks, and bytes."""
+    """What more draws of a guide take: a mark of the programs, a seed, a size of chunks, and bytes."""
 
     mark: str
     seed: int
@@ -44,8 +46,8 @@ class MoreDraws:
 
 
 def mark_of(run: Run) -> str:
-    """What a run that drew from a fixed seed looked like: another one if a parameter has changed."""
-    return fingerprint({name: site["value"] for name, site in sample_sites(run.guide)})
+    """What a run that drew from a fixed seed looked like: another one if a parameter or the data have changed."""
+    return fingerprint([{name: site["value"] for name, site in sample_sites(run.guide)}, run.log_target()])
 
 
 def fitting(run: Run, num_draws: int = 0, make: Callable[[int], Any] | None = None) -> int | None:
@@ -137,6 +139,12 @@ def work_of_draw(more: Callable[[int, int], Any]) -> float:
     return max(1.0, (counts[2] - counts[1]) / (_FEW[1] - _FEW[0]))
 
 
+def work_of_row(density: UnconstrainedDensity) -> float:
+    """How many elements one row more has a density compute."""
+    rows = density.start.expand(_FEW[1], -1)
+    return work_of_draw(lambda size, seed: density(rows[:size]))
+
+
 def point_sites(draws: Draws, run: Run) -> frozenset[str]:
     """Latent sites that the guide holds at a point: ``Delta`` there, and the same in every draw."""
     if not draws.random:
@@ -157,6 +165,12 @@ def _is_constant(site: Any) -> bool:
     return math.prod(free) == 0 < site["value"].numel()
 
 
+def name_of(program: Any) -> str:
+    """What a reader calls a model or guide: the name of the function or of the class."""
+    program = inspect.unwrap(program)
+    return str(getattr(program, "__name__", type(program).__name__))
+
+
 def chunks_of(total: int, chunk_size: int | None, most: int | None) -> list[tuple[int, int]]:
     """First and last of the draws of each call.
 
@@ -171,3 +185,32 @@ def chunks_of(total: int, chunk_size: int | None, most: int | None) -> list[tupl
         raise ValueError(f"got num_draws={total} and chunk_size={chunk_size}; expected at least 1 of each.")
     size = chunk_size or most or total
     return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def check_latents(draws: Draws) -> None:
+    """Refuse a model without latents.
+
+    :raises ValueError: if there are none.
+    """
+    if not draws.latents:
+        raise ValueError(
+            "the model has no latent sites to draw (all its sites are observed, deterministic or enumerated), so "
+            "there is no posterior: expected at least one pyro.sample without obs=."
+        )
+
+
+def check_same_data(draws: Draws) -> None:
+    """Refuse draws of several runs that belong to different data.
+
+    :raises ValueError: where plates are subsampled.
+    """
+    if names := subsampled(draws, draws.plates):
+        raise ValueError(
+            f"the plates {names} are subsampled anew in every run of the program, so that draws of several runs would "
+            "belong to different data: expected the full data, or one run (no chunk_size)."
+        )
+
+
+def subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
+    """The subsampled plates that some sites are in."""
+    return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})

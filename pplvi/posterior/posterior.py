@@ -9,23 +9,22 @@ weights of its own.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pyro.infer.mcmc.api import MCMC
 from torch import Tensor
 
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Seed
+from pplvi.posterior import looking
 from pplvi.posterior.draws import Draws, draw, predict, score
 from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, grown, verdict_of, verdict_on_chains
 from pplvi.posterior.leave_one_out import LeftOut, loo
-from pplvi.posterior.looking import MoreDraws, bytes_of, chunks_of, fitting, is_at_a_point, mark_of, point_sites
 from pplvi.posterior.predictions import observed_as_before, told_how_to_predict
-from pplvi.posterior.stacking import repeated, stack
+from pplvi.posterior.stacking import repeated, shared, stack
 from pplvi.posterior.verdict import Facts, Verdict, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
@@ -34,6 +33,7 @@ from pplvi.programs.errors import explained
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
 from pplvi.programs.plates import with_all_data
+from pplvi.programs.ranks import Processes, common_seed, join
 from pplvi.programs.running import isolated, plain_run
 from pplvi.programs.scales import without_scale
 from pplvi.programs.sites import batch_sizes, latent_sites
@@ -73,8 +73,11 @@ class Posterior(WeightedDraws):
         hundred MiB unless given, and all at once where plates are subsampled.
     :param seed: makes the draws reproducible and leaves the global random state as it was; the global state is used
         unless given.
+    :param parallel: ``"draws"``: every rank of the process group, or of ``torchrun``, takes a part of the draws, from a
+        seed of its own, and all get all of them; every rank has to make the posterior, and nothing after it is shared.
     :raises ValueError: if ``args`` is no tuple, if the model has no latent sites, if model and guide do not fit
-        together, if ``num_draws`` or ``chunk_size`` is below 1, or if several runs would draw different minibatches.
+        together, if ``num_draws`` or ``chunk_size`` is below 1, if several runs would draw different minibatches, or
+        if ranks have different guides or data.
 
     >>> import pyro, pyro.distributions as dist, torch
     >>> def model(y):
@@ -93,7 +96,7 @@ class Posterior(WeightedDraws):
     """Whether the training of the guide had converged, where a fit knows."""
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Where the guide has its parameters, if not in the global store."""
-    _source: MoreDraws | None = None
+    _source: looking.MoreDraws | None = None
     _pair: tuple[Program, Program]
 
     @explained()
@@ -108,6 +111,7 @@ class Posterior(WeightedDraws):
         vectorize: Vectorize = None,
         chunk_size: Count | None = None,
         seed: Seed | None = None,
+        parallel: Literal["draws"] | None = None,
     ) -> None:
         checked_call(args, kwargs, "Posterior(model, guide, (x, y))")
         self._remember(model, guide, args, kwargs, vectorize)
@@ -117,17 +121,21 @@ class Posterior(WeightedDraws):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         self._pair = model, guide
         run = self._look()
-        most = chunk_size or fitting(run, num_draws, self._few)
-        chunks = chunks_of(num_draws, chunk_size, most)
-        if at_a_point := is_at_a_point(run):
-            chunks = [(0, 1)]
-        draws = self._drawn(chunks, seed)
-        draws = repeated(draws, num_draws) if at_a_point else draws
-        _check_latents(draws)
-        if chunk_size is not None and len(chunks) > 1:
-            _check_same_data(draws)
-        super().__init__(draws, point_sites(draws, run))
-        self._source = MoreDraws(mark_of(run), seed or 0, most, bytes_of(run))
+        most = chunk_size or looking.fitting(run, num_draws, self._few)
+        ranks = join() if parallel == "draws" else Processes()
+        mark = looking.mark_of(run)
+        seed = common_seed(ranks, seed, (mark, self._call))
+
+        def make(size: int, own: int | None) -> Draws:
+            return self._drawn(looking.chunks_of(size, chunk_size, most), own)
+
+        at_a_point = looking.is_at_a_point(run)
+        draws = repeated(make(1, seed), num_draws) if at_a_point else shared(ranks, num_draws, seed, make)
+        looking.check_latents(draws)
+        if not at_a_point and (ranks.size > 1 or (chunk_size is not None and chunk_size < num_draws)):
+            looking.check_same_data(draws)
+        super().__init__(draws, looking.point_sites(draws, run))
+        self._source = looking.MoreDraws(mark, seed or 0, most, looking.bytes_of(run))
 
     def _look(self) -> Run:
         """A run for inspection, the same as long as the programs and their parameters are."""
@@ -163,16 +171,20 @@ class Posterior(WeightedDraws):
         datum has weights of its own, for MCMC, and where the guide's parameters have changed since.
         """
         source = self._source
-        if source is None or not self.has_weights or self.draws.batch:
+        if source is None or not self.has_weights or self.draws.batch or not self.is_current:
             return self
+
+        def more(size: int, number: int) -> Draws:
+            return self._drawn(looking.chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
+
         with self.scope():
-            if mark_of(self._look()) != source.mark:
-                return self
-
-            def more(size: int, number: int) -> Draws:
-                return self._drawn(chunks_of(size, None, source.chunk), source.seed + _FAR_SEED * number)
-
             return grown(self, more, source.bytes)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether parameters and data are what they were, as far as one run can tell; true of chains."""
+        with self.scope():
+            return self._source is None or looking.mark_of(self._look()) == self._source.mark
 
     @cached_property
     def facts_without_scouts(self) -> Facts | None:
@@ -271,15 +283,15 @@ class Posterior(WeightedDraws):
         num_chains, length = next(iter(chains.values())).shape[:2]
         latents = self._without_padding({name: value.flatten(0, 1) for name, value in chains.items()})
         run = plain_run(self.model, self.args, self.kwargs)
-        bounds = chunks_of(num_chains * length, chunk_size, fitting(run))
+        bounds = looking.chunks_of(num_chains * length, chunk_size, looking.fitting(run))
         scored = stack((self._score(latents, *b) for b in bounds), num_chains * length)
         super(Posterior, self).__init__(scored, num_chains=num_chains, evidence=evidence)
         return self
 
     def __repr__(self) -> str:
         kind = f"MCMC, chains={self.num_chains}" if self.evidence is None else f"SMC, islands={self.num_chains}"
-        source = kind if self.guide is None else name_of(self.guide)
-        return f"Posterior({name_of(self.model)}, {source}, {self.draws!r})"
+        source = kind if self.guide is None else looking.name_of(self.guide)
+        return f"Posterior({looking.name_of(self.model)}, {source}, {self.draws!r})"
 
     def _remember(
         self,
@@ -342,7 +354,7 @@ class Posterior(WeightedDraws):
         new_sites = frozenset(new_sites)
         if unknown := new_sites - set(self.draws.latents):
             raise ValueError(f"new_sites names {sorted(unknown)}; the latent sites are {sorted(self.draws.latents)}.")
-        if names := _subsampled(self.draws, set(self.draws.latents) - new_sites):
+        if names := looking.subsampled(self.draws, set(self.draws.latents) - new_sites):
             raise ValueError(
                 f"latent sites in the subsampled plates {names} belong to one minibatch, and the model would draw "
                 "another: expected a posterior on the full data. Or let the model draw these sites: new_sites=."
@@ -370,29 +382,3 @@ class Posterior(WeightedDraws):
             unknown.
         """
         return loo(self, var_name, groups)
-
-
-def name_of(program: Any) -> str:
-    """What a reader calls a model or guide: the name of the function or of the class."""
-    program = inspect.unwrap(program)
-    return str(getattr(program, "__name__", type(program).__name__))
-
-
-def _check_latents(draws: Draws) -> None:
-    if not draws.latents:
-        raise ValueError(
-            "the model has no latent sites to draw (all its sites are observed, deterministic or enumerated), so "
-            "there is no posterior: expected at least one pyro.sample without obs=."
-        )
-
-
-def _check_same_data(draws: Draws) -> None:
-    if names := _subsampled(draws, draws.plates):
-        raise ValueError(
-            f"the plates {names} are subsampled anew in every run of the program, so that draws of several runs would "
-            "belong to different data: expected the full data, or one run (no chunk_size)."
-        )
-
-
-def _subsampled(draws: Draws, sites: Iterable[str]) -> list[str]:
-    return sorted({plate.name for site in sites for plate in draws.plates[site] if plate.scale != 1})

@@ -63,13 +63,13 @@ class Missed:
     @property
     def is_open(self) -> bool:
         """Whether more draws may make it certain."""
-        return not self.is_certain and self.share > max(_SMALL, self.error)
+        return not self.is_certain and self.share > max(_SMALL, _LIKELY * self.error)
 
     def __str__(self) -> str:
         return f"{self.share:.0%} +- {self.error:.0%} of the evidence {self.where}"
 
 
-_SMALL, _SURE = 0.02, 4.0
+_SMALL, _SURE, _LIKELY = 0.02, 4.0, 2.0
 
 
 @torch.no_grad()

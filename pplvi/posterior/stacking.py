@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from pplvi.posterior.draws import Draws
+from pplvi.programs.ranks import Processes
+
+_APART = 2_000_003  # between the seeds of ranks
 
 
 def stack(parts: Iterable[Draws], num_draws: int) -> Draws:
@@ -56,3 +59,15 @@ def repeated(draws: Draws, num_draws: int) -> Draws:
 
     names = ("latents", "deterministics", "log_likelihood", "log_factors", "log_p", "log_q")
     return replace(draws, **{name: again(getattr(draws, name)) for name in names})
+
+
+def shared(ranks: Processes, num_draws: int, seed: int | None, make: Callable[[int, int | None], Draws]) -> Draws:
+    """Draws of which every rank makes its share, from a seed of its own; all ranks get all of them.
+
+    :param make: so many draws, from a seed.
+    """
+    if ranks.size == 1:
+        return make(num_draws, seed)
+    size, own = len(ranks.share(num_draws)), ((seed or 0) + _APART * ranks.rank) % 2**32
+    found = ranks.each(lambda: make(size, own) if size else None)
+    return stack((part for part in found if part is not None), num_draws)

@@ -23,7 +23,7 @@ _MOST_K, _CERTAIN_K = 0.7, 0.5
 _HALF = 0.5  # part of the draws that is effective, from which on a tail is judged by its size
 _NOTHING, _TAILS, _MEANS = 0.01, 0.02, 0.1  # parts of the evidence that may lie beyond the draws
 _LEAST_ESS, _FEW_ESS = 200.0, 50.0
-_RARE, _TAIL = 0.03, 0.1  # part of the draws that is effective; part of the evidence in a tail
+_RARE, _TAIL = 0.15, 0.1  # part of the draws that is effective; part of the evidence in a tail
 _SOME, _MANY = 0.01, 0.1  # parts of the data that are badly approximated
 _RHAT, _RHAT_USABLE, _CHAIN_ESS, _CHAIN_FEW = 1.01, 1.05, 400.0, 100.0
 
@@ -117,8 +117,9 @@ def judge(facts: Facts) -> Verdict:
     Reliable are draws whose k-hat is below 0.7 by more than its error, or whose weights are nearly equal (nine tenths
     of the draws effective) up to a k-hat of 0.7, or half of which are effective if one percent of the evidence at most
     lies beyond the largest weight and scouts have found nothing, with less than 2 % of the evidence beyond the largest
-    weight, 200 effective draws, no restart and no scout that contradicts them, from a guide that had converged or has
-    every second draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal weights of any k-hat are usable
+    weight, 15 % of the draws and 200 of them effective, no restart and no scout that contradicts them, from a guide
+    that had converged or has every second draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal
+    weights of any k-hat are usable
     for means.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72); Yao,

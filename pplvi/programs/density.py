@@ -154,6 +154,10 @@ class UnconstrainedDensity:
         u = u.to(self.device, self.dtype)  # the model may hold constants of its own type
         return torch.cat([self._chunk(part) for part in u.split(1 if self.way == LOOP else CHUNK)])
 
+    def log_jacobian(self, u: Tensor) -> Tensor:
+        """``log |dT/du|`` at rows ``(S, dim)``, ``(S,)``: the density less that of the constrained values, in nats."""
+        return sum((b.constrain(part, len(b.batch))[1] for b, part in self._parts(u)), u.new_zeros(len(u)))
+
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log densities ``(S,)`` and their gradients ``(S, dim)``, detached and in float64."""
         self.gradients += len(u)

@@ -40,7 +40,15 @@ def observed(trace: Any) -> dict[str, Any]:
 
 
 def separately(site: Any, num_dreams: int, nesting: int) -> Tensor:
-    """Values of a site, ``(num_dreams, ...)``, each in the shape that it has without particles."""
+    """Values of a site, ``(num_dreams, ...)``, each in the shape that it has without particles.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> with pyro.poutine.trace() as found, pyro.plate("particles", 5, dim=-2), pyro.plate("data", 3):
+    ...     value = pyro.sample("y", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    >>> site = found.trace.nodes["y"]
+    >>> separately({**site, "cond_indep_stack": site["cond_indep_stack"][-1:]}, num_dreams=5, nesting=1).shape
+    torch.Size([5, 3, 2])
+    """
     value: Tensor = site["value"]
     depth = site["fn"].event_dim + max((-plate.dim for plate in site_plates(site)), default=0)
     if value.dim() <= nesting + site["fn"].event_dim:  # not one for each particle

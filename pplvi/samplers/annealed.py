@@ -8,7 +8,7 @@ independent element of the data, and are resampled per element. Nothing branches
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from pplvi.kernels.invariant import InvariantMove
 from pplvi.kinds.checked import checked
@@ -24,6 +24,7 @@ from pplvi.samplers.particles import Particles
 from pplvi.samplers.paths import Planned
 from pplvi.samplers.walk import Walk
 from pplvi.types import Program
+from pplvi.weights.rejection import Rejection
 from pplvi.weights.resampling import Resampling as Resampling
 
 
@@ -40,6 +41,9 @@ class Annealed:
         each program in one run over levels and particles, as one step whose batch has the levels first. Results are
         the same. ``None``: where forward and reverse kernels allow it; ``False``: level by level, which needs no more
         memory for more levels.
+    :param rejection: try moves of small weight again (:class:`pplvi.weights.Rejection`), level by level. A step's
+        incoming weights then hold for the draws before *and* after the move, and the last step's ``log_weight`` is what
+        estimates the evidence.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pplvi.guides import NestedGuide
@@ -54,30 +58,52 @@ class Annealed:
     True
     """
 
-    proposal: ClassVar[str] = "guide"
-
-    def __init__(self, resampling: Resampling | None = None, *, vectorize_levels: bool | None = False) -> None:
+    def __init__(
+        self,
+        resampling: Resampling | None = None,
+        *,
+        vectorize_levels: bool | None = False,
+        rejection: Rejection | None = None,
+    ) -> None:
         self.resampling = Resampling() if resampling is None else resampling
-        self.vectorize_levels = vectorize_levels
+        self.vectorize_levels, self.rejection = vectorize_levels, rejection
+
+    @property
+    def proposal(self) -> str:
+        """``"guide"``; ``"rejection"`` where draws are accepted or not, so that only their weights know their law."""
+        return "guide" if self.rejection is None else "rejection"
 
     def __call__(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request
     ) -> Iterator[Step]:
         """Yield the steps of one walk, level by level.
 
-        :raises ValueError: for an objective that is not one of levels, or programs that do not fit together.
+        :raises ValueError: for an objective that is not one of levels, programs that do not fit together, or rejection
+            with one particle or without levels.
         """
+        self.check_rejection(guide, request.num_particles)
         if not isinstance(guide, Planned):
             yield from Importance()(model, guide, args, kwargs, request)
             return
         check_levels(request)
         nesting, batch = _layout(model, guide, args, kwargs)
         particles = Particles(request.num_particles, nesting, batch, request.routing, vectorize=request.vectorize)
-        walk = Walk(model, guide.plan(args, kwargs), args, kwargs, particles)
+        walk = Walk(model, guide.plan(args, kwargs), args, kwargs, particles, self.rejection)
         if annealed_at_once.wanted(self.vectorize_levels, walk, self.resampling):
             yield annealed_at_once.all_levels(walk, self.resampling)
         else:
             yield from walk.steps(self.resampling)
+
+    def check_rejection(self, guide: Program, num_particles: int) -> None:
+        """Check that there is something to reject.
+
+        :raises ValueError: for a guide without levels, or one particle.
+        """
+        if self.rejection is not None and not (isinstance(guide, Planned) and num_particles > 1):
+            raise ValueError(
+                f"{self.rejection} with {type(guide).__name__} and num_particles={num_particles}: expected a guide of "
+                "levels, such as NestedGuide(initial, steps), and at least 2 particles."
+            )
 
 
 def check_levels(request: Request) -> None:

@@ -59,6 +59,8 @@ def wanted(choice: bool | None, walk: Walk, resampling: Resampling) -> bool:
 def _hindrance(walk: Walk, resampling: Resampling) -> str:
     if not walk.particles.routing.local:
         return "the objective is not local: expected one whose levels pass no gradient to each other"
+    if walk.rejection is not None:
+        return "moves may be rejected: expected none that are"
     if walk.particles.num_particles == 1:
         return "there is one particle: expected at least 2"
     if resampling.num_particles not in (None, walk.particles.num_particles):
@@ -125,6 +127,7 @@ def all_levels(walk: Walk, resampling: Resampling) -> Step:
         log_target=(fixed + paths[0]).movedim(0, 1),
         log_target_fixed=fixed.movedim(0, 1),
         log_reverse=(reverse + paths[1]).movedim(0, 1),
+        log_reverse_fixed=reverse.movedim(0, 1),
         log_initial=initial.movedim(0, 1),
         log_forward=((forward.detach() if freeze else forward) + paths[2]).movedim(0, 1),
         **walk.particles.accounts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from pplvi.objectives.step import Routing, Step
 from pplvi.programs.ways import Vectorize, named
@@ -28,7 +28,10 @@ class Request:
 class Sampler(Protocol):
     """Anything that runs a model and a guide and yields weighted steps."""
 
-    proposal: ClassVar[str]
+    @property
+    def proposal(self) -> str:
+        """Where draws come from."""
+        ...
 
     def __call__(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Request

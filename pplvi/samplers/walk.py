@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pplvi.samplers.particles import DrawPaths, Particles, draws_of
 from pplvi.samplers.paths import Plan, Planned, sites_of_target
 from pplvi.types import MutableValues, Program, Values
 from pplvi.weights.algebra import logmeanexp
+from pplvi.weights.rejection import Rejection
 from pplvi.weights.resampling import Resampling, resample
 
 
@@ -37,6 +38,7 @@ class Walk:
     :ivar model: the last target.
     :ivar plan: path and kernels.
     :ivar particles: how draws lie in tensors, and what is known of the plates.
+    :ivar rejection: whether moves are tried again.
     :ivar state: where the walk has come to.
     """
 
@@ -45,6 +47,7 @@ class Walk:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     particles: Particles
+    rejection: Rejection | None = None
     state: WalkState | None = None
 
     def steps(self, resampling: Resampling) -> Iterator[Step]:
@@ -99,6 +102,33 @@ class Walk:
 
         :raises ValueError: for a kernel whose sites are not those of the draws, or whose draws no gradient can follow.
         """
+        return self._moved(level, state) if self.rejection is None else self._tried(level, state, self.rejection)
+
+    def _tried(self, level: int, state: WalkState, rejection: Rejection) -> tuple[Step, WalkState]:
+        """Move several copies of each particle, and go on with one that is accepted.
+
+        The step's incoming weights make pairs of draws, before and after, proper for the extended proposal.
+        """
+        if isinstance(kernel := self.kernel(level), InvariantMove):
+            raise ValueError(
+                f"{kernel.kernel} leaves its target invariant: a weight does not depend on where a draw is moved, and "
+                "nothing can be rejected for it. Use another kernel, or no rejection."
+            )
+        count, draws = self.particles.num_particles, rejection.num_draws
+        own = torch.arange(count, device=state.log_weight.device)
+        own = own.reshape(-1, *[1] * (state.log_weight.dim() - 1)).expand_as(state.log_weight)
+        every = own.repeat(draws, *[1] * (own.dim() - 1))
+        many, reached = self._moved(level, self.taken(state, every, torch.take_along_dim(state.log_weight, every, 0)))
+        with own_noise(self.particles.batch):
+            chosen, log_factor = rejection.choose(many.log_increment.detach().unflatten(0, (draws, count)))
+        kept = chosen * count + own
+        terms = {f.name: getattr(many, f.name) for f in fields(many)}
+        terms = {n: torch.take_along_dim(x, kept, 0) for n, x in terms.items() if isinstance(x, Tensor)}
+        weights = {name: terms.pop(name) + log_factor for name in ("log_weight_in", "log_weight")}
+        step = replace(many, **terms, **weights)
+        return step, self.taken(reached, kept, step.log_weight)
+
+    def _moved(self, level: int, state: WalkState) -> tuple[Step, WalkState]:
         if isinstance(kernel := self.kernel(level), InvariantMove):
             return self._move_invariantly(level, state, kernel)
         drawn = self.draw(level, state, detach=self.particles.routing.detach)
@@ -109,6 +139,7 @@ class Walk:
             log_target=fixed + paths(fixed),
             log_target_fixed=fixed,
             log_reverse=reverse + paths(reverse),
+            log_reverse_fixed=reverse,
             log_initial=state.log_density,
             log_forward=paths.log_forward(lambda: self.run(kernel, paths.at, state.values, complete=True)),
             **self.particles.accounts,

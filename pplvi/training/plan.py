@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from pplvi.programs.ranks import Processes
 from pplvi.training.batches import Batches
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.loop import Trainer
-from pplvi.training.parallel.ranks import Processes
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import Restart
 from pplvi.training.steps import Steps
@@ -51,6 +51,7 @@ class TrainingPlan:
     :ivar start: what happens before the first step.
     :ivar ranks: the processes that train together.
     :ivar ended: what is done with a restart that has ended.
+    :ivar mine: which of the restarts are trained here; all unless given.
     """
 
     recipe: Recipe
@@ -67,6 +68,12 @@ class TrainingPlan:
     start: Start = field(default_factory=Start)
     ranks: Processes = field(default_factory=Processes)
     ended: Callable[[Restart], None] = lambda run: None
+    mine: Sequence[int] | None = None
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The restarts that are trained here."""
+        return range(self.restarts) if self.mine is None else self.mine
 
     def programs(self, initial: Mapping[str, Tensor] | None = None) -> tuple[Program, Program, Any]:
         """Model, guide and objective of one restart; Pyro's objectives remember the first programs that they see."""

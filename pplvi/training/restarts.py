@@ -65,6 +65,13 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
     return session.runs
 
 
+def restored(plan: TrainingPlan, states: Mapping[int, Mapping[str, Any]]) -> list[Restart]:
+    """Restarts that other processes have trained by the same plan, from what they kept of them (:class:`Ended`)."""
+    session = _Session(plan, {"runs": list(states.values()), "settings": dict(plan.settings or {})})
+    with preserved_rng():
+        return [session.restored(index, state) for index, state in states.items()]
+
+
 def _read(plan: TrainingPlan) -> dict[str, Any]:
     return checkpoint.read_content(plan.resume) if plan.resume is not None else {"runs": []}
 
@@ -123,7 +130,7 @@ class _Session:
     @property
     def side_by_side(self) -> bool:
         """Whether restarts are trained together: compiled steps on the same data, no loop inside the program."""
-        alone = self.plan.restarts == 1 or self.plan.ranks.size > 1
+        alone = len(self.plan.indices) == 1 or self.plan.ranks.size > 1
         return self.plan.steps.side_by_side and not alone and isinstance(self.plan.batches, FullData)
 
     def _go_side_by_side(self) -> None:
@@ -136,7 +143,7 @@ class _Session:
                 progress(run)
 
         try:
-            for index in range(self.plan.restarts):
+            for index in self.plan.indices:
                 trainer, found = self._started(index, report)
                 self.runs.append(trainer.run)
                 trainers.append(trainer)
@@ -155,7 +162,7 @@ class _Session:
         self.runs = [run for run in self.runs if run.losses or run.reason == "found"]
 
     def _go_one_by_one(self) -> None:
-        for index in range(self.plan.restarts):
+        for index in self.plan.indices:
             progress = Progress(
                 self.plan.watch.num_steps, self.plan.restarts, self.plan.progress and self.plan.ranks.rank == 0
             )
@@ -172,6 +179,17 @@ class _Session:
                 progress.close()
             if run.reason == "interrupted":
                 return
+
+    def restored(self, index: int, saved: Mapping[str, Any]) -> Restart:
+        """A restart that was trained elsewhere."""
+        run, objective, _ = self._begin(index, saved)
+        with run.scope():
+            self.plan.start.take_back(run, saved)
+            evaluate(objective, run.model, run.guide, self.plan.batches.peek())
+            trainer = Trainer(run, objective, self.plan.steps, self.plan.batches, self.plan.watch)
+            self._keep(self._put_back(trainer, saved))
+        run.reason = saved["reason"] or "interrupted"
+        return run
 
     def _started(self, index: int, report: Callable[[Restart], None]) -> tuple[Trainer, bool]:
         """A restart before its next step, and whether nothing is left to train."""

@@ -1,10 +1,12 @@
-"""Log-weights: algebra, Pareto smoothing and resampling. Imports torch alone."""
+"""Log-weights: algebra, Pareto smoothing, resampling and rejection. Imports torch alone."""
 
 from pplvi.weights.algebra import effective_sample_size, expectation, log_evidence, logmeanexp
 from pplvi.weights.pareto import pareto_k_threshold, pareto_smooth
+from pplvi.weights.rejection import Rejection, rejection_control
 from pplvi.weights.resampling import Resampling, resample
 
 __all__ = [
+    "Rejection",
     "Resampling",
     "effective_sample_size",
     "expectation",
@@ -12,5 +14,6 @@ __all__ = [
     "logmeanexp",
     "pareto_k_threshold",
     "pareto_smooth",
+    "rejection_control",
     "resample",
 ]

@@ -85,7 +85,7 @@ def gradients(run: Command, module: ModuleType) -> None:
 
 def hidden_markov(run: Command, module: ModuleType) -> None:
     """Its two ways to log Z agree."""
-    rows = run("--time-steps 5 --test-instances 20 --samples 400 --particles 10 --iterations 8")
+    rows = run("--time-steps 5 --test-instances 20 --samples 400 --particles 10 --iterations 8 --mode eager")
     assert [row.method for row in rows] == ["none", "mixture", "learned"]
     for row in rows:
         assert row.log_z == pytest.approx(row.log_z_exact, abs=0.5)
@@ -224,8 +224,8 @@ def directed(run: Command, module: ModuleType) -> None:
     assert all(found[name][0]["test"] > independent for name in ("nade", "made"))
     (factors,) = found["factors"]
     assert factors["elbo"] < factors["exact"] == pytest.approx(factors["elbo_of_exact_guide"], abs=1e-3)
-    assert [row["batch"] for row in found["gmmn"]] == [50, 500, None]
-    assert found["gmmn"][2]["mmd2"] < found["gmmn"][0]["mmd2"] < 2.0
+    assert [row["batch"] for row in found["gmmn"]] == [50, 100, 500, None]
+    assert found["gmmn"][-1]["mmd2"] < found["gmmn"][0]["mmd2"] < 2.0
     assert [row["of"] for row in found["gan"]] == [8, 8, 25, 25]
     assert set(run.written["tables"]) == set(found)
 

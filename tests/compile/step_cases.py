@@ -29,8 +29,10 @@ from pplvi.losses.base import WeightedELBO
 from pplvi.losses.elbo import ELBO, ChiELBO, ForwardKL, ImportanceWeightedELBO, RenyiELBO, ThermodynamicELBO
 from pplvi.losses.nested import NestedELBO
 from pplvi.losses.wake_sleep import ReweightedWakeSleep, WakeSleep
+from pplvi.objectives.f_divergences import NestedDivergence
 from pplvi.objectives.nested import FilteringBound
 from pplvi.samplers.annealed import Annealed, Resampling
+from pplvi.weights.rejection import Rejection
 
 SGD = partial(torch.optim.SGD, lr=0.01)
 GROUPS = torch.tensor([[0.3, 1.9, 1.1], [2.2, 1.4, 0.8]])
@@ -294,6 +296,10 @@ def own_path() -> tuple[Any, Any]:
     return final, NestedGuide(start, [(target, kernel("a"), kernel("b")), (final, kernel("c"), kernel("d"))])
 
 
+def chi_square(log_ratio: Tensor) -> Tensor:
+    return log_ratio.expm1() ** 2
+
+
 def dreamer(y: Tensor) -> None:
     with pyro.plate("data", len(y)):
         z = pyro.sample("z", dist.Normal(pyro.param("prior", lambda: torch.tensor(0.3)), 1.0))
@@ -315,6 +321,10 @@ CASES |= {
         LEARNED, POINT, partial(NestedELBO, "reverse_kl", 6, resample=0.7, scheme="stratified")
     ),
     "nested, forward KL": Case(LEARNED, POINT, partial(NestedELBO, ("forward_kl", "reverse_kl"), 6)),
+    "nested, Jensen-Shannon, rejected": Case(
+        LEARNED, POINT, partial(NestedELBO, "jensen_shannon", 6, resample=True, rejection=Rejection(2))
+    ),
+    "nested, by scores": Case(own_path, POINT, partial(NestedELBO, NestedDivergence(chi_square, estimator="score"), 6)),
     "nested, variational": Case(LEARNED, POINT, partial(NestedELBO, "avo", 6)),
     "nested, local latents": Case(
         annealed(local, partial(local, loc=1.0), RESIDUAL), (DATA,), partial(NestedELBO, "reverse_kl", 4, resample=True)

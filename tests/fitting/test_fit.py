@@ -932,3 +932,27 @@ def test_the_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_posterior_is_kept_until_parameters_or_data_change():
+    y = torch.tensor([0.3, 0.1, -0.2])
+
+    def model(data):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=data)
+
+    result = fit(model, AutoNormal, args=(y,), num_steps=20, seed=0)
+    first = result.posterior(200)
+    assert result.posterior(200) is first
+    assert result.posterior(200, seed=1) is not first
+    assert result.posterior(201) is not first  # and two are kept
+    assert result.posterior(200) is not first
+    found = result.posterior(200)
+    y += 0.1
+    moved = result.posterior(200)
+    assert moved is not found
+    assert not torch.equal(moved.log_weight, found.log_weight)
+    with torch.no_grad():
+        result.guide.locs.z += 1.0
+    assert not torch.equal(result.posterior(200).draws.latents["z"], moved.draws.latents["z"])

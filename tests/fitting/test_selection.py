@@ -71,6 +71,8 @@ class Fitted:
             "facts": facts,
             "facts_without_scouts": facts,
             "has_weights": True,
+            "ess": torch.tensor(self.ess),
+            "num_draws": 8000,
             "draws": type("D", (), {"batch": ()}),
         }
         return type("P", (), {"pareto_k": torch.tensor(self.pareto_k), **judged, **estimates})
@@ -99,8 +101,8 @@ def test_richer_families_are_tried_one_after_another_until_one_is_good(monkeypat
         return Fitted(name_of(guide), next(ks))
 
     best = select(fake, plain, originals(plain), budget=30.0)
-    searches = ["AutoPathfinder", "AutoStudentMixture", "AutoBatchAndMatch", "AutoDeterministicNormal"]
-    assert [name for name, _ in names[:6]] == [*searches, "AutoStudentMixture", "smc"]
+    searches = ["AutoPathfinder", "AutoStudentMixture", "AutoBatchAndMatch", "smc", "AutoDeterministicNormal"]
+    assert [name for name, _ in names[:6]] == [*searches, "AutoStudentMixture"]
     assert names[-1] == ("flow", 2000)
     assert best.guide_name == "flow"
     assert best.notes["taken"] == "AutoFlow('quadratic'), as its draws are reliable"
@@ -131,6 +133,19 @@ def test_the_form_with_the_best_guide_is_kept(written, other, kept, monkeypatch)
     assert best.notes["taken"] == f"{title}, as its draws are reliable"
     assert best.notes["parametrisation"].startswith(f"{kept} has k-hat")
     assert best.notes["parametrisation"].count("ELBO") == 3
+
+
+def test_no_other_form_is_tried_where_one_is_easy(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    tried = []
+
+    def fake(model, guide, **options):
+        tried.append(model is crooked)
+        return Fitted(name_of(guide), 0.9 if model is crooked else 0.6, ess=5000.0)
+
+    best = select(fake, crooked, originals(crooked), budget=30.0)
+    assert tried == [True, False]
+    assert best.notes["taken"] == "AutoPathfinder, non-centered, as its draws are reliable"
 
 
 @pytest.mark.parametrize("found_later", [True, False])
@@ -168,7 +183,7 @@ def test_one_gaussian_is_not_tried_where_most_draws_are_effective(monkeypatch):
         originals(plain),
         budget=30.0,
     )
-    assert best.notes["taken"] == "AutoStudentMixture(num_scouts=512), as its draws are reliable"
+    assert best.notes["taken"] == "SMC, as its draws are reliable"
     assert "AutoBatchAndMatch: not tried, as 75% of the draws are effective already" in best.notes["tried"]
 
 

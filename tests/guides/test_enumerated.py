@@ -230,3 +230,18 @@ def test_the_laplace_approximation_of_pyro_sums_out_what_is_enumerated() -> None
         found = fit.guide.laplace_approximation(y)
         assert torch.allclose(found.get_posterior().covariance_matrix, torch.linalg.inv(-hessian), rtol=1e-4, atol=1e-5)
     assert sorted(found(y)) == ["mu", "weights"]
+
+
+def test_the_density_is_that_of_constrained_values_and_the_jacobian():
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 2):
+            pyro.sample("x", dist.Gamma(2.0, scale))
+
+    density = UnconstrainedDensity(model)
+    u = torch.linspace(-1.0, 1.0, 12, dtype=torch.float64).reshape(4, 3)
+    values = density.unpack(u)
+    log_p = dist.LogNormal(0.0, 1.0).log_prob(values["scale"]).reshape(4)
+    log_p = log_p + dist.Gamma(2.0, values["scale"].reshape(4, 1)).log_prob(values["x"].reshape(4, 2)).sum(1)
+    torch.testing.assert_close(density(u), log_p + density.log_jacobian(u))
+    torch.testing.assert_close(density.log_jacobian(u), u.sum(1))  # of logarithms

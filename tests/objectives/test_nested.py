@@ -6,6 +6,7 @@ from torch import Tensor
 
 from pplvi.objectives.nested import (
     FilteringBound,
+    FilteringForwardKL,
     IncrementalBound,
     NestedForwardKL,
     NestedReverseKL,
@@ -122,3 +123,12 @@ def test_particles_of_no_weight_have_no_say() -> None:
     rest = {name: (term if name == "log_weight_in" else term.detach())[1:] for name, term in terms.items()}
     for objective in (NestedReverseKL(), NestedForwardKL()):
         torch.testing.assert_close(objective(Step(**terms)), objective(Step(**rest)))
+
+
+def test_the_filtering_forward_kl_raises_proposal_and_model_where_the_weights_are():
+    model, proposal = (torch.tensor(x, requires_grad=True) for x in ([0.0, 1.0], [0.5, -0.5]))
+    step = Step.from_proposal(log_target=model, log_forward=proposal)
+    FilteringForwardKL()(step).surrogate.backward()
+    weight = (model - proposal).detach().softmax(0)
+    torch.testing.assert_close(model.grad, -weight)
+    torch.testing.assert_close(proposal.grad, -weight)

@@ -16,6 +16,7 @@ from pyro.infer.autoguide.effect import AutoNormalMessenger
 from pyro.nn import PyroModule, PyroSample
 
 import pplvi
+from pplvi.objectives import NestedDivergence
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.programs.dreams import dream, prior_run
 from pplvi.programs.joint import execute
@@ -157,6 +158,7 @@ OTHERS = {
     "reweighted, mixed": partial(pplvi.ReweightedWakeSleep, 4, mixture=0.3),
     "nested": partial(pplvi.NestedELBO, "reverse_kl", 4),
     "nested, forward": partial(pplvi.NestedELBO, "forward_kl", 4),
+    "nested, chi-square": partial(pplvi.NestedELBO, NestedDivergence("chi_square", estimator="score"), 4),
     "a sum": lambda **way: pplvi.ELBO(4, **way) + 0.5 * pplvi.ForwardKL(4, **way),
 }
 LOSSES = {

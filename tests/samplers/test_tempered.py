@@ -214,3 +214,25 @@ def test_a_target_without_mass_is_refused() -> None:
     nowhere = target_of(lambda z: z.sum(-1) * 0.0 - math.inf)
     with pytest.raises(ValueError, match="finite at no particle of an island"):
         TemperedSMC(num_particles=32).run(nowhere, base_of(1))
+
+
+def test_the_base_is_the_normal_of_its_covariance():
+    torch.manual_seed(0)
+    loc, covariance = torch.tensor([1.0, -1.0]), torch.tensor([[2.0, 0.8], [0.8, 1.0]])
+    base, z = GaussianBase.of(loc, covariance), torch.randn(5, 2).requires_grad_()
+    value, gradient = base.value_and_gradient(z)
+    expected = torch.distributions.MultivariateNormal(loc, covariance).log_prob(z)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0])
+
+
+def test_particles_beyond_the_support_are_no_reason_to_refuse():
+    torch.manual_seed(0)
+
+    def half(z):  # twice the density of a standard normal, above zero
+        value = math.log(2) - 0.5 * math.log(2 * math.pi) - 0.5 * z[:, 0] ** 2
+        return torch.where(z[:, 0] > 0, value, -math.inf), -z
+
+    found = TemperedSMC(num_particles=200, num_draws=400).run(half, GaussianBase.of(torch.zeros(1), torch.eye(1)))
+    assert abs(float(found.log_evidence.mean())) < 0.3
+    assert bool((found.draws > 0).all())

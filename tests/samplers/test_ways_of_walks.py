@@ -71,6 +71,11 @@ def grouped_broadcasting(group, y):
 PATHS = {
     "residual": lambda model, first: (pplvi.AnnealedGuide(model, first, 2), {}),
     "all levels at once": lambda model, first: (pplvi.AnnealedGuide(model, first, 2), {"vectorize_levels": True}),
+    "another divergence": lambda model, first: (pplvi.AnnealedGuide(model, first, 2), {"divergence": "hellinger"}),
+    "moves that are rejected": lambda model, first: (
+        pplvi.AnnealedGuide(model, first, 2),
+        {"rejection": pplvi.Rejection(2, log_threshold=-3.0), "num_particles": 2},
+    ),
     "Langevin": lambda model, first: (pplvi.AnnealedGuide(model, first, 2, LangevinKernel(0.01)), {}),
     "controlled": lambda model, first: (pplvi.AnnealedGuide(model, first, 2, ControlledLangevinKernel(0.01)), {}),
     "Hamiltonian": lambda model, first: (
@@ -85,7 +90,7 @@ def evaluated(model, first, args, path, **options):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     guide, more = PATHS[path](model, first)
-    loss = pplvi.NestedELBO(num_particles=4, **more, **options)
+    loss = pplvi.NestedELBO(**{"num_particles": 4, **more}, **options)
     loss.loss(model, guide, *args)
     pyro.set_rng_seed(3)
     value = loss.loss_and_grads(model, guide, *args)

@@ -14,12 +14,12 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pplvi
 from pplvi.energies import PersistentChains
 from pplvi.fitting import Checkpoint
-from pplvi.training.parallel.ranks import Processes, join
+from pplvi.programs.ranks import Processes, join
 
 ROWS, PARTICLES = 11, 4
 _RANDOM = torch.Generator().manual_seed(0)
@@ -282,3 +282,107 @@ CASES |= {
     ),
     "monitor": partial(fitted, regression, AutoNormal, monitor=pplvi.ImportanceWeightedELBO(4)),
 }
+
+
+TWELVE = TensorDataset(*(torch.cat([x, x[:1]]) for x in ALL))
+
+
+def sampled(parallel: Any) -> dict[str, Any]:
+    """Two epochs of a loader whose sampler gives every rank its rows."""
+    alone = parallel == ALONE
+    size = {"num_replicas": 1, "rank": 0} if alone else {}
+    sampler: Any = DistributedSampler(TWELVE, shuffle=True, seed=0, **size)
+    data = DataLoader(TWELVE, batch_size=6 if alone else 6 // join().size, sampler=sampler)
+    return fitted(minibatch, AutoNormal, parallel, data=data, args=(), num_steps=4)
+
+
+def chains(parallel: Any) -> dict[str, Any]:
+    """Three chains, whoever runs them."""
+    kernel = partial(pyro.infer.NUTS, max_tree_depth=2)
+    options: dict[str, Any] = {"num_steps": 6, "num_warmup": 4, "restarts": 3, "seed": 0, "progress": False}
+    options |= {"dtype": torch.float64, "parallel": ALONE if parallel == ALONE else None}
+    mcmc = pplvi.fit(regression_of_one, kernel, args=ALL, **options).mcmc
+    told = mcmc.diagnostics()
+    return {
+        "draws": mcmc.get_samples(group_by_chain=True)["w"].numpy(),
+        "r_hat": told["w"]["r_hat"].numpy(),
+        "acceptance": [told["acceptance rate"][f"chain {chain}"] for chain in range(3)],
+    }
+
+
+def regression_of_one(x, y, rows):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal((x * w.unsqueeze(-2)).sum(-1), 1.0), obs=y)
+
+
+def islands(parallel: Any) -> dict[str, Any]:
+    """Particles whose densities the ranks share."""
+    options: dict[str, Any] = {"seed": 0, "dtype": torch.float64, "parallel": ALONE if parallel == ALONE else None}
+    method = pplvi.TemperedSMC(num_particles=16, num_islands=2, max_moves=1, max_kept=1, max_leapfrog=2)
+    fit = pplvi.fit(regression_of_one, method, args=ALL, init="pathfinder", num_steps=16, progress=False, **options)
+    found = fit.islands
+    return {
+        "draws": found.latents["w"].numpy(),
+        "evidence": found.found.log_evidence.numpy(),
+        "end": fit.reasons == ["done"],
+    }
+
+
+def restarts(parallel: Any, guide: Any = AutoNormal, **options: Any) -> dict[str, Any]:
+    """Restarts that the ranks share."""
+    options |= {"num_steps": 5, "restarts": 3, "seed": 0, "progress": False, "dtype": torch.float64}
+    kept = ALONE if parallel == ALONE else "restarts"
+    fit = pplvi.fit(regression_of_one, guide, args=ALL, parallel=kept, **options)
+    found: dict[str, Any] = {"losses": fit.losses, "best": fit.best, "reasons": [len(reason) for reason in fit.reasons]}
+    for run in fit.runs:
+        found |= {f"{name} of {run.index}": p.numpy() for name, p in run.params.items()}
+        with run.scope():
+            found[f"median of {run.index}"] = run.guide.median(*ALL)["w"].detach().numpy()
+    return found
+
+
+CASES |= {
+    "samplers": sampled,
+    "chains": chains,
+    "islands": islands,
+    "restarts": restarts,
+    "restarts of a search": partial(restarts, guide=partial(pplvi.AutoPathfinder, num_paths=2)),
+    "restarts, recorded": partial(restarts, compile="trace"),
+}
+
+
+def drawn(num_draws: int, seed: int, **options: Any) -> dict[str, Any]:
+    """Draws of a guide, and their weights."""
+
+    def guide(x, y, rows):
+        pyro.sample("w", dist.Normal(torch.full((3,), 0.1, dtype=torch.float64), 0.5).to_event(1))
+
+    found = pplvi.Posterior(regression_of_one, guide, ALL, num_draws=num_draws, seed=seed, **options)
+    return {"w": found.draws.latents["w"].numpy(), "weights": found.log_weight.numpy()}
+
+
+def refusals() -> dict[str, str]:
+    """What is said of fits that several ranks cannot share."""
+    own = tuple(x + join().rank for x in ALL)
+    calls: dict[str, Callable[[], Any]] = {
+        "every rank would do the whole": lambda: pplvi.fit(regression_of_one, "auto", args=ALL),
+        "ExpectationMaximization on": lambda: pplvi.fit(factors, pplvi.ExpectationMaximization(), args=ALL),
+        "checkpoint= and resume=": lambda: pplvi.fit(
+            regression_of_one, AutoNormal, args=ALL, restarts=2, parallel="restarts", checkpoint="run.pt"
+        ),
+        "different data or seeds": lambda: pplvi.fit(regression_of_one, "nuts", args=own),
+        "only here": lambda: join().each(one_bad_rank),
+    }
+    found = {}
+    for words, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            found[words] = str(error)
+    return found
+
+
+def one_bad_rank() -> None:
+    if join().rank == 1:
+        raise KeyError("only here")

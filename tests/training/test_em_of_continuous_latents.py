@@ -91,6 +91,7 @@ def test_the_evidence_is_exact_and_rises(model: Any) -> None:
         seen.append(float(log_evidence(**{name: value.detach() for name, value in store.items()})))
 
     fit = maximum_likelihood(model, data, num_steps=4, callbacks=[note])
+    assert "L-BFGS" not in fit.notes["M-step"]
     assert list(-fit.losses[0, 1:]) == pytest.approx(seen[:-1], abs=1e-6)
     assert (torch.tensor(seen).diff() >= -1e-9).all()
     assert fit.posterior(50).total_log_evidence.value == pytest.approx(seen[-1], abs=1e-6)
@@ -102,6 +103,16 @@ def test_it_ends_where_the_likelihood_is_flat(model: Any) -> None:
     (value,) = maximum_likelihood(model, data).params[0].values()
     leaf = value.detach().requires_grad_()
     assert torch.autograd.grad(log_evidence(leaf), leaf)[0].abs() < 1e-3
+
+
+@pytest.mark.parametrize("model", [noisy, rates], ids=lambda model: model.__name__)
+def test_the_closed_m_step_is_where_a_search_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = maximum_likelihood(model, EVIDENCES[model][0])
+    assert "L-BFGS" not in closed.notes["M-step"]
+    monkeypatch.setattr("pplvi.training.em.maximisation.closed_moments", lambda *_: None)
+    searched = maximum_likelihood(model, EVIDENCES[model][0])
+    assert "closed form" not in searched.notes["M-step"]
+    assert closed.losses[0, -1] == pytest.approx(searched.losses[0, -1], abs=1e-8)
 
 
 def test_restarts_begin_at_draws_of_the_prior() -> None:

@@ -6,6 +6,7 @@ import pickle
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pplvi.training.replicas import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 MAIN = [f"global, {objective}" for objective in ("ELBO", "IWAE", "Renyi", "RWS", "NVI")]
-TWO = [*MAIN, "PCD", "fewer rows than ranks"]
+TWO = [*MAIN, "PCD", "fewer rows than ranks", "chains", "islands", "restarts"]
 
 
 def launched(ranks: int, work: Callable[[int], Any], folder: Path, killed: int | None = None) -> list[Any]:
@@ -42,7 +43,9 @@ def launched(ranks: int, work: Callable[[int], Any], folder: Path, killed: int |
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
+        process.kill()  # if it still waits for another one
+        process.join()
     assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 0 for rank in range(ranks)]
     return [pickle.loads((folder / f"{r}.pickle").read_bytes()) for r in range(ranks) if r != killed]
 
@@ -66,11 +69,12 @@ def together(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks
             )
-            return {name: outcome(name, cases.FULL) for name in names}
+            more = {"drawn": cases.drawn(7, 3, parallel="draws"), "refused": cases.refusals()}
+            return {name: outcome(name, cases.FULL) for name in names} | more
 
         return launched(ranks, on, folder)
 
-    return {2: work(2, TWO), 3: work(3, cases.CASES)}
+    return {2: work(2, TWO), 3: work(3, [name for name in cases.CASES if name != "islands"])}
 
 
 def check_same(found: Any, expected: Any) -> None:
@@ -88,6 +92,35 @@ def test_ranks_do_what_one_process_does(together, name):
         for found in outcomes:
             if name in found:
                 check_same(found[name], alone)
+
+
+@pytest.mark.exhaustive  # three compilations
+def test_compiled_steps_of_ranks_are_those_of_one_process(tmp_path):
+    steps = partial(cases.fitted, cases.regression, AutoNormal, compile=True, objective=pplvi.ImportanceWeightedELBO(3))
+
+    def on(rank: int) -> Any:
+        meeting = f"file://{tmp_path}/meeting"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+        return steps(cases.FULL)
+
+    alone = steps("none")
+    for found in launched(2, on, tmp_path):
+        check_same(found, alone)
+
+
+def test_ranks_share_draws_each_from_a_seed_of_its_own(together):
+    for ranks, outcomes in together.items():
+        parts = [cases.drawn(len(range(7)[rank::ranks]), 3 + 2_000_003 * rank) for rank in range(ranks)]
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for found in outcomes:
+            check_same(found["drawn"], whole)
+
+
+def test_what_ranks_cannot_share_is_refused_on_all_of_them(together):
+    for found in together[2] + together[3]:
+        assert len(found["refused"]) == 5
+        for words, said in found["refused"].items():
+            assert words in said
 
 
 def test_what_one_rank_meets_is_met_by_all(together):

@@ -63,19 +63,22 @@ class BlockMeanField:
 
     # ------------------------------------------------------------------ steps
 
+    def values(self, factors: Sequence[Factor]) -> list[Tensor]:
+        """Expected log densities at the present distributions, element by element."""
+        return [f.of_values(self.state) if f.summed else f.at(self.state) for f in factors]
+
     def expect(self) -> None:
         """The exact joint distribution of the enumerated sites given the blocks."""
         summed = [f for f in self.reading.factors if f.summed]
         if not summed:
             return
         with torch.no_grad():
-            log_factors = {f.name: f.of_values(self.state) for f in summed}
+            log_factors = dict(zip((f.name for f in summed), self.values(summed), strict=True))
         if self.reading.chain is not None:
             value, found, self.pairs = self.reading.chain.marginals(log_factors)
         else:
             value, found = factor_marginals(self.reading.trace, self.reading.empty, log_factors)
         self.log_normaliser = torch.as_tensor(value)
-        self._log_factors = log_factors
         for f in summed:
             if (left_out := f.left_out) is not None:
                 found[f.name] = found[f.name].masked_fill(left_out, 0.0)
@@ -85,7 +88,8 @@ class BlockMeanField:
         """Of the expected log joint, in the mean parameters of a block."""
         leaves = self.families[block].leaves
         with torch.enable_grad():
-            total: Any = sum((self.marginals[f.name] * f.at(self.state)).sum() for f in self._own[block])
+            own = self._own[block]
+            total: Any = sum((self.marginals[f.name] * v).sum() for f, v in zip(own, self.values(own), strict=True))
             found = torch.autograd.grad(total, leaves, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))
 
@@ -100,7 +104,8 @@ class BlockMeanField:
     @torch.no_grad()
     def expected(self, block: str) -> float:
         """The expected log joint, without the terms that a block does not change, nats."""
-        return sum(float(_product_sum(self.marginals[f.name], f.at(self.state))) for f in self._own[block])
+        own = self._own[block]
+        return sum(float(_product_sum(self.marginals[f.name], v)) for f, v in zip(own, self.values(own), strict=True))
 
     def objective(self, block: str) -> float:
         """The bound, without the terms that a block does not change, nats."""
@@ -133,8 +138,7 @@ class BlockMeanField:
         self.expect()
         found = {}
         inside = 0.0
-        for factor in self.reading.factors:
-            value = self._log_factors[factor.name] if factor.summed else factor.at(self.state)
+        for factor, value in zip(self.reading.factors, self.values(self.reading.factors), strict=True):
             number = float(_product_sum(self.marginals[factor.name], value))
             found[f"E log p({factor.name})"] = number
             inside += number if factor.summed else 0.0
@@ -152,7 +156,8 @@ class BlockMeanField:
         """``E[log p(x, z)] + H(q)``, nats."""
         self.expect()
         plain = [f for f in self.reading.factors if not f.summed]
-        total: Any = sum(_product_sum(self.marginals[f.name], f.at(self.state)) for f in plain)
+        values = zip(plain, self.values(plain), strict=True)
+        total: Any = sum(_product_sum(self.marginals[f.name], value) for f, value in values)
         return (total + self.log_normaliser + sum(self.entropies().values())).detach()
 
     # ------------------------------------------------------------------ as a function of tensors

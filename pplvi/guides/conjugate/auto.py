@@ -18,11 +18,14 @@ from pplvi.guides.conjugate.complete import check_conditional, complete_conditio
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, draw_site, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
 from pplvi.guides.conjugate.families import BlockFamily
+from pplvi.guides.conjugate.keeping import are_same, checked_blocks, constants_of, key_of, named_values, new_plates
 from pplvi.guides.conjugate.program import read_program
 from pplvi.guides.conjugate.quantiles import medians, site_quantiles
 from pplvi.guides.conjugate.rates import RobbinsMonro
 from pplvi.guides.conjugate.reading import Reading
+from pplvi.guides.conjugate.sampled import SampledMeanField, ascend_by_draws, by_draws
 from pplvi.guides.conjugate.shapes import Structure
+from pplvi.guides.conjugate.trained import TRAINED, GuideFactory, TrainedFactor, check_families, of_guides, one_draw
 from pplvi.guides.owned import OwnedGuide
 from pplvi.guides.search.base import Search
 from pplvi.kinds.checked import checked
@@ -70,7 +73,9 @@ class AutoConjugate(OwnedGuide, Search):
         joint across its plates too, where its elements interact.
     :param fallback: sites without a closed form, and how they are updated: ``"cvi"``, a normal distribution (of the
         logarithm, for positive sites) by natural gradients; ``"laplace"``, at the mode with the curvature there;
-        ``"delta"``, a point.
+        ``"delta"``, a point; a guide family, ``{"w": AutoNormal}`` or ``{("u", "v"): lambda model: ...}``, whose factor
+        is trained by gradients of the same bound between sweeps. That takes whatever is conjugate given these sites;
+        expectations are means over draws, and ``bounds`` estimates by 32 of them, the last one by 1,024.
     :param conditional: sites that are drawn given all others from their exact conditional distribution, in place of the
         mean field's, which brings the guide nearer to the posterior than ``bounds`` say (Hoffman & Blei 2015): a
         precision given the coefficients. Medians and quantiles stay those of the mean field.
@@ -80,8 +85,8 @@ class AutoConjugate(OwnedGuide, Search):
     :param max_sweeps: the most sweeps.
     :param tolerance: relative gain of the bound below which sweeps end.
     :param seed: makes runs reproducible and leaves the global random state as it was.
-    :raises ValueError: for arguments out of range; on the first run, for sites whose updates have no closed form, by
-        site and operation, for plates whose elements interact, and for subsampled plates without a ``rate``.
+    :raises ValueError: for arguments out of range; on the first run, for sites without a closed form, by site and
+        operation, plates whose elements interact, and subsampled plates without a ``rate``.
 
     >>> import pyro.distributions as dist
     >>> def model(y):
@@ -102,7 +107,7 @@ class AutoConjugate(OwnedGuide, Search):
         model: Program,
         *,
         blocks: Sequence[str | Sequence[str]] = (),
-        fallback: Mapping[str, str] | None = None,
+        fallback: Mapping[str | tuple[str, ...], str | GuideFactory] | None = None,
         conditional: Sequence[str] = (),
         rate: RobbinsMonro | Callable[[int], float] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_sample,
@@ -111,8 +116,10 @@ class AutoConjugate(OwnedGuide, Search):
         seed: Seed | None = None,
     ) -> None:
         super().__init__(model)
-        self.blocks, self.fallback, self.rate = _checked_blocks(blocks), dict(fallback or {}), rate
-        self.conditional = tuple(conditional)
+        self.blocks, self.rate, self.conditional = checked_blocks(blocks), rate, tuple(conditional)
+        self.fallback = {str(site): how for site, how in (fallback or {}).items() if isinstance(how, str)}
+        self._makers: Mapping[tuple[str, ...], Any] = check_families(fallback or {}, rate, self.conditional)
+        self._trained: tuple[TrainedFactor, ...] = ()
         self._init_loc_fn, self._seed = init_loc_fn, seed
         self.max_sweeps, self.tolerance = max_sweeps, float(tolerance)
         self._structure: Structure | None = None
@@ -132,6 +139,7 @@ class AutoConjugate(OwnedGuide, Search):
         :raises ValueError: see the class.
         """
         with random_state(self._seed), outside_of_handlers(), explained():
+            self._trained = self._made(args, kwargs)
             reading = self._read(args, kwargs)
             if (parts := reading.subsampled()) and self.rate is None:
                 raise ValueError(
@@ -140,8 +148,11 @@ class AutoConjugate(OwnedGuide, Search):
                 )
             if self.rate is not None:
                 return self.step(*args, **kwargs)
-            field = started(reading, _named(self._init_loc_fn))
-            bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance, recorder=self.recorder)
+            field = self._averaged(started(reading, named_values(self._init_loc_fn)), args, kwargs)
+            if isinstance(field, SampledMeanField):
+                bounds = ascend_by_draws(field, most=self.max_sweeps, tolerance=self.tolerance)
+            else:
+                bounds = ascend_bound(field, most=self.max_sweeps, tolerance=self.tolerance, recorder=self.recorder)
             self._keep(field, bounds)
         return self
 
@@ -185,19 +196,28 @@ class AutoConjugate(OwnedGuide, Search):
     def _read(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], indices: Mapping[str, Tensor] | None = None
     ) -> Reading:
-        return read_program(
-            self.model,
-            args,
-            kwargs,
-            init=self._init_loc_fn,
-            joint=self.blocks,
-            fallback=self.fallback,
-            indices=indices or {},
-        )
+        values = one_draw(self._trained, (args, kwargs))
+        return self._read_at(values, self._init_loc_fn, args=args, kwargs=kwargs, indices=indices)
+
+    def _read_at(self, values: Mapping[str, Tensor], init: Any, *, args: Any, kwargs: Any, indices: Any) -> Reading:
+        """The program with the trained sites at these values."""
+        model = pyro.condition(self.model, data=dict(values)) if values else self.model
+        options: dict[str, Any] = {"joint": self.blocks, "fallback": self.fallback, "indices": indices or {}}
+        return read_program(model, args, kwargs, init=init, **options)
+
+    def _averaged(self, field: BlockMeanField, args: Any, kwargs: Any) -> BlockMeanField:
+        """The mean field, with expectations over draws of the trained factors if there are any."""
+        read = partial(self._read_at, args=args, kwargs=kwargs, indices=None)
+        return by_draws(field, self._trained, read, (args, kwargs)) if self._trained else field
+
+    def _made(self, args: Any, kwargs: Any) -> tuple[TrainedFactor, ...]:
+        """The trained factors, anew or as they are kept."""
+        kept = self._buffers if self._structure is None else {}
+        return tuple(TrainedFactor.of(self.model, s, make, (args, kwargs), kept) for s, make in self._makers.items())
 
     def _field(self, reading: Reading, prefix: str = _PREFIX) -> BlockMeanField:
         """The mean field of a program, with the blocks that are known."""
-        field = started(reading, _named(self._init_loc_fn))
+        field = started(reading, named_values(self._init_loc_fn))
         known = self._families(prefix) if self._structure is not None or self._buffers else {}
         blocks = {b: f for b, f in known.items() if b not in reading.locals()}
         return BlockMeanField(reading, {**field.families, **blocks}) if blocks else field
@@ -208,11 +228,14 @@ class AutoConjugate(OwnedGuide, Search):
         for block, family in field.families.items():
             if block not in self._locals:
                 self._keep_block(_PREFIX, block, family)
+        for factor in self._trained:
+            for name, value in factor.kept().items():
+                self.register_buffer(name, value)
         self._last = None
 
     def _keep_block(self, prefix: str, block: str, family: BlockFamily) -> None:
         for name, value in family.canonical.items():
-            self.register_buffer(_key(prefix, block, name), value.detach())
+            self.register_buffer(key_of(prefix, block, name), value.detach())
 
     def _describe(self, field: BlockMeanField) -> None:
         reading = field.reading
@@ -220,13 +243,13 @@ class AutoConjugate(OwnedGuide, Search):
         drawn = [p for name in reading.drawn for p in site_plates(reading.summed[name])]
         self._around = [*(p for found in reading.latents.values() for p in found.plates), *drawn]
         self._structure, self._drawn, self._locals = Structure.of(reading), reading.drawn, reading.locals()
-        self._kinds = {b: (type(f), _facts(f)) for b, f in field.families.items()}
+        self._kinds = {b: (type(f), constants_of(f)) for b, f in field.families.items()}
 
     def _families(self, prefix: str = _PREFIX) -> dict[str, BlockFamily]:
         """The distributions that are kept: those of the guide, or where its walk is."""
         found = {}
         for block, (kind, facts) in self._kinds.items():
-            start = _key(prefix, block, "")
+            start = key_of(prefix, block, "")
             names = [name.removeprefix(start) for name in self._buffers if name.startswith(start)]
             if names:
                 canonical = {name: self._buffers[start + name] for name in names}
@@ -238,6 +261,7 @@ class AutoConjugate(OwnedGuide, Search):
             self.run(*args, **kwargs)
             return
         with preserved_rng(), outside_of_handlers(), explained():  # loaded: the program is only read
+            self._trained = self._made(args, kwargs)
             self._describe(started(self._read(args, kwargs)))
 
     @staticmethod
@@ -253,12 +277,16 @@ class AutoConjugate(OwnedGuide, Search):
         structure = self._known()
         families: Mapping[str, BlockFamily] = self._families()
         found: Mapping[str, EnumeratedConditional] = {}
-        plates = _plates(self._around)
+        plates = new_plates(self._around)
         if self._drawn or self._locals or self.conditional:
             field = self._local(args, kwargs, plates)
             structure, families = Structure.of(field.reading), field.families
-            found = {n: c for n, c in self._conditionals(field).items() if n in self._drawn}
+            with outside_of_handlers():
+                enumerated = conditionals(field) if self._drawn else {}
+            found = {n: c for n, c in enumerated.items() if n in self._drawn}
         drawn: dict[str, Tensor] = {}
+        for factor in self._trained:
+            drawn |= factor(*args, **kwargs)
         for block, family in families.items():
             if block not in self.conditional:
                 drawn |= draw_block(block, family, structure, plates)
@@ -266,12 +294,6 @@ class AutoConjugate(OwnedGuide, Search):
             fn = complete_conditional(field, name, drawn, structure.sites)
             drawn[name] = draw_site(name, fn, structure.sites[name], plates)
         return drawn | draw_enumerated(found, plates)
-
-    def _conditionals(self, field: BlockMeanField) -> dict[str, EnumeratedConditional]:
-        if not self._drawn:
-            return {}
-        with outside_of_handlers():
-            return conditionals(field)
 
     def _local(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], plates: Mapping[str, Any] | None = None
@@ -282,21 +304,19 @@ class AutoConjugate(OwnedGuide, Search):
         """
         indices = {n: p.indices for n, p in (plates or {}).items() if p.subsample_size < p.size}
         key = (*args, *kwargs.values(), *indices.values())
-        if (
-            self._last is None
-            or len(self._last[0]) != len(key)
-            or any(a is not b for a, b in zip(self._last[0], key, strict=True))
-        ):
+        if self._last is None or not are_same(self._last[0], key):
             with random_state(0), outside_of_handlers():
-                field = self._field(self._read(args, kwargs, indices))
+                field = self._averaged(self._field(self._read(args, kwargs, indices)), args, kwargs)
                 settle_locals(field)
-            self._last = (key, field)
+            self._last = key, field
         return self._last[1]
 
     def summary(self) -> str:
         """Where the bound stands, and after how many sweeps or steps."""
         if self.rate is not None:
             return f"{len(self.bounds)} natural-gradient steps on minibatches"
+        if self._makers and self.bounds:
+            return f"{self.bounds[-1]:.2f} nats by draws after {len(self.bounds) - 1} steps"
         return f"{self.bounds[-1]:.4f} nats after {len(self.bounds) - 1} sweeps" if self.bounds else "not run"
 
     def terms(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -325,14 +345,17 @@ class AutoConjugate(OwnedGuide, Search):
         probs = torch.as_tensor(quantiles, dtype=torch.float64)
         if probs.dim() != 1 or not bool(((probs >= 0) & (probs <= 1)).all()):
             raise ValueError(f"quantiles is {quantiles!r}; expected a flat list of probabilities in [0, 1]")
-        return self._by_site(partial(site_quantiles, probs=probs), args, kwargs)
+        found = self._by_site(partial(site_quantiles, probs=probs), args, kwargs)
+        return found | of_guides(self._trained, "quantiles", probs, *args, **kwargs)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Marginal medians of every continuous latent site; those of a simplex are divided by their sum."""
-        return self._by_site(medians, args, kwargs)
+        return self._by_site(medians, args, kwargs) | of_guides(self._trained, "median", *args, **kwargs)
 
     def _by_site(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> dict[str, Tensor]:
+        if self._structure is None and self._buffers:
+            self._setup_prototype(*args, **kwargs)
         structure = self._known()
         families = self._local(args, kwargs).families if self._locals else self._families()
         return {
@@ -356,44 +379,21 @@ class AutoConjugate(OwnedGuide, Search):
     # ------------------------------------------------------------------ copies and files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_init_loc_fn": None, "_last": None, "rate": None, "recorder": None}
+        own: dict[str, Any] = {"_init_loc_fn": None, "_last": None, "rate": None, "recorder": None}
+        made = {"_makers": dict.fromkeys(self._makers), "_trained": (), "_structure": None}
+        return {**super().__getstate__(), **own, **(made if self._makers else {})}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnedGuide:
-        self._last = None
-        return super().__deepcopy__(memo)
+        self._last, trained, structure = None, self._trained, self._structure
+        self._trained, self._structure = (), None if self._makers else structure
+        try:
+            return super().__deepcopy__(memo)
+        finally:
+            self._trained, self._structure = trained, structure
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = tuple(prefix + start for start in (_PREFIX, _WALK, _TRACE))
+        own = tuple(prefix + start for start in (_PREFIX, _WALK, TRAINED, _TRACE))
         for name in [key.removeprefix(prefix) for key in state_dict if key.startswith(own)]:
             self.register_buffer(name, torch.empty_like(state_dict[prefix + name]))
-        self._last = None
+        self._last, self._structure = None, None if self._makers else self._structure
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _key(prefix: str, block: str, name: str) -> str:
-    """Of a buffer, whose names have no dots."""
-    return f"{prefix}{block.replace('.', '/')}:{name}"
-
-
-def _facts(family: BlockFamily) -> dict[str, Any]:
-    """What of a distribution is no tensor."""
-    return {name: value for name, value in vars(family).items() if name not in ("canonical", "leaves")}
-
-
-def _checked_blocks(blocks: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    groups = tuple((group,) if isinstance(group, str) else tuple(group) for group in blocks)
-    names = [name for group in groups for name in group]
-    if len(set(names)) < len(names):
-        raise ValueError(f"blocks={blocks!r}: expected every site in at most one block.")
-    return groups
-
-
-def _named(init: Any) -> Mapping[str, Any]:
-    """Sites whose first values a user names: those of ``init_to_value``."""
-    values: Mapping[str, Any] = getattr(init, "keywords", {}).get("values", {})
-    return values
-
-
-def _plates(found: Sequence[Any]) -> dict[str, Any]:
-    once = {plate.name: plate for plate in found}
-    return {p.name: pyro.plate(p.name, p.full_size, dim=p.dim, subsample_size=p.size) for p in once.values()}

@@ -35,7 +35,10 @@ def block_layout(
     if (size := sum(layout.sizes.values())) > MOST_JOINT:
         raise ValueError(
             f"block {block!r} has {size:,} elements that interact, whose joint covariance would have {size**2:,} "
-            f"entries: expected at most {MOST_JOINT:,}. Name smaller blocks, blocks=[...], or use another guide."
+            f"entries: expected at most {MOST_JOINT:,}. "
+            + ("Name smaller blocks, blocks=[...], or " if len(members) > 1 else "Name ")
+            + f"fallback={{{', '.join(f'{m!r}: AutoNormal' for m in members)}}}, pyro.infer.autoguide.AutoNormal by "
+            "gradient, or use another guide."
         )
     return layout
 

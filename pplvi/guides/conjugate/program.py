@@ -79,7 +79,7 @@ def read_program(
     blocks = Blocks({name: names.get(name, name) for name in latents}, families, frozenset(fallback))
     blocks = blocks.with_series(series)
     scored, inner, chain = _scored(trace, _nesting(prior), places_of(series))
-    factors = [_factor(blocks, turn, summed) for summed, turn in scored]
+    factors = [_factor(blocks, turn, summed, latents) for summed, turn in scored]
     members: dict[str, tuple[str, ...]] = {}
     for site in latents:
         block = blocks.names[site]
@@ -139,21 +139,27 @@ def _family(name: str, found: Latent, fallback: Mapping[str, str]) -> str:
     if (family := family_of(kind)) is None:
         raise ValueError(
             f"latent site {name!r} is {kind}, which has no conjugate family: expected Normal, MultivariateNormal, "
-            f"Gamma, InverseGamma, Exponential, Beta, Dirichlet or Wishart. Name fallback={{{name!r}: 'cvi'}} for a "
-            "normal distribution by natural gradients, or use another guide."
+            f"Gamma, InverseGamma, Exponential, Beta, Dirichlet or Wishart. Name {_advice({name: found})}."
         )
     return family
 
 
-def _fallback_family(name: str, found: Latent) -> str:
+def _normal_family(found: Latent) -> str | None:
+    """The family of a site that is normal, or whose logarithm is; ``None`` for other supports."""
     support = base_distribution(found.fn).support
     kind = str(support)
     if kind.startswith("Real") or kind.startswith("IndependentConstraint(Real"):
         return "normal"
-    if "GreaterThan" in kind and getattr(support, "lower_bound", 1) == 0:
-        return "lognormal"
+    return "lognormal" if "GreaterThan" in kind and getattr(support, "lower_bound", 1) == 0 else None
+
+
+def _fallback_family(name: str, found: Latent) -> str:
+    if (family := _normal_family(found)) is not None:
+        return family
+    kind = str(base_distribution(found.fn).support)
     raise ValueError(
-        f"fallback for site {name!r}: its support is {kind}, expected real or positive values. Use another guide."
+        f"fallback for site {name!r} is no guide family: its support is {kind}, expected real or positive values. "
+        f"Name a guide family, {_advice({name: found})}."
     )
 
 
@@ -203,11 +209,11 @@ def _beyond(shape: Sequence[int], nesting: int) -> bool:
     return any(size > 1 for size in shape[: max(0, len(shape) - nesting)])
 
 
-def _factor(blocks: Blocks, turn: LoopTurns, summed: bool) -> Factor:
+def _factor(blocks: Blocks, turn: LoopTurns, summed: bool, latents: Mapping[str, Latent]) -> Factor:
     try:
         return Factor(expected_log_prob(blocks, turn.fn, turn.value), turn, summed)
     except NotConjugate as error:
-        raise refusal(turn.name, error) from error
+        raise _refusal(turn, error, blocks, latents) from error
 
 
 def _block_name(group: Sequence[str]) -> str:
@@ -241,11 +247,32 @@ def _is_walk(trace: Any, group: Sequence[str]) -> bool:
     return True
 
 
-def refusal(name: str, error: NotConjugate) -> ValueError:
+def _refusal(turn: LoopTurns, error: NotConjugate, blocks: Blocks, latents: Mapping[str, Latent]) -> ValueError:
     """What is said of a factor without a closed form."""
-    sites = ", ".join(f"{site!r}: 'cvi'" for site in sorted(error.sites))
+    sites = {site: latents[site] for site in sorted(error.sites) if site in latents}
     return ValueError(
-        f"site {name!r} is not conjugate: {error}. Expected a form whose updates are closed (a precision with a Gamma "
-        "prior, scale=tau.rsqrt(); a linear map; one product in a logarithm). Rewrite it, or name "
-        f"fallback={{{sites}}} for updates by natural gradients, or use another guide."
+        f"site {turn.name!r} is not conjugate: {error}. Expected a form whose updates are closed (a precision with a "
+        "Gamma prior, scale=tau.rsqrt(); a linear map; one product in a logarithm). Rewrite it, or name "
+        f"{_advice(sites, (blocks, turn))}."
     )
+
+
+def _advice(latents: Mapping[str, Latent], about: tuple[Blocks, LoopTurns] | None = None) -> str:
+    """The ``fallback=`` that sites can take: a guide family, where natural gradients do not take them."""
+    if not latents:
+        return "another guide"
+    families = {site: _normal_family(found) for site, found in latents.items()}
+    normal = None not in families.values() and (about is None or _is_integrable(*about, families))
+    sites = ", ".join(f"{site!r}: {repr('cvi') if normal else 'AutoNormal'}" for site in latents)
+    how = "updates by natural gradients" if normal else "pyro.infer.autoguide.AutoNormal or another guide, by gradient"
+    return f"fallback={{{sites}}} for {how}, or use another guide"
+
+
+def _is_integrable(blocks: Blocks, turn: LoopTurns, families: Mapping[str, Any]) -> bool:
+    """Whether a factor has an expectation where some sites are normal, or their logarithms are."""
+    loose = Blocks(blocks.names, {**blocks.families, **families}, blocks.loose | frozenset(families), blocks.series)
+    try:
+        expected_log_prob(loose, turn.fn, turn.value)
+    except NotConjugate:
+        return False
+    return True

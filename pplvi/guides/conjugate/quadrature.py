@@ -63,7 +63,7 @@ def integrated(blocks: Blocks, fn: Any, value: Any) -> Expected:
         return combined(lambda *numbers: _gauss_hermite(density, numbers, positive, fn.batch_shape), *parts)
     if len(inputs) == 1 and not inputs[0].positive and _is_rowwise(density, inputs[0].expression, fn.batch_shape):
         return integrated_rows(blocks, density, inputs[0].expression, fn.batch_shape)
-    raise NotConjugate("a density whose elements depend on several predictors at once", _sites(inputs))
+    raise NotConjugate("a density whose elements depend on several predictors at once, or all on one", _sites(inputs))
 
 
 def _sites(inputs: Sequence[Input]) -> set[str]:
@@ -102,7 +102,10 @@ def _is_elementwise(density: Callable[..., Tensor], inputs: Sequence[Input], sha
     def along(v: Tensor, i: int) -> Tensor:
         return density(*(v if j == i else y for j, y in enumerate(values))).expand(shape)
 
-    return all(_is_local(partial(along, i=i), x.expand(shape), 0) for i, x in enumerate(values))
+    try:
+        return all(_is_local(partial(along, i=i), x.expand(shape), 0) for i, x in enumerate(values))
+    except RuntimeError:  # shapes that the program has fixed
+        return False
 
 
 def _is_rowwise(density: Callable[..., Tensor], e: Expression, shape: Any) -> bool:

@@ -38,13 +38,11 @@ class Latent:
     @property
     def weight(self) -> Tensor | None:
         """What stands before the entropy, of the batch shape; ``None`` for one."""
-        scale = torch.ones((), dtype=torch.float64, device=self.start.device)
-        for plate in self.plates:
-            scale = scale * plate.scale
-        if self.mask is None and bool(scale == 1):
+        scale = math.prod(plate.scale for plate in self.plates)
+        if self.mask is None and scale == 1:
             return None
         shape = self.start.shape[: self.start.dim() - self.fn.event_dim]
-        return scale_and_mask(scale.expand(shape), 1.0, self.mask)
+        return scale_and_mask(torch.full(shape, scale, dtype=torch.float64, device=self.start.device), 1.0, self.mask)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture, full_gaussian, stack_gaussians
-from pplvi.posterior.looking import work_of_draw
+from pplvi.posterior.looking import work_of_row
 from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
@@ -78,7 +77,7 @@ def _mixed(density: UnconstrainedDensity, best: _Judged, components: int) -> _Ju
     if components < 2 or density.dim > MOST_MIXED or best.ess > _GOOD:
         return best
     rounds = _EM_ROUNDS * int(math.log2(components)) + 1
-    if best.ess > _FAIR and rounds * _LEAST_MIXED * _work(density, best.draws) > _MOST_WORK:
+    if best.ess > _FAIR and rounds * _LEAST_MIXED * work_of_row(density) > _MOST_WORK:
         return best
     best = _judge(density, best.mixture.parts, _LEAST_MIXED)
     size, least = 2, best.elbo - _DEAR
@@ -92,12 +91,6 @@ def _mixed(density: UnconstrainedDensity, best: _Judged, components: int) -> _Ju
                 best = current
         size *= 2
     return best
-
-
-def _work(density: UnconstrainedDensity, draws: Tensor) -> float:
-    """Elements computed for a row of draws."""
-    rows = draws.to(density.dtype)
-    return work_of_draw(lambda size, seed: density(rows[:size]))
 
 
 def _fitted(found: _Judged, size: int) -> Gaussian:
@@ -124,17 +117,22 @@ def _expectation_maximisation(weight: Tensor, draws: Tensor, size: int) -> tuple
     common = torch.eye(dim).to(draws)
     locs, covariances = draws[torch.multinomial(weight, size)], common.expand(size, -1, -1)
     for _ in range(_EM_STEPS):
-        each = MultivariateNormal(locs, covariances, validate_args=False).log_prob(draws.unsqueeze(1))
-        share = each.softmax(1) * weight.unsqueeze(1)
-        total = share.sum(0) + 1e-12
-        locs = (share.T @ draws) / total.unsqueeze(1)
-        centred = draws.unsqueeze(1) - locs
-        scatter = effective * torch.einsum("sk,ski,skj->kij", share, centred, centred)
+        share = _log_densities(locs, covariances, draws).softmax(0) * weight
+        total = share.sum(1) + 1e-12
+        locs = (share @ draws) / total.unsqueeze(1)
+        centred = draws - locs.unsqueeze(1)
+        scatter = effective * (share.unsqueeze(2) * centred).mT @ centred
         narrow = prior * (size + 1) ** (-2 / dim) * common
         covariances = (scatter + narrow) / (effective * total + prior).reshape(-1, 1, 1)
-    highest = MultivariateNormal(locs, covariances, validate_args=False).log_prob(locs.unsqueeze(1)).logsumexp(1)
-    order = highest.argsort(descending=True)
+    order = _log_densities(locs, covariances, locs).logsumexp(0).argsort(descending=True)
     return locs[order], covariances[order]
+
+
+def _log_densities(locs: Tensor, covariances: Tensor, points: Tensor) -> Tensor:
+    """Normal log densities of K components at rows of points, ``(K, S)``, up to a constant."""
+    roots = torch.linalg.cholesky(covariances)
+    whitened = torch.linalg.solve_triangular(roots, (points - locs.unsqueeze(1)).mT, upper=False)
+    return -0.5 * whitened.square().sum(1) - roots.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
 
 
 def _covariance(weight: Tensor, draws: Tensor) -> Tensor:

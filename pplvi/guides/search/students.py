@@ -16,6 +16,7 @@ from pplvi.guides.search.explore import check_proper
 from pplvi.guides.search.gaussians import full_gaussian
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Positive, Seed
+from pplvi.posterior.looking import work_of_row
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
     Weighed,
@@ -38,8 +39,11 @@ from pplvi.weights.pareto import pareto_smooth
 __all__ = ["AutoStudentMixture"]
 
 _SCREENED, _CLIMBING = 80, 16  # far points looked at for each scout, and those that climb
+_DEAR = 5e3  # elements computed for a far point from which on fewer are looked at
 _GOOD, _GAIN, _ROUNDS, _TRIES = 0.9, 1.02, 60, 2
+_FAIR, _MOST_WORK = 0.5, 1e9  # of the draws are effective: no more rounds are worth so many elements computed
 _LEAST_DRAWS, _MOST_DRAWS, _DRAWS_OF_DIM = 4_000, 20_000, 200
+_FEW_DRAWS, _DEAR_ROUND = 1_000, 2e8  # elements computed in a round from which on it has fewer draws
 _ENOUGH = 10  # effective draws for each dimension and component, below which weights are tempered
 _TOPS = (0.0, 0.1, 0.3, 0.03, 0.2)  # of the weight, that of the largest weights, which a new component is fitted to
 _LIGHTER = 15.0  # degrees of freedom
@@ -67,7 +71,8 @@ class AutoStudentMixture(FoundGuide):
 
     :param model: a Pyro model in up to 100 unconstrained dimensions; its latent sites are continuous or enumerated, its
         plates are not subsampled.
-    :param num_scouts: how many points climb from the prior; 160 times as many far ones are looked at, for narrow modes.
+    :param num_scouts: how many points climb from the prior; 160 times as many far ones, fewer where they are dear, are
+        looked at, for narrow modes.
     :param num_components: the most components; modes beyond it, those of the least mass, are left out.
     :param init_radius: as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`: from there four
         more scouts climb.
@@ -116,7 +121,7 @@ class AutoStudentMixture(FoundGuide):
         modes = climbed(density, torch.cat([near, prior]))
         if (seen := mixed(modes)) is None:
             return _spread(torch.cat([near, prior]))
-        far = _SCREENED * self._num_scouts
+        far = int(_SCREENED * self._num_scouts * min(1.0, _DEAR / work_of_row(density)))
         candidates = torch.cat([prior_starts(density, *call, far), wide(seen, far)])
         found = mixed(climbed(density, screened(density, seen, candidates, _CLIMBING), modes)) or seen
         return found.heaviest(self._num_components)
@@ -189,16 +194,20 @@ def _spread(points: Tensor) -> Students:
 @torch.no_grad()
 def _adapted(density: UnconstrainedDensity, start: Students, most: int) -> Students:
     """The mixture after rounds of importance sampling, each with EM and then with a new component."""
-    size = min(max(_LEAST_DRAWS, _DRAWS_OF_DIM * density.dim), _MOST_DRAWS)
+    work = work_of_row(density)
+    least_draws = min(_LEAST_DRAWS, max(_FEW_DRAWS, int(_DEAR_ROUND / work)))
+    size = min(max(least_draws, _DRAWS_OF_DIM * density.dim), _MOST_DRAWS)
     best, found = start, weighed(density, start, size)
     if not bool(found.log_weight.isfinite().all()):
         best = _lighter(start)
         found = weighed(density, best, size)
     if not bool(found.log_weight.isfinite().any()):
         return start
-    attempt, least = 0, _efficiency(found)
+    attempt, least, before = 0, _efficiency(found), density.rows
     for _ in range(_ROUNDS):
-        if is_time_over() or _efficiency(found) > _GOOD or attempt == _TRIES * len(_TOPS):
+        dear = (density.rows - before) * work > _MOST_WORK
+        good = _efficiency(found) > (_FAIR if dear else _GOOD)
+        if is_time_over() or good or attempt == _TRIES * len(_TOPS):
             break
         new = _refitted(best, found, _TOPS[attempt % len(_TOPS)] if len(best.loc) < most else 0.0)
         if not bool(found.log_weight.isfinite().all()):

@@ -20,7 +20,8 @@ from torch import Tensor
 from pplvi.posterior.arviz.schema import SAMPLE, Group, Groups, Names, equal, stack_chains, to_numpy
 from pplvi.posterior.draws import Draws, log_prior, predict, score
 from pplvi.posterior.gather import align
-from pplvi.posterior.posterior import Posterior, name_of
+from pplvi.posterior.looking import name_of
+from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.predictions import observed_as_before, told_how_to_predict
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call

@@ -50,8 +50,9 @@ class ExpectationMaximization:
     :math:`-\log p(x)` (nats) at the beginning of each iteration and never rises.
 
     Continuous latents are taken where their exact posterior is in closed form, by what :class:`pplvi.AutoConjugate`
-    knows: factor analysis, probabilistic PCA, linear-Gaussian state spaces, random effects, Gamma rates of counts. E-
-    and M-step are recorded once; ``fit.guide`` draws from the posterior at the maximum.
+    knows: factor analysis, probabilistic PCA, linear-Gaussian state spaces, random effects, Gamma rates of counts.
+    Their M-step is in closed form for linear maps, means, spreads and rates. E- and M-step are recorded once;
+    ``fit.guide`` draws from the posterior at the maximum.
 
     Source: Dempster, Laird & Rubin (1977), "Maximum likelihood from incomplete data via the EM algorithm"; Neal &
     Hinton (1998), "A view of the EM algorithm that justifies incremental, sparse, and other variants", for ``m_steps``.
@@ -202,6 +203,7 @@ class EMStepper(Stepper):
         """An M-step; a restart whose likelihood has no maximum ends, if there are others."""
         try:
             self.maximise(counts)
+            self.guide.closed, self.guide.searched = self.maximise.closed, self.maximise.searched
         except CollapseError as error:
             if not self.several:
                 raise

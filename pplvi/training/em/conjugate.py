@@ -109,7 +109,8 @@ class ConjugateData(ParameterLeaves):
         def both(*values: Tensor) -> tuple[Tensor, Tensor]:
             return super(ConjugateData, self).value_and_gradient(dict(zip(counts, values, strict=True)), leaves)
 
-        loss, gradient = self._run("M", both, list(counts.values()))
+        names = [name for name, leaf in self.leaves.items() if any(leaf is other for other in leaves)]
+        loss, gradient = self._run(f"M {names}", both, list(counts.values()))
         return loss, gradient
 
     def _run(self, name: str, function: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]) -> Any:

@@ -11,6 +11,7 @@ from pplvi.guides.search.lbfgs import Options, minimise
 from pplvi.training.em.blocks import Block, blocks_of
 from pplvi.training.em.complete import CompleteData, ParameterLeaves
 from pplvi.training.em.gathers import links_of
+from pplvi.training.em.moments import ClosedMoments, closed_moments
 
 
 class Maximisation:
@@ -26,6 +27,8 @@ class Maximisation:
     def __init__(self, problem: ParameterLeaves, m_steps: int | None = None) -> None:
         self.problem, self.m_steps = problem, m_steps
         self.blocks: list[Block] = []
+        self.moments: ClosedMoments | None = None
+        self._looked = m_steps is not None or isinstance(problem, CompleteData)
         if m_steps is None and isinstance(problem, CompleteData):
             self.blocks = blocks_of(problem, links_of(problem))
         self.closed = sorted(name for block in self.blocks for name in block.roles)
@@ -33,6 +36,12 @@ class Maximisation:
 
     def __call__(self, counts: Mapping[str, Tensor]) -> None:
         """One M-step for these expected counts."""
+        if not self._looked:
+            self._looked, self.moments = True, closed_moments(self.problem, counts)
+            if self.moments is not None:
+                self.closed, self.searched = sorted(self.problem.leaves), []
+        if self.moments is not None:
+            self.moments(self.problem, counts)
         with torch.no_grad():
             for block in self.blocks:
                 self.problem.assign(block.maximise(self.problem, counts))

@@ -9,9 +9,9 @@ import pyro
 import torch
 
 from pplvi.losses.elbo import own_loss
+from pplvi.programs.ranks import ProcessGroup
 from pplvi.programs.state import preserved_rng
 from pplvi.training.batches import FullData
-from pplvi.training.parallel.ranks import ProcessGroup
 from pplvi.training.parallel.shares import share_of, split_of
 from pplvi.training.parallel.stepping import Meeting, together
 from pplvi.training.plan import TrainingPlan

@@ -12,12 +12,12 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pplvi.programs.calls import Arguments
 from pplvi.programs.handlers import parameters_of
+from pplvi.programs.ranks import ProcessGroup
 from pplvi.programs.running import plain_run, plain_run_of_pair
 from pplvi.programs.sites import is_deterministic, is_factor, sample_sites
 from pplvi.programs.state import fingerprint, preserved_buffers
 from pplvi.programs.traces import Run
 from pplvi.training.batches import Batches, FullData, OneShot, Share
-from pplvi.training.parallel.ranks import ProcessGroup
 from pplvi.training.replicas import Recipe
 from pplvi.training.restart import scratch
 from pplvi.types import Call

@@ -22,11 +22,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.compile.flat_optimizers import Exchange
 from pplvi.losses.elbo import own_loss
+from pplvi.programs.ranks import ProcessGroup, heard
 from pplvi.programs.shard import Exchanges, Shard, mean_over
 from pplvi.programs.sharding import Sharded, own_noise
 from pplvi.programs.state import buffers_of, fingerprint, module_of
 from pplvi.training.optimizers import Update
-from pplvi.training.parallel.ranks import ProcessGroup, heard
 from pplvi.training.parallel.shares import OwnData, Split
 from pplvi.training.restart import Restart, is_numerical
 from pplvi.training.schedules import norm_of

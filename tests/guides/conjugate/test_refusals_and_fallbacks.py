@@ -1,5 +1,6 @@
 """What has no closed form is refused by site and operation, or fitted with ``fallback=``, the rest in closed form."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pplvi
@@ -76,11 +78,17 @@ def too_many() -> None:
     pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.tensor(0.0))
 
 
+def correlations() -> None:
+    tril = pyro.sample("tril", dist.LKJCholesky(2, 1.0))
+    data(dist.MultivariateNormal(torch.zeros(2), scale_tril=tril), X)
+
+
 REFUSED = {
-    too_many: r"block 'x' has 6,000 elements that interact.*blocks=",
+    too_many: r"block 'x' has 6,000 elements that interact.*fallback=\{'x': AutoNormal\}",
+    correlations: r"latent site 'tril' is LKJCholesky, which has no conjugate family.*fallback=\{'tril': AutoNormal\}",
     gamma_scale: r"'y' is not conjugate.*standard deviation.*power -2 of site 'sd'.*gamma.*fallback=\{'sd': 'cvi'\}",
     power: r"'y' is not conjugate.*\(a\^1 a\^1 a\^1|site 'a'",
-    exponential: r"'y' is not conjugate: the loc of Normal is torch.exp of 'a'.*fallback=\{'a': 'cvi'\}",
+    exponential: r"'y' is not conjugate: the loc of Normal is torch.exp of 'a'.*fallback=\{'a': AutoNormal\}",
     plate_that_interacts: r"elements of site 'b' along \['features'\] interact.*blocks=\[\('b',\)\].*to_event",
     logits: r"'y' is not conjugate: the logits of Bernoulli depend on latent sites.*fallback=\{'b': 'cvi'\}",
     log_of_a_sum: r"'y' is not conjugate: the logarithm of a sum with 'p'",
@@ -94,6 +102,18 @@ REFUSED = {
 def test_refusals_name_site_operation_and_remedy(model: Any) -> None:
     with pytest.raises(ValueError, match=REFUSED[model]):
         pplvi.fit(model, pplvi.AutoConjugate, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("model", [m for m in REFUSED if m is not branch], ids=lambda model: model.__name__)
+def test_what_a_refusal_advises_works(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"fallback=|blocks=") as refused:
+        pplvi.AutoConjugate(model, seed=0).run()
+    (said,) = re.findall(r"(?:blocks=\[.*?\]|fallback=\{.*?\})", str(refused.value))[:1]
+    name, value = said.split("=", 1)
+    options = {name: eval(value, {"AutoNormal": AutoNormal})}
+    guide = pplvi.AutoConjugate(model, seed=0, max_sweeps=4, **options).run()
+    assert np.isfinite(guide.bounds[-1])
+    assert set(guide()) == set(guide.median())
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,23 @@
-"""The processes that train together: one alone, or the ranks of a ``torch.distributed`` group."""
+"""The processes that work together: one alone, or the ranks of a ``torch.distributed`` group."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pplvi.programs.shard import mean_over
+from pplvi.programs.state import fingerprint
 
 T = TypeVar("T")
 
@@ -33,6 +35,7 @@ class Processes:
 
     rank = 0
     size = 1
+    interrupted = False
 
     def any(self, flag: Any) -> bool:
         """Whether it is true on any rank."""
@@ -49,6 +52,18 @@ class Processes:
     def first(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank; what it raises, too."""
         return make()
+
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """What every rank makes, in their order; what one of them raises is raised on all."""
+        return [make()]
+
+    def share(self, total: int) -> range:
+        """Which of so many pieces of work are this rank's: every ``size``-th.
+
+        >>> Processes().share(3)
+        range(0, 3)
+        """
+        return range(total)[self.rank :: self.size]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -108,6 +123,21 @@ class ProcessGroup(Processes):
         made: T = box[0]
         return made
 
+    def each(self, make: Callable[[], T]) -> list[T]:
+        """What every rank makes, in their order; what one of them raises is raised on all."""
+        made: T | None = None
+        failed: BaseException | None = None
+        try:
+            made = make()
+        except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the others have to hear of it
+            failed = error
+        found = self.gather((made, _sendable(failed)))
+        if failed is not None:
+            raise failed
+        if (theirs := next((error for _, error in found if error is not None), None)) is not None:
+            raise theirs
+        return [cast(T, made) for made, _ in found]
+
     def spread(self, tensors: list[Tensor]) -> None:
         """Give every rank the values that rank 0 has."""
         with heard(), torch.no_grad():
@@ -136,6 +166,15 @@ class ProcessGroup(Processes):
         finally:
             self.interrupted = False
             signal.signal(signal.SIGINT, before)
+
+
+def _sendable(error: BaseException | None) -> BaseException | None:
+    """An error that another process can read."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of whatever kind: user's errors hold what they like
+        return (ValueError if isinstance(error, ValueError) else RuntimeError)(str(error))
+    return error
 
 
 _LOST = ("gloo", "pair closure", "Connection closed", "Timed out")  # what gloo says, in plain RuntimeErrors
@@ -171,6 +210,21 @@ def join(timeout: float | None = None) -> Processes:
         dist.init_process_group(timeout=None if timeout is None else timedelta(seconds=timeout))
         atexit.register(_leave)
     return ProcessGroup(dist.group.WORLD) if dist.get_world_size() > 1 else Processes()
+
+
+def common_seed(ranks: Processes, seed: int | None, call: Any) -> int | None:
+    """The seed that all ranks count from; in one process the one that was given, or none.
+
+    :raises ValueError: if the ranks were given different data or seeds.
+    """
+    if ranks.size == 1:
+        return seed
+    if len(set(ranks.gather(fingerprint((call, seed))))) > 1:
+        raise ValueError(
+            "the ranks were given different data or seeds: chains, islands, restarts and draws are spread over ranks "
+            "that have the same full data and seed=. Expected those, or parallel='none', which keeps ranks apart."
+        )
+    return ranks.first(lambda: int(torch.randint(2**31, ()))) if seed is None else seed
 
 
 def _leave() -> None:

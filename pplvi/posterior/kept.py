@@ -1,0 +1,29 @@
+"""The last posteriors of a fit, which need not be drawn and judged twice."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+from pplvi.posterior.posterior import Posterior
+
+_MOST = 2
+
+
+class Kept:
+    """The last two posteriors, by what they were asked for; each as long as programs, parameters and data stay."""
+
+    def __init__(self) -> None:
+        self._table: OrderedDict[Hashable, Posterior] = OrderedDict()
+
+    def find(self, key: Hashable, draw: Callable[[], Posterior]) -> Posterior:
+        """The one of this key if it is current (:attr:`pplvi.Posterior.is_current`), or a new one.
+
+        :param key: everything that draws depend on, besides programs, parameters and data.
+        :param draw: what makes it.
+        """
+        found = self._table.pop(key, None)
+        self._table[key] = draw() if found is None or not found.is_current else found
+        if len(self._table) > _MOST:
+            self._table.popitem(last=False)
+        return self._table[key]
