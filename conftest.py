@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from pplvi.compile import backends
+from pplvi.programs.state import reseed
 
 torch.set_num_threads(1)
 # A precompiled header takes longer than a program, but here some sixty programs share it.
@@ -55,7 +56,7 @@ def pytest_collection_finish() -> None:
 def fresh_state() -> Iterator[None]:
     """Start every test and doctest from the same state, and check that it left torch's defaults alone."""
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    reseed(0)
     defaults = torch.get_default_dtype(), torch.distributions.Distribution._validate_args
     yield
     changed = torch.get_default_dtype(), torch.distributions.Distribution._validate_args

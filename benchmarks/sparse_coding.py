@@ -5,7 +5,8 @@ one, are the data of all but the first and the last table.
 
 - EM: Gaussian mixtures from the same k-means; iterations and log-likelihood of ``ExpectationMaximization`` and of
   scikit-learn's ``GaussianMixture`` at equal tolerances, its generalised form, and the largest fall of log p.
-- Lasso: 500 digits, 100 atoms, lambda 0.1; steps until the largest duality gap is 1e-6.
+- Lasso: 500 digits, 100 atoms, lambda 0.1; steps until the largest duality gap is 1e-6, as they are, recorded and
+  compiled, the time of making recordings apart.
 - Dictionaries: all digits, 50 atoms; the mean objective with exact codes.
 - LISTA: 7 layers, trained on mixtures of the other digits; mean objective above the minimum.
 - Binary sparse coding: 12 codes; the mean bound with 21 starts, exact log p, and how many of 100 data have a bound that
@@ -34,7 +35,9 @@ from torch import Tensor
 
 import pplvi
 from benchmarks.reporting import Rows, command_line, write
-from pplvi.guides.search.lasso import Lasso, solve
+from pplvi.compile.iterating import RecordedMap
+from pplvi.compile.svi import CompileMode
+from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
 
 QUICK = "--rounds 1 --em-steps 45 --images 300 --digits 60 --atoms 20 --steps 5 --lista-steps 20 --starts 1"
 PENALTY = 0.1
@@ -136,12 +139,46 @@ def lasso_table(x: Tensor, atoms: Tensor, rounds: int) -> Iterator[Row]:
     peer = partial(sparse_encode, x.numpy(), atoms.numpy(), algorithm="lasso_cd", alpha=PENALTY, max_iter=10_000)
     took, codes = seconds(lambda: torch.tensor(peer(n_jobs=1)), rounds)
     gap = float(problem.gap(codes, length).max())
-    yield {"method": "scikit-learn lasso_cd", "steps": None, "gap": gap, "seconds": took}
+    yield {
+        "method": "scikit-learn lasso_cd",
+        "steps": None,
+        "gap": gap,
+        "seconds": took,
+        "recording": None,
+        "apart": None,
+    }
     ways: list[tuple[Any, bool]] = [("ista", False), ("fista", False), ("fista", True), ("coordinate", False)]
     for method, restart in ways:
         took, found = seconds(lambda m=method, r=restart: solve(problem, m, restart=r), rounds)
         label = f"{method}, restarts" if restart else method
-        yield {"method": label, "steps": found.iterations, "gap": float(found.gap.max()), "seconds": took}
+        yield {"method": label, "steps": found.iterations, "gap": float(found.gap.max()), "seconds": took} | {
+            "recording": None,
+            "apart": None,
+        }
+    for name in ("ista", "fista"):
+        for mode in ("trace", True):
+            yield recorded_row(problem, name, mode, rounds)
+
+
+def recorded_row(problem: Lasso, method: LassoMethod, mode: CompileMode, rounds: int) -> Row:
+    """Iterations that are recorded, or compiled: CPU seconds without and of recording, and how far codes and gaps are
+    from those of iterations that are neither."""
+    spent: list[float] = []
+
+    def recorder(*of: Any) -> RecordedMap:
+        began = time.process_time()
+        made = RecordedMap(*of, mode=mode)
+        spent.append(time.process_time() - began)
+        return made
+
+    solve(problem, method, recorder=recorder)  # the first one compiles
+    spent.clear()
+    took, found = seconds(partial(solve, problem, method, recorder=recorder), rounds)
+    recording, plain = sum(spent) / rounds, solve(problem, method)
+    apart = max(float((x - y).abs().max()) for x, y in zip(found[:2], plain[:2], strict=True))
+    label = ("fista, restarts" if method == "fista" else method) + (", compiled" if mode is True else ", recorded")
+    row = {"method": label, "steps": found.iterations, "gap": float(found.gap.max()), "seconds": took - recording}
+    return row | {"recording": recording, "apart": apart}
 
 
 def dictionary_table(x: Tensor, atoms: int, steps: int) -> Iterator[Row]:

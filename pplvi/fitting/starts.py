@@ -13,11 +13,12 @@ from torch import Tensor
 from pplvi.compile.iterating import RecordedMap
 from pplvi.compile.svi import CompileMode
 from pplvi.fitting.recorded import RecordedDensity
-from pplvi.guides.conjugate.ascent import Recorder
 from pplvi.guides.conjugate.auto import AutoConjugate
+from pplvi.guides.recording import Recorder
 from pplvi.guides.search.base import FoundGuide, Search
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.guides.search.pathfinder import AutoPathfinder
+from pplvi.guides.search.proximal import AutoProximal
 from pplvi.guides.search.start import start_at_pathfinder
 from pplvi.losses.elbo import ELBO
 from pplvi.programs.running import plain_run
@@ -43,7 +44,7 @@ class SearchedStart(Start):
     """Guides that find themselves search before the first step; others may start at a Gaussian that was searched for.
 
     :param init: ``"pathfinder"``, ``"match"``, or ``None`` for the guide's own start.
-    :param compile: how sweeps of coordinate ascent are recorded.
+    :param compile: how sweeps of coordinate ascent and iterations of sparse codes are recorded.
     """
 
     def __init__(self, init: str | None = None, compile: CompileMode = False) -> None:
@@ -94,7 +95,7 @@ class SearchedStart(Start):
         run, guide = trainer.run, cast(AutoConjugate, trainer.run.guide)
         if guide.rate is None:
             call = trainer.call = _full_call(trainer, None)
-            guide.recorder = None if self.compile is False else cast(Recorder, partial(RecordedMap, mode=self.compile))
+            guide.recorder = self._recorder()
             guide.run(*call[0], **call[1])
             if _parameters(run, call):
                 return False
@@ -115,6 +116,9 @@ class SearchedStart(Start):
             run.losses.append(-guide.bounds[-1])
         return True
 
+    def _recorder(self) -> Recorder | None:
+        return None if self.compile is False else cast(Recorder, partial(RecordedMap, mode=self.compile))
+
     def _search(self, trainer: Trainer, call: Call) -> bool:
         run, guide = trainer.run, cast(Any, trainer.run.guide)
         if not self.searches(guide):
@@ -122,6 +126,8 @@ class SearchedStart(Start):
             return False
         if isinstance(guide, FoundGuide):
             guide.make_density = RecordedDensity
+        if isinstance(guide, AutoProximal):
+            guide.recorder = self._recorder()
         guide.run(*call[0], **call[1])
         if _parameters(run, call):
             return False

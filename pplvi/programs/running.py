@@ -21,7 +21,7 @@ from pplvi.programs.masks import balance_missing
 from pplvi.programs.minibatches import FewIndices
 from pplvi.programs.sharding import unsplit
 from pplvi.programs.sites import PARTICLES, is_subsample
-from pplvi.programs.state import is_recording, preserved_buffers, preserved_parameters, preserved_rng
+from pplvi.programs.state import is_recording, preserved_buffers, preserved_parameters, preserved_rng, reseed
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 
@@ -97,7 +97,7 @@ def isolated() -> Iterator[None]:
     inspected first), and a random state that is neither advanced nor used twice."""
     with preserved_rng(), preserved_parameters(), torch.no_grad(), unsplit():
         if not is_recording():
-            pyro.set_rng_seed(int(torch.randint(2**31, ())))
+            reseed(int(torch.randint(2**31, ())))
         yield
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -233,6 +234,24 @@ def buffers_of(**programs: Any) -> dict[str, Tensor]:
     return {f"{role}.{name}": buffer for role, module in found.items() for name, buffer in module.named_buffers()}
 
 
+def reseed(seed: int) -> None:
+    """What ``pyro.set_rng_seed`` does, at a tenth of its time where there is no accelerator: for a device that has not
+    begun yet, torch notes the stack of calls.
+
+    >>> pyro.set_rng_seed(7)
+    >>> expected = torch.rand(()), np.random.rand(), random.random()
+    >>> reseed(7)
+    >>> expected == (torch.rand(()), np.random.rand(), random.random())
+    True
+    """
+    if torch.accelerator.is_available():
+        pyro.set_rng_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 @contextmanager
 def random_state(seed: int | None) -> Iterator[None]:
     """Seed torch (all devices), NumPy and Python within, and put their states back afterwards.
@@ -253,5 +272,5 @@ def random_state(seed: int | None) -> Iterator[None]:
         raise ValueError(f"got seed={seed}; expected an integer from 0 to 2**32 - 1, which NumPy takes.")
     with preserved_rng(active=seed is not None):
         if seed is not None:
-            pyro.set_rng_seed(seed)
+            reseed(seed)
         yield

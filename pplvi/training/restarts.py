@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pplvi.programs.errors import warn
 from pplvi.programs.running import plain_run
-from pplvi.programs.state import clone, preserved_rng, rng_state, set_rng_state
+from pplvi.programs.state import clone, preserved_rng, reseed, rng_state, set_rng_state
 from pplvi.training import checkpoint
 from pplvi.training.batches import FullData, OneShot
 from pplvi.training.checkpoint import PathLike, UnwrittenError
@@ -227,7 +227,7 @@ class _Session:
             with put_back(self.plan.resume or ""):
                 set_rng_state(saved["start"])
         elif seed is not None or self.side_by_side:  # streams that run side by side must not be one
-            pyro.set_rng_seed(self.base + index if seed is None else seed)
+            reseed(self.base + index if seed is None else seed)
         start = self.starts[index] = rng_state()
         environment = self.plan.recipe.environment
         with environment.active():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pplvi
 from pplvi import AutoProximal
+from pplvi.compile.iterating import RecordedMap
 from pplvi.guides.search.lasso import Lasso, solve
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -285,12 +286,44 @@ def test_training_the_model_has_the_gradient_of_the_minimum() -> None:
     assert (ends[0] - ends[1]) / 2e-4 == pytest.approx(float((gradient * direction).sum()), rel=1e-4)
 
 
-def test_a_search_is_not_recorded() -> None:
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("method", "most"), [("ista", 10_000), ("fista", 10_000), ("fista", 47), ("coordinate", 500)])
+def test_recorded_iterations_are_those_that_are_not(method: Any, most: int, own: bool) -> None:
+    """Also where rows are left out, where a recording is made anew, and where the last look comes early."""
+    lasso = problem(own).rows(torch.arange(12))
+    if method == "coordinate":
+        lasso = Lasso(lasso.gram[..., :8, :8], lasso.linear[:, :8], lasso.penalty[:8])
+    options: dict[str, Any] = {"tol": 1e-3 if method == "ista" else 1e-5, "max_iterations": most}
+    made = []
+
+    def recorder(*of: Any) -> RecordedMap:
+        made.append(RecordedMap(*of, mode="trace"))
+        return made[-1]
+
+    eager, recorded = solve(lasso, method, **options), solve(lasso, method, recorder=recorder, **options)
+    assert recorded.iterations == eager.iterations <= most
+    torch.testing.assert_close(recorded.codes, eager.codes, atol=1e-10, rtol=0)
+    torch.testing.assert_close(recorded.gap, eager.gap, atol=1e-10, rtol=0)
+    assert len(made) > (most == 10_000)
+
+
+def test_fit_records_the_iterations() -> None:
+    call = call_of(coding)
+    make = lambda model: AutoProximal(model, "h")  # noqa: E731
+    eager, recorded = (pplvi.fit(coding, make, args=call, compile=c, progress=False).guide for c in (False, "trace"))
+    assert recorded.recorder is not None
+    assert recorded.iterations == eager.iterations
+    torch.testing.assert_close(recorded(*call)["h"], eager(*call)["h"], atol=1e-10, rtol=0)
+    torch.testing.assert_close(recorded.gap, eager.gap, atol=1e-10, rtol=0)
+
+
+def test_dictionary_learning_is_not_recorded() -> None:
     v, atoms = call_of(coding)
     model = lambda v: coding(v, pyro.param("atoms", lambda: atoms.clone()))  # noqa: E731
     make = lambda model: AutoProximal(model, "h")  # noqa: E731
-    with pytest.raises(ValueError, match="expected compile=False"):
-        pplvi.fit(model, make, args=(v,), compile="trace", num_steps=3, progress=False)
+    for data in ({"args": (v,)}, {"data": [v[:6], v[6:]]}):
+        with pytest.raises(ValueError, match=r"anew in every training step.*expected compile=False"):
+            pplvi.fit(model, make, compile="trace", num_steps=3, progress=False, **data)
 
 
 def test_copies_find_the_same() -> None:

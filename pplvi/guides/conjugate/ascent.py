@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from pplvi.guides.conjugate.lognormal import LogNormalFamily, PointFamily, Posit
 from pplvi.guides.conjugate.normal import NormalFamily
 from pplvi.guides.conjugate.parameters import parameters
 from pplvi.guides.conjugate.reading import Factor, Reading
+from pplvi.guides.recording import Recorder, Recording
 from pplvi.programs.enumeration import factor_marginals
 from pplvi.programs.sites import base_distribution
 from pplvi.programs.state import is_recording
@@ -235,21 +236,6 @@ def settle_locals(field_: BlockMeanField) -> float:
         if math.isclose(before, bound, rel_tol=_LOCAL_TOLERANCE):
             break
     return bound
-
-
-class Recording(Protocol):
-    """A recorded function from tensors to themselves a step later, and a number: a call takes the step.
-
-    :ivar carried: where the tensors are.
-    """
-
-    carried: Sequence[Tensor]
-
-    def __call__(self) -> Tensor:
-        """The number."""
-
-
-Recorder = Callable[[Callable[..., tuple[Tensor, ...]], Sequence[Tensor]], Recording]
 
 
 def ascend_bound(

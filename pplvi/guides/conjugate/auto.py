@@ -13,7 +13,7 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor
 
 from pplvi.guides.conjugate import fallbacks  # noqa: F401  registers them
-from pplvi.guides.conjugate.ascent import BlockMeanField, Recorder, ascend_bound, settle_locals, started
+from pplvi.guides.conjugate.ascent import BlockMeanField, ascend_bound, settle_locals, started
 from pplvi.guides.conjugate.complete import check_conditional, complete_conditional
 from pplvi.guides.conjugate.draws import auxiliary_name, draw_block, draw_site, is_across
 from pplvi.guides.conjugate.enumerated import EnumeratedConditional, conditionals, draw_enumerated
@@ -27,6 +27,7 @@ from pplvi.guides.conjugate.sampled import SampledMeanField, ascend_by_draws, by
 from pplvi.guides.conjugate.shapes import Structure
 from pplvi.guides.conjugate.trained import TRAINED, GuideFactory, TrainedFactor, check_families, of_guides, one_draw
 from pplvi.guides.owned import OwnedGuide
+from pplvi.guides.recording import Recorder
 from pplvi.guides.search.base import Search
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Fraction, Seed

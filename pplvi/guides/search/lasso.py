@@ -8,15 +8,19 @@ Each row is a problem of its own; the Gram matrix ``G`` is one for all rows, or 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pplvi.guides.recording import Recorder
+
 LassoMethod = Literal["ista", "fista", "coordinate"]
 _LOOK = 10  # iterations
 _ROUNDING = 8.0
 _FEWER = 0.7  # rows are left out when no more than this share of them is left
+_FAR_FEWER = 0.25  # of a recording, which costs more to make anew
 
 
 def soft_threshold(x: Tensor, by: Tensor) -> Tensor:
@@ -105,6 +109,7 @@ def solve(
     tol: float = 1e-6,
     max_iterations: int = 10_000,
     restart: bool = True,
+    recorder: Recorder | None = None,
 ) -> Codes:
     """Minimise every row until its duality gap is at most ``tol``, or at its rounding errors.
 
@@ -114,6 +119,8 @@ def solve(
     :param start: ``(N, K)``; zero unless given.
     :param max_iterations: the most steps.
     :param restart: start FISTA's momentum anew where it points uphill.
+    :param recorder: what records the iterations from one look at the gaps to the next, if anything does.
+    :raises ValueError: for a recorder that fails.
 
     Source: Daubechies, Defrise & De Mol (2004); Beck & Teboulle (2009), FISTA; O'Donoghue & Candès (2015), adaptive
     restart; Friedman, Hastie & Tibshirani (2010), coordinate descent.
@@ -123,27 +130,31 @@ def solve(
     bound = (_ROUNDING * torch.finfo(codes.dtype).eps * length).clamp(min=tol)
     gaps, left = torch.full_like(length, torch.inf), torch.arange(len(codes), device=codes.device)
     make, look = _METHODS[method]
-    descent, iteration = make(problem, codes, restart), 0
-    for iteration in range(1, max_iterations + 1):
-        descent.step()
-        if iteration % look and iteration < max_iterations:
-            continue
-        codes[left], gaps[left] = descent.codes, descent.problem.gap(descent.codes, length[left])
+    descent, iteration = make(problem, codes, length, restart), 0
+    search = _Search(descent) if recorder is None else _RecordedSearch(descent, look, recorder)
+    while iteration < max_iterations:
+        steps = min(look, max_iterations - iteration)
+        iteration += steps
+        codes[left], gaps[left] = search.advance(steps)
         unfinished = gaps[left] > bound[left]
         if not bool(unfinished.any()):
             break
         if unfinished.sum() < _FEWER * len(left):
             left = left[unfinished]
-            descent.keep(unfinished)
+            search.keep(unfinished)
     return Codes(codes, gaps, iteration)
 
 
 class _Descent:
-    """Steps on all rows that are left."""
+    """Steps on all rows that are left, as a function of tensors, of which the first are the codes."""
 
-    def __init__(self, problem: Lasso, codes: Tensor, restart: bool) -> None:
-        self.problem, self.codes, self.restart = problem, codes.clone(), restart
+    def __init__(self, problem: Lasso, codes: Tensor, length: Tensor, restart: bool) -> None:
+        self.problem, self.length, self.restart = problem, length, restart
+        self.state = self._begin(codes)
         self._prepare()
+
+    def _begin(self, codes: Tensor) -> tuple[Tensor, ...]:
+        return (codes,)
 
     def _prepare(self) -> None:
         """What all steps use."""
@@ -152,18 +163,28 @@ class _Descent:
         scaled = self.problem.gram / (largest if largest.dim() == 0 else largest.unsqueeze(-1))
         self.contraction = torch.eye(scaled.shape[-1]).to(scaled) - scaled
 
-    def step(self) -> None:
+    def step(self, *state: Tensor) -> tuple[Tensor, ...]:
         """A proximal gradient step."""
-        self.codes = self._proximal(self.codes)
+        return (self._proximal(state[0]),)
 
     def _proximal(self, h: Tensor) -> Tensor:
         if self.contraction.dim() == 2:
             return soft_threshold(torch.addmm(self.shift, h, self.contraction), self.threshold)
         return soft_threshold(self.shift + (self.contraction @ h.unsqueeze(-1)).squeeze(-1), self.threshold)
 
+    def advanced(self, steps: int, *state: Tensor) -> tuple[Tensor, ...]:
+        """The tensors some steps later, and the gaps of the rows."""
+        for _ in range(steps):
+            state = self.step(*state)
+        return (*state, self.problem.gap(state[0], self.length))
+
     def keep(self, rows: Tensor) -> None:
         """Leave out all other rows."""
-        self.problem, self.codes = self.problem.rows(rows), self.codes[rows]
+        self.problem, self.length = self.problem.rows(rows), self.length[rows]
+        self.state = tuple(x[rows] for x in self.state)
+        self._keep_prepared(rows)
+
+    def _keep_prepared(self, rows: Tensor) -> None:
         self.shift = self.shift[rows]
         if self.contraction.dim() == 3:
             self.contraction = self.contraction[rows]
@@ -174,33 +195,28 @@ class _Descent:
 class _Accelerated(_Descent):
     """Steps from a point ahead."""
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        self.ahead, self.age = self.codes, self.codes.new_ones(len(self.codes), 1)
+    def _begin(self, codes: Tensor) -> tuple[Tensor, ...]:
+        return codes, codes, codes.new_ones(len(codes), 1)
 
-    def step(self) -> None:
-        new = self._proximal(self.ahead)
-        move = new - self.codes
-        age = self.age
+    def step(self, *state: Tensor) -> tuple[Tensor, ...]:
+        codes, ahead, age = state
+        new = self._proximal(ahead)
+        move = new - codes
         if self.restart:
-            uphill = ((self.ahead - new) * move).sum(-1, keepdim=True) > 0
+            uphill = ((ahead - new) * move).sum(-1, keepdim=True) > 0
             age = age.masked_fill(uphill, 1.0)
-        self.age = (1 + (1 + 4 * age.square()).sqrt()) / 2
-        self.codes, self.ahead = new, torch.addcmul(new, (age - 1) / self.age, move)
-
-    def keep(self, rows: Tensor) -> None:
-        super().keep(rows)
-        self.ahead, self.age = self.ahead[rows], self.age[rows]
+        older = (1 + (1 + 4 * age.square()).sqrt()) / 2
+        return new, torch.addcmul(new, (age - 1) / older, move), older
 
 
 class _Coordinate(_Descent):
     """Sweeps over the coordinates, each minimised exactly."""
 
     def _prepare(self) -> None:
-        self.columns = range(self.codes.shape[1])
+        self.columns = range(self.problem.linear.shape[1])
 
-    def step(self) -> None:
-        problem, h = self.problem, self.codes
+    def step(self, *state: Tensor) -> tuple[Tensor, ...]:
+        problem, h = self.problem, state[0].clone()
         size, slope = problem.gram.diagonal(dim1=-2, dim2=-1), problem.linear - problem.product(h)
         penalty = problem.penalty.expand_as(h)
         for j in self.columns:
@@ -209,9 +225,10 @@ class _Coordinate(_Descent):
             new = torch.where(own > 0, best, 0.0)  # what nothing depends on is at its prior's mode
             slope = slope - (new - h[:, j]).unsqueeze(-1) * problem.gram[..., j, :]
             h[:, j] = new
+        return (h,)
 
-    def keep(self, rows: Tensor) -> None:
-        self.problem, self.codes = self.problem.rows(rows), self.codes[rows]
+    def _keep_prepared(self, rows: Tensor) -> None:
+        """All of it belongs to columns."""
 
 
 _METHODS: dict[str, tuple[type[_Descent], int]] = {
@@ -219,3 +236,51 @@ _METHODS: dict[str, tuple[type[_Descent], int]] = {
     "fista": (_Accelerated, _LOOK),
     "coordinate": (_Coordinate, 1),
 }
+
+
+class _Search:
+    """Steps until the next look."""
+
+    def __init__(self, descent: _Descent) -> None:
+        self.descent = descent
+
+    def advance(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Codes and gaps of the rows that are left, some steps later."""
+        *state, gaps = self.descent.advanced(steps, *self.descent.state)
+        self.descent.state = tuple(state)
+        return state[0], gaps
+
+    def keep(self, unfinished: Tensor) -> None:
+        """Leave out all other rows."""
+        self.descent.keep(unfinished)
+
+
+class _RecordedSearch(_Search):
+    """The same, recorded.
+
+    Rows that are done go on in the recording, where nobody looks at them, until so few are left that another one pays.
+    """
+
+    def __init__(self, descent: _Descent, look: int, recorder: Recorder) -> None:
+        super().__init__(descent)
+        self.look, self.recorder = look, recorder
+        self._record()
+
+    def _record(self) -> None:
+        self.rows = torch.arange(len(self.descent.length), device=self.descent.length.device)
+        self.recording = self.recorder(partial(self.descent.advanced, self.look), self.descent.state)
+
+    def advance(self, steps: int) -> tuple[Tensor, Tensor]:
+        if steps == self.look:
+            gaps, codes = self.recording(), self.recording.carried[0]
+        else:  # the last ones of max_iterations
+            self.descent.state = tuple(self.recording.carried)
+            codes, gaps = super().advance(steps)
+        return codes[self.rows], gaps[self.rows]
+
+    def keep(self, unfinished: Tensor) -> None:
+        self.rows = self.rows[unfinished]
+        if len(self.rows) < _FAR_FEWER * len(self.descent.length):
+            self.descent.state = tuple(self.recording.carried)
+            self.descent.keep(self.rows)
+            self._record()

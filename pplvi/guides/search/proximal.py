@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pplvi.guides.owned import OwnedGuide
+from pplvi.guides.recording import Recorder
 from pplvi.guides.search.base import Search
 from pplvi.guides.search.lasso import LassoMethod, solve
 from pplvi.guides.search.lasso_reading import LassoReading
@@ -43,7 +44,10 @@ class AutoProximal(OwnedGuide, Search):
 
     The guide is a point for the data that it is called with, found at every call at the present parameters of the
     model, so that training these by ``fit`` or ``SVI`` is dictionary learning by gradient. A point has no density: the
-    fit has a mode and no evidence, and its report says so. Steps are not compiled, as a search ends when it is done.
+    fit has a mode and no evidence, and its report says so. ``fit(..., compile=)`` of a model without parameters records
+    the iterations from one look at the gaps to the next. Dictionary learning is not recorded, on all data or in
+    minibatches: every step reads its lasso problem anew, by checks that need its values, and takes as many iterations
+    as its data need.
 
     After a call: ``gap``, in nats, of the shape of the site's plates, and ``iterations``.
 
@@ -90,6 +94,7 @@ class AutoProximal(OwnedGuide, Search):
         self._names, self._method, self._tol, self._most = names, method, float(tol), max_iterations
         self._found: tuple[Any, dict[str, Tensor]] | None = None
         self.gap, self.iterations = torch.zeros(()), 0
+        self.recorder: Recorder | None = None
 
     # ------------------------------------------------------------------ the search
 
@@ -100,17 +105,22 @@ class AutoProximal(OwnedGuide, Search):
         :raises ValueError: see the class.
         """
         with preserved_rng(), poutine.block():
-            self._solve(args, kwargs, _parameters(self.model, args, kwargs))
+            self._solve(args, kwargs, _parameters(self.model, args, kwargs), self.recorder)
         return self
 
     def _solve(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: Mapping[str, Tensor]
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        leaves: Mapping[str, Tensor],
+        recorder: Recorder | None = None,
     ) -> dict[str, Tensor]:
         with _held(leaves.values()):
             problem = LassoReading(self.model, self._names, args, kwargs)
         self.prototype_trace = problem.plain.model
         start = None if self._found is None else problem.rows_of(self._found[1])
-        found = solve(problem.lasso, self._method, start, tol=self._tol, max_iterations=self._most)
+        options: dict[str, Any] = {"tol": self._tol, "max_iterations": self._most, "recorder": recorder}
+        found = solve(problem.lasso, self._method, start, **options)
         self.gap, self.iterations = found.gap.reshape(problem.gap_shape), found.iterations
         if found.iterations == self._most and bool(found.gap.max() > 10 * self._tol):
             warnings.warn(
@@ -128,7 +138,9 @@ class AutoProximal(OwnedGuide, Search):
         """The mode for these arguments, by site; what was found last, if nothing has changed since."""
         if is_recording():
             raise ValueError(
-                "AutoProximal ends its search when it is done, which a recorded step cannot: expected compile=False."
+                "AutoProximal reads the program anew in every training step, and searches until its gap is closed, "
+                "which a recorded step cannot: expected compile=False. Of a model without parameters "
+                "fit(..., compile=) records the iterations."
             )
         with preserved_rng(), poutine.block():
             leaves = _parameters(self.model, args, kwargs)

@@ -130,6 +130,30 @@ def test_plates_without_a_size_and_batches_beside_plates() -> None:
     assert bound(undeclared, SERIES.reshape(4, 2)) == pytest.approx(exact, abs=1e-8)
 
 
+def test_programs_that_check_the_shapes_of_their_draws() -> None:
+    def model(y: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        if weights.dim() != 1 or weights.numel() != X.shape[1]:
+            raise RuntimeError(f"weights of shape {tuple(weights.shape)}")
+        with pyro.plate("data", N):
+            pyro.sample("y", dist.Normal(X @ weights, 0.5), obs=y)
+
+    assert bound(model, Y) == pytest.approx(gaussian(X @ X.T + 0.25 * EYE), abs=1e-8)
+
+
+def test_salaries_in_single_precision() -> None:
+    """Values of 1e4 and a float32 program: the sweeps are in float64 all the same."""
+    salaries = torch.tensor([42_350.0, 58_120.0, 71_480.0, 49_990.0], dtype=torch.float32)
+
+    def model(y: Tensor) -> None:
+        level = pyro.sample("level", dist.Normal(y.new_tensor(6e4), y.new_tensor(2e4)))
+        with pyro.plate("people", len(y)):
+            pyro.sample("salary", dist.Normal(level, y.new_tensor(7e3)), obs=y)
+
+    exact = gaussian(4e8 * torch.ones(4, 4) + 49e6 * torch.eye(4), salaries.double() - 6e4)
+    assert bound(model, salaries) == pytest.approx(exact, abs=1e-5)
+
+
 def test_a_gaussian_process() -> None:
     gram = torch.exp(-0.5 * torch.cdist(X, X) ** 2) + 1e-4 * EYE
 
@@ -256,11 +280,20 @@ def test_dirichlet_rows() -> None:
         p = pyro.sample("p", dist.Dirichlet(prior))
         pyro.sample("y", dist.Multinomial(5, p), obs=counts)
 
+    def plate_of_multinomials() -> None:
+        p = pyro.sample("p", dist.Dirichlet(prior))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Multinomial(7, p), obs=tables)
+
     exact = dirichlet_evidence(prior, counts)
     assert bound(categorical) == pytest.approx(exact, abs=1e-9)
     assert bound(one_hot) == pytest.approx(exact, abs=1e-9)
     ways = torch.lgamma(torch.tensor(6.0)) - torch.lgamma(counts + 1).sum()
     assert bound(multinomial) == pytest.approx(exact + float(ways), abs=1e-9)
+    tables = torch.tensor([[7.0, 0.0, 0.0], [2.0, 4.0, 1.0], [1.0, 1.0, 5.0]])
+    ways = 3 * torch.lgamma(torch.tensor(8.0)) - torch.lgamma(tables + 1).sum()
+    together = dirichlet_evidence(prior, tables.sum(0)) + float(ways)
+    assert bound(plate_of_multinomials) == pytest.approx(together, abs=1e-9)
 
 
 def test_wishart_row() -> None:
