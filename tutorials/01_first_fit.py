@@ -25,7 +25,7 @@ from pplvi.posterior import plot_against_reference, plot_objective, plot_weights
 
 SMOKE = bool(os.environ.get("PPLVI_SMOKE"))  # the tests run this file with short loops
 NUM_STEPS = 60 if SMOKE else 1500
-NUM_DRAWS = 30 if SMOKE else 1000
+NUM_DRAWS = 60 if SMOKE else 1000  # ArviZ 1.x takes leave-one-out of 25 draws and more
 OUT = Path("out")
 OUT.mkdir(exist_ok=True)
 

@@ -14,6 +14,7 @@ CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 @pytest.fixture(scope="module")
 def examples() -> dict:
     """The names that the blocks define."""
+    pyro.clear_param_store()
     pyro.set_rng_seed(0)
     namespace = {"__name__": "contributing"}
     for block in re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL):
