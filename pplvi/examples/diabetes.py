@@ -8,7 +8,7 @@ the correlation out of the posterior, as the Stan user's guide recommends for re
 The prior of df is the one of M. A. Juarez and M. F. J. Steel, "Model-based clustering of non-Gaussian panel data
 based on skew-t distributions", Journal of Business & Economic Statistics 28, 2010. Data: 442 patients, ten measurements
 and the progression of the disease a year later, of B. Efron et al., "Least angle regression", Annals of Statistics 32,
-2004; scikit-learn carries them.
+2004, in `diabetes.csv` beside this file.
 """
 
 import pyro
@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pplvi.examples.example import Example, standardize
+from pplvi.examples.example import Example, read_rows, standardize
 
 
 def model(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -43,14 +43,12 @@ def model(x: Tensor, y: Tensor | None = None) -> Tensor:
 def load() -> Example:
     """The diabetes regression with standardised columns, in the default dtype.
 
-    :raises ImportError: without scikit-learn, which carries the data.
-
     >>> x, y = load().args
     >>> tuple(x.shape), tuple(y.shape)
     ((442, 10), (442,))
     """
-    from sklearn.datasets import load_diabetes
-
-    data = load_diabetes()
-    x, y = (standardize(torch.tensor(column, dtype=torch.get_default_dtype())) for column in (data.data, data.target))
-    return Example("diabetes", model, (x, y), {"feature": list(data.feature_names)}, {"coef": ["feature"]})
+    rows = read_rows("diabetes.csv")
+    *features, progression = rows[0]
+    values = torch.tensor([[float(row[name]) for name in (*features, progression)] for row in rows])
+    x, y = standardize(values[:, :-1]), standardize(values[:, -1])
+    return Example("diabetes", model, (x, y), {"feature": features}, {"coef": ["feature"]})

@@ -1,6 +1,8 @@
 """What an example is: a Pyro model, the arguments that carry its data, and names for the elements of its plates."""
 
+import csv
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any
 
 from torch import Tensor
@@ -39,3 +41,13 @@ def standardize(x: Tensor) -> Tensor:
     [-1.0, 0.0, 1.0]
     """
     return (x - x.mean(0)) / x.std(0)
+
+
+def read_rows(name: str) -> list[dict[str, str]]:
+    """The rows of a file beside this one, by column; lines that begin with # say where it is from.
+
+    >>> len(read_rows("diabetes.csv")), read_rows("diabetes.csv")[0]["progression"]
+    (442, '151')
+    """
+    text = resources.files("pplvi.examples").joinpath(name).read_text(encoding="utf-8")
+    return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))

@@ -8,15 +8,12 @@ an intercept is the mean investment of its firm, and scaled to unit variance. Th
 `grunfeld.csv` beside this file, which states their source and licence.
 """
 
-import csv
-from importlib import resources
-
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pplvi.examples.example import Example
+from pplvi.examples.example import Example, read_rows
 
 
 def model(value: Tensor, capital: Tensor, investment: Tensor | None = None) -> Tensor:
@@ -48,7 +45,7 @@ def load() -> Example:
     >>> example.coords["firm"][:2]
     ['General Motors', 'US Steel']
     """
-    rows = _rows()
+    rows = read_rows("grunfeld.csv")
     firms, years = list(dict.fromkeys(row["firm"] for row in rows)), sorted({int(row["year"]) for row in rows})
     cells = {(int(row["year"]), row["firm"]): row for row in rows}
 
@@ -62,8 +59,3 @@ def load() -> Example:
     investment = column("invest")
     args = within(column("value")), within(column("capital")), (investment - investment.mean()) / investment.std()
     return Example("grunfeld", model, args, {"firm": firms, "year": years})
-
-
-def _rows() -> list[dict[str, str]]:
-    text = resources.files("pplvi.examples").joinpath("grunfeld.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))

@@ -5,13 +5,15 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from sklearn.datasets import load_diabetes
 
-from pplvi.examples import LOADERS, diabetes, grunfeld, load
+from pplvi.examples import LOADERS, diabetes, load
+from pplvi.examples.example import read_rows, standardize
 
 
 def test_grunfeld_data_give_the_published_regression() -> None:
     """Ten firms, pooled least squares: -42.714, 0.115562, 0.230678 (Baltagi 2005, chapter 2)."""
-    rows = [row for row in grunfeld._rows() if row["firm"] != "American Steel"]
+    rows = [row for row in read_rows("grunfeld.csv") if row["firm"] != "American Steel"]
     names = ("value", "capital", "invest")
     table = torch.tensor([[float(row[name]) for name in names] for row in rows], dtype=torch.float64)
     design = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), table[:, :2]], 1)
@@ -22,7 +24,7 @@ def test_grunfeld_data_give_the_published_regression() -> None:
 
 def test_panel_keeps_years_in_rows_and_firms_in_columns() -> None:
     example = load("grunfeld")
-    first = {(row["year"], row["firm"]): float(row["invest"]) for row in grunfeld._rows()}
+    first = {(row["year"], row["firm"]): float(row["invest"]) for row in read_rows("grunfeld.csv")}
     logs = torch.tensor(
         [[first[str(year), firm] for firm in example.coords["firm"]] for year in example.coords["year"]]
     )
@@ -34,6 +36,9 @@ def test_diabetes_is_standardised() -> None:
     x, y = load("diabetes").args
     torch.testing.assert_close(x.mean(0), torch.zeros(10), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.std(), torch.tensor(1.0))
+    data = load_diabetes()
+    torch.testing.assert_close(x, standardize(torch.tensor(data.data, dtype=torch.float32)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(y, standardize(torch.tensor(data.target, dtype=torch.float32)), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", LOADERS)
