@@ -44,7 +44,7 @@ def discrete(leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(density.flatten() for density in densities)
 
 
-@pytest.mark.parametrize("f", DEFINITIONS, ids=str)
+@pytest.mark.parametrize("f", DEFINITIONS, ids=lambda f: f if isinstance(f, str) else "function")
 def test_gradients_of_a_discrete_level_are_exact_by_enumeration(f: Any) -> None:
     """All pairs stand as particles, weighted by the extended proposal: averages over them are exact."""
     torch.manual_seed(0)
@@ -116,7 +116,7 @@ def frozen_step(level: GaussianLevel, z: Tensor, noise: Tensor, log_weight: Tens
     )
 
 
-@pytest.mark.parametrize("f", DEFINITIONS, ids=str)
+@pytest.mark.parametrize("f", DEFINITIONS, ids=lambda f: f if isinstance(f, str) else "function")
 def test_gradients_along_the_path_of_normal_draws_are_exact_by_quadrature(f: Any) -> None:
     level = GaussianLevel()
     nodes, masses = (torch.tensor(x) for x in np.polynomial.hermite_e.hermegauss(60))
@@ -165,7 +165,7 @@ def test_the_closed_forms_of_both_kl_divergences_are_special_cases() -> None:
     torch.testing.assert_close(found, b - a)
 
 
-@pytest.mark.parametrize("f", DEFINITIONS, ids=str)
+@pytest.mark.parametrize("f", DEFINITIONS, ids=lambda f: f if isinstance(f, str) else "function")
 def test_there_is_no_noise_where_proposal_and_target_agree(f: Any) -> None:
     leaves, step = random_step()
     with torch.no_grad():
