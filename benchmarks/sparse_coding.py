@@ -39,7 +39,11 @@ from pplvi.compile.iterating import RecordedMap
 from pplvi.compile.svi import CompileMode
 from pplvi.guides.search.lasso import Lasso, LassoMethod, solve
 
-QUICK = "--rounds 1 --em-steps 45 --images 300 --digits 60 --atoms 20 --steps 5 --lista-steps 20 --starts 1"
+MODES: dict[str, CompileMode] = {"recorded": "trace", "compiled": True}
+QUICK = (
+    "--rounds 1 --em-steps 45 --images 300 --digits 60 --atoms 20 --steps 5 --lista-steps 20 --starts 1 "
+    "--modes recorded"
+)
 PENALTY = 0.1
 Row = dict[str, Any]
 
@@ -131,7 +135,7 @@ def dictionary_of(x: Tensor, atoms: int) -> Tensor:
     return torch.tensor(peer.fit(x.numpy()).components_)
 
 
-def lasso_table(x: Tensor, atoms: Tensor, rounds: int) -> Iterator[Row]:
+def lasso_table(x: Tensor, atoms: Tensor, rounds: int, modes: Sequence[str]) -> Iterator[Row]:
     from sklearn.decomposition import sparse_encode
 
     problem = Lasso(atoms @ atoms.T, x @ atoms.T, torch.full((len(atoms),), PENALTY, dtype=x.dtype))
@@ -156,8 +160,8 @@ def lasso_table(x: Tensor, atoms: Tensor, rounds: int) -> Iterator[Row]:
             "apart": None,
         }
     for name in ("ista", "fista"):
-        for mode in ("trace", True):
-            yield recorded_row(problem, name, mode, rounds)
+        for mode in modes:
+            yield recorded_row(problem, name, MODES[mode], rounds)
 
 
 def recorded_row(problem: Lasso, method: LassoMethod, mode: CompileMode, rounds: int) -> Row:
@@ -278,6 +282,7 @@ def binary_table(starts: int) -> Iterator[Row]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder with faithful.csv")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="ways of recording iterations")
     parser.add_argument("--rounds", type=int, default=5, help="runs of which the median time is taken")
     parser.add_argument("--em-steps", type=int, default=3000, help="the most iterations of EM")
     parser.add_argument("--images", type=int, default=1797, help="digits that dictionaries are learned from")
@@ -296,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
     atoms, test = dictionary_of(x, options.atoms), x[: options.digits]
     tables: dict[str, Iterator[Row]] = {
         "em": em_table(options.data, options.rounds, options.em_steps),
-        "lasso": lasso_table(test, atoms, options.rounds),
+        "lasso": lasso_table(test, atoms, options.rounds, options.modes),
         "dictionary": dictionary_table(x, options.atoms // 2, options.steps),
         "lista": lista_table(x[options.digits :], test, atoms, options.lista_steps),
         "binary": binary_table(options.starts),

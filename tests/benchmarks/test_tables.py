@@ -190,7 +190,10 @@ def wake_sleep(run: Command, module: ModuleType) -> None:
 
 def sparse(run: Command, module: ModuleType) -> None:
     """EM ends where scikit-learn does; restarts save steps; mean field in turn never falls."""
-    found = run("--rounds 1 --em-steps 45 --images 300 --digits 60 --atoms 20 --steps 8 --lista-steps 30 --starts 1")
+    found = run(
+        "--rounds 1 --em-steps 45 --images 300 --digits 60 --atoms 20 --steps 8 --lista-steps 30 --starts 1 "
+        "--modes recorded"
+    )
     em, lasso, dictionary, lista, binary = (found[name] for name in ("em", "lasso", "dictionary", "lista", "binary"))
     assert float(em[1]["log_p"]) == pytest.approx(float(em[0]["log_p"]), abs=1e-7)
     assert em[1]["iterations"] <= 1.1 * em[0]["iterations"] < em[2]["iterations"]
@@ -251,7 +254,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.script)
-@pytest.mark.table(2)
+@pytest.mark.table(3)
 def test_table(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"benchmarks.{case.script}")
     run = Command(module.main, tmp_path / "table.json")
