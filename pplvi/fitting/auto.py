@@ -34,7 +34,6 @@ from pplvi.types import Program
 GOOD_ENOUGH = 0.7
 _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
-_MOST = 0.7  # part of the draws that is effective
 _NO_MATTER = 0.5  # below that, k-hats differ by chance
 _HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
@@ -311,17 +310,17 @@ class _Ladder:
         if rung.guide is AutoBatchAndMatch:
             make = partial(self.fit, model, partial(AutoBatchAndMatch, start=self._start()))
         if rung.recipe is None:
-            self._note(rung.name, form, make)
+            self._note(rung, form, make)
             return True
         compile, seconds, failure = self._timed(make, rung.recipe)
         if failure is not None:
-            self._note(rung.name, form, failure)
+            self._note(rung, form, failure)
             return True
         steps = min(rung.steps, int(0.8 * share * self.clock.left() / max(seconds, 1e-6)))
         if steps < _LEAST_STEPS and self.attempts:
             return False
         recipe = rung.recipe(max(steps, _LEAST_STEPS))
-        self._note(rung.name, form, partial(make, **recipe, compile=compile, callbacks=[self._is_over]))
+        self._note(rung, form, partial(make, **recipe, compile=compile, callbacks=[self._is_over]))
         return True
 
     @property
@@ -345,7 +344,7 @@ class _Ladder:
     def _is_over(self, run: Restart) -> bool:
         return bool(self.clock.over())
 
-    def _note(self, name: str, form: str, make: Callable[[], Fit]) -> None:
+    def _note(self, rung: Rung, form: str, make: Callable[[], Fit]) -> None:
         start = cpu_seconds()
         self.originals.restore()
         found, pareto_k, failure = None, math.inf, ""
@@ -354,6 +353,7 @@ class _Ladder:
         try:
             with ending(self.clock.over):
                 found = make()
+                found.origin = rung.guide  # where it began is no option of the guide, and a file need not hold it
                 posterior = found.posterior(_DRAWS)
                 if found.islands is None:
                     pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
@@ -367,7 +367,7 @@ class _Ladder:
             found, failure = None, str(error).split(":")[0].split(";")[0]
             self.errors.append(error)
         judged = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
-        self.attempts.append(Attempt(name, form, found, *judged, self.originals.state(), failure, **judgement))
+        self.attempts.append(Attempt(rung.name, form, found, *judged, self.originals.state(), failure, **judgement))
 
     def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float, Callable[[], Fit] | None]:
         """How to run the steps, the CPU seconds that one of them takes, and, if they fail, what raises why."""

@@ -213,13 +213,12 @@ class Fit:
 
     def _posterior(self, run: Restart, call: Call, num_draws: int, options: dict[str, Any]) -> Posterior:
         model = ScopedProgram(run.model, run)
+        scored = {name: options[name] for name in ("vectorize", "chunk_size")}
         if self.mcmc is not None:
-            del options["seed"], options["parallel"]
-            return Posterior.from_mcmc(cast(MCMC, self.mcmc), model, *call, **options)
+            return Posterior.from_mcmc(cast(MCMC, self.mcmc), model, *call, **scored)
         if self.islands is not None:
-            del options["seed"], options["parallel"]
             found = self.islands
-            return posterior_of_islands(found.latents, found.found.log_evidence, model, call, **options)
+            return posterior_of_islands(found.latents, found.found.log_evidence, model, call, **scored)
         with run.scope():  # the guide is called now, the model later too; effect-based guides cannot be wrapped
             posterior = Posterior(model, run.guide, *call, num_draws=num_draws, **options)
         posterior.scope, posterior.converged = run.scope, self._has_converged(run)

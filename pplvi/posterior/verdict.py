@@ -119,8 +119,7 @@ def judge(facts: Facts) -> Verdict:
     lies beyond the largest weight and scouts have found nothing, with less than 2 % of the evidence beyond the largest
     weight, 15 % of the draws and 200 of them effective, no restart and no scout that contradicts them, from a guide
     that had converged or has every second draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal
-    weights of any k-hat are usable
-    for means.
+    weights of any k-hat are usable for means.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72); Yao,
     Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.

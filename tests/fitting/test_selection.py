@@ -135,6 +135,20 @@ def test_the_form_with_the_best_guide_is_kept(written, other, kept, monkeypatch)
     assert best.notes["parametrisation"].count("ELBO") == 3
 
 
+def test_a_fit_of_the_plan_is_made_by_the_plain_family_and_not_by_where_it_began(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    ks = iter([0.9, 0.8, 0.3])
+    given = []
+
+    def fake(model, guide, **options):
+        given.append(guide)
+        return Fitted(name_of(guide), next(ks))
+
+    best = select(fake, plain, originals(plain), budget=30.0)
+    assert isinstance(given[-1], partial)
+    assert best.origin is pplvi.AutoBatchAndMatch
+
+
 def test_no_other_form_is_tried_where_one_is_easy(monkeypatch):
     monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
     tried = []
