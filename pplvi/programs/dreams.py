@@ -19,7 +19,15 @@ from pplvi.programs.handlers import Supply, Uncondition, last_site
 from pplvi.programs.memo import remember
 from pplvi.programs.running import How, run_guide, trace_within
 from pplvi.programs.sharding import sharded
-from pplvi.programs.sites import is_deterministic, is_factor, is_subsample, latent_sites, sample_sites, site_plates
+from pplvi.programs.sites import (
+    is_deterministic,
+    is_factor,
+    is_subsample,
+    latent_sites,
+    sample_sites,
+    separately,
+    site_plates,
+)
 from pplvi.programs.state import rng_state, set_rng_state
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named, way_for
@@ -37,26 +45,6 @@ def observed(trace: Any) -> dict[str, Any]:
             "Expected sample sites only; train without a sleep phase, such as ReweightedWakeSleep(insomnia=1.0)."
         )
     return {name: site["infer"].pop("obs") for name, site in sample_sites(trace) if "obs" in site["infer"]}
-
-
-def separately(site: Any, num_dreams: int, nesting: int) -> Tensor:
-    """Values of a site, ``(num_dreams, ...)``, each in the shape that it has without particles.
-
-    >>> import pyro, pyro.distributions as dist
-    >>> with pyro.poutine.trace() as found, pyro.plate("particles", 5, dim=-2), pyro.plate("data", 3):
-    ...     value = pyro.sample("y", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    >>> site = found.trace.nodes["y"]
-    >>> separately({**site, "cond_indep_stack": site["cond_indep_stack"][-1:]}, num_dreams=5, nesting=1).shape
-    torch.Size([5, 3, 2])
-    >>> shared = {**site, "value": value[0], "cond_indep_stack": site["cond_indep_stack"][-1:]}  # by all particles
-    >>> separately(shared, num_dreams=5, nesting=1).shape
-    torch.Size([5, 3, 2])
-    """
-    value: Tensor = site["value"]
-    depth = site["fn"].event_dim + max((-plate.dim for plate in site_plates(site)), default=0)
-    if value.dim() <= nesting + site["fn"].event_dim:  # not one for each particle
-        return value.expand(num_dreams, *value.shape)
-    return value.reshape(num_dreams, *value.shape[value.dim() - depth :])
 
 
 def arguments(
@@ -161,7 +149,7 @@ def _dream(
         log_forward = score({name: site["value"] for name, site in sites.items()}).unsqueeze(0)
     else:
         with pyro.validation_enabled(False):  # its checks branch on values
-            each = {n: dreams.separately(site, how.num_particles, how.nesting) for n, site in sites.items()}
+            each = {n: separately(site, how.num_particles, how.nesting) for n, site in sites.items()}
             log_forward = torch.vmap(score, randomness="different")(each)
     return Run(guide_traces[-1], trace, how.num_particles, how.nesting), log_forward
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
 from torch.distributions import Distribution
 
 Site = dict[str, Any]
@@ -115,6 +116,29 @@ def site_plates(site: Site) -> tuple[Plate, ...]:
         return ()
     frames = [f for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES]
     return tuple(_plate(f, site) for f in sorted(frames, key=lambda f: f.dim))
+
+
+def separately(site: Site, num_particles: int, nesting: int) -> Tensor:
+    """Values of a site, ``(num_particles, ...)``, each in the shape that it has without particles.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> with pyro.poutine.trace() as found, pyro.plate("particles", 5, dim=-2), pyro.plate("data", 3):
+    ...     value = pyro.sample("y", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    >>> site = found.trace.nodes["y"]
+    >>> site = {**site, "cond_indep_stack": site["cond_indep_stack"][-1:]}
+    >>> separately(site, 5, nesting=1).shape
+    torch.Size([5, 3, 2])
+    >>> separately({**site, "value": value[0]}, 5, nesting=1).shape  # one value of all particles
+    torch.Size([5, 3, 2])
+    >>> separately({**site, "value": value[:1]}, 5, nesting=1).shape
+    torch.Size([5, 3, 2])
+    """
+    value: Tensor = site["value"]
+    depth = site["fn"].event_dim + max((-plate.dim for plate in site_plates(site)), default=0)
+    if value.dim() <= nesting + site["fn"].event_dim:  # not one for each particle
+        return value.expand(num_particles, *value.shape)
+    own = value.shape[value.dim() - depth :]
+    return value.expand(num_particles, *value.shape[1:]).reshape(num_particles, *own)
 
 
 def _plate(frame: Any, site: Site) -> Plate:

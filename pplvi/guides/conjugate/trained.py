@@ -17,8 +17,7 @@ from pplvi.guides.conjugate.keeping import key_of
 from pplvi.programs.handlers import parameters_of
 from pplvi.programs.joint import guide_run
 from pplvi.programs.running import plain_run
-from pplvi.programs.sites import is_subsample, latent_sites, site_plates
-from pplvi.programs.traces import Run
+from pplvi.programs.sites import is_subsample, latent_sites, separately, site_plates
 from pplvi.types import Program
 
 GuideFactory = Callable[[Program], Any]
@@ -67,7 +66,7 @@ class TrainedFactor:
         """Draws of each site ``(number, *shape)``, with their path, and their log densities ``(number,)``, nats."""
         with own_parameters():
             run = guide_run(self.part, self.guide, call[0], call[1], number, None)
-        values = [_values(run, name) for name in self.sites]
+        values = [separately(run.guide.nodes[n], run.num_particles, run.nesting) for n in self.sites]
         return values, run.log_forward().reshape(number, -1).sum(1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -129,17 +128,6 @@ def _check_sites(model: Program, sites: Sequence[str], call: Any) -> None:
             f"fallback for {_named(sites)} is a guide family, and plates {cut} around them are subsampled: expected "
             "all data at once, or 'cvi' for a site of a minibatch."
         )
-
-
-def _values(run: Run, name: str) -> Tensor:
-    """Values of a site with the draws in front, in the shape of a run without them."""
-    site = run.guide.nodes[name]
-    value, event = site["value"], site["fn"].event_dim
-    depth = max((-p.dim for p in site_plates(site)), default=0)
-    own = tuple(value.shape[max(0, value.dim() - event - depth) :])
-    if value.dim() <= run.nesting + event:
-        return value.expand(run.num_particles, *own)
-    return value.expand(run.num_particles, *value.shape[1:]).reshape(run.num_particles, *own)
 
 
 @contextmanager
