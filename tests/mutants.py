@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 600
 # The tests of a module are those of the longest path that it is in; the cheap ones first.
 TESTS = {
     "weights": ["tests/weights"],
@@ -148,8 +147,8 @@ def tests_of(path: str) -> list[str]:
     return [path, *TESTS[max((prefix for prefix in TESTS if inside.startswith(prefix)), key=len)]]
 
 
-def killed(mutant: Mutant) -> bool:
-    """Whether a test fails, or a run of them does not end."""
+def fate(mutant: Mutant, seconds: float) -> str:
+    """Whether a test fails, or a run of them does not end in so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("pplvi", "tests"):
             shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -165,12 +164,12 @@ def killed(mutant: Mutant) -> bool:
                 cwd=folder,
                 env={**os.environ, "PYTHONPATH": folder},
                 capture_output=True,
-                timeout=SECONDS,
+                timeout=seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return True
-    return run.returncode != 0
+            return "hung"
+    return "killed" if run.returncode else "SURVIVED"
 
 
 def main() -> int:
@@ -179,16 +178,19 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="after which a run of tests hangs; more on a busy machine"
+    )
     parser.add_argument("--part", default="0/1", help="the k-th of n parts, k/n")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
     faults = chosen(options.count, options.seed)[part::parts]
     with ThreadPoolExecutor(options.jobs) as pool:
         survived = 0
-        for mutant, dead in zip(faults, pool.map(killed, faults), strict=True):
-            survived += not dead
-            print("killed  " if dead else "SURVIVED", mutant.described((ROOT / mutant.path).read_text()), flush=True)
-    print(f"{len(faults) - survived} of {len(faults)} killed")
+        for mutant, end in zip(faults, pool.map(lambda each: fate(each, options.seconds), faults), strict=True):
+            survived += end == "SURVIVED"
+            print(f"{end:<8}", mutant.described((ROOT / mutant.path).read_text()), flush=True)
+    print(f"{len(faults) - survived} of {len(faults)} killed or hung")
     return survived > len(faults) // 20
 
 
