@@ -40,7 +40,7 @@ from benchmarks.reporting import Table, command_line, rows_of, write
 QUICK = "--problems schools --methods AutoPathfinder --seeds 0"
 
 RESULTS = Path(__file__).parent / "results" / "race.json"
-OURS = ("pplvi.fitting", "torch.fx.experimental.symbolic_shapes")
+OURS = ("pplvi.fitting", "torch.fx.experimental.symbolic_shapes", "torch._dynamo", "arviz")
 MEAN, SD = 0.1, 0.15  # what is usable
 DRAWS = 4_000
 COLUMNS = {

@@ -78,14 +78,16 @@ def stochastic_volatility(y: Tensor) -> None:
 def garch(y: Tensor) -> None:
     """GARCH(1, 1), started at its stationary variance.
 
-    The reference in the file is of another first variance: its mean of ``a1`` is .15 sd above that of long random-walk
-    Metropolis runs of this program (.2241, sd .0999), which importance sampling with 18,000 effective draws confirms.
+    The factor is the reference's, whose draws have a density of ``1 / (1 - a1)`` beside that of the priors: the mean of
+    the gradient of the log density over them, which is zero for draws of a density, is 6.9 standard errors from zero in
+    ``a1`` without it and .8 with it, the other coordinates within one.
     """
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     a0 = pyro.sample("a0", dist.HalfNormal(2.0))
     a1 = pyro.sample("a1", dist.Uniform(0.0, 1.0))
     f = pyro.sample("f", dist.Uniform(0.0, 1.0))
     b1 = pyro.deterministic("b1", f * (1 - a1))
+    pyro.factor("reference", -torch.log1p(-a1))
     variance = a0 / (1 - 0.99 * (a1 + b1))
     variances = []
     for t in range(len(y)):

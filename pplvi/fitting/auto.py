@@ -10,18 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pplvi.fitting.clock import Clock, Timing, cpu_seconds
-from pplvi.fitting.recipes import flow_recipe
 from pplvi.fitting.result import Fit
+from pplvi.fitting.rungs import FLOWS, FOUND, TRAINED, FitArguments, Rung
 from pplvi.fitting.smc import is_gaussian
-from pplvi.guides.flows.flow import AutoFlow
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
-from pplvi.guides.search.deterministic import AutoDeterministicNormal
-from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.guides.search.students import AutoStudentMixture
-from pplvi.losses.elbo import ELBO
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.verdict import RELIABLE, WORDS, Verdict, at_best
 from pplvi.posterior.weighted import Estimate
@@ -31,33 +26,17 @@ from pplvi.training.replicas import Originals
 from pplvi.training.restart import Restart, publish
 from pplvi.types import Program
 
-GOOD_ENOUGH = 0.7
+GOOD_ENOUGH, _NEARBY = 0.7, 1.0  # k-hat; averages do not settle beyond the latter
 _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
 _NO_MATTER = 0.5  # below that, k-hats differ by chance
 _HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
 
+WRITTEN = "as written"
 _INTERRUPTED = "it was interrupted, and it has the best verdict so far"
 
 FitFunction = Callable[..., Fit]
-FitArguments = Callable[[int], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A family of guides: its name, what makes it, and, if trained, arguments of ``fit`` for a number of steps.
-
-    :ivar most: unconstrained dimensions beyond which its parameters times draws are more than memory and time allow.
-    :ivar gaussian: whether it is one Gaussian, of no use where a mixture has good weights and only tails are open.
-    """
-
-    name: str
-    guide: Any
-    recipe: FitArguments | None = None
-    steps: int = 2000
-    most: float = math.inf
-    gaussian: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,33 +116,6 @@ class Attempt:
         return ours.value - theirs.value > margin + 4 * math.hypot(ours.error, theirs.error)
 
 
-def _gaussian_recipe(num_steps: int) -> dict[str, Any]:
-    return {"objective": ELBO(16, estimator="stl"), "init": "pathfinder", "num_steps": num_steps}
-
-
-WRITTEN = "as written"
-_FEW_DIMENSIONS = 20  # in which a mixture reaches what one Gaussian does not; in more, particles come first
-_MANY_DIMENSIONS = 500  # in which one Gaussian is too far away, and its updates take the time of the particles
-_FOUND = (
-    Rung("AutoPathfinder", AutoPathfinder),
-    Rung("AutoStudentMixture", AutoStudentMixture, most=_FEW_DIMENSIONS),
-    Rung("AutoBatchAndMatch", AutoBatchAndMatch, most=_MANY_DIMENSIONS, gaussian=True),
-    # What no Gaussian comes near is sampled, from the best of them.
-    Rung("SMC", "smc"),
-    Rung("AutoDeterministicNormal", AutoDeterministicNormal, gaussian=True),
-    Rung("AutoStudentMixture(num_scouts=512)", partial(AutoStudentMixture, num_scouts=512)),
-)
-# Neither can move the parameters of a model.
-_TRAINED = (
-    Rung("AutoNormal", AutoNormal, _gaussian_recipe, 5000),
-    Rung("AutoMultivariateNormal", AutoMultivariateNormal, _gaussian_recipe, 5000),
-)
-_FLOWS = (
-    Rung("AutoFlow('quadratic')", partial(AutoFlow, flow="quadratic"), flow_recipe, most=200),
-    Rung("AutoFlow('nsf')", partial(AutoFlow, flow="nsf", passes=2), flow_recipe, most=30),
-)
-
-
 def select(fit: FitFunction, model: Program, originals: Originals, budget: float | Timing) -> Fit:
     """The first family whose draws are reliable, or the best by its verdict within the budget.
 
@@ -182,7 +134,7 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     start = time.perf_counter()
     ladder = _Ladder(fit, originals, Clock.of(budget))
     forms = originals.look(forms_of, model)
-    reason = ladder.climb({WRITTEN: model, **forms}, (*(_TRAINED if originals.trainable else _FOUND), *_FLOWS))
+    reason = ladder.climb({WRITTEN: model, **forms}, (*(TRAINED if originals.trainable else FOUND), *FLOWS))
     best = ladder.best
     if best.fit is None:
         raise ladder.errors[0]
@@ -305,6 +257,10 @@ class _Ladder:
         if rung.gaussian and (most := max((attempt.efficiency for attempt in self.done), default=0.0)) >= _HALF:
             self._pass_over(rung.name, form, f"not tried, as {most:.0%} of the draws are effective already")
             return True
+        if rung.nearby:
+            if (start := self._near()) is None:
+                return True
+            make = partial(self.fit, model, partial(AutoStudentMixture, start=start))
         if rung.guide == "smc":
             make = partial(make, init=self._start(), budget=self.clock)
         if rung.guide is AutoBatchAndMatch:
@@ -340,6 +296,12 @@ class _Ladder:
         found = [a for a in self.done if a.form == self.form and is_gaussian(a.fit)]
         best = max(found, key=lambda attempt: attempt.elbo, default=None)
         return None if best is None or best.fit is None else best.fit.guide
+
+    def _near(self) -> Any:
+        """The guide of Gaussians that heavier tails may be all that is missing of."""
+        near = [a for a in self.done if a.form == self.form and a.pareto_k < _NEARBY]
+        best = min(near, key=lambda attempt: attempt.rank, default=None)
+        return None if best is None or best.fit is None or not is_gaussian(best.fit) else best.fit.guide
 
     def _is_over(self, run: Restart) -> bool:
         return bool(self.clock.over())

@@ -14,10 +14,11 @@ from pplvi.compile import backends
 from pplvi.compile.broadcasting import without_repetition
 from pplvi.compile.tracing import record
 from pplvi.programs.carrying import LOOP
-from pplvi.programs.density import CHUNK, UnconstrainedDensity
+from pplvi.programs.density import UnconstrainedDensity
 
 _PAYS = 25  # evaluations of as many rows after which recording pays
-_FEW = 16  # rows
+_FEW = 16  # rows; of fewer, such as those of a few paths, a call takes as long, whatever their number
+_PAYS_FEW = 50
 _BYTES = 64 * 2**20  # of what a gradient keeps of the evaluation
 
 Pair = tuple[Tensor, Tensor]
@@ -27,7 +28,8 @@ class RecordedDensity(UnconstrainedDensity):
     """As :class:`pplvi.programs.density.UnconstrainedDensity`, quicker where many batches of one size are asked for.
 
     Value and gradient are recorded as a graph of tensor operations when as many rows were asked for several times, and
-    only that runs from then on. What cannot be recorded is run as before. Rows go through in parts, so that what a
+    only that runs from then on; a few rows, as of paths that end one after another, are filled up to as many as there
+    were at most. What cannot be recorded is run as before. Rows go through in parts, so that what a
     gradient keeps of the evaluation stays below 64 MiB.
 
     >>> import pyro, pyro.distributions as dist
@@ -41,6 +43,7 @@ class RecordedDensity(UnconstrainedDensity):
         super().__init__(*args, **options)
         self.programs: dict[int, Callable[[Tensor], Pair] | None] = {}
         self._asked: Counter[int] = Counter()
+        self._few = 0
         self._at_once: int | None = None
 
     def value_and_gradient(self, u: Tensor) -> Pair:
@@ -53,7 +56,7 @@ class RecordedDensity(UnconstrainedDensity):
         """How many rows are evaluated at once."""
         if self._at_once is None:
             rows = self.start.expand(_FEW, -1) + 0.01 * torch.linspace(-1.0, 1.0, _FEW).to(self.start)[:, None]
-            self._at_once = max(_FEW, min(CHUNK, _BYTES * _FEW // max(1, self._kept(rows))))
+            self._at_once = max(_FEW, min(self.rows_at_once, _BYTES * _FEW // max(1, self._kept(rows))))
         return self._at_once
 
     def _kept(self, rows: Tensor) -> int:
@@ -73,18 +76,26 @@ class RecordedDensity(UnconstrainedDensity):
         return super().value_and_gradient(u)
 
     def _part(self, u: Tensor) -> Pair:
-        size = len(u)
+        size, pays = self._size_of(len(u))
         self._asked[size] += 1
-        if size not in self.programs and self._asked[size] >= _PAYS and size >= _FEW and self.way != LOOP:
-            self.programs[size] = self._recorded(u)
+        if size not in self.programs and self._asked[size] >= pays and self.way != LOOP:
+            self.programs[size] = self._recorded(_filled(u, size))
         if (program := self.programs.get(size)) is None:
             return self._eagerly(u)
-        self.gradients += size
-        self.rows += size
+        self.gradients += len(u)
+        self.rows += len(u)
         try:
-            return program(u)
+            value, gradient = program(_filled(u, size))
         except LinAlgError:  # a factorisation failed in one row
             return self._eagerly(u)
+        return value[: len(u)], gradient[: len(u)]
+
+    def _size_of(self, number: int) -> tuple[int, int]:
+        """As how many rows so many are evaluated, and from which evaluation on recording pays."""
+        if number >= _FEW:
+            return number, _PAYS
+        self._few = max(self._few, number)
+        return self._few, _PAYS_FEW
 
     @torch.no_grad()
     def _recorded(self, u: Tensor) -> Callable[[Tensor], Pair] | None:
@@ -112,3 +123,8 @@ class RecordedDensity(UnconstrainedDensity):
             for a, b in zip(found, expected, strict=True)
         )
         return (lambda rows: graph(rows, *given)) if same and not traced.state else None
+
+
+def _filled(rows: Tensor, size: int) -> Tensor:
+    """So many rows, the last of them repeated."""
+    return rows if len(rows) == size else torch.cat([rows, rows[-1:].expand(size - len(rows), -1)])

@@ -226,8 +226,10 @@ def grown(posterior: WeightedDraws, more: Callable[[int, int], Draws], bytes_of_
 
 
 def _wanted(pool: WeightedDraws, target: int, most: int) -> int:
-    """How many draws the pool still needs."""
+    """How many draws the pool still needs: none where averages would not settle with any number."""
     size, ess, pareto_k = pool.num_draws, float(pool.ess), pool.pareto_k.double()
+    if float(pareto_k) - _SURE * float(pareto_k_error(pareto_k, size)) > 1:
+        return 0
     enough = math.ceil(size * (target / max(ess, 1.0) - 1))
     if math.isfinite(float(pareto_k)) and float(pareto_k_error(pareto_k, size)) > _K_ERROR:
         tail = ((1 + float(pareto_k)) / _K_ERROR) ** 2

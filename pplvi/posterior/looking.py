@@ -10,22 +10,17 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.overrides import TorchFunctionMode
 
 from pplvi.posterior.draws import Draws
 from pplvi.programs.density import UnconstrainedDensity
-from pplvi.programs.randomness import of_all
 from pplvi.programs.sites import Site, is_delta, latent_sites, sample_sites
 from pplvi.programs.state import fingerprint
 from pplvi.programs.traces import Run
+from pplvi.programs.work import Work
 
-_BYTES = 100 * 2**20  # of values and densities that one call makes
+_BYTES = 32 * 2**20  # of values and densities that one call makes: what is larger waits for memory
 _SMALL = 8 * 2**20  # of all draws together: too few for networks to matter
 _ALIVE = 4  # as many tensors of the largest size are held at once
-_CALL = 5_000  # elements that take as long as the call of an operation
-_CUBIC = ("mm", "linalg", "cholesky", "triangular", "inverse")  # in names of operations: rows times columns
-_NOTHING = ("__get__", "detach", "expand", "reshape", "view")  # functions that compute nothing
-_PRODUCTS = 32  # of theirs take as long as one element elsewhere
 _FEW = (2, 6)
 
 
@@ -50,17 +45,18 @@ def mark_of(run: Run) -> str:
     return fingerprint([{name: site["value"] for name, site in sample_sites(run.guide)}, run.log_target()])
 
 
-def fitting(run: Run, num_draws: int = 0, make: Callable[[int], Any] | None = None) -> int | None:
+def fitting(run: Run, num_draws: int = 0, make: Callable[[int], Any] | None = None, widest: int = 0) -> int | None:
     """How many draws one call may have; ``None`` where draws of several calls would belong to different data.
 
     :param num_draws: how many are wanted: of many, what the programs compute on the way is looked at too, such as the
         hidden layer of a network.
     :param make: makes so many draws.
+    :param widest: bytes of the largest tensor of the run.
     """
     if run.subsampled or run.scale != 1.0:
         return None
     each = bytes_of(run)
-    if make is not None and num_draws * each > _SMALL:
+    if make is not None and num_draws * max(each, widest) > _SMALL:
         each = max(each, _ALIVE * _widest_of_draw(make))
     return max(1, _BYTES // max(1, each))
 
@@ -69,25 +65,10 @@ def _widest_of_draw(make: Callable[[int], Any]) -> int:
     """By how many bytes the largest tensor on the way grows with a draw."""
     found = []
     for size in (_FEW[0], *_FEW):  # the first call may look for a way of running draws
-        with _Widest() as widest:
+        with Work() as work:
             make(size)
-        found.append(widest.bytes)
+        found.append(work.widest)
     return (found[2] - found[1]) // (_FEW[1] - _FEW[0])
-
-
-class _Widest(TorchFunctionMode):
-    """Bytes of the largest tensor that a function makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and func.__name__ not in _NOTHING:
-            whole = of_all(found)
-            self.bytes = max(self.bytes, whole.numel() * whole.element_size())
-        return found
 
 
 def bytes_of(run: Run) -> int:
@@ -104,28 +85,6 @@ def _size(site: Site) -> int:
     return int(value.element_size() * (value.numel() + value.numel() // max(1, events)))
 
 
-class _Work(TorchFunctionMode):
-    """Counts elements computed, and calls of functions as so many elements.
-
-    A dispatch mode would see single operations, and has torch import its compiler, which takes seconds.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if not isinstance(found, Tensor) or func.__name__ in _NOTHING:
-            return found
-        tensors = [of_all(each) for each in (found, *args) if isinstance(each, Tensor)]
-        inner = 1
-        if any(part in func.__name__ for part in _CUBIC):
-            inner += max((each.shape[-1] for each in tensors if each.dim()), default=0) // _PRODUCTS
-        self.total += _CALL + inner * max((each.numel() for each in tensors), default=0)
-        return found
-
-
 def work_of_draw(more: Callable[[int, int], Any]) -> float:
     """How many elements one draw more has the programs compute, counted in a few: a number and no time.
 
@@ -133,9 +92,9 @@ def work_of_draw(more: Callable[[int, int], Any]) -> float:
     """
     counts = []
     for size in (_FEW[0], *_FEW):  # the first call may look for a way of running draws
-        with _Work() as work:
+        with Work() as work:
             more(size, 0)
-        counts.append(work.total)
+        counts.append(work.elements)
     return max(1.0, (counts[2] - counts[1]) / (_FEW[1] - _FEW[0]))
 
 

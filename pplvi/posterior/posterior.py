@@ -41,6 +41,7 @@ from pplvi.programs.state import random_state
 from pplvi.programs.summing import drawing, enumerated_by, leaves_out_summed
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named, way_taken
+from pplvi.programs.work import Work
 from pplvi.types import Call, Program
 
 if TYPE_CHECKING:
@@ -120,10 +121,11 @@ class Posterior(WeightedDraws):
         if names := enumerated_by(guide, self.args, self.kwargs):
             model, guide = drawing(model, names), drawing(guide, names)  # it can be drawn from all the same
         self._pair = model, guide
-        run = self._look()
-        most = chunk_size or looking.fitting(run, num_draws, self._few)
+        with Work() as work:
+            run = self._look()
+            mark = looking.mark_of(run)
+        most = chunk_size or looking.fitting(run, num_draws, self._few, work.widest)
         ranks = join() if parallel == "draws" else Processes()
-        mark = looking.mark_of(run)
         seed = common_seed(ranks, seed, (mark, self._call))
 
         def make(size: int, own: int | None) -> Draws:

@@ -33,9 +33,13 @@ from pplvi.programs.state import preserved_rng, random_state
 from pplvi.programs.summing import is_summed
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import Vectorize, named
+from pplvi.programs.work import Work
 from pplvi.types import Program
 
-CHUNK = 1_000  # rows that go through the model in one call
+CHUNK = 1_000  # rows that go through the model in one call, at most
+_WIDEST = 4 * 2**20  # bytes of the largest tensor of a call: what is larger waits for memory
+_FEWEST = 16  # rows that go through together, however large
+_CHECKED = 8  # rows that a way of running them is tried with, and one
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class UnconstrainedDensity:
         units = _units(model, self.args, self.kwargs) if in_units else {}
         self.blocks = [_block(name, site, units.get(name)) for name, site in sites.items()]
         self.dim = sum(block.size for block in self.blocks)
-        self.rows, self.gradients = 0, 0
+        self.rows, self.gradients, self.rows_at_once = 0, 0, CHUNK
         first = next(iter(sites.values()))["value"]
         self.dtype, self.device = first.dtype, first.device
         self._check_function()
@@ -152,7 +156,7 @@ class UnconstrainedDensity:
     def __call__(self, u: Tensor) -> Tensor:
         """Log densities ``(S,)`` of rows ``(S, dim)`` of any floating type; differentiable where autograd is on."""
         u = u.to(self.device, self.dtype)  # the model may hold constants of its own type
-        return torch.cat([self._chunk(part) for part in u.split(1 if self.way == LOOP else CHUNK)])
+        return torch.cat([self._chunk(part) for part in u.split(1 if self.way == LOOP else self.rows_at_once)])
 
     def log_jacobian(self, u: Tensor) -> Tensor:
         """``log |dT/du|`` at rows ``(S, dim)``, ``(S,)``: the density less that of the constrained values, in nats."""
@@ -161,11 +165,16 @@ class UnconstrainedDensity:
     def value_and_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log densities ``(S,)`` and their gradients ``(S, dim)``, detached and in float64."""
         self.gradients += len(u)
-        with torch.enable_grad():
-            leaf = u.detach().to(self.device, self.dtype).requires_grad_()
-            value = self(leaf) + 0.0 * leaf.sum(1)  # a flat density has no graph of its own
-            (gradient,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
-        return value.detach().double(), gradient.double()
+        parts = u.detach().to(self.device, self.dtype).split(self.rows_at_once)
+        values, gradients = zip(*map(self._with_gradient, parts), strict=True)
+        return torch.cat(values).double(), torch.cat(gradients).double()
+
+    @torch.enable_grad()
+    def _with_gradient(self, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = leaf.requires_grad_()
+        value = self(leaf) + 0.0 * leaf.sum(1)  # a flat density has no graph of its own
+        (gradient,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
+        return value.detach(), gradient
 
     def descent(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`value_and_gradient` of *minus* the log density, for minimisers."""
@@ -260,7 +269,8 @@ class UnconstrainedDensity:
     @torch.no_grad()
     def _check_function(self) -> None:
         with preserved_rng():
-            alone = torch.cat([self(self.start[None]) for _ in range(3)])
+            with Work() as work:
+                alone = torch.cat([self(self.start[None]) for _ in range(3)])
             if bool(alone.isfinite().all()) and not _agree(alone):
                 raise ValueError(
                     "the log density of the model is not a function of its latent sites: runs at the same values gave "
@@ -268,20 +278,23 @@ class UnconstrainedDensity:
                     "sites with poutine.block (enumerate discrete ones: pyro.infer.config_enumerate(model)), and draw "
                     "no random numbers outside of pyro.sample."
                 )
-            self.way = self._first_right()
+            self.way = self._first_right(work.widest)
 
-    def _first_right(self) -> Way:
-        """The first way in which rows have the density that one has alone."""
+    def _first_right(self, alone: int) -> Way:
+        """The first way in which rows have the density that one has alone, which makes a tensor of so many bytes."""
         errors: list[str] = []
         for way in self._ways:
             self.way = way
-            if way == LOOP or (error := self._failure()) is None:
-                return way
+            with Work() as work:
+                if way == LOOP or (error := self._failure()) is None:
+                    each = max(1, (work.widest - alone) // _CHECKED)
+                    self.rows_at_once = min(CHUNK, max(_FEWEST, _WIDEST // each))
+                    return way
             errors.append(error)
         raise ValueError(f"vectorize={self._ways[0].word!r}: the model cannot be run that way: {errors[0]}")
 
     def _failure(self) -> str | None:
-        rows = self.start + 0.1 * torch.linspace(-1.0, 1.0, 8, dtype=self.dtype)[:, None]
+        rows = self.start + 0.1 * torch.linspace(-1.0, 1.0, _CHECKED, dtype=self.dtype)[:, None]
         rows = torch.cat([rows.to(self.device), self.start[None]])
         try:
             with SeparateFactors(len(rows), active=self.way.model and len(self._ways) > 1):

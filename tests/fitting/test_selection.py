@@ -12,8 +12,9 @@ import torch
 
 import pplvi
 from pplvi import AutoFlow
-from pplvi.fitting.auto import Attempt, flow_recipe, select
+from pplvi.fitting.auto import Attempt, select
 from pplvi.fitting.clock import Clock, Timing
+from pplvi.fitting.recipes import flow_recipe
 from pplvi.posterior.verdict import RELIABLE, UNRELIABLE, Facts, Verdict
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.state import Environment
@@ -44,7 +45,7 @@ def plain():
 def test_pathfinder_is_taken_where_it_is_good_enough():
     x = torch.linspace(-1, 1, 20)
     result = fit(regression, "auto", args=(x, 2 * x), seed=0)
-    assert result.guide_name == "AutoPathfinder"
+    assert result.guide_name == "AutoPathfinder(num_components=1)"
     assert float(result.posterior(4000).pareto_k) < 0.7
     text = result.summary()
     assert "tried             AutoPathfinder: reliable, k-hat" in text
@@ -101,7 +102,7 @@ def test_richer_families_are_tried_one_after_another_until_one_is_good(monkeypat
         return Fitted(name_of(guide), next(ks))
 
     best = select(fake, plain, originals(plain), budget=30.0)
-    searches = ["AutoPathfinder", "AutoStudentMixture", "AutoBatchAndMatch", "smc", "AutoDeterministicNormal"]
+    searches = ["AutoPathfinder", "AutoStudentMixture", "smc", "AutoBatchAndMatch", "AutoDeterministicNormal"]
     assert [name for name, _ in names[:6]] == [*searches, "AutoStudentMixture"]
     assert names[-1] == ("flow", 2000)
     assert best.guide_name == "flow"
@@ -137,7 +138,7 @@ def test_the_form_with_the_best_guide_is_kept(written, other, kept, monkeypatch)
 
 def test_a_fit_of_the_plan_is_made_by_the_plain_family_and_not_by_where_it_began(monkeypatch):
     monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
-    ks = iter([0.9, 0.8, 0.3])
+    ks = iter([0.9, 0.8, 0.85, 0.3])
     given = []
 
     def fake(model, guide, **options):
@@ -190,15 +191,32 @@ def test_a_good_k_hat_is_not_believed_against_more_evidence(found_later, monkeyp
 
 def test_one_gaussian_is_not_tried_where_most_draws_are_effective(monkeypatch):
     monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
-    ks = iter([0.9, 0.75, 0.3])
+    ks = iter([0.9, 0.75, 0.85, 0.3])
     best = select(
         lambda model, guide, **options: Fitted(name_of(guide), next(ks), ess=6000.0),
         plain,
         originals(plain),
         budget=30.0,
     )
-    assert best.notes["taken"] == "SMC, as its draws are reliable"
+    assert best.notes["taken"] == "AutoStudentMixture(num_scouts=512), as its draws are reliable"
     assert "AutoBatchAndMatch: not tried, as 75% of the draws are effective already" in best.notes["tried"]
+
+
+@pytest.mark.parametrize("pareto_k", [0.8, 1.2])
+def test_tails_that_are_too_light_are_answered_from_the_draws_that_are_there(pareto_k, monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    monkeypatch.setattr("pplvi.fitting.auto.is_gaussian", lambda fit: True)
+    first, given = Fitted("first", pareto_k), []
+    first.guide = "that was found"
+
+    def fake(model, guide, **options):
+        given.append(guide)
+        return first if len(given) == 1 else Fitted("second", 0.3)
+
+    best = select(fake, plain, originals(plain), budget=30.0)
+    near = pareto_k < 1
+    assert best.notes["taken"].startswith("AutoStudentMixture(start=...), as" if near else "AutoStudentMixture, as")
+    assert not near or given[1].keywords["start"] == "that was found"
 
 
 def test_ctrl_c_returns_the_best_so_far(monkeypatch):

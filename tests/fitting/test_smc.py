@@ -211,6 +211,20 @@ def test_recording_is_the_same_density() -> None:
     assert torch.allclose(found[0], plain.value_and_gradient(rows)[0])
 
 
+def test_a_few_rows_are_recorded_once_however_many_there_are_left() -> None:
+    """As paths have them, which end one after another."""
+    recorded, plain = (kind(clusters, (POINTS,)) for kind in (RecordedDensity, UnconstrainedDensity))
+    for number in [4] * 30 + [3] * 30:
+        recorded.value_and_gradient(torch.randn(number, 1))
+    assert list(recorded.programs) == [4]
+    assert recorded.programs[4] is not None
+    for number in (4, 2, 1):
+        rows = torch.randn(number, 1)
+        for a, b in zip(recorded.value_and_gradient(rows), plain.value_and_gradient(rows), strict=True):
+            assert a.shape == b.shape
+            assert torch.allclose(a, b)
+
+
 def test_programs_that_branch_on_draws_are_run_one_by_one() -> None:
     def branching() -> None:
         if pyro.sample("z", dist.Normal(0.0, 1.0)) > 0:

@@ -54,6 +54,20 @@ def test_heavy_tails_are_answered_by_t_distributions():
     assert float(fit.posterior(2000, seed=0).ess) > 0.85 * 2000
 
 
+def test_it_starts_at_the_gaussians_of_another_guide():
+    """Light tails become heavy without another climb; scales far from one are counted in units by the search."""
+
+    def model():
+        pyro.sample("z", dist.MultivariateStudentT(3.0, torch.full((4,), 1e4), 5e3 * torch.eye(4)))
+
+    first = pplvi.fit(model, pplvi.AutoPathfinder, progress=False, seed=0)
+    fit = found(model, start=first.guide)
+    climbed = found(model)
+    assert float(fit.guide.df.min()) < 6
+    assert float(fit.posterior(2000, seed=0).ess) > 0.85 * 2000 > float(first.posterior(2000, seed=0).ess)
+    assert fit.guide.num_gradients == 0 < climbed.guide.num_gradients
+
+
 def test_a_banana_takes_several_components():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 2.0))

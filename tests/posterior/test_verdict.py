@@ -162,6 +162,16 @@ def test_the_pool_has_as_many_effective_draws_as_are_handed_over():
     assert len(z.unique(dim=0)) > len(posterior.draws.latents["z"][posterior.log_weight.exp() > 0.9])
 
 
+def test_no_more_draws_are_made_where_averages_would_not_settle():
+    model, guide = (
+        lambda scale=scale: pyro.sample("z", dist.Normal(torch.zeros(200), scale).to_event(1)) for scale in (1.0, 0.5)
+    )
+    posterior = pplvi.Posterior(model, guide, num_draws=1000, seed=0)
+    assert float(posterior.pareto_k) > 1.5
+    assert posterior.pool.num_draws == 1000
+    assert posterior.verdict.word == UNRELIABLE
+
+
 def test_one_seed_has_one_pool_however_busy_the_machine_is(monkeypatch):
     def looped():
         return pplvi.Posterior(heavy, light, num_draws=300, seed=3, vectorize="loop")

@@ -246,3 +246,15 @@ def test_particles_that_stay_in_their_modes_are_not_kept_for_ever():
     settings = TemperedSMC(num_particles=64, num_islands=2, num_draws=2000, max_kept=400)
     found = settings.run(target_of(apart), base_of(1, 9.0))
     assert found.levels[-1].num_kept < 60
+
+
+@pytest.mark.parametrize("dim", [3, 600])
+def test_a_base_is_given_by_its_covariance_or_its_variances(dim: int) -> None:
+    """In many dimensions only the variances of a covariance are kept."""
+    variances = torch.linspace(0.5, 2.0, dim, dtype=torch.float64)
+    loc, draws = torch.ones(dim, dtype=torch.float64), torch.zeros(2, dim, dtype=torch.float64)
+    expected = torch.distributions.Normal(loc, variances.sqrt()).log_prob(draws).sum(1)
+    for given in (variances, variances.diag()):
+        value, gradient = GaussianBase.of(loc, given).value_and_gradient(draws)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, ((loc - draws) / variances))

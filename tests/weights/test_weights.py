@@ -391,3 +391,19 @@ def test_the_largest_random_number_picks_no_particle_without_weight(scheme: str,
     monkeypatch.setattr(torch, "rand", lambda *shape, **how: torch.full(shape, largest, **how))
     for log_weight, last in ((torch.zeros(3), 2), (torch.tensor([0.0, 0.0, -math.inf]), 1)):
         assert resample(log_weight, scheme=scheme).max() == last  # type: ignore[arg-type]
+
+
+def test_rounding_never_resamples_a_particle_of_weight_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points at the very end, and weights whose sum is below one by rounding."""
+    log_weight = next(
+        w
+        for seed in range(100)
+        if float(
+            (w := torch.randn(50, generator=torch.Generator().manual_seed(seed)).double()).softmax(0).cumsum(0)[-1]
+        )
+        < 1
+    )
+    log_weight = torch.cat([log_weight, torch.tensor([-math.inf] * 3)])
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.ones(*size, dtype=torch.float64))
+    for scheme in ("systematic", "stratified", "multinomial"):
+        assert int(resample(log_weight, scheme=scheme)[-1]) == 49

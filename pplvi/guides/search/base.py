@@ -192,6 +192,11 @@ class FoundGuide(ContinuousGuide, Search):
         self._need_prototype("density")
         return Gaussian(*(self._buffers[name] for name in self._parts))  # type: ignore[arg-type]
 
+    def _components(self, density: UnconstrainedDensity) -> Gaussian:
+        """What was found, in the coordinates of a density, in float64."""
+        zero, one = density.units
+        return Gaussian(*(part.double() for part in self.gaussians)).affine(-zero / one, 1 / one)
+
     def _latent_draws(self, *args: Any, **kwargs: Any) -> Tensor:
         mixture = GaussianMixture(self.gaussians)
         noise = torch.cat(list(self._base_draws()))

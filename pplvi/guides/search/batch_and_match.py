@@ -102,9 +102,7 @@ class AutoBatchAndMatch(FoundGuide):
         if self._begin is None:
             options = Options(precision=torch.finfo(density.dtype).eps)
             return explore(density, self._starts(density, self._num_paths), options, _SCOUT_DRAWS)[1][0]
-        best = Gaussian(*(part[0].double() for part in self._begin.gaussians))
-        zero, one = density.units
-        return best.affine(-zero / one, 1 / one)
+        return Gaussian(*(part[0] for part in self._begin._components(density)))
 
     def _matched(self, density: UnconstrainedDensity, loc: Tensor, covariance: Tensor) -> Gaussian | None:
         size = self._batch_size or _default_batch(density.dim)

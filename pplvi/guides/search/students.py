@@ -13,7 +13,7 @@ from torch import Tensor
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.constant import ConstantMixture
 from pplvi.guides.search.explore import check_proper
-from pplvi.guides.search.gaussians import full_gaussian
+from pplvi.guides.search.gaussians import Gaussian, full_gaussian
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Positive, Seed
 from pplvi.posterior.looking import work_of_row
@@ -46,7 +46,7 @@ _LEAST_DRAWS, _MOST_DRAWS, _DRAWS_OF_DIM = 4_000, 20_000, 200
 _FEW_DRAWS, _DEAR_ROUND = 1_000, 2e8  # elements computed in a round from which on it has fewer draws
 _ENOUGH = 10  # effective draws for each dimension and component, below which weights are tempered
 _TOPS = (0.0, 0.1, 0.3, 0.03, 0.2)  # of the weight, that of the largest weights, which a new component is fitted to
-_LIGHTER = 15.0  # degrees of freedom
+_LIGHTER, _HEAVY = 15.0, 8.0  # degrees of freedom
 _LIGHT = 0.02  # nats of evidence that a mixture may not lose, beyond its error
 
 
@@ -74,6 +74,8 @@ class AutoStudentMixture(FoundGuide):
     :param num_scouts: how many points climb from the prior; 160 times as many far ones, fewer where they are dear, are
         looked at, for narrow modes.
     :param num_components: the most components; modes beyond it, those of the least mass, are left out.
+    :param start: a guide of Gaussians that was found for the same model and data, which are the first components in
+        place of what scouts meet: for tails that they are too light for.
     :param init_radius: as ``init_loc_fn``, ``seed`` and ``vectorize`` of :class:`pplvi.AutoPathfinder`: from there four
         more scouts climb.
     :raises ValueError: where :class:`pplvi.AutoPathfinder` does, and in more than 100 dimensions.
@@ -95,13 +97,14 @@ class AutoStudentMixture(FoundGuide):
         *,
         num_scouts: Count = 64,
         num_components: Count = 16,
+        start: FoundGuide | None = None,
         init_radius: Positive = 2.0,
         init_loc_fn: Callable[..., Any] | None = None,
         seed: Seed | None = None,
         vectorize: Vectorize = None,
     ) -> None:
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
-        self._num_scouts, self._num_components = num_scouts, num_components
+        self._num_scouts, self._num_components, self._begin = num_scouts, num_components, start
 
     def _find(self, density: UnconstrainedDensity) -> Students:
         if density.dim > MOST_DIMENSIONS:
@@ -110,8 +113,11 @@ class AutoStudentMixture(FoundGuide):
                 f"{MOST_DIMENSIONS}, as it needs second derivatives and full covariances. Use AutoBatchAndMatch or "
                 "AutoFlow."
             )
-        start = self._modes(density)
-        _check_proper(density, start)
+        if self._begin is None:
+            start = self._modes(density)
+            _check_proper(density, start)
+        else:
+            start = _heavier(self._begin._components(density)).heaviest(self._num_components)
         return _adapted(density, start, self._num_components)
 
     def _modes(self, density: UnconstrainedDensity) -> Students:
@@ -180,6 +186,12 @@ def _check_proper(density: UnconstrainedDensity, start: Students) -> None:
     for loc, tril in zip(start.loc, start.tril, strict=True):
         if (gaussian := full_gaussian(loc, tril @ tril.mT)) is not None:
             check_proper(density, gaussian, None, peak)
+
+
+def _heavier(parts: Gaussian) -> Students:
+    """An equal mixture of Gaussians with heavier tails."""
+    flat = torch.zeros_like(parts.loc[:, 0])
+    return Students(flat - math.log(len(flat)), parts.loc, torch.linalg.cholesky(parts.covariance), flat + _HEAVY)
 
 
 def _spread(points: Tensor) -> Students:
