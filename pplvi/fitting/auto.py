@@ -31,6 +31,7 @@ _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
 _NO_MATTER = 0.5  # below that, k-hats differ by chance
 _HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
+_MATCHED, _MATCHES = 1_000, 30  # dimensions; updates of batch and match before particles start
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
 
 WRITTEN = "as written"
@@ -104,7 +105,8 @@ class Attempt:
     @property
     def quality(self) -> str:
         """What forms of the model are compared by."""
-        return f"{self.form} has k-hat {self.pareto_k:.2f} and an ELBO of {self.elbo:.2f} nats"
+        which, bound = ("a bound", self.log_evidence.value) if self.pareto_k >= _NEARBY else ("an ELBO", self.elbo)
+        return f"{self.form} has k-hat {self.pareto_k:.2f} and {which} of {bound:.2f} nats"
 
     def refutes(self, other: Attempt) -> bool:
         """Whether the evidence found here is so much larger that the other guide has to miss part of the posterior.
@@ -121,7 +123,8 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
 
     A verdict (:attr:`pplvi.Posterior.verdict`) hears scouts too, and it is not believed where a guide before found more
     evidence. The first family is tried on every form of the model (:func:`pplvi.noncentered`); the others on the form
-    where its k-hat is least, or, where several are below 0.5, its ELBO largest, which bounds the same evidence in all.
+    where its k-hat is least, or, where several are below 0.5, its ELBO largest, which bounds the same evidence in all;
+    where all are above 1, they say nothing, and the importance-weighted bound decides.
     A model with parameters of its own is trained anew with each family, from where it was before, and is left with the
     parameters of the family that is taken.
 
@@ -240,11 +243,14 @@ class _Ladder:
         self.attempts[self.attempts.index(attempt)] = replace(attempt, **changes)
 
     def _easiest(self) -> Attempt:
-        """The form of the model with the least k-hat; of forms that are all good, that with the largest bound."""
+        """The form of the model with the least k-hat; of those that are all good, with the largest ELBO, and where
+        averages settle in none, with the largest importance-weighted bound."""
 
         def rank(attempt: Attempt) -> tuple[bool, float, float]:
             refuted = any(other.refutes(attempt) for other in self.done)
-            return refuted, max(attempt.pareto_k, _NO_MATTER), -attempt.elbo
+            is_far = attempt.pareto_k >= _NEARBY
+            bound = attempt.log_evidence.value if is_far else attempt.elbo  # of many draws it is the tighter one
+            return refuted, _NEARBY if is_far else max(attempt.pareto_k, _NO_MATTER), -bound
 
         return min(self.attempts, key=rank)
 
@@ -262,7 +268,7 @@ class _Ladder:
                 return True
             make = partial(self.fit, model, partial(AutoStudentMixture, start=start))
         if rung.guide == "smc":
-            make = partial(make, init=self._start(), budget=self.clock)
+            make = partial(self._sampled, model)
         if rung.guide is AutoBatchAndMatch:
             make = partial(self.fit, model, partial(AutoBatchAndMatch, start=self._start()))
         if rung.recipe is None:
@@ -296,6 +302,13 @@ class _Ladder:
         found = [a for a in self.done if a.form == self.form and is_gaussian(a.fit)]
         best = max(found, key=lambda attempt: attempt.elbo, default=None)
         return None if best is None or best.fit is None else best.fit.guide
+
+    def _sampled(self, model: Program) -> Fit:
+        """SMC from the best Gaussian, after a few updates that cost less than the temperatures that they save."""
+        start = self._start()
+        if start is not None and self.dim <= _MATCHED:
+            start = self.fit(model, partial(AutoBatchAndMatch, start=start, num_iterations=_MATCHES)).guide
+        return self.fit(model, "smc", init=start, budget=self.clock)
 
     def _near(self) -> Any:
         """The guide of Gaussians that heavier tails may be all that is missing of."""

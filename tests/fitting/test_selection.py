@@ -136,6 +136,44 @@ def test_the_form_with_the_best_guide_is_kept(written, other, kept, monkeypatch)
     assert best.notes["parametrisation"].count("ELBO") == 3
 
 
+def test_forms_that_are_all_far_are_compared_by_their_importance_weighted_bounds(monkeypatch):
+    """Their k-hats say nothing, and the ELBO of a mixture of paths little."""
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    tried = []
+
+    def fake(model, guide, **options):
+        tried.append(model is crooked)
+        if len(tried) > 3:
+            return Fitted(name_of(guide), 0.3)
+        written = Fitted(name_of(guide), 2.0, elbo=-20.0, log_evidence=-9.0)
+        return written if model is crooked else Fitted(name_of(guide), 3.0, elbo=-25.0, log_evidence=-7.0)
+
+    best = select(fake, crooked, originals(crooked), budget=30.0)
+    assert tried[:4] == [True, False, False, False]
+    assert best.notes["parametrisation"].startswith("non-centered has k-hat 3.00 and a bound of -7.00 nats")
+
+
+def test_particles_start_after_a_few_updates_of_the_best_gaussian(monkeypatch):
+    """Many temperatures are saved by each of them, where the first Gaussian is far."""
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    monkeypatch.setattr("pplvi.fitting.auto.is_gaussian", lambda fit: True)
+    first, matched, given = SimpleNamespace(latent_dim=30), SimpleNamespace(latent_dim=30), []
+
+    def fake(model, guide, **options):
+        given.append((guide, options))
+        found = Fitted(name_of(guide), 0.3 if guide == "smc" else 1.5)
+        found.guide = first if len(given) == 1 else matched
+        return found
+
+    best = select(fake, plain, originals(plain), budget=30.0)
+    assert best.notes["taken"].startswith("SMC")
+    (_, _), (guide, _), (smc, options) = given
+    assert guide.func is pplvi.AutoBatchAndMatch
+    assert guide.keywords["start"] is first
+    assert guide.keywords["num_iterations"] < 100
+    assert (smc, options["init"]) == ("smc", matched)
+
+
 def test_a_fit_of_the_plan_is_made_by_the_plain_family_and_not_by_where_it_began(monkeypatch):
     monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
     ks = iter([0.9, 0.8, 0.85, 0.3])
