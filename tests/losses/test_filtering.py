@@ -428,6 +428,19 @@ def test_any_look_ahead_factor_leaves_the_evidence_alone() -> None:
         within(torch.stack(ratios), 1.0)
 
 
+def test_no_look_ahead_factor_is_asked_for_where_no_data_are_left() -> None:
+    asked = []
+
+    class Curious(Proposal):
+        def look_ahead(self, state: Any, ys: Tensor) -> Tensor:
+            asked.append(len(ys))
+            return ys[0] * state["z"]
+
+    for length in (1, 2):
+        FilteringELBO(4).loss(Linear(), Curious(), YS[:length])
+    assert min(asked) == 1
+
+
 def test_level_gradients_agree_between_detached_and_frozen_objectives() -> None:
     """The bound of single steps, -mean log v: pathwise with frozen densities against finite differences."""
     sampler = Filtering(Resampling(False))
