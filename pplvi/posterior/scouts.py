@@ -61,6 +61,11 @@ class Missed:
         return self.share > max(_SMALL, _SURE * self.error)
 
     @property
+    def is_likely(self) -> bool:
+        """Whether it is large, and beyond three errors."""
+        return self.share > max(_LARGE, _FAIRLY * self.error)
+
+    @property
     def is_open(self) -> bool:
         """Whether more draws may make it certain."""
         return not self.is_certain and self.share > max(_SMALL, _LIKELY * self.error)
@@ -69,7 +74,8 @@ class Missed:
         return f"{self.share:.0%} +- {self.error:.0%} of the evidence {self.where}"
 
 
-_SMALL, _SURE, _LIKELY = 0.02, 4.0, 2.0
+_SMALL, _LARGE = 0.02, 0.05
+_SURE, _FAIRLY, _LIKELY = 4.0, 3.0, 2.0
 
 
 @torch.no_grad()

@@ -117,9 +117,9 @@ def judge(facts: Facts) -> Verdict:
     Reliable are draws whose k-hat is below 0.7 by more than its error, or whose weights are nearly equal (nine tenths
     of the draws effective) up to a k-hat of 0.7, or half of which are effective if one percent of the evidence at most
     lies beyond the largest weight and scouts have found nothing, with less than 2 % of the evidence beyond the largest
-    weight, 15 % of the draws and 200 of them effective, no restart and no scout that contradicts them, from a guide
-    that had converged or has every second draw effective. Up to 10 % beyond, 50 effective draws, or nearly equal
-    weights of any k-hat are usable for means.
+    weight, 15 % of the draws and 200 of them effective, no restart and no scout that contradicts them (by 2 % of the
+    evidence and four standard errors, or by 5 % and three), from a guide that had converged or has every second draw
+    effective. Up to 10 % beyond, 50 effective draws, or nearly equal weights of any k-hat are usable for means.
 
     Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Pareto smoothed importance sampling, JMLR 25(72); Yao,
     Vehtari, Simpson and Gelman 2018, Yes, but did it work? Evaluating variational inference.
@@ -171,6 +171,8 @@ def _limits(facts: Facts) -> Iterator[str]:
         return
     if facts.certain and not any(map(_is_grave, facts.certain)):
         yield f"scouts find {facts.certain[0]} that the guide misses"
+    elif likely := next((each for each in facts.missed if each.is_likely and not each.is_certain), None):
+        yield f"scouts find {likely} that the guide may miss"
     if facts.efficiency < _RARE:
         yield f"only {facts.efficiency:.1%} of the draws are effective"
     sure = facts.pareto_k + facts.pareto_k_error
