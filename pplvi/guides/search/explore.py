@@ -17,7 +17,7 @@ from pplvi.programs.density import CHUNK, UnconstrainedDensity
 
 _FAR, _DROP = (30.0, 1e3), 3.0  # so many standard deviations away a proper density has fallen by so many nats
 _MOST_AXES = 256
-_LOOK, _PATIENCE = 50, 100  # iterations
+_LOOK, _PATIENCE = 50, 50  # iterations
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class OptimizationPath:
     :ivar log_density: unconstrained log density at the start and at every iterate, nats.
     :ivar best: index of the chosen iterate in ``elbos``.
     :ivar reason: why the path ended: ``"converged"``, ``"max_iterations"``, ``"line search"`` (no step goes up), or
-        ``"stopped"`` (its best Gaussian was more than 100 iterations ago).
+        ``"stopped"`` (its best Gaussian was more than 50 iterations ago).
     """
 
     elbos: tuple[float, ...]
