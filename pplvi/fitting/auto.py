@@ -29,7 +29,6 @@ from pplvi.types import Program
 GOOD_ENOUGH, _NEARBY = 0.7, 1.0  # k-hat; averages do not settle beyond the latter
 _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
-_NO_MATTER, _BY_CHANCE = 0.5, 0.4  # k-hats below the one, or less apart than the other, differ by chance
 _HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
 _MATCHED, _MATCHES = 1_000, 30  # dimensions; updates of batch and match before particles start
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
@@ -105,8 +104,12 @@ class Attempt:
     @property
     def quality(self) -> str:
         """What forms of the model are compared by."""
-        which, bound = ("a bound", self.log_evidence.value) if self.pareto_k >= _NEARBY else ("an ELBO", self.elbo)
-        return f"{self.form} has k-hat {self.pareto_k:.2f} and {which} of {bound:.2f} nats"
+        return f"{self.form} has k-hat {self.pareto_k:.2f} and a log evidence of {self.log_evidence} nats"
+
+    @property
+    def evidence_at_least(self) -> float:
+        """Log evidence less two standard errors, in nats: what is found by draws that do not miss much."""
+        return self.log_evidence.value - 2 * self.log_evidence.error
 
     def refutes(self, other: Attempt) -> bool:
         """Whether the evidence found here is so much larger that the other guide has to miss part of the posterior.
@@ -123,8 +126,8 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
 
     A verdict (:attr:`pplvi.Posterior.verdict`) hears scouts too, and it is not believed where a guide before found more
     evidence. The first family is tried on every form of the model (:func:`pplvi.noncentered`); the others on the form
-    where its k-hat is least, or, where several are below 0.5 or differ by chance, its ELBO largest, which bounds the
-    same evidence in all; where all are above 1, they say nothing, and the importance-weighted bound decides.
+    where it finds the most evidence, less two standard errors: the evidence is the same in all forms, and what its
+    draws miss or seldom meet is missing in the one or large in the other.
     A model with parameters of its own is trained anew with each family, from where it was before, and is left with the
     parameters of the family that is taken.
 
@@ -243,14 +246,8 @@ class _Ladder:
         self.attempts[self.attempts.index(attempt)] = replace(attempt, **changes)
 
     def _easiest(self) -> Attempt:
-        """The form of the model with the largest ELBO of those with the least k-hat, up to its error; where averages
-        settle in none, that with the largest importance-weighted bound."""
-        kept = [a for a in self.attempts if not any(other.refutes(a) for other in self.done)] or self.attempts
-        least = max(min(attempt.pareto_k for attempt in kept), _NO_MATTER)
-        if least >= _NEARBY:
-            return max(kept, key=lambda attempt: attempt.log_evidence.value)
-        near = [attempt for attempt in kept if attempt.pareto_k <= least + _BY_CHANCE]
-        return max(near, key=lambda attempt: (attempt.elbo, -attempt.pareto_k))
+        """The form of the model in which the most evidence was found, less its error: that of draws which are near."""
+        return max(self.attempts, key=lambda attempt: (attempt.evidence_at_least, -attempt.pareto_k))
 
     def _try(self, rung: Rung, form: str, model: Program, share: float) -> bool:
         """Fit a family, trained for as many steps as its share of the time allows; false if that is too few."""
