@@ -16,14 +16,17 @@ installed (pip install -c constraints.txt -e '.[bench]').
 
 import argparse
 import json
+import math
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,7 @@ COLUMNS = {
     "MB": "6.0f",
     "verdict": "<30",
 }
+KEY = ("problem", "method", "seed")
 Row = dict[str, Any]
 
 
@@ -127,35 +131,35 @@ def work(problem: str, method: str, seed: int, data: str, budget: float | None) 
 
 
 def apart(order: dict[str, Any], limit: float) -> Row:
-    """One run, in a process of its own; killed after so many seconds."""
+    """One run, in a process of its own; killed after so many CPU seconds."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "benchmarks.race", "--worker", json.dumps(order)]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, **ONE_THREAD, "JAX_PLATFORMS": "cpu"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": folder, "NUMBA_CACHE_DIR": folder}
         environment |= {"PYTENSOR_FLAGS": f"base_compiledir={folder}"}
-        try:
-            run = subprocess.run(
-                command, cwd=root, capture_output=True, text=True, env=environment, check=False, timeout=limit
-            )
-        except subprocess.TimeoutExpired:
-            return {**order, "failure": f"not done after {limit:.0f} s"}
+        limited = partial(resource.setrlimit, resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit) + 1))
+        run = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, env=environment, check=False, preexec_fn=limited
+        )
+    row = {key: order[key] for key in KEY}
+    if run.returncode == -signal.SIGXCPU:
+        return {**row, "failure": f"not done after {limit:.0f} CPU s"}
     if run.returncode:
-        return {**order, "failure": run.stderr.strip().splitlines()[-1]}
+        return {**row, "failure": run.stderr.strip().splitlines()[-1]}
     found: Row = json.loads(run.stdout.strip().splitlines()[-1])
     return found
 
 
 def merged(options: argparse.Namespace, row: Row) -> None:
     """Write a row into the file of results, in the place of an older one."""
-    key = ("problem", "method", "seed")
-    kept = [r for r in rows_of(options.out) if [r[k] for k in key] != [row[k] for k in key]] if options.out else []
+    kept = [r for r in rows_of(options.out) if [r[k] for k in KEY] != [row[k] for k in KEY]] if options.out else []
     write(options, rows=sorted([*kept, row], key=lambda r: (NAMES.index(r["problem"]), r["method"], r["seed"])))
 
 
 def cells(row: Row) -> list[Any]:
     """A row of the table."""
-    first = [row[k] for k in ("problem", "method", "seed")]
+    first = [row[k] for k in KEY]
     if "failure" in row:
         return [*first, "failed", None, None, row.get("cpu_seconds"), None, row["failure"]]
     shown = [row[k] for k in ("mean_error", "sd_error", "cpu_seconds", "memory_mb", "verdict")]
@@ -186,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--methods", nargs="+", default=["auto", "smc", "numpyro"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=float, help="CPU seconds of auto and smc")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a run is killed")
+    parser.add_argument(
+        "--limit", type=float, default=600.0, help="CPU seconds after which a run is killed, imports included"
+    )
     parser.add_argument("--show", nargs="+", type=Path, help="files of results: print their medians, and run nothing")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.set_defaults(out=RESULTS)

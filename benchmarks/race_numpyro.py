@@ -99,6 +99,7 @@ def programs() -> dict[str, Program]:
         a1 = numpyro.sample("a1", dist.Uniform(0.0, 1.0))
         f = numpyro.sample("f", dist.Uniform(0.0, 1.0))
         b1 = numpyro.deterministic("b1", f * (1 - a1))
+        numpyro.factor("reference", -jnp.log1p(-a1))
 
         def step(variance: Any, before: Any) -> Any:
             after = a0 + a1 * (before - mu) ** 2 + b1 * variance

@@ -89,6 +89,7 @@ def programs() -> dict[str, Program]:
         a1 = pm.Uniform("a1", 0.0, 1.0)
         f = pm.Uniform("f", 0.0, 1.0)
         b1 = pm.Deterministic("b1", f * (1 - a1))
+        pm.Potential("reference", -pt.log1p(-a1))
 
         def step(before: Any, variance: Any, mu: Any, a0: Any, a1: Any, b1: Any) -> Any:
             return a0 + a1 * (before - mu) ** 2 + b1 * variance
