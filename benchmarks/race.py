@@ -1,7 +1,8 @@
 """CPU seconds to a usable posterior, on fourteen problems: the methods of this package, and NUTS where it is installed.
 
     python -m benchmarks.race --data ../shared/data/race --methods auto smc
-    python -m benchmarks.race --problems hs10 sv --methods smc numpyro --seeds 0 1 2
+    python -m benchmarks.race --methods numpyro nutpie --out benchmarks/results/race_peers.json
+    python -m benchmarks.race --show benchmarks/results/race.json benchmarks/results/race_peers.json
 
 A posterior is usable where means are off by at most .1 sd and sds by at most 15 %, the worst of all scalars, on the
 draws that are handed over and against long reference runs. Each run is a process of its own with one thread and an
@@ -9,22 +10,24 @@ empty folder for what compilers keep; CPU seconds are those of the process and i
 to draws by name, imports apart.
 
 Methods: "auto", "smc", "nuts" or a guide of pplvi by its name, such as AutoPathfinder, whose draws are resampled;
-"numpyro", whose draws are those of 4 chains of 500 after 500 steps, takes part where it is installed
-(pip install -c constraints.txt -e '.[bench]'), on problems that have a program for it.
+"numpyro", "nutpie" and "blackjax", whose draws are those of 4 chains of 500 after 500 steps, take part where they are
+installed (pip install -c constraints.txt -e '.[bench]').
 """
 
 import argparse
 import json
+import math
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ import torch
 from torch import Tensor
 
 import pplvi
-from benchmarks.race_peers import PEERS
+from benchmarks.race_peers import PEERS, Peer
 from benchmarks.race_problems import NAMES, Draws, Problem, load
 from benchmarks.reporting import Table, command_line, rows_of, write
 
@@ -41,6 +44,13 @@ QUICK = "--problems schools --methods AutoPathfinder --seeds 0"
 
 RESULTS = Path(__file__).parent / "results" / "race.json"
 OURS = ("pplvi.fitting", "torch.fx.experimental.symbolic_shapes", "torch._dynamo", "arviz")
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "RAYON_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+}
 MEAN, SD = 0.1, 0.15  # what is usable
 DRAWS = 4_000
 COLUMNS = {
@@ -54,6 +64,7 @@ COLUMNS = {
     "MB": "6.0f",
     "verdict": "<30",
 }
+KEY = ("problem", "method", "seed")
 Row = dict[str, Any]
 
 
@@ -75,6 +86,12 @@ def ours(problem: Problem, method: str, seed: int, budget: float | None) -> tupl
     return posterior.resample(seed=seed, deterministics=True), posterior.verdict.word
 
 
+def theirs(peer: Peer, problem: Problem, seed: int) -> tuple[Draws, str]:
+    """Draws by another package, and what it says of them."""
+    draws, divergences = peer.run(problem, seed)
+    return draws, f"{divergences} divergences"
+
+
 def errors(problem: Problem, draws: Draws) -> tuple[float, float]:
     """The largest error of a mean, in sds, and of an sd, relative."""
     scalars: Tensor = problem.scalars(draws)
@@ -88,13 +105,13 @@ def work(problem: str, method: str, seed: int, data: str, budget: float | None) 
     torch.set_num_threads(1)
     given = load(Path(data), problem)
     torch.set_default_dtype(given.dtype)
-    run: Callable[..., tuple[Draws, str]] = PEERS.get(method, ours)
+    peer = PEERS.get(method)
     row: Row = {"problem": problem, "method": method, "seed": seed}
-    for module in (method,) if method in PEERS else OURS:  # imports apart: torch and pplvi have some at first use
+    for module in peer.modules if peer else OURS:  # imports apart: torch and pplvi have some at first use
         import_module(module)
     start, wall = cpu_seconds(), time.perf_counter()
     try:
-        draws, verdict = run(given, method, seed, budget)
+        draws, verdict = theirs(peer, given, seed) if peer else ours(given, method, seed, budget)
     except ValueError as error:
         return {**row, "failure": str(error), "cpu_seconds": cpu_seconds() - start}
     spent = cpu_seconds() - start
@@ -108,39 +125,41 @@ def work(problem: str, method: str, seed: int, data: str, budget: float | None) 
         "cpu_seconds": spent,
         "wall_seconds": time.perf_counter() - wall,
         "memory_mb": memory,
+        "load": os.getloadavg()[0],
         "verdict": verdict,
     }
 
 
 def apart(order: dict[str, Any], limit: float) -> Row:
-    """One run, in a process of its own; killed after so many seconds."""
+    """One run, in a process of its own; killed after so many CPU seconds."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "benchmarks.race", "--worker", json.dumps(order)]
     with tempfile.TemporaryDirectory() as folder:
-        kept = {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        environment = {**os.environ, **kept, "JAX_PLATFORMS": "cpu", "NUMBA_CACHE_DIR": folder}
-        try:
-            run = subprocess.run(
-                command, cwd=root, capture_output=True, text=True, env=environment, check=False, timeout=limit
-            )
-        except subprocess.TimeoutExpired:
-            return {**order, "failure": f"not done after {limit:.0f} s"}
+        environment = {**os.environ, **ONE_THREAD, "JAX_PLATFORMS": "cpu"}
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": folder, "NUMBA_CACHE_DIR": folder}
+        environment |= {"PYTENSOR_FLAGS": f"base_compiledir={folder}"}
+        limited = partial(resource.setrlimit, resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit) + 1))
+        run = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, env=environment, check=False, preexec_fn=limited
+        )
+    row = {key: order[key] for key in KEY}
+    if run.returncode == -signal.SIGXCPU:
+        return {**row, "failure": f"not done after {limit:.0f} CPU s"}
     if run.returncode:
-        return {**order, "failure": run.stderr.strip().splitlines()[-1]}
+        return {**row, "failure": run.stderr.strip().splitlines()[-1]}
     found: Row = json.loads(run.stdout.strip().splitlines()[-1])
     return found
 
 
 def merged(options: argparse.Namespace, row: Row) -> None:
     """Write a row into the file of results, in the place of an older one."""
-    key = ("problem", "method", "seed")
-    kept = [r for r in rows_of(options.out) if [r[k] for k in key] != [row[k] for k in key]] if options.out else []
+    kept = [r for r in rows_of(options.out) if [r[k] for k in KEY] != [row[k] for k in KEY]] if options.out else []
     write(options, rows=sorted([*kept, row], key=lambda r: (NAMES.index(r["problem"]), r["method"], r["seed"])))
 
 
 def cells(row: Row) -> list[Any]:
     """A row of the table."""
-    first = [row[k] for k in ("problem", "method", "seed")]
+    first = [row[k] for k in KEY]
     if "failure" in row:
         return [*first, "failed", None, None, row.get("cpu_seconds"), None, row["failure"]]
     shown = [row[k] for k in ("mean_error", "sd_error", "cpu_seconds", "memory_mb", "verdict")]
@@ -171,17 +190,24 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--methods", nargs="+", default=["auto", "smc", "numpyro"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=float, help="CPU seconds of auto and smc")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a run is killed")
+    parser.add_argument(
+        "--limit", type=float, default=600.0, help="CPU seconds after which a run is killed, imports included"
+    )
+    parser.add_argument("--show", nargs="+", type=Path, help="files of results: print their medians, and run nothing")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.set_defaults(out=RESULTS)
     options = parser.parse_args(arguments)
+    if options.show:
+        rows = [row for path in options.show for row in rows_of(path)]
+        print(medians(rows))
+        return rows
     if options.worker:
         print(json.dumps(work(**options.worker)))
         return []
     table, rows = Table(COLUMNS), list[Row]()
     for problem in options.problems:
         for method in options.methods:
-            if method in PEERS and find_spec(method) is None:
+            if method in PEERS and not PEERS[method].installed:
                 continue
             for seed in options.seeds:
                 order = {"problem": problem, "method": method, "seed": seed}

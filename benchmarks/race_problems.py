@@ -4,6 +4,7 @@ Each has data as arrays, a model that takes them as arguments, and the mean and 
 long reference runs. ``scalars`` maps posterior draws by name, latent and deterministic, to the reference's columns.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ class Problem:
     :ivar scalars: draws ``{site: (S, ...)}`` to ``(S, columns)``.
     :ivar mean: of the columns, by the reference.
     :ivar sd: of the columns, by the reference.
+    :ivar data: all arrays by name, for programs in other languages.
     :ivar dtype: that the problem needs.
     """
 
@@ -38,6 +40,7 @@ class Problem:
     scalars: Callable[[Draws], Tensor]
     mean: np.ndarray
     sd: np.ndarray
+    data: Mapping[str, np.ndarray]
     dtype: torch.dtype = torch.float32
 
 
@@ -145,10 +148,19 @@ NAMES = ("schools", "schools_centered", "ionosphere", *_STAN, "radon", "pois", "
 def _of_race(folder: Path, name: str) -> Problem:
     model, arguments, sites, logs = _RACE[name]
     with np.load(folder / f"{name}.npz") as file:
-        args = tuple(file[f"data_{argument}"] for argument in arguments)
+        data = {argument: file[f"data_{argument}"] for argument in arguments}
         mean, sd = file["reference_mean"], file["reference_sd"]
     dtype = torch.float64 if name == "gp" else torch.float32  # a jitter of 1e-6 is below what single precision sees
-    return Problem(name, model, args, columns(*sites, log=logs), mean, sd, dtype)
+    return Problem(name, model, tuple(data.values()), columns(*sites, log=logs), mean, sd, data, dtype)
+
+
+def _arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """The data of a problem whose program is a closure over them."""
+    if name in _STAN:
+        content = json.loads((folder / "posteriordb" / f"{_STAN[name]}.data.json").read_text())
+        return {key: np.asarray(value, float) for key, value in content.items()}
+    with np.load(folder / "targets" / f"{'ionosphere' if name == 'ionosphere' else 'eight_schools'}.npz") as file:
+        return {key: file[key] for key in file if key != "reference_draws"}
 
 
 def load(folder: Path, name: str) -> Problem:
@@ -167,4 +179,5 @@ def load(folder: Path, name: str) -> Problem:
     assert target.reference is not None
     reference = target.reference.double().numpy()
     mean, sd = reference.mean(0), reference.std(0)
-    return Problem(name, target.model, (), target.coordinates, mean, sd, torch.float64)
+    data = _arrays(folder.parent, name)
+    return Problem(name, target.model, (), target.coordinates, mean, sd, data, torch.float64)

@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pplvi.posterior.arviz.quiet import arviz_itself
+from pplvi.posterior.convergence import rhat_and_ess
 from pplvi.posterior.draws import Draws
 from pplvi.posterior.islands import evidence_of_islands
 from pplvi.posterior.looking import work_of_draw, work_of_row
@@ -148,20 +147,13 @@ def verdict_on_chains(draws: WeightedDraws, programs: ModelCall | None) -> Verdi
 
 def _rhat_and_ess(draws: WeightedDraws) -> tuple[float, float]:
     """The largest R-hat and the smallest bulk ESS of all scalars."""
-    arviz = arviz_itself()
-    chains = {
-        name: value.reshape(draws.num_chains, -1, *value.shape[1:]).cpu().numpy()
-        for name, value in draws.draws.latents.items()
+    found = [
+        rhat_and_ess(value.reshape(draws.num_chains, draws.num_draws // draws.num_chains, -1))
+        for value in draws.draws.latents.values()
         if value.is_floating_point()
-    }
-    data = arviz.convert_to_dataset(chains)
-    with np.errstate(invalid="ignore", divide="ignore"):  # sites that never vary
-        tables = arviz.rhat(data), arviz.ess(data)
-    rhat, ess = (
-        [float(each) for name in chains for each in found[name].values.flatten() if math.isfinite(float(each))]
-        for found in tables
-    )
-    return max(rhat, default=math.inf), min(ess, default=0.0)
+    ]
+    rhats, sizes = ([x for each in found for x in each[i].tolist() if math.isfinite(x)] for i in (0, 1))
+    return max(rhats, default=math.inf), min(sizes, default=0.0)
 
 
 def disagreements(best: WeightedDraws, others: Sequence[WeightedDraws]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pplvi.guides.search.gaussians import Gaussian, LocalGaussians, full_gaussia
 from pplvi.guides.search.lbfgs import Options, Point, Trail, minimise
 from pplvi.guides.search.moments import MOST_DIMENSIONS
 from pplvi.guides.search.newton import newton
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import CHUNK, UnconstrainedDensity
 
 _FAR, _DROP = (30.0, 1e3), 3.0  # so many standard deviations away a proper density has fallen by so many nats
@@ -29,7 +30,8 @@ class OptimizationPath:
     :ivar log_density: unconstrained log density at the start and at every iterate, nats.
     :ivar best: index of the chosen iterate in ``elbos``.
     :ivar reason: why the path ended: ``"converged"``, ``"max_iterations"``, ``"line search"`` (no step goes up), or
-        ``"stopped"`` (its best Gaussian was more than 50 iterations ago).
+        ``"stopped"`` (its best Gaussian was more than 50 iterations ago, or the time was over: then earlier iterates
+        may be without an ELBO).
     """
 
     elbos: tuple[float, ...]
@@ -61,7 +63,10 @@ class Scout:
     def end(self, trail: Trail) -> str:
         """Why a path ends here, if it does, asked of long ones only. It has left its best Gaussian far behind, as
         densities without a mode are climbed for ever; or Newton's method, with exact Hessians, finds its end at once.
+        Every path ends when the time is over.
         """
+        if is_time_over():
+            return "stopped"
         if len(trail.points) % _LOOK:
             return ""
         self.look(trail)
@@ -99,11 +104,18 @@ class Scout:
 
     @torch.no_grad()
     def _judge(self, parts: list[Gaussian | None]) -> None:
+        """ELBOs, of the last Gaussians first: when the time is over the others have none, but a path has one."""
         self.found += parts
-        placed = [part for part in parts if part is not None]
-        size = max(CHUNK // len(self.noise), 1)
-        elbos = iter([e for i in range(0, len(placed), size) for e in self._elbos(placed[i : i + size])])
-        self.elbos += [-math.inf if part is None else next(elbos) for part in parts]
+        elbos, places = [-math.inf] * len(parts), [(i, p) for i, p in enumerate(parts) if p is not None]
+        while places:
+            late, known = is_time_over(), max([*self.elbos, *elbos], default=-math.inf) > -math.inf
+            if late and known:
+                break
+            size = 1 if late else max(CHUNK // len(self.noise), 1)
+            now, places = places[-size:], places[:-size]
+            for (i, _), elbo in zip(now, self._elbos([part for _, part in now]), strict=True):
+                elbos[i] = elbo
+        self.elbos += elbos
 
     def _elbos(self, parts: list[Gaussian]) -> list[float]:
         draws = torch.cat([part.push(self.noise) for part in parts])
@@ -134,7 +146,8 @@ def explore(
         raise improper(f"none of {len(trails)} paths has a Gaussian: they ended by {[t.reason for t in trails]}")
     peak = max(-point.value for trail in trails for point in trail.points)
     for scout, gaussian in kept.items():
-        check_proper(density, gaussian, scout.hessian, peak)
+        if not is_time_over():  # a path that was cut has a Gaussian of the way, which shows nothing
+            check_proper(density, gaussian, scout.hessian, peak)
     best_first = sorted(kept, key=lambda scout: -scout.elbos[scout.best])
     return tuple(path for path, _ in ends), [kept[scout] for scout in best_first]
 
