@@ -135,9 +135,9 @@ def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarr
     from matplotlib import pyplot
 
     posteriors = _posteriors(source)
-    pair = np.asarray(pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")[1] if axes is None else axes)
-    if pair.shape != (2,) or not all(hasattr(ax, "plot") for ax in pair):
-        raise ValueError(f"axes has shape {pair.shape}; expected two axes, as pyplot.subplots(1, 2) makes them.")
+    pair = list(pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")[1] if axes is None else axes)
+    if len(pair) != 2 or not all(hasattr(ax, "plot") for ax in pair):
+        raise ValueError(f"axes has shape ({len(pair)},); expected two axes, as pyplot.subplots(1, 2) makes them.")
     for index, posterior in enumerate(posteriors):
         name = f"restart {index}: " if len(posteriors) > 1 else ""
         _plot_density(posterior, f"C{index}", name, pair[0])
@@ -145,7 +145,7 @@ def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarr
     pair[0].set_ylabel("density", fontsize=_TEXT)
     pair[0].legend()
     _plot_pareto_k(posteriors, pair[1])
-    return pair
+    return np.array(pair, dtype=object)
 
 
 def _posteriors(source: Any) -> list[Posterior]:
