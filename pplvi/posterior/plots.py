@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pplvi.kinds.checked import checked
+from pplvi.kinds.checked import check_values, checked
 from pplvi.kinds.kinds import Count
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
@@ -81,6 +81,8 @@ def _losses(source: Any) -> np.ndarray:
     found = getattr(source, "losses", source)
     if hasattr(source, "groups"):
         found = source["optimization"]["loss"].values if "optimization" in source else []
+    if isinstance(found, torch.Tensor):
+        check_values(torch.Tensor, source=found)
     losses = np.atleast_2d(to_numpy(found))
     if losses.dtype.kind not in "fiu" or losses.ndim != 2 or losses.size == 0:
         raise ValueError(
