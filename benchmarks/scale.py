@@ -3,17 +3,20 @@
 Each cell is a process of its own with one thread and at most four gigabytes of data (``RLIMIT_DATA``): one that wants
 more has failed, which is a row too. Seconds are CPU seconds without imports and data; of steps, those of one after the
 first ones. An exponent is the slope of log seconds over log size between the two largest sizes: below
-one while fixed costs show, one where work is proportional. NumPyro takes the same steps where it is installed.
+one while fixed costs show, one where work is proportional. NumPyro takes the same steps where it is installed. Cells
+that ``--out`` has already are not measured again, so that the table can be made in several sittings; ``load`` is the
+load of the machine when a cell began, to tell those that shared its cores.
 """
 
 import argparse
 import importlib.util
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -24,7 +27,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 import pplvi
-from benchmarks.reporting import Table, command_line, write
+from benchmarks.reporting import Table, command_line, rows_of, write
 
 QUICK = "--only particles --most 100"
 
@@ -139,21 +142,30 @@ CELLS: dict[str, tuple[Cell, Sequence[int]]] = {
     "rows": (lambda n: step(regression(n)), (10**3, 10**4, 10**5, 10**6)),
     "rows, compiled": (lambda n: step(regression(n), compile=True), (10**3, 10**4, 10**5, 10**6)),
     "groups": (lambda n: step(hierarchy(n)), (10**3, 10**4, 10**5)),
+    "groups, compiled": (lambda n: step(hierarchy(n), compile=True), (10**3, 10**4, 10**5)),
     "groups, 1,000 draws": (lambda n: after(hierarchy(n), AutoNormal, draws), (10**3, 10**4, 10**5)),
     "groups, AutoHierarchical": (lambda n: step(hierarchy(n), hierarchical), (10**3, 10**4, 10**5)),
     "groups, AutoHierarchical, 1,000 draws": (
         lambda n: after(hierarchy(n), hierarchical, draws),
         (10**3, 10**4, 10**5),
     ),
+    "groups, AutoPathfinder": (lambda n: search(hierarchy(n), pplvi.AutoPathfinder), (10**2, 10**3, 10**4)),
     "dimensions": (lambda n: step(independent(n)), (10**2, 10**3, 10**4)),
     "dimensions, AutoPathfinder": (lambda n: search(independent(n), pplvi.AutoPathfinder), (10**2, 10**3, 10**4)),
-    "dimensions, AutoBatchAndMatch": (lambda n: search(independent(n), pplvi.AutoBatchAndMatch), (10**2, 10**3)),
+    "dimensions, AutoBatchAndMatch": (
+        lambda n: search(independent(n), pplvi.AutoBatchAndMatch),
+        (10**2, 10**3, 10**4),
+    ),
     "sites": (lambda n: step(chain(n)), (10, 100, 500)),
     "sites, recorded": (lambda n: step(chain(n), compile="trace"), (10, 100, 500)),
     "particles": (lambda n: step(hierarchy(8), particles=n), (10, 100, 1000, 10**4)),
+    "particles, compiled": (
+        lambda n: step(hierarchy(8), particles=n, compile=True),
+        (10, 100, 1000, 10**4),
+    ),
     "leave-one-out": (leave_one_out, (10**3, 10**4, 10**5)),
 }
-NUMPYRO = ("rows", "groups", "dimensions", "particles")
+NUMPYRO = ("rows", "groups", "dimensions", "sites", "particles")
 
 
 def numpyro_step(cell: str, size: int) -> float:
@@ -180,7 +192,18 @@ def numpyro_step(cell: str, size: int) -> float:
         z = numpyro.sample("z", ndist.Normal(jnp.zeros(len(y)), 1.0).to_event(1))
         numpyro.sample("y", ndist.Normal(z, 1.0).to_event(1), obs=y)
 
-    makers = {"rows": (rows, regression), "groups": (groups, hierarchy), "dimensions": (dimensions, independent)}
+    def sites(y: Any) -> None:
+        z = 0.0
+        for t in range(size):
+            z = numpyro.sample(f"z{t}", ndist.Normal(z, 1.0))
+        numpyro.sample("y", ndist.Normal(z, 1.0), obs=y)
+
+    makers = {
+        "rows": (rows, regression),
+        "groups": (groups, hierarchy),
+        "dimensions": (dimensions, independent),
+        "sites": (sites, chain),
+    }
     model, problem = makers.get(cell, (groups, hierarchy))
     particles = size if cell == "particles" else 1
     args = [jnp.asarray(x.numpy()) for x in problem(8 if cell == "particles" else size)[1]]
@@ -210,7 +233,7 @@ def work(cell: str, size: int) -> dict[str, float]:
 def measured(cell: str, size: int, timeout: float) -> dict[str, Any]:
     """A row of the table; without seconds, the reason."""
     command = [sys.executable, "-m", "benchmarks.scale", "--worker", cell, str(size)]
-    row: dict[str, Any] = {"cell": cell, "size": size}
+    row: dict[str, Any] = {"cell": cell, "size": size, "load": os.getloadavg()[0]}
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout
     except subprocess.TimeoutExpired:
@@ -218,6 +241,22 @@ def measured(cell: str, size: int, timeout: float) -> dict[str, Any]:
     except subprocess.CalledProcessError as error:
         return {**row, "failed": (error.stderr.strip().splitlines() or ["killed"])[-1][:100]}
     return {**row, **json.loads(found.splitlines()[-1])}
+
+
+def asked(names: Sequence[str], most: int) -> list[tuple[str, int]]:
+    """Cells and sizes, of NumPyro where it is installed, up to a size."""
+    theirs = importlib.util.find_spec("numpyro") is not None
+    found = []
+    for name in names:
+        for cell in (name, f"{name}, NumPyro") if theirs and name in NUMPYRO else (name,):
+            found += [(cell, size) for size in CELLS[name][1] if size <= most]
+    return found
+
+
+def ordered(known: Mapping[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in the order of the cells, and of sizes in each."""
+    places = {name: place for place, name in enumerate(CELLS)}
+    return [known[key] for key in sorted(known, key=lambda key: (places[key[0].removesuffix(", NumPyro")], key))]
 
 
 def exponents(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -243,22 +282,20 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.worker:
         print(json.dumps(work(options.worker[0], int(options.worker[1]))))
         return []
-    table = Table({"cell": "<38", "size": "8d", "seconds": "10.4f", "peak MB": "8.0f", "failed": "<"})
-    theirs = importlib.util.find_spec("numpyro") is not None
-    rows: list[dict[str, Any]] = []
-    for name in options.only:
-        for cell in (name, f"{name}, NumPyro") if theirs and name in NUMPYRO else (name,):
-            for size in (size for size in CELLS[name][1] if size <= options.most):
-                rows.append(row := measured(cell, size, options.timeout))
-                peak = row["peak"] / 1e6 if "peak" in row else None
-                table.show(cell, size, row.get("seconds"), peak, row.get("failed"))
+    table = Table({"cell": "<38", "size": "8d", "seconds": "10.4f", "peak MB": "8.0f", "load": "5.1f", "failed": "<"})
+    known = {(row["cell"], row["size"]): row for row in (rows_of(options.out) if options.out else [])}
+    for cell, size in asked(options.only, options.most):
+        if "seconds" not in known.get((cell, size), {}):
+            known[cell, size] = measured(cell, size, options.timeout)
+            write(options, rows=ordered(known), exponents=exponents(ordered(known)))
+        row = known[cell, size]
+        peak = row["peak"] / 1e6 if "peak" in row else None
+        table.show(cell, size, row.get("seconds"), peak, row.get("load"), row.get("failed"))
     print()
-    slopes = exponents(rows)
     shown = Table({"cell": "<38", "exponent": "8.2f"})
-    for item in slopes.items():
+    for item in exponents(ordered(known)).items():
         shown.show(*item)
-    write(options, cells=rows, exponents=slopes)
-    return rows
+    return ordered(known)
 
 
 if __name__ == "__main__":

@@ -339,6 +339,13 @@ def values() -> dict[str, Any]:
         "tensor(True)": torch.tensor(True),
         "zeros(0)": torch.zeros(0),
         "ones(2, 3)": torch.ones(2, 3),
+        "full(inf)": torch.full((4, 3), float("inf")),
+        "full(nan)": torch.full((4, 3), float("nan")),
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.ones(3, device="meta"),
+        "zeros(0, 3)": torch.zeros(0, 3),
+        "bool matrix": torch.ones(4, 3, dtype=torch.bool),
+        "needs grad": torch.ones(3, requires_grad=True) * 2,
         "complex": torch.zeros(3, dtype=torch.complex64),
         "array of text": np.array(["a", "b"]),
     }

@@ -126,6 +126,8 @@ def log_density(
     ('exact', 'lower bound', 0.0)
     """
     check_counts(num_draws=num_draws)
+    if not x.numel():
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected data, (N, D), one datum at least.")
     where = data_hash(x)
     if isinstance(model, DensityEstimate):
         if model.data != where:

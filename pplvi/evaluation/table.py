@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from pplvi.evaluation.draws import likeness
 from pplvi.evaluation.estimates import NUM_DRAWS, DensityEstimate, Unnormalised, data_hash, log_density, unnormalised
-from pplvi.kinds.checked import checked
+from pplvi.kinds.checked import check_values, checked
 from pplvi.kinds.kinds import Count, Natural, Seed
 from pplvi.programs.calls import check_counts
 from pplvi.programs.state import random_state
@@ -108,6 +108,7 @@ def _numbers(x: Any) -> Tensor:
     if not isinstance(x, (Tensor, np.ndarray)):
         raise ValueError(f"the data are a {type(x).__name__}: expected a tensor or an array (N, D).")
     x = torch.as_tensor(x)
+    check_values(Tensor, data=x)
     if x.is_complex():
         raise ValueError("the data are complex: expected real numbers.")
     return x if x.is_floating_point() else x.to(torch.get_default_dtype())

@@ -18,7 +18,8 @@ from typing import (
 )
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pplvi.kinds.kinds import Condition, is_number, is_whole
 
@@ -28,6 +29,10 @@ _TYPES: dict[Any, Condition] = {
     float: Condition("a number", is_number),
     str: Condition("a string", lambda x: isinstance(x, str)),
     type(None): Condition("None", lambda x: x is None),
+    Tensor: Condition(
+        "a Tensor, dense and with values",
+        lambda x: isinstance(x, Tensor) and x.layout is torch.strided and x.device.type != "meta",
+    ),
     nn.Module: Condition("a torch.nn.Module", lambda x: isinstance(x, nn.Module)),
 }
 

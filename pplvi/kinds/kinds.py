@@ -86,9 +86,13 @@ Floats: TypeAlias = Annotated[Tensor, Condition("a tensor of floating point numb
 """Real numbers, of any shape."""
 
 Matrix: TypeAlias = Annotated[
-    Tensor, Condition("a matrix of floating point numbers", lambda x: x.is_floating_point() and x.dim() == 2)
+    Tensor,
+    Condition(
+        "a matrix of finite floating point numbers",
+        lambda x: x.is_floating_point() and x.dim() == 2 and bool(x.isfinite().all()),
+    ),
 ]
-"""Real numbers in rows and columns."""
+"""Finite numbers in rows and columns."""
 
 Rows: TypeAlias = Annotated[
     Tensor, Condition("floating point data, (num_data, ...)", lambda x: x.is_floating_point() and x.dim() > 0)

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from pplvi.guides.owned import claim_name
 from pplvi.kinds.checked import checked
-from pplvi.kinds.kinds import Count, Floats, Fraction, Natural, NonNegative
+from pplvi.kinds.kinds import Count, Floats, Fraction, Matrix, Natural, NonNegative
 from pplvi.programs.calls import check_counts
 from pplvi.programs.plates import data_plate, full_size
 from pplvi.programs.state import is_recording
@@ -341,7 +341,7 @@ class BinaryMeanField:
 
 @checked
 def learn_binary_coding(
-    coding: BinarySparseCoding, v: Tensor, posterior: BinaryMeanField | Literal["exact"], num_steps: Count = 100
+    coding: BinarySparseCoding, v: Matrix, posterior: BinaryMeanField | Literal["exact"], num_steps: Count = 100
 ) -> Tensor:
     """EM with an exact or a factorised posterior of the codes, in place; parameters are maximised in closed form.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pplvi.kinds.checked import checked
+from pplvi.kinds.checked import check_values, checked
 from pplvi.kinds.kinds import Count
 from pplvi.posterior.arviz.export import to_arviz
 from pplvi.posterior.arviz.quiet import arviz_itself, its_own_affairs
@@ -81,6 +81,8 @@ def _losses(source: Any) -> np.ndarray:
     found = getattr(source, "losses", source)
     if hasattr(source, "groups"):
         found = source["optimization"]["loss"].values if "optimization" in source else []
+    if isinstance(found, torch.Tensor):
+        check_values(torch.Tensor, source=found)
     losses = np.atleast_2d(to_numpy(found))
     if losses.dtype.kind not in "fiu" or losses.ndim != 2 or losses.size == 0:
         raise ValueError(
@@ -135,9 +137,9 @@ def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarr
     from matplotlib import pyplot
 
     posteriors = _posteriors(source)
-    pair = np.asarray(pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")[1] if axes is None else axes)
-    if pair.shape != (2,) or not all(hasattr(ax, "plot") for ax in pair):
-        raise ValueError(f"axes has shape {pair.shape}; expected two axes, as pyplot.subplots(1, 2) makes them.")
+    pair = list(pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")[1] if axes is None else axes)
+    if len(pair) != 2 or not all(hasattr(ax, "plot") for ax in pair):
+        raise ValueError(f"axes has shape ({len(pair)},); expected two axes, as pyplot.subplots(1, 2) makes them.")
     for index, posterior in enumerate(posteriors):
         name = f"restart {index}: " if len(posteriors) > 1 else ""
         _plot_density(posterior, f"C{index}", name, pair[0])
@@ -145,7 +147,7 @@ def plot_weights(source: Any, *, axes: Sequence[Axes] | None = None) -> np.ndarr
     pair[0].set_ylabel("density", fontsize=_TEXT)
     pair[0].legend()
     _plot_pareto_k(posteriors, pair[1])
-    return pair
+    return np.array(pair, dtype=object)
 
 
 def _posteriors(source: Any) -> list[Posterior]:

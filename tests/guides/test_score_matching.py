@@ -9,13 +9,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import correlated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pplvi import Posterior
 from pplvi.guides import AutoBatchAndMatch
-from pplvi.guides.search.batch_and_match import update
 from pplvi.guides.search.explore import elbos
 from pplvi.guides.search.gaussians import full_gaussian
 from pplvi.guides.search.lbfgs import Options, minimise
+from pplvi.guides.search.matching import Factored, update
 from pplvi.programs.density import UnconstrainedDensity
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -76,6 +77,58 @@ def test_in_many_dimensions_small_batches_beat_the_laplace_approximation():
             trail.points[-1].position, -torch.linalg.inv(density.hessian(trail.points[-1].position))
         )
     assert guide.elbo > elbos(density, [laplace], 500)[0] + 5.0
+
+
+def with_factors(dim: int, rank: int) -> Factored:
+    torch.manual_seed(dim)
+    return Factored(torch.randn(dim), torch.rand(dim) + 0.1, torch.randn(dim, rank), torch.ones(rank), rank)
+
+
+def test_a_patch_leaves_factors_and_joins_what_can_be_joined():
+    one = with_factors(20, 3)
+    dense = one.gaussian().covariance
+    assert torch.allclose(dense, one.diagonal.diag() + one.factors @ one.factors.T)
+    assert torch.allclose(one.patched().gaussian().covariance, dense)
+    longer = one.plus(one.factors.T, 1.0).patched()  # sqrt(2) times the same factors
+    assert longer.factors.shape == (20, 3)
+    assert torch.allclose(longer.gaussian().covariance, dense + one.factors @ one.factors.T)
+    assert torch.allclose(Factored.of(one.gaussian(), 3).gaussian().covariance, dense)
+    assert torch.allclose(one.towards(longer, 0.5).gaussian().covariance, dense + 0.5 * one.factors @ one.factors.T)
+
+
+def test_factors_of_a_gaussian_posterior_are_found():
+    target = with_factors(300, 2)
+
+    def model() -> None:
+        pyro.sample("x", dist.LowRankMultivariateNormal(target.loc, target.factors, target.diagonal))
+
+    guide = AutoBatchAndMatch(model, seed=0, rank=4, num_paths=1, num_iterations=50).run()
+    assert guide.gaussians.basis.shape == (1, 300, 4)
+    assert guide.elbo > -0.01  # the log evidence is 0, the path's Gaussian is at -31
+    assert torch.allclose(guide.get_posterior().variance, target.variance, rtol=0.01)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.untyped_storage().nbytes():
+            self.elements = max(self.elements, found.untyped_storage().nbytes() // found.element_size())
+        return found
+
+
+def test_nothing_is_of_the_square_of_many_dimensions():
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(4000), 1.0).to_event(1))
+        pyro.factor("y", -(z**4).sum(-1))
+
+    with LargestTensor() as largest:
+        guide = AutoBatchAndMatch(model, seed=0, num_paths=1, num_iterations=4).run()
+    assert guide.gaussians.basis.shape[-1] <= 32
+    assert largest.elements <= 1000 * 4000  # a chunk of rows
 
 
 def skewed() -> None:

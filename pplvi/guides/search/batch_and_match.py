@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import elbos, explore
-from pplvi.guides.search.gaussians import Gaussian, full_gaussian, stack_gaussians
+from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
+from pplvi.guides.search.matching import Factored, Full
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Plural, Positive, Seed
 from pplvi.programs.deadline import is_time_over
@@ -24,6 +25,7 @@ __all__ = ["AutoBatchAndMatch"]
 _SCOUT_DRAWS, _JUDGE_DRAWS = 25, 500
 _AVERAGED = 0.25  # of the iterations, at the end
 _LOW_RANK_ABOVE = 256  # dimensions: batches are larger than that below, and small beyond
+_FULL_UP_TO, _FACTORS = 1000, 32  # dimensions of a full covariance; factors of those in more
 
 
 @checked
@@ -46,18 +48,22 @@ class AutoBatchAndMatch(FoundGuide):
     steps. It starts at the best Gaussian of Pathfinder's paths, with ``lambda = batch_size * latent_dim / (t + 1)``;
     the last quarter of the iterations is averaged. If the Gaussian found has a smaller ELBO than the start, the start
     is kept. Batches smaller than the dimension change the covariance by a low rank, at ``batch_size * latent_dim^2``
-    operations, so that thousands of dimensions are in reach.
+    operations. In more than a thousand dimensions the covariance is ``diag(psi) + L L^T`` with few factors ``L``, on
+    which each update is projected (the *patch*), at ``(rank + batch_size)^2 * latent_dim`` operations: memory and work
+    are linear in the dimension.
 
     There is nothing to train: the first call runs it, :meth:`run` runs it again. After a run, ``elbo`` is its ELBO, in
     nats.
 
     Source: Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei and Saul 2024, Batch and match: black-box variational
     inference with a score-based divergence, ICML; Modi, Gower, Margossian, Yao, Blei and Saul 2023, Variational
-    inference with Gaussian score matching, NeurIPS.
+    inference with Gaussian score matching, NeurIPS; Modi, Cai and Saul 2025, Batch, match, and patch: low-rank
+    approximations for score-based variational inference, AISTATS.
 
     :param model: a Pyro model; its latent sites are continuous or enumerated, its plates are not subsampled.
     :param batch_size: draws in an iteration; unless given, twice the dimension and at least 128 in up to 256
-        dimensions, and 128 in more.
+        dimensions, 128 in more, and 64 where the covariance has factors.
+    :param rank: factors of the covariance; unless given, it is full in up to 1,000 dimensions, and has 32 in more.
     :param num_iterations: how many updates.
     :param num_paths: paths of Pathfinder, of which the best Gaussian is the start.
     :param start: a guide that was found for the same model and data, whose best Gaussian is the start, without paths.
@@ -76,6 +82,7 @@ class AutoBatchAndMatch(FoundGuide):
         model: Program,
         *,
         batch_size: Plural | None = None,
+        rank: Count | None = None,
         num_iterations: Count = 200,
         num_paths: Count = 4,
         start: FoundGuide | None = None,
@@ -86,12 +93,12 @@ class AutoBatchAndMatch(FoundGuide):
     ) -> None:
         super().__init__(model, init_radius=init_radius, init_loc_fn=init_loc_fn, seed=seed, vectorize=vectorize)
         self._batch_size, self._num_iterations, self._num_paths = batch_size, num_iterations, num_paths
-        self._begin = start
+        self._begin, self._rank = start, rank
         self.elbo = float("nan")
 
     def _find(self, density: UnconstrainedDensity) -> Gaussian:
         start = self._first(density)
-        found = self._matched(density, start.loc, start.covariance)
+        found = self._matched(density, start)
         choices = [start] if found is None else [found, start]
         judged = elbos(density, choices, _JUDGE_DRAWS)
         self.elbo = max(judged)
@@ -104,78 +111,34 @@ class AutoBatchAndMatch(FoundGuide):
             return explore(density, self._starts(density, self._num_paths), options, _SCOUT_DRAWS)[1][0]
         return Gaussian(*(part[0] for part in self._begin._components(density)))
 
-    def _matched(self, density: UnconstrainedDensity, loc: Tensor, covariance: Tensor) -> Gaussian | None:
-        size = self._batch_size or _default_batch(density.dim)
+    def _matched(self, density: UnconstrainedDensity, start: Gaussian) -> Gaussian | None:
+        few = self._rank or (_FACTORS if density.dim > _FULL_UP_TO else None)
+        current: Any = Full.of(start) if few is None else Factored.of(start, few)
+        size = self._batch_size or _default_batch(density.dim, few)
         first = int((1 - _AVERAGED) * self._num_iterations)  # of those that are averaged
-        total, averaged = (torch.zeros_like(loc), torch.zeros_like(covariance)), 0
+        mean = None
         for t in range(self._num_iterations):
-            batch = None if is_time_over() else _batch(density, loc, covariance, size)
+            batch = None if is_time_over() else _batch(density, current, size)
             if batch is None:
                 break
-            loc, covariance = update(loc, covariance, *batch, size * density.dim / (t + 1))
+            current = current.updated(*batch, size * density.dim / (t + 1))
             if t >= first:
-                total, averaged = (total[0] + loc, total[1].add_(covariance)), averaged + 1
-        if averaged:
-            loc, covariance = total[0] / averaged, total[1] / averaged
-        return full_gaussian(loc, covariance)
+                mean = current if mean is None else mean.towards(current, 1 / (t - first + 1))
+        found: Gaussian | None = (current if mean is None else mean).gaussian()
+        return found
 
 
-def _default_batch(dim: int) -> int:
+def _default_batch(dim: int, few: int | None) -> int:
+    if few is not None:
+        return 64
     return max(128, 2 * dim) if dim <= _LOW_RANK_ABOVE else 128
 
 
-def _batch(density: UnconstrainedDensity, loc: Tensor, covariance: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
+def _batch(density: UnconstrainedDensity, current: Full | Factored, size: int) -> tuple[Tensor, Tensor] | None:
     """Draws and their scores, of the rows that are finite; ``None`` where there are none to speak of."""
-    tril, failed = torch.linalg.cholesky_ex(covariance)
-    if bool(failed):
+    draws = current.sample(size)
+    if draws is None:
         return None
-    draws = loc + torch.randn(size, density.dim).to(loc) @ tril.mT
     value, scores = density.value_and_gradient(draws)
     good = value.isfinite() & scores.isfinite().all(1)
     return (draws[good], scores[good]) if int(good.sum()) >= 2 else None
-
-
-def update(loc: Tensor, covariance: Tensor, draws: Tensor, scores: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """One update of batch and match.
-
-    :param loc: mean, ``(dim,)``.
-    :param covariance: ``(dim, dim)``.
-    :param draws: from that Gaussian, ``(batch, dim)``.
-    :param scores: gradient of the target's log density at them, ``(batch, dim)``.
-    :param rate: the inverse regularisation, positive.
-    :returns: the new mean and covariance.
-
-    >>> z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
-    >>> target = torch.tensor([2.0, 3.0], dtype=torch.float64)  # precisions
-    >>> start = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-    >>> update(*start, z, -target * z, rate=1e6)[1].diagonal()  # to the variances of the target, in one step
-    tensor([0.5000, 0.3333], dtype=torch.float64)
-    """
-    share = rate / (1 + rate)
-    centre, force = draws.mean(0), scores.mean(0)
-    spread = torch.cat([(rate / len(draws)) ** 0.5 * (draws - centre), share**0.5 * (loc - centre)[None]])
-    pull = torch.cat([(rate / len(scores)) ** 0.5 * (scores - force), share**0.5 * force[None]])
-    v = torch.addmm(covariance, spread.T, spread)
-    new = _solve_low_rank(pull, v) if len(pull) < len(v) else _solve(pull.T @ pull, v)
-    return (loc + rate * (new @ force + centre)) / (1 + rate), new
-
-
-def _solve(u: Tensor, v: Tensor) -> Tensor:
-    """The positive definite ``S`` with ``S U S + S = V``, which is ``2 V (I + (I + 4 U V)^{1/2})^{-1}``.
-
-    With ``V = K K^T`` it is ``K 2 (I + (I + 4 K^T U K)^{1/2})^{-1} K^T``, of symmetric matrices only.
-    """
-    root = torch.linalg.cholesky(v)
-    values, vectors = torch.linalg.eigh(root.T @ u @ root)
-    shrunk = root @ (vectors * (2 / (1 + (1 + 4 * values.clamp(min=0)).sqrt())).sqrt())
-    return shrunk @ shrunk.T
-
-
-def _solve_low_rank(q: Tensor, v: Tensor) -> Tensor:
-    """The same for ``U = Q^T Q`` of few rows: ``M = Q S Q^T`` solves ``M + M^2 = Q V Q^T``, and
-    ``S = V - V Q^T (I + M)^{-2} Q V``, at ``rank * dim^2`` operations instead of ``dim^3``."""
-    moved = q @ v
-    values, vectors = torch.linalg.eigh(moved @ q.T)
-    inside = 0.5 + (values.clamp(min=0) + 0.25).sqrt()
-    taken = (vectors / inside).T @ moved
-    return torch.addmm(v, taken.T, taken, alpha=-1)
