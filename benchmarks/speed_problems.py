@@ -72,6 +72,26 @@ def hierarchical_data() -> tuple[Tensor, ...]:
     return x, group, mean + 0.5 * torch.randn(2000, generator=g)
 
 
+def coefficients(x: Tensor, y: Tensor) -> None:
+    """A regression whose coefficients have a name each."""
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    mean: Any = 0.0
+    for i in range(x.shape[1]):
+        mean = mean + pyro.sample(f"w_{i}", dist.Normal(0.0, 1.0)) * x[:, i]
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+
+def groups(x: list[Tensor], y: list[Tensor]) -> None:
+    """Groups in a loop, each with its own level, slope and data."""
+    mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfNormal(2.0))
+    for i, (x_i, y_i) in enumerate(zip(x, y, strict=True)):
+        level = pyro.sample(f"level_{i}", dist.Normal(mu, tau))
+        slope = pyro.sample(f"slope_{i}", dist.Normal(0.0, 1.0))
+        with pyro.plate(f"data_{i}", len(y_i)):
+            pyro.sample(f"y_{i}", dist.Normal(level + slope * x_i, 0.5), obs=y_i)
+
+
 class Autoencoder(nn.Module):
     """784-400-20 and back."""
 
@@ -120,7 +140,7 @@ class Problem:
     title: str
     model: Any
     guide: Any
-    args: tuple[Tensor, ...] = ()
+    args: tuple[Any, ...] = ()
     loss: Loss = field(default_factory=ELBO)
     particles: int = 1
     lr: float = 0.02
@@ -147,6 +167,20 @@ def _logistic(guide: Any, particles: int) -> Callable[[str | None], Problem]:
 def _hierarchical(_: str | None) -> Problem:
     title = "hierarchical regression, minibatches of 100 of 2,000"
     return Problem(title, hierarchical, AutoNormal(hierarchical), hierarchical_data())
+
+
+def _coefficients(_: str | None) -> Problem:
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(500, 200, generator=g)
+    y = x[:, ::5].sum(1) + 0.5 * torch.randn(500, generator=g)
+    return Problem("200 sites in a loop, regression", coefficients, AutoNormal(coefficients), (x, y))
+
+
+def _groups(_: str | None) -> Problem:
+    g = torch.Generator().manual_seed(5)
+    x = [torch.randn(20 + i % 5, generator=g) for i in range(100)]
+    y = [torch.randn((), generator=g) + x_i + 0.5 * torch.randn(len(x_i), generator=g) for x_i in x]
+    return Problem("100 groups in a loop, 202 sites, five sizes of data", groups, AutoNormal(groups), (x, y))
 
 
 def _vae(_: str | None) -> Problem:
@@ -178,6 +212,8 @@ PROBLEMS: dict[str, Callable[[str | None], Problem]] = {
     "vae": _vae,
     "hmm": _hmm,
     "ring": _ring,
+    "coefficients": _coefficients,
+    "groups": _groups,
 }
 NUMPYRO = ("schools", "logistic", "hierarchical", "vae")
 

@@ -31,18 +31,19 @@ _VIEWS = {
 }
 
 
-class _Shapes(fx.Interpreter):
-    """Runs a graph once, for the shapes of what its nodes return."""
+class Shapes(fx.Interpreter):
+    """Runs a graph once, for the shapes and dtypes of the tensors that its nodes return."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.dtypes: dict[fx.Node, torch.dtype] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value."""
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.shapes[n] = tuple(value.shape)
+            self.shapes[n], self.dtypes[n] = tuple(value.shape), value.dtype
         return value
 
 
@@ -144,10 +145,10 @@ def without_repetition(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.Gr
     >>> from torch.fx.experimental.proxy_tensor import make_fx
     >>> graph = make_fx(lambda x: torch.lgamma(x[:, None].expand(2, 3)) * 2.0)(torch.ones(2))
     >>> graph = without_repetition(graph, [torch.ones(2)])
-    >>> [tuple(graph(x).shape) for x in (torch.ones(2),)], _Shapes(graph).run(torch.full((2,), 3.0))[0]
+    >>> [tuple(graph(x).shape) for x in (torch.ones(2),)], Shapes(graph).run(torch.full((2,), 3.0))[0]
     ([(2, 3)], tensor([1.3863, 1.3863, 1.3863]))
     """
-    seen = _Shapes(graph)
+    seen = Shapes(graph)
     seen.run(*inputs)
     _drop_trivial(graph.graph, seen.shapes)
     work = _Pass(graph, seen.shapes)

@@ -29,6 +29,7 @@ from pplvi.compile.flat_optimizers import (
     without_new_parameters,
 )
 from pplvi.compile.reading import Guard, Programs, Variant
+from pplvi.compile.stacking import stacked_alike
 from pplvi.compile.tracing import Traced, Untraceable, check_variants, record, unchanged
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count
@@ -363,7 +364,9 @@ class CompiledSVI:
         carried = self.carried()
         inputs = (*carried, torch.ones_like(self.state[0]), *arguments.tensors)
         with self._same_buffers():
-            return record(self._step_on(arguments), inputs, parameters.places, len(carried), len(arguments.tensors))
+            traced = record(self._step_on(arguments), inputs, parameters.places, len(carried), len(arguments.tensors))
+        inside = (*carried, *traced.state, *inputs[len(carried) :])
+        return stacked_alike(traced, inside, len(carried) + len(traced.state), noise=self.mode != "trace")
 
     def backend(
         self, traced: Traced, carried: Sequence[Tensor], inputs: Sequence[Tensor], loop: _Loop | None

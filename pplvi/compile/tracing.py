@@ -99,7 +99,7 @@ def record(
     _lift_parameters(graph, parameters)
     watch.put_back()
     state = _lift_state(graph, watch.wrote, num_carried)
-    constants = _lift_constants(graph, len(state) + len(inputs))
+    constants = lift_constants(graph, len(state) + len(inputs))
     _simplify_noise(graph.graph)
     graph.graph.eliminate_dead_code(_has_effect)
     graph.recompile()
@@ -222,7 +222,7 @@ def _slice(graph: fx.Graph, places: Sequence[fx.Node], where: tuple[int, Tensor]
         return graph.call_function(aten.view.default, (part, list(p.shape)))
 
 
-def _lift_constants(graph: fx.GraphModule, num_inputs: int) -> tuple[Tensor, ...]:
+def lift_constants(graph: fx.GraphModule, num_inputs: int) -> tuple[Tensor, ...]:
     """Make the other constants inputs too: one compiled program then serves every restart."""
     return tuple(_lift(graph, list(_tensor_constants(graph)), num_inputs, "constant")[1])
 

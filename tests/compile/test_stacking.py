@@ -1,0 +1,194 @@
+"""Programs with many sites: alike operations on stacks give the step that they give one by one."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from step_cases import CASES, SGD, assert_same, trajectory
+from torch import Tensor
+
+from pplvi.compile import alike, stacking, svi
+from pplvi.compile.stacking import stacked_alike
+from pplvi.compile.svi import CompiledSVI
+from pplvi.compile.tracing import Traced, record
+from pplvi.losses.elbo import ELBO
+
+X = torch.linspace(-1.0, 1.0, 60, dtype=torch.float64).reshape(5, 12).sin()
+Y = torch.linspace(-1.0, 2.0, 5, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def doubles():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def coefficients() -> None:
+    mean: Any = 0.0
+    for i in range(12):
+        mean = mean + pyro.sample(f"w_{i}", dist.Normal(0.0, 1.0)) * X[:, i]
+    pyro.sample("y", dist.Normal(mean, pyro.sample("s", dist.HalfNormal(1.0))).to_event(1), obs=Y)
+
+
+def families() -> None:
+    """Scalars and vectors, draws whose distribution depends on parameters."""
+    total: Any = 0.0
+    for i in range(8):
+        total = total + pyro.sample(f"a_{i}", dist.Gamma(2.0, 1.0))
+        total = total + pyro.sample(f"b_{i}", dist.Dirichlet(torch.ones(3)))[..., 1]
+        total = total + (pyro.sample(f"c_{i}", dist.Normal(torch.zeros(2), 1.0).to_event(1)) * X[0, :2]).sum(-1)
+    pyro.sample("y", dist.Normal(total, 1.0), obs=Y[0])
+
+
+def family_guide() -> None:
+    shape = pyro.param("shape", torch.tensor([2.0, 1.0, 3.0]), constraint=dist.constraints.positive)
+    for i in range(8):
+        pyro.sample(f"a_{i}", dist.Gamma(shape[0] + i, shape[1]))
+        pyro.sample(f"b_{i}", dist.Dirichlet(shape))
+        pyro.sample(f"c_{i}", dist.Normal(shape[:2], 0.5).to_event(1))
+
+
+def groups() -> None:
+    """Groups of two sizes, each with data of its own."""
+    mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfNormal(2.0))
+    for i in range(10):
+        a = pyro.sample(f"a_{i}", dist.Normal(mu, tau))
+        with pyro.plate(f"rows_{i}", 3 + i % 2):
+            pyro.sample(f"y_{i}", dist.StudentT(4.0, a, 0.5), obs=X[i % 5, : 3 + i % 2])
+
+
+def walk() -> None:
+    """Every site given the one before."""
+    z = pyro.sample("z_0", dist.Normal(0.0, 1.0))
+    for t in range(1, 12):
+        z = pyro.sample(f"z_{t}", dist.Normal(0.9 * z, 0.3))
+        pyro.sample(f"y_{t}", dist.Normal(z, 1.0), obs=X[0, t])
+
+
+def elements() -> None:
+    """Elements of one vector, one by one and in pairs, and side by side again."""
+    w = pyro.sample("w", dist.Normal(torch.zeros(12), 1.0).to_event(1))
+    for i, x in enumerate(X.T):
+        pyro.sample(f"x_{i}", dist.Normal(w[..., i, None], 1.0).to_event(1), obs=x)
+    for i in range(10):
+        pyro.sample(
+            f"d_{i}", dist.Normal(w[..., i : i + 2] - w[..., i + 1 : i + 3].flip(-1), 1.0).to_event(1), obs=X[0, :2]
+        )
+    turned = torch.stack([w[..., 11 - i].exp() for i in range(12)], -1)
+    pyro.sample("y", dist.Normal(turned @ X.T, 1.0).to_event(1), obs=Y)
+
+
+PROGRAMS: dict[str, tuple[Callable[[], None], Any]] = {
+    "coefficients": (coefficients, AutoNormal),
+    "coefficients, one vector": (coefficients, AutoDiagonalNormal),
+    "families": (families, lambda model: family_guide),
+    "groups": (groups, AutoNormal),
+    "walk": (walk, AutoNormal),
+    "elements": (elements, AutoNormal),
+}
+
+
+def recorded(name: str, particles: int, noise: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Traced, Traced, Any]:
+    """A step as it is recorded, the same on stacks, and what it is called with."""
+    seen: list[Any] = []
+    monkeypatch.setattr(svi, "stacked_alike", lambda *step, noise: seen.append(step) or step[0])
+    model, guide = PROGRAMS[name]
+    pyro.set_rng_seed(0)
+    CompiledSVI(model, guide(model), SGD, ELBO(particles), mode="trace").run(0)
+    trained = CompiledSVI(model, guide(model), SGD, ELBO(particles), mode="trace")
+    trained.run(1)
+    traced, inputs, carried = seen[-1]
+    monkeypatch.setattr(stacking, "MANY", 0)
+    return traced, stacked_alike(traced, inputs, carried, noise), inputs
+
+
+@pytest.mark.parametrize(("name", "particles"), [(name, 1 + 2 * (i % 2)) for i, name in enumerate(PROGRAMS)])
+def test_stacks_give_the_same_step_of_the_same_noise(name, particles, monkeypatch):
+    plain, stacked, inputs = recorded(name, particles, False, monkeypatch)
+    assert len(stacked.graph.graph.nodes) < len(plain.graph.graph.nodes) / 2
+    with torch.no_grad():
+        pyro.set_rng_seed(1)
+        wanted = plain.graph(*inputs, *plain.constants)
+        pyro.set_rng_seed(1)
+        found = stacked.graph(*inputs, *stacked.constants)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_number_of_operations_does_not_grow_with_that_of_sites():
+    def step(n: int) -> Traced:
+        def model() -> None:
+            for i in range(n):
+                pyro.sample(f"y_{i}", dist.Normal(pyro.sample(f"w_{i}", dist.Normal(0.0, 1.0)), 1.0), obs=Y[1])
+
+        pyro.clear_param_store()
+        compiled = CompiledSVI(model, AutoNormal(model), SGD, ELBO(), mode=True)
+        compiled.prepare((), {})
+        return compiled.recorded(svi.Arguments.of((), {}))
+
+    assert len(step(26).graph.graph.nodes) == len(step(22).graph.graph.nodes) < 150
+
+
+def test_draws_that_are_taken_together_are_independent_standard_ones():
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        draws = [torch.randn(3) for _ in range(400)]
+        rest = [torch.rand(()) for _ in range(400)]
+        shaped = [torch._standard_gamma(x[:1] + 1.0) for _ in range(400)]
+        return x, torch.stack([d * 1.0 for d in draws]), torch.stack(rest), torch.cat(shaped)
+
+    inputs = [torch.ones(2)]
+    stacked = stacked_alike(record(step, inputs, {}, 1), inputs, 1, noise=True)
+    assert len(stacked.graph.graph.nodes) < 60
+    pyro.set_rng_seed(0)
+    _, normal, uniform, gamma = stacked.graph(*inputs, *stacked.constants)
+    for draws, law in (
+        (normal, dist.Normal(0.0, 1.0)),
+        (uniform, dist.Uniform(0.0, 1.0)),
+        (gamma, dist.Gamma(2.0, 1.0)),
+    ):
+        ranks = law.cdf(draws).flatten().sort().values
+        distance = (ranks - torch.arange(len(ranks)) / len(ranks)).abs().max()
+        assert distance < 1.63 / len(ranks) ** 0.5  # Kolmogorov's test at 1 %
+        assert len(ranks.unique()) == len(ranks)
+    assert abs(torch.corrcoef(normal[:, :2].T)[0, 1]) < 0.2  # four standard errors
+
+
+def test_a_graph_that_writes_is_left_as_it_is():
+    running = torch.zeros(())
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        running.add_(1.0)
+        return x, sum(((x + i).exp().sum() for i in range(500)), torch.zeros(()))
+
+    traced = record(step, [torch.ones(2)], {}, 1)
+    assert stacked_alike(traced, [torch.ones(2), *traced.state], 1, noise=False) is traced
+
+
+def test_a_short_graph_is_left_as_it_is():
+    traced = record(lambda x: (x, sum(x[i].exp() for i in range(2))), [torch.ones(2)], {}, 1)
+    assert stacked_alike(traced, [torch.ones(2)], 1, noise=True) is traced
+
+
+@pytest.mark.table(5)
+@pytest.mark.parametrize("name", CASES)
+def test_steps_of_every_shape_on_stacks_equal_eager_ones(name, monkeypatch):
+    """Stacks wherever two operations are alike, also where they do not pay."""
+    monkeypatch.setattr(stacking, "MANY", 0)
+    monkeypatch.setattr(stacking, "WORTH", 100.0)
+    monkeypatch.setattr(alike, "LEAST", 2)
+    monkeypatch.setattr(stacking, "LEAST", 2)
+    assert_same(trajectory(CASES[name], "trace"), trajectory(CASES[name], "SVI"))
+
+
+def test_a_compiled_step_of_many_sites_learns_what_one_of_stacks_would():
+    pyro.set_rng_seed(0)
+    compiled = CompiledSVI(coefficients, AutoNormal(coefficients), partial(torch.optim.Adam, lr=0.02), ELBO(8))
+    losses = compiled.run(300)
+    assert losses[-50:].mean() < losses[:10].mean()
+    eager = torch.stack([torch.tensor(ELBO(100).loss(coefficients, compiled.guide)) for _ in range(5)])
+    assert abs(eager.mean() - losses[-50:].mean()) < 4 * (losses[-50:].std() / 50**0.5 + eager.std() / 5**0.5)
