@@ -33,7 +33,7 @@ from pplvi.fitting.likelihood import maximise_likelihood
 from pplvi.fitting.mcmc import kernel_factory, run_chains
 from pplvi.fitting.options import Checkpoint, Compile, DataParallel, Minibatches
 from pplvi.fitting.result import Fit
-from pplvi.fitting.smc import found_start, run_islands, smc_settings
+from pplvi.fitting.smc import found_start, given_start, run_islands, smc_settings
 from pplvi.fitting.spreading import check_whole, common_stop, sharers, spread_chains, spread_restarts
 from pplvi.fitting.starts import SearchedStart, check_init
 from pplvi.kinds.checked import check_values
@@ -378,7 +378,7 @@ def _fit_islands(
     with run.scope(), random_state(seed), ranks.listening():
         args, kwargs = environment.move(call)
         if callable(init):
-            form, guide, named = WRITTEN, init, describe(init)
+            form, (guide, named) = WRITTEN, given_start(init, model, (args, kwargs), vectorize)
         else:
             check_init(init)
             forms = {WRITTEN: model, **forms_of(model, args, kwargs)}

@@ -13,6 +13,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pplvi.compile import backends
 from pplvi.compile.broadcasting import without_repetition
 from pplvi.compile.tracing import record
+from pplvi.fitting.folding import folded
 from pplvi.programs.carrying import LOOP
 from pplvi.programs.density import UnconstrainedDensity
 
@@ -112,8 +113,9 @@ class RecordedDensity(UnconstrainedDensity):
             with backends.uncollected():
                 traced = record(both, (u,), {})
             given = (*traced.state, *traced.constants)
-            graph = without_repetition(traced.graph, (u, *given))
-            found, expected = graph(u, *given), self._eagerly(u)
+            graph = folded(without_repetition(traced.graph, (u, *given)), (u, *given))
+            other = u.flip(0)  # what is not constant would not be folded rightly by chance
+            found, expected = graph(other, *given), self._eagerly(other)
         except (ValueError, LinAlgError):
             return None
         same = all(

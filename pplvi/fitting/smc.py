@@ -19,14 +19,16 @@ from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.posterior.draws import draw
 from pplvi.programs.ranks import Processes
 from pplvi.programs.ways import Vectorize
-from pplvi.samplers.metric import GaussianBase
+from pplvi.samplers.metric import DENSE, GaussianBase
 from pplvi.samplers.tempered import TemperedDraws, TemperedSMC
+from pplvi.training.describe import describe
 from pplvi.types import Call, Program
 
 # Sds of the base, relative to those of the guide: what is too narrow misses tails, and what is too wide costs levels.
 _WIDER, _WIDEST, _VOLUME = 1.1, 3.0, 5.0  # the last in nats
 _MOMENT_DRAWS = 4_000
 _MATCHES = 60
+_LARGE, _LARGE_MATCHES, _LARGE_BATCH = 256, 16, 512  # more dimensions than that: few large batches repay
 _PATHS, _ITERATIONS = 4, 150
 _APART, _AS_HIGH = 5.0, 10.0  # standard deviations; nats
 _JUDGE_DRAWS = 500
@@ -159,9 +161,27 @@ def _searched(model: Program, call: Call, init: str | None, options: Mapping[str
         lbfgs={"max_iterations": _ITERATIONS},
         **options,
     ).run(*call[0], **call[1])
-    if init == "pathfinder":
-        return paths
-    guide = AutoBatchAndMatch(model, num_iterations=_MATCHES, start=paths, **options)
+    return paths if init == "pathfinder" else _matched(paths, model, call, options)
+
+
+def given_start(guide: Program, model: Program, call: Call, vectorize: Vectorize) -> tuple[Program, str]:
+    """Where particles start from a guide that is given, and what that is called.
+
+    From paths of Pathfinder batch and match goes on, as from those of :func:`found_start`: their Gaussians, of low
+    rank, are hundreds of nats away from a posterior with many correlated dimensions.
+    """
+    if not isinstance(guide, AutoPathfinder) or guide.latent_dim > DENSE:
+        return guide, describe(guide)
+    found = _matched(guide, model, call, {"vectorize": vectorize})
+    return found, describe(guide) if found is guide else f"{describe(guide)}, matched"
+
+
+def _matched(paths: AutoPathfinder, model: Program, call: Call, options: Mapping[str, Any]) -> FoundGuide:
+    """Batch and match from the best path on; the paths themselves where one has ended at another mode."""
+    few = {"num_iterations": _MATCHES}
+    if _LARGE < paths.latent_dim <= DENSE:
+        few = {"num_iterations": _LARGE_MATCHES, "batch_size": max(_LARGE_BATCH, paths.latent_dim)}
+    guide = AutoBatchAndMatch(model, start=paths, **few, **options)
     guide.make_density = RecordedDensity
     guide.run(*call[0], **call[1])
     return paths if _are_modes_apart(paths, guide) else guide
@@ -172,6 +192,8 @@ def _are_modes_apart(paths: AutoPathfinder, guide: AutoBatchAndMatch) -> bool:
     parts, one = paths.gaussians, Gaussian(*(part[0] for part in guide.gaussians))
     far = one.pull(parts.loc).square().sum(1).sqrt() > one.loc.shape[0] ** 0.5 + _APART
     elbos = sorted((path.elbo for path in paths.paths), reverse=True)
+    if len(elbos) != len(far):  # components of a mixture that has learned from all paths
+        elbos = elbos[:1] * len(far)
     return any(bool(f) and elbo > guide.elbo - _AS_HIGH for f, elbo in zip(far, elbos, strict=False))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pplvi
 from pplvi.fitting.recorded import RecordedDensity
-from pplvi.fitting.smc import run_islands
+from pplvi.fitting.smc import given_start, run_islands
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.samplers import TemperedSMC
 from pplvi.samplers.metric import GaussianBase, Metric
@@ -178,6 +178,41 @@ def test_modes_that_paths_find_are_all_visited() -> None:
     found = pplvi.fit(apart, TemperedSMC(num_particles=400, num_draws=400, max_leapfrog=8), seed=0).posterior()
     share = (found.draws.latents["x"][:, 0] > 0).double().mean()
     assert 0.4 < share < 0.6
+
+
+def walk(y: Tensor) -> None:
+    """A random walk, by its steps: where it is seen are sums of many, so that Pathfinder's low ranks do not fit."""
+    steps = pyro.sample("steps", dist.Normal(0.0, 1.0).expand([len(y)]).to_event(1))
+    pyro.sample("y", dist.Normal(steps.cumsum(-1), 0.3).to_event(1), obs=y)
+
+
+def walk_evidence(y: Tensor) -> float:
+    sums = torch.ones(len(y), len(y)).tril()
+    return float(dist.MultivariateNormal(torch.zeros(len(y)), sums @ sums.mT + 0.09 * torch.eye(len(y))).log_prob(y))
+
+
+def test_paths_that_are_given_are_matched_first() -> None:
+    y = torch.sin(torch.arange(40.0))
+    paths = pplvi.AutoPathfinder(walk, seed=0, exact_hessian=False, moment_matching=0, num_components=1).run(y)
+    torch.manual_seed(0)
+    guide, named = given_start(paths, walk, ((y,), {}), None)
+    assert isinstance(guide, pplvi.AutoBatchAndMatch)
+    assert named == "AutoPathfinder, matched"
+    best = max(path.elbo for path in paths.paths)
+    assert best < walk_evidence(y) - 5
+    assert abs(guide.elbo - walk_evidence(y)) < 0.1
+    other = pplvi.AutoDeterministicNormal(rates, seed=0).run(COUNTS)
+    assert given_start(other, rates, ((COUNTS,), {}), None) == (other, "AutoDeterministicNormal")
+
+
+def test_paths_to_several_modes_are_not_matched() -> None:
+    def apart() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
+        pyro.factor("modes", torch.logaddexp(*(-50 * ((x - m) ** 2).sum(-1) for m in (-1.5, 1.5))))
+
+    paths = pplvi.AutoPathfinder(apart, seed=0, num_paths=8).run()
+    assert (paths.get_posterior().parts.loc[:, 0] > 0).double().mean() not in (0, 1)
+    assert given_start(paths, apart, ((), {}), None)[0] is paths
 
 
 def test_one_seed_has_one_result_and_leaves_the_global_state() -> None:
