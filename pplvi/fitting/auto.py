@@ -30,7 +30,6 @@ GOOD_ENOUGH, _NEARBY = 0.7, 1.0  # k-hat; averages do not settle beyond the latt
 _DRAWS = 4000
 _MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
 _HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
-_MATCHED, _MATCHES = 1_000, 30  # dimensions; updates of batch and match before particles start
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
 
 WRITTEN = "as written"
@@ -263,7 +262,7 @@ class _Ladder:
                 return True
             make = partial(self.fit, model, partial(AutoStudentMixture, start=start))
         if rung.guide == "smc":
-            make = partial(self._sampled, model)
+            make = partial(make, init=self._start(), budget=self.clock)
         if rung.guide is AutoBatchAndMatch:
             make = partial(self.fit, model, partial(AutoBatchAndMatch, start=self._start()))
         if rung.recipe is None:
@@ -297,13 +296,6 @@ class _Ladder:
         found = [a for a in self.done if a.form == self.form and is_gaussian(a.fit)]
         best = max(found, key=lambda attempt: attempt.elbo, default=None)
         return None if best is None or best.fit is None else best.fit.guide
-
-    def _sampled(self, model: Program) -> Fit:
-        """SMC from the best Gaussian, after a few updates that cost less than the temperatures that they save."""
-        start = self._start()
-        if start is not None and self.dim <= _MATCHED:
-            start = self.fit(model, partial(AutoBatchAndMatch, start=start, num_iterations=_MATCHES)).guide
-        return self.fit(model, "smc", init=start, budget=self.clock)
 
     def _near(self) -> Any:
         """The guide of Gaussians that heavier tails may be all that is missing of."""

@@ -178,7 +178,7 @@ def given_start(guide: Program, model: Program, call: Call, vectorize: Vectorize
 
 def _matched(paths: AutoPathfinder, model: Program, call: Call, options: Mapping[str, Any]) -> FoundGuide:
     """Batch and match from the best path on; the paths themselves where one has ended at another mode."""
-    few = {"num_iterations": _MATCHES}
+    few: dict[str, Any] = {"num_iterations": _MATCHES}
     if _LARGE < paths.latent_dim <= DENSE:
         few = {"num_iterations": _LARGE_MATCHES, "batch_size": max(_LARGE_BATCH, paths.latent_dim)}
     guide = AutoBatchAndMatch(model, start=paths, **few, **options)

@@ -138,27 +138,6 @@ def test_the_form_in_which_the_most_evidence_is_found_is_kept(written, other, ke
     assert best.notes["parametrisation"].count("log evidence") == 3
 
 
-def test_particles_start_after_a_few_updates_of_the_best_gaussian(monkeypatch):
-    """Many temperatures are saved by each of them, where the first Gaussian is far."""
-    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
-    monkeypatch.setattr("pplvi.fitting.auto.is_gaussian", lambda fit: True)
-    first, matched, given = SimpleNamespace(latent_dim=30), SimpleNamespace(latent_dim=30), []
-
-    def fake(model, guide, **options):
-        given.append((guide, options))
-        found = Fitted(name_of(guide), 0.3 if guide == "smc" else 1.5)
-        found.guide = first if len(given) == 1 else matched
-        return found
-
-    best = select(fake, plain, originals(plain), budget=30.0)
-    assert best.notes["taken"].startswith("SMC")
-    (_, _), (guide, _), (smc, options) = given
-    assert guide.func is pplvi.AutoBatchAndMatch
-    assert guide.keywords["start"] is first
-    assert guide.keywords["num_iterations"] < 100
-    assert (smc, options["init"]) == ("smc", matched)
-
-
 def test_a_fit_of_the_plan_is_made_by_the_plain_family_and_not_by_where_it_began(monkeypatch):
     monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
     ks = iter([0.9, 0.8, 0.85, 0.3])
