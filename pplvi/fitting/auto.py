@@ -174,15 +174,21 @@ class _Ladder:
 
     @property
     def best(self) -> Attempt:
-        """The attempt that has a fit, in the form that was chosen, with the best verdict and the least k-hat."""
-        return min(self.attempts, key=lambda a: (a.fit is None, a.form != self.form, a.rank, a.pareto_k))
+        """The attempt that has a fit, in the form that was chosen, with the best verdict and the least k-hat; of
+        equal verdicts one that no other refutes, such as SMC that was cut beside a Gaussian that is far away."""
+
+        def rank(a: Attempt) -> tuple[bool, bool, int, bool, float]:
+            refuted = any(other.refutes(a) for other in self.done)
+            return a.fit is None, a.form != self.form, a.rank, refuted, a.pareto_k
+
+        return min(self.attempts, key=rank)
 
     @property
     def comparison(self) -> str:
         first = [attempt for attempt in self.attempts if attempt.name == self.attempts[0].name]
         (chosen,) = (attempt for attempt in first if attempt.form == self.form)
-        others = "; ".join(a.quality for a in first if a.form != self.form)
-        return f"{chosen.quality} in {chosen.name}; {others}"
+        others = [attempt.quality for attempt in first if attempt.form != self.form]
+        return "; ".join([f"{chosen.quality} in {chosen.name}", *others])
 
     @property
     def doubt(self) -> str:
@@ -212,7 +218,7 @@ class _Ladder:
         for rung in rungs:
             chosen = forms if self.form is None else {self.form: forms[self.form]}
             for number, (form, model) in enumerate(chosen.items()):
-                if self.attempts and (self.clock.over() or (self.form is None and self.attempts[-1].is_easy)):
+                if self.attempts and (self.clock.over() or (self.form is None and self._need_no_other_form())):
                     break
                 if not self._try(rung, form, model, share=1 / (len(chosen) - number)):
                     return f"the time left was too short for {rung.name}, and it has the best verdict"
@@ -225,6 +231,11 @@ class _Ladder:
             if self.clock.over():
                 return "the time was over, and it has the best verdict"
         return "every family was tried, and it has the best verdict"
+
+    def _need_no_other_form(self) -> bool:
+        """Whether the last form is easy, or the time left is less than it took: its draws are not cut by the clock."""
+        last = self.attempts[-1]
+        return last.is_easy or (bool(self.done) and self.clock.left() < self.clock.measured(last.seconds))
 
     def _choose(self, easiest: Attempt) -> None:
         """Go on with this form of the model, and judge what was found on it, which costs more than comparing forms."""

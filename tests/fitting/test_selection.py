@@ -165,6 +165,36 @@ def test_no_other_form_is_tried_where_one_is_easy(monkeypatch):
     assert best.notes["taken"] == "AutoPathfinder, non-centered, as its draws are reliable"
 
 
+def test_of_equal_verdicts_one_that_misses_nothing_known_is_taken(monkeypatch):
+    """Such as a Gaussian beside particles that the clock has stopped on their way."""
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    fits = iter([Fitted("first", 1.5, log_evidence=-5.0), Fitted("second", 0.9, log_evidence=-50.0)])
+
+    def fake(model, guide, **options):
+        if (fit := next(fits, None)) is None:
+            raise ValueError("too slow: expected less")
+        return fit
+
+    assert select(fake, plain, originals(plain), budget=30.0).guide_name == "first"
+
+
+def test_no_other_form_is_tried_where_the_time_left_is_less_than_one_took(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    tried = []
+    for module in ("auto", "clock"):
+        monkeypatch.setattr(f"pplvi.fitting.{module}.cpu_seconds", lambda: 20.0 if tried else 0.0)
+
+    def fake(model, guide, callbacks=(), **options):
+        if callbacks:
+            raise ValueError("too slow: expected less")
+        tried.append(model is crooked)
+        return Fitted(name_of(guide), 2.0)
+
+    best = select(fake, crooked, originals(crooked), budget=30.0)
+    assert False not in tried
+    assert best.notes["parametrisation"].endswith("in AutoPathfinder")
+
+
 @pytest.mark.parametrize("found_later", [True, False])
 def test_a_good_k_hat_is_not_believed_against_more_evidence(found_later, monkeypatch):
     monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
