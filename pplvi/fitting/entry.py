@@ -219,7 +219,7 @@ def fit(
     }
     if isinstance(guide, str) and guide == "auto":
         refuse({**unused, "num_steps": num_steps, "num_warmup": num_warmup}, "guide='auto'", "budget, ")
-        check_whole("'auto'", sharers(parallel))
+        check_whole("'auto'", sharers(parallel, model))
         same: dict[str, Any] = {"restarts": restarts, "seed": seed, "device": device, "dtype": dtype}
         same |= {"vectorize": vectorize, "parallel": "none"}
         originals = Originals(model, *call, environment)
@@ -237,7 +237,7 @@ def fit(
             "ExpectationMaximization",
             "num_steps, callbacks, checkpoint, resume, ",
         )
-        check_whole("ExpectationMaximization", sharers(parallel))
+        check_whole("ExpectationMaximization", sharers(parallel, model))
         same = {"num_steps": num_steps, "restarts": restarts, "seed": seed, "callbacks": callbacks}
         return maximise_likelihood(model, guide, call, environment, progress=progress, **same, **kept)
     if data is None and not getattr(objective, "compares_draws", False):
@@ -246,11 +246,13 @@ def fit(
         refuse({**unused, "init": None, "num_warmup": num_warmup}, "SMC", "init, num_steps, budget, ")
         settings = replace(settings, num_draws=num_steps or settings.num_draws)
         settings = replace(settings, num_islands=restarts) if restarts > 1 else settings
-        return _fit_islands(settings, model, call, environment, init, seed, budget, vectorize, sharers(parallel))
+        ranks = sharers(parallel, model)
+        return _fit_islands(settings, model, call, environment, init, seed, budget, vectorize, ranks)
     if (make_kernel := kernel_factory(guide)) is not None:
         refuse(unused, "MCMC", "num_steps, num_warmup, ")
         recipe = Recipe(model, make_kernel, True, False, environment)
-        run = _fit_chains(recipe, call, num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress, sharers(parallel))
+        ranks = sharers(parallel, model)
+        run = _fit_chains(recipe, call, num_steps or NUM_DRAWS, num_warmup, restarts, seed, progress, ranks)
         run.vectorize = vectorize
         return run
     if num_warmup is not None:
@@ -292,11 +294,10 @@ def fit(
         },
         start=SearchedStart(init, compiled.mode),
     )
-    if split is not None:
-        plan = split.applied(plan)
+    plan, ranks = (plan, sharers(parallel, model, guide)) if split is None else (split.applied(plan), plan.ranks)
     unwritten = None
     try:
-        runs = spread_restarts(plan, sharers(parallel)) if parallel == "restarts" else train_restarts(plan)
+        runs = spread_restarts(plan, ranks) if parallel == "restarts" else train_restarts(plan)
     except UnwrittenError as error:
         if not error.runs:
             raise

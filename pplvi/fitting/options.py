@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed
+
 from pplvi.compile.svi import CompileMode
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count
 from pplvi.programs.calls import LastBatch, check_last_batch
 from pplvi.programs.ranks import ProcessGroup, join
+from pplvi.programs.state import sharded_of
 from pplvi.training.checkpoint import PathLike
 from pplvi.training.parallel.distributing import distributed
 from pplvi.training.plan import TrainingPlan
@@ -151,6 +154,11 @@ class DataParallel:
         raise ValueError(f"parallel={parallel!r}: expected None, 'none', 'restarts', or pplvi.fitting.DataParallel().")
 
     def applied(self, plan: TrainingPlan) -> TrainingPlan:
-        """The plan for all ranks of the group that there is or that torchrun describes; the same one without."""
+        """The plan for all ranks of the group that there is or that torchrun describes; the same one without.
+
+        A single rank counts where modules are sharded, over itself.
+        """
         ranks = join(self.timeout)
+        if not isinstance(ranks, ProcessGroup) and sharded_of(plan.recipe.model, plan.recipe.guide):
+            ranks = ProcessGroup(torch.distributed.group.WORLD)
         return distributed(plan, ranks, self.shard) if isinstance(ranks, ProcessGroup) else plan

@@ -14,7 +14,9 @@ from torch import Tensor
 from pplvi.fitting.clock import Clock
 from pplvi.fitting.mcmc import SavedChains
 from pplvi.programs.ranks import Processes, common_seed, join
+from pplvi.programs.state import sharded_of
 from pplvi.samplers.tempered import Target
+from pplvi.training.parallel.parts import check_whole_modules
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.restart import Restart
 from pplvi.training.restarts import restored, train_restarts
@@ -22,8 +24,12 @@ from pplvi.training.restarts import restored, train_restarts
 _Chain = tuple[int, dict[str, Tensor], Any]  # its number, draws (draws, ...) by site, diagnostics
 
 
-def sharers(parallel: Any) -> Processes:
-    """The ranks that share the work: this process alone for ``"none"``, or where there is no group."""
+def sharers(parallel: Any, *programs: Any) -> Processes:
+    """The ranks that share the work: this process alone for ``"none"``, or where there is no group.
+
+    :raises ValueError: for programs with modules of which every rank has a part.
+    """
+    check_whole_modules(sharded_of(*programs), f"parallel={parallel!r}")
     return Processes() if parallel == "none" else join()
 
 

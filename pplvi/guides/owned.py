@@ -100,6 +100,17 @@ def claim_name(module: PyroModule) -> None:
         _HOLDERS[name] = module
 
 
+def network_of(module: PyroModule, name: str) -> torch.nn.Module:
+    """A network inside a module, to be called; Pyro knows its parameters by dotted names, also if ranks hold them in
+    parts (FSDP2's ``fully_shard``), so that it is no ``PyroModule``."""
+    network: Any = module._modules[name]
+    if isinstance(network, PyroModule):
+        return getattr(module, name)
+    for key, parameter in network.named_parameters() if module._pyro_context.active else ():
+        pyro.param(module._pyro_get_fullname(f"{name}.{key}"), parameter)
+    return network
+
+
 def _numbered(module: PyroModule) -> Iterator[str]:
     yield module._pyro_name
     yield from (f"{type(module).__name__}_{i}" for i in count(1))

@@ -19,17 +19,21 @@ PARTICLES = "all draws in one call"  # messages of Pyro show it
 
 @dataclass(frozen=True)
 class Plate:
-    """A ``pyro.plate`` as a sample site sees it; ``scale`` is ``full_size / size``."""
+    """A ``pyro.plate`` as a sample site sees it.
+
+    :ivar stands_for: how many elements those here stand for, where that is no whole number, as on one of several ranks.
+    """
 
     name: str
     dim: int
     size: int
     full_size: int
+    stands_for: float | None = None
 
     @property
     def scale(self) -> float:
-        """``full_size / size``."""
-        return self.full_size / self.size
+        """What an element stands for, ``full_size / size``."""
+        return (self.full_size if self.stands_for is None else self.stands_for) / self.size
 
 
 def base_distribution(fn: Any) -> Any:
@@ -143,7 +147,8 @@ def separately(site: Site, num_particles: int, nesting: int) -> Tensor:
 
 def _plate(frame: Any, site: Site) -> Plate:
     if int(frame.size) >= 0:
-        return Plate(frame.name, frame.dim, int(frame.size), int(frame.full_size or frame.size))
+        full = float(frame.full_size or frame.size)
+        return Plate(frame.name, frame.dim, int(frame.size), int(full), None if full.is_integer() else full)
     batch = tuple(site["fn"].batch_shape)  # pyro.plate("data"): as large as what is inside
     size = int(batch[frame.dim]) if len(batch) >= -frame.dim else 1
     return Plate(frame.name, frame.dim, size, size)

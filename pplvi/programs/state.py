@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import itertools
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,8 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor
+
+from pplvi.programs.parts import is_part, sharded_in
 
 
 def rng_state() -> dict[str, Any]:
@@ -163,9 +166,26 @@ class Environment:
         return tensor.detach().to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else None)
 
     def move_module(self, program: Any) -> None:
-        """Move the parameters and buffers of a program that is, or is a method of, a module (in place)."""
-        if (module := module_of(program)) is not None and (self.dtype, self.device) != (None, None):
+        """Move the parameters and buffers of a program that is, or is a method of, a module (in place).
+
+        :raises ValueError: for parameters of which every rank has a part, and which are elsewhere.
+        """
+        if (module := module_of(program)) is None or (self.dtype, self.device) == (None, None):
+            return
+        parts = [p for p in module.parameters() if is_part(p)]
+        if not parts:
             module.to(device=self.device, dtype=self.dtype)
+            return
+        device = parts[0].device if self.device is None else torch.device(self.device)
+        if any((p.dtype, p.device.type) != (self.dtype or p.dtype, device.type) for p in parts):
+            raise ValueError(
+                f"{type(module).__name__} has parameters in {parts[0].dtype} on {parts[0].device.type}, of which every "
+                f"rank has a part: expected {self.dtype or parts[0].dtype} on {device.type}. Move the module there "
+                "before fully_shard."
+            )
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not is_part(tensor):
+                tensor.data = self._move(tensor.data)
 
 
 def module_of(program: Any) -> torch.nn.Module | None:
@@ -183,7 +203,9 @@ def modules_of(program: Any) -> dict[str, torch.nn.Module]:
     (['encoder'], [''])
     """
     program = inspect.unwrap(program, stop=inspect.ismethod)
+    given: dict[str, Any] = {}
     while isinstance(program, functools.partial):
+        given |= {**dict(zip(map(str, itertools.count()), program.args, strict=False)), **program.keywords}
         program = inspect.unwrap(program.func, stop=inspect.ismethod)
     if (module := module_of(program)) is not None:
         return {"": module}
@@ -194,7 +216,17 @@ def modules_of(program: Any) -> dict[str, torch.nn.Module]:
         inside = {n: c.cell_contents for n, c in zip(program.__code__.co_freevars, cells, strict=True) if _is_full(c)}
         names = program.__code__.co_names
         found = {**{n: program.__globals__[n] for n in names if n in program.__globals__}, **inside}
-    return {name: value for name, value in found.items() if isinstance(value, torch.nn.Module)}
+    return {name: value for name, value in {**found, **given}.items() if isinstance(value, torch.nn.Module)}
+
+
+def sharded_of(*programs: Any) -> list[Any]:
+    """The modules behind programs that FSDP2's ``fully_shard`` has sharded, each once.
+
+    >>> encoder = torch.nn.Linear(2, 1)
+    >>> sharded_of(lambda x: encoder(x))
+    []
+    """
+    return sharded_in(module for program in programs for module in modules_of(program).values())
 
 
 def _is_full(cell: Any) -> bool:

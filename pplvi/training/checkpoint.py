@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pplvi.kinds.annotations import misfit
+from pplvi.programs.parts import is_part
 
 FORMAT = "pplvi-checkpoint"
 VERSION = 1
@@ -42,8 +43,13 @@ def encode(value: Any, where: str = "state") -> Any:
     if isinstance(value, np.ndarray) and value.dtype != object:
         signed = value.astype(np.int64) if value.dtype.kind == "u" else value
         return {_ARRAY: torch.as_tensor(signed), "dtype": str(value.dtype)}
+    if is_part(value):
+        raise ValueError(
+            f"{where} is a tensor of which every rank holds a part, which one file cannot hold: expected whole ones. "
+            "Resume the checkpoint of the fit in one process, without fully_shard, and save what that returns."
+        )
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        return value.detach() if value.is_meta else value.detach().cpu()
     if isinstance(value, Mapping):
         return {encode(k, where): encode(v, f"{where}[{k!r}]") for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -138,6 +144,14 @@ class FitContent(TypedDict):
     mcmc: dict[str, Any] | None
 
 
+class ShardsState(TypedDict):
+    """What a file says of the folder that holds what no rank has whole (:mod:`pplvi.training.shards`)."""
+
+    folder: str
+    sha256: dict[str, str]
+    dims: dict[str, int]
+
+
 class Content(TypedDict):
     """What a checkpoint holds, and a fit that was saved."""
 
@@ -147,6 +161,7 @@ class Content(TypedDict):
     runs: list[RunState]
     priors: NotRequired[dict[str, str]]
     fit: NotRequired[FitContent]
+    shards: NotRequired[ShardsState]
 
 
 def read_content(path: PathLike) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pplvi.compile.flat_optimizers import OptimFactory, TorchFactory
+from pplvi.programs.parts import local
 from pplvi.programs.state import clone
 from pplvi.training.per_program import PerProgram
 from pplvi.training.schedules import Cosine, Schedule, make_clip, make_schedule
@@ -277,7 +278,7 @@ class Update(PyroOptim):
                 "neither the model nor the guide has parameters, so there is nothing to train: expected pyro.param, a "
                 "PyroModule or an autoguide (a bare pyro.poutine.block() around the guide hides its parameters)."
             )
-        gradients = [p.grad for p in named.values() if p.grad is not None]
+        gradients = [local(p.grad) for p in named.values() if p.grad is not None]
         if self.clip is not None and gradients:
             self.clip(gradients, self.norm(named))
         self.engine.prepare(named)

@@ -51,6 +51,7 @@ class TrainingPlan:
     :ivar start: what happens before the first step.
     :ivar ranks: the processes that train together.
     :ivar ended: what is done with a restart that has ended.
+    :ivar mesh: the ranks that hold parts of parameters, as torch sees them; ``None`` where all have the whole.
     :ivar mine: which of the restarts are trained here; all unless given.
     """
 
@@ -68,6 +69,7 @@ class TrainingPlan:
     start: Start = field(default_factory=Start)
     ranks: Processes = field(default_factory=Processes)
     ended: Callable[[Restart], None] = lambda run: None
+    mesh: Any = None
     mine: Sequence[int] | None = None
 
     @property

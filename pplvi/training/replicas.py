@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pplvi.programs.handlers import parameters_of
+from pplvi.programs.parts import is_part, put_apart
 from pplvi.programs.running import plain_run
-from pplvi.programs.state import Environment, buffers_of, module_of
+from pplvi.programs.state import Environment, buffers_of, module_of, sharded_of
 from pplvi.programs.summing import leaves_out_summed
 from pplvi.training.restart import Restart, copy_into, scratch
 from pplvi.types import Program
@@ -38,6 +39,7 @@ class Recipe:
 
         :raises ValueError: if a module cannot be copied.
         """
+        put_apart(sharded_of(self.model, self.guide))
         model, guide = self._copies() if self.apart else (self.model, self.guide)
         copy_into(_tensors(model, None if self.makes_guide else guide), initial or {})
         self.environment.move_module(model)
@@ -55,7 +57,7 @@ class Recipe:
             ) from error
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the modules that the user passed, by role and name."""
+        """Parameters and buffers of the modules that the user passed, by role and name, but for parts of tensors."""
         return _tensors(self.model, None if self.makes_guide else self.guide)
 
     def adopt(self, run: Restart) -> None:
@@ -75,7 +77,8 @@ def _tensors(model: Any, guide: Any) -> dict[str, Tensor]:
         for role, module in modules.items()
         if module is not None
         for name, value in (*module.named_parameters(), *module.named_buffers())
-        if not is_lazy(value)  # its first call draws it, with the seed of the restart
+        # The first call of a lazy one draws it, with the seed of the restart.
+        if not (is_lazy(value) or is_part(value))
     }
 
 

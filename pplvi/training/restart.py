@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.programs.errors import warn
+from pplvi.programs.parts import local
 from pplvi.programs.state import Environment, buffers_of, clone, preserved_rng
 from pplvi.types import Call, Program
 
@@ -131,7 +132,7 @@ class TrainingError(ValueError):
 def bad_parameter() -> str | None:
     """The first parameter in the store that is not finite."""
     named = pyro.get_param_store().named_parameters()
-    return next((name for name, p in named if not bool(p.detach().isfinite().all())), None)
+    return next((name for name, p in named if not bool(local(p).detach().isfinite().all())), None)
 
 
 def is_numerical(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pplvi.programs.errors import warn
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import clone, preserved_rng, reseed, rng_state, set_rng_state
-from pplvi.training import checkpoint
+from pplvi.training import checkpoint, shards
 from pplvi.training.batches import FullData, OneShot
 from pplvi.training.checkpoint import PathLike, UnwrittenError
 from pplvi.training.lockstep import Lockstep, Member
@@ -46,12 +46,14 @@ def train_restarts(plan: TrainingPlan) -> list[Restart]:
         def claim() -> None:
             if plan.checkpoint is not None:
                 held.enter_context(checkpoint.claimed(Path(plan.checkpoint)))
+                shards.sweep(plan.checkpoint)
             check_paths(plan)
 
         plan.ranks.first(claim)
         _check_data(plan)
         plan.batches.environment = plan.recipe.environment
-        session = _Session(plan, plan.ranks.first(lambda: _read(plan)))
+        content = shards.filled(plan.resume or "", plan.ranks.first(lambda: _read(plan)), plan.ranks, plan.mesh)
+        session = _Session(plan, content)
         with preserved_rng(active=plan.seed is not None or session.side_by_side), plan.ranks.listening():
             try:
                 session.go()
@@ -279,10 +281,10 @@ class _Session:
 
     def _write(self) -> None:
         """Put what is new into the file; a restart that has no state yet will start anew, and those behind it too."""
-        if self.plan.checkpoint is not None and self.description and self.plan.ranks.rank == 0:
+        if self.plan.checkpoint is not None and self.description:
             states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
             try:
-                checkpoint.write(self.plan.checkpoint, {**self.description, "runs": list(states)})
+                shards.write(self.plan.checkpoint, {**self.description, "runs": list(states)}, self.plan.ranks)
                 self.unwritten = None
             except UnwrittenError as error:  # the training goes on: there may be room next time
                 warn(f"{error} The training goes on, and tries again.")

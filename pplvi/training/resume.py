@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs.joint import execute
+from pplvi.programs.parts import is_part
 from pplvi.programs.running import isolated
 from pplvi.programs.sites import base_distribution, is_deterministic, latent_sites, sample_sites, site_plates
 from pplvi.training.checkpoint import PathLike, damaged
@@ -55,13 +56,13 @@ def run_state(trainer: Training) -> dict[str, Any]:
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Shape and dtype of every tensor, readable.
+    """Shape and dtype of every tensor, readable, and whether every rank has a part of it.
 
     >>> import torch
     >>> shapes({"loc": torch.zeros(3)})
     {'loc': '(3,) torch.float32'}
     """
-    return {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+    return {name: f"{tuple(t.shape)} {t.dtype}{' in parts' * is_part(t)}" for name, t in tensors.items()}
 
 
 def signature(run: Restart, call: Call) -> dict[str, str]:

@@ -14,14 +14,13 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pplvi
 from pplvi.energies import PersistentChains
 from pplvi.fitting import Checkpoint
 from pplvi.programs.ranks import Processes, join
+from pplvi.training import Monitor
 
 ROWS, PARTICLES = 11, 4
 _RANDOM = torch.Generator().manual_seed(0)
@@ -178,6 +177,21 @@ CASES: dict[str, Callable[[Any], dict[str, Any]]] = {
     for latents, names in CHOSEN.items()
     for name in names
 }
+
+
+def factors_in_minibatches(x, y, rows):
+    with pyro.plate("data", ROWS, subsample_size=len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(pyro.param("slope", torch.tensor(0.3)) * z + x[:, 0], 1.0), obs=y)
+
+
+def amortised_in_minibatches(x, y, rows):
+    loc = x @ pyro.param("a", torch.tensor([0.2, -0.1, 0.3]))
+    with pyro.plate("data", ROWS, subsample_size=len(y)), Noise(rows):
+        pyro.sample("z", dist.Normal(loc, 0.6))
+
+
+IN_MINIBATCHES = factors_in_minibatches, amortised_in_minibatches
 NVI = pplvi.NestedELBO(num_particles=4)
 FORWARD_NVI = pplvi.NestedELBO("forward_kl", 4, resample=True)
 CASES |= {
@@ -190,6 +204,14 @@ CASES |= {
     "exact": partial(machine, negative="exact"),
     "minibatches": partial(fitted, minibatch, AutoNormal, data=loader(4), args=()),
     "fewer rows than ranks": partial(fitted, minibatch, AutoNormal, data=loader(5), args=()),
+    "local minibatches, IWAE": lambda parallel: fitted(
+        factors_in_minibatches,
+        amortised_in_minibatches,
+        parallel,
+        data=loader(5),
+        args=(),
+        objective=OBJECTIVES["IWAE"],
+    ),
     "recorded": partial(fitted, regression, AutoNormal, compile="trace", objective=pplvi.ImportanceWeightedELBO(3)),
     "recorded minibatches": partial(fitted, minibatch, AutoNormal, data=loader(5), args=(), compile="trace"),
     "adaptive": partial(fitted, regression, AutoNormal, optim=None, num_steps=8),
@@ -300,6 +322,7 @@ def grouped(x, y, rows):
 CASES |= {
     "NaN in the loss": partial(broken, kind="loss"),
     "NaN in a program": partial(broken, kind="error"),
+    "NaN in a program, monitored": partial(broken, kind="error", monitor=Monitor(every=1)),
     "callback": stopped,
     "starts": started_apart,
     "rows of parameters": partial(
@@ -389,23 +412,6 @@ def drawn(num_draws: int, seed: int, **options: Any) -> dict[str, Any]:
     return {"w": found.draws.latents["w"].numpy(), "weights": found.log_weight.numpy()}
 
 
-def sharded(held: list[Any] | None = None) -> None:
-    """A fit of a module of which every rank has a part, that is seen from outside unless it is held by a list."""
-    net = torch.nn.Linear(3, 1, dtype=torch.float64)
-    fully_shard(net, mesh=init_device_mesh("cpu", (join().size,)))
-
-    def likelihood(net, x, y):
-        pyro.module("net", net)
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(net(x).squeeze(-1), 1.0), obs=y)
-
-    if held is None:
-        fitted(lambda x, y, rows: likelihood(net, x, y), AutoNormal, FULL)
-    else:
-        held.append(net)
-        fitted(lambda x, y, rows: likelihood(held[0], x, y), AutoNormal, FULL)
-
-
 def refusals() -> dict[str, str]:
     """What is said of fits that several ranks cannot share."""
     own = tuple(x + join().rank for x in ALL)
@@ -416,8 +422,6 @@ def refusals() -> dict[str, str]:
             regression_of_one, AutoNormal, args=ALL, restarts=2, parallel="restarts", checkpoint="run.pt"
         ),
         "different data or seeds": lambda: pplvi.fit(regression_of_one, "nuts", args=own),
-        "['net'] are, or have, DTensor": sharded,
-        "'net$$$weight'] are, or have, DTensor": lambda: sharded([]),
         "only here": lambda: join().each(one_bad_rank),
     }
     found = {}

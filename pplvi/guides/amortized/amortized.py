@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from pplvi.guides.amortized.elements import Locals
 from pplvi.guides.flows.conditional import DeltaConditional, build_conditional
-from pplvi.guides.owned import OwnedGuide
+from pplvi.guides.owned import OwnedGuide, network_of
 from pplvi.kernels.coordinates import Coordinates, coordinates
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Positive
 from pplvi.programs.autoguides import auxiliary_values
 from pplvi.programs.calls import Arguments
 from pplvi.programs.first_run import given_subsamples
+from pplvi.programs.parts import sharded_in
 from pplvi.programs.running import plain_run
 from pplvi.programs.sites import Plate, latent_sites, site_plates
 from pplvi.programs.state import preserved_rng
@@ -91,7 +92,8 @@ class AutoAmortized(OwnedGuide):
         init_scale: Positive = 0.1,
     ) -> None:
         super().__init__(model)
-        to_pyro_module_(encoder)
+        if not sharded_in([encoder]):
+            to_pyro_module_(encoder)
         self.encoder = encoder
         self._names = (plates,) if isinstance(plates, str) else tuple(plates)
         self._how: dict[str, Any] = {"inputs": inputs or _first, "global_guide": global_guide}
@@ -104,12 +106,14 @@ class AutoAmortized(OwnedGuide):
         with poutine.block():
             run = plain_run(self.model, args, kwargs)
         self.prototype_trace = run.model
+        self._claim_name()
         try:
             structure = self._read(run.model, run.given_subsamples)
             self._setup_globals(structure)
             # Shapes only: the plates' elements are the first ones.
             drawn = {name: site["value"] for name, site in latent_sites(run.model).items()}
             features = self._joined(self._encode(args, kwargs, structure, _all(structure)), drawn)
+            self._own_marker()  # a point's is one of the encoder, which may have been another guide's elsewhere
             where = {"device": features.device, "dtype": features.dtype}
             conditional = build_conditional(self._family, structure.size, features.shape[-1], self._init_scale, **where)
             self.conditional = conditional
@@ -171,7 +175,7 @@ class AutoAmortized(OwnedGuide):
         """Features ``(*plates, F)`` of the elements that the plates have drawn."""
         given = self._how["inputs"](*args, **kwargs)
         given = given if isinstance(given, tuple) else (given,)
-        features = self.encoder(*(_chosen(x, structure.plates, indices) for x in given))
+        features = network_of(self, "encoder")(*(_chosen(x, structure.plates, indices) for x in given))
         expected = tuple(plate.size for plate in structure.plates)
         if features.dim() != len(expected) + 1 or tuple(features.shape[:-1]) != expected:
             raise ValueError(
@@ -243,7 +247,7 @@ class AutoAmortized(OwnedGuide):
         """A parameter that every such guide has; a point has only those of its encoder, if there are any."""
         if not self.is_point:
             return "head.weight"
-        return f"encoder.{next((name for name, _ in self.encoder.named_parameters()), '')}"
+        return next((name for name, _ in self.named_parameters() if name.startswith("encoder.")), "encoder.")
 
     def _own_marker(self) -> None:
         found = dict(self.named_parameters()).get(self.marker)

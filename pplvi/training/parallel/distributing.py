@@ -10,9 +10,10 @@ import torch
 
 from pplvi.losses.elbo import own_loss
 from pplvi.programs.ranks import ProcessGroup
-from pplvi.programs.state import modules_of, preserved_rng
+from pplvi.programs.state import preserved_rng, sharded_of
 from pplvi.training.batches import FullData
-from pplvi.training.parallel.shares import check_unsharded, share_of, split_of
+from pplvi.training.parallel.parts import Parts, check_whole_modules
+from pplvi.training.parallel.shares import share_of, split_of
 from pplvi.training.parallel.stepping import Meeting, together
 from pplvi.training.plan import TrainingPlan
 from pplvi.training.restart import Restart, copy_into, evaluate, scratch
@@ -22,11 +23,12 @@ def distributed(plan: TrainingPlan, ranks: ProcessGroup, shard: bool) -> Trainin
     """The plan with the data split over the ranks.
 
     :param shard: whether every rank has the full data as arguments and is to keep a slice.
-    :raises ValueError: for guides that are found and not trained, losses that are not of this package, parameters that
-        are sharded already, and programs or data that cannot be split.
+    :raises ValueError: for guides that are found and not trained, losses that are not of this package, sharded modules
+        that cannot be trained, and programs or data that cannot be split.
     """
-    for program in (plan.recipe.model, plan.recipe.guide):
-        check_unsharded({name or type(module).__name__: module for name, module in modules_of(program).items()})
+    parts = Parts.of(sharded_of(plan.recipe.model, plan.recipe.guide), ranks)
+    if parts.modules and plan.recipe.apart:
+        check_whole_modules(parts.modules, f"restarts={plan.restarts}")
     batches = plan.batches
     batches.environment = plan.recipe.environment
     _check_guide(plan)
@@ -42,9 +44,15 @@ def distributed(plan: TrainingPlan, ranks: ProcessGroup, shard: bool) -> Trainin
     if monitor is not None:
         watch = replace(watch, monitor=replace(monitor, objective=own_loss(monitor.objective)))
     settings = plan.settings if share.common else {**(plan.settings or {}), "data": "of every rank"}
-    meeting = Meeting(ranks, share, split)
+    if parts.modules and split.local:
+        raise ValueError(
+            f"the parameters {sorted(split.local)} have rows for single data, and others are sharded by fully_shard: "
+            "expected one of them."
+        )
+    meeting = Meeting(ranks, share, split, parts)
     steps = together(plan.steps, meeting)
-    return replace(plan, steps=steps, watch=watch, ranks=ranks, settings=settings, ended=partial(_whole, plan, meeting))
+    ended = partial(_whole, plan, meeting)
+    return replace(plan, steps=steps, watch=watch, ranks=ranks, settings=settings, ended=ended, mesh=parts.mesh)
 
 
 def _silent(run: Restart) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from torch.nn.parameter import is_lazy
 from torch.utils.data.distributed import DistributedSampler
 
 from pplvi.programs.calls import Arguments
@@ -90,32 +87,6 @@ def cut(call: Call, part: slice) -> Call:
     arguments = Arguments.of(*call)
     rows = arguments.size
     return arguments.call([x[part] if x.dim() and len(x) == rows else x for x in arguments.tensors])
-
-
-def check_unsharded(named: Mapping[str, Tensor | Module]) -> None:
-    """Refuse parameters, or modules, of which every rank has a part: their gradients are reduced already.
-
-    >>> check_unsharded({"weight": torch.zeros(2), "encoder": torch.nn.Linear(2, 1)})
-
-    :raises ValueError: for DTensor parameters, such as those of FSDP2's ``fully_shard``.
-    """
-    if parts := sorted(name for name, value in named.items() if _is_part(value)):
-        raise ValueError(
-            f"{parts} are, or have, DTensor parameters, of which a rank holds a part (torch's fully_shard makes them): "
-            "expected plain tensors, the same on all ranks, since parallel=DataParallel() averages the gradients "
-            "itself. Leave fully_shard out; train a module that is too large for one device by Pyro's SVI in a loop of "
-            "your own, and save it by torch.distributed.checkpoint."
-        )
-
-
-def _is_part(value: Tensor | Module) -> bool:
-    if isinstance(value, Module):  # which shows plain parameters between its first call and a gradient
-        fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # long to import; without it there are none
-        sharded = fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in value.modules())
-        return sharded or any(_is_part(p) for p in value.parameters())
-    if hasattr(value, "placements"):  # of DTensor
-        return True
-    return not is_lazy(value) and value.numel() > 0 and not value.untyped_storage().size()
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.compile.flat_optimizers import Exchange
 from pplvi.losses.elbo import own_loss
+from pplvi.programs.parts import is_part, local
 from pplvi.programs.ranks import ProcessGroup, heard
 from pplvi.programs.shard import Exchanges, Shard, mean_over
 from pplvi.programs.sharding import Sharded, own_noise
 from pplvi.programs.state import buffers_of, fingerprint, module_of
 from pplvi.training.optimizers import Update
-from pplvi.training.parallel.shares import OwnData, Split, check_unsharded
+from pplvi.training.parallel.parts import Parts, check_whole_modules
+from pplvi.training.parallel.shares import OwnData, Split
 from pplvi.training.restart import Restart, is_numerical
 from pplvi.training.schedules import norm_of
 from pplvi.training.steps import (
@@ -48,20 +50,23 @@ from pplvi.types import Call, Program
 class Meeting:
     """Where the ranks meet: the group, their shares of the data, and what of the programs is split.
 
-    :ivar exchanges: the means that an evaluation takes.
+    :ivar parts: the modules that the ranks hold in parts.
+    :ivar exchanges: the means that the evaluations of steps take.
     :ivar last: the handler of the last evaluation.
     """
 
     ranks: ProcessGroup
     share: OwnData
     split: Split
+    parts: Parts = field(default_factory=Parts)
     exchanges: Exchanges = field(default_factory=Exchanges)
     last: Sharded = field(default_factory=lambda: Sharded(None))
 
     @contextmanager
-    def active(self) -> Iterator[Shard]:
+    def active(self, exchanges: Exchanges | None = None) -> Iterator[Shard]:
         """Programs inside see this rank's part of the last batch as one that stands for all of it.
 
+        :param exchanges: where to note what is exchanged, unless steps are taken.
         :raises KeyboardInterrupt: if any rank was interrupted.
         """
         part, state = self.share.part, zlib.crc32(torch.get_rng_state().numpy().tobytes()) % 2**20
@@ -71,8 +76,9 @@ class Meeting:
         if self.ranks.size * squares != total**2:  # programs drew as many numbers as there are elements, say
             torch.manual_seed(random.getrandbits(63))
         whole = rows if part.total is None else part.total
-        shard = Shard(self.ranks.group, self.split.plates, part.rows, whole, part.absent, self.exchanges)
-        with Sharded(shard) as self.last, heard():
+        noted = self.exchanges if exchanges is None else exchanges
+        shard = Shard(self.ranks.group, self.split.plates, part.rows, whole, part.absent, noted)
+        with Sharded(shard) as self.last, heard(), self.parts.gathered():
             yield shard
 
     @property
@@ -92,7 +98,7 @@ class Meeting:
         """
         store = pyro.get_param_store()
         try:
-            check_unsharded(dict(store.named_parameters()))
+            self.parts.check(dict(store.named_parameters()))
         except ValueError:
             store.clear()  # memory of parts is freed after a gradient: nobody may look at it on the way out
             raise
@@ -102,7 +108,7 @@ class Meeting:
                 f"which: expected what makes it, guide={type(guide).__name__}, or a function from the model to a guide."
             )
         tensors = {**dict(pyro.get_param_store().named_parameters()), **buffers_of(model=model, guide=guide)}
-        common = {name: x for name, x in sorted(tensors.items()) if not self._is_own(name)}
+        common = {name: x for name, x in sorted(tensors.items()) if not (self._is_own(name) or is_part(x))}
         shapes = {name: str(tuple(x.shape)) for name, x in common.items()}
         if not self.ranks.agree(fingerprint(shapes)):
             raise ValueError(
@@ -145,13 +151,13 @@ class Meeting:
         return {**state, **own, **joined}
 
     def norm(self, named: Mapping[str, Tensor]) -> Tensor | None:
-        """The norm of the gradient of all ranks, where each has parameters of its own."""
-        if not self.split.local:
+        """The norm of the gradient of all ranks, where each has parameters, or parts of them, of its own."""
+        if not (self.split.local or self.parts.held):
             return None
         parts: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, p in named.items():
             if p.grad is not None:
-                parts[name in self.split.local].append(p.grad)
+                parts[name in self.split.local or is_part(p)].append(local(p.grad))
         own, common = (norm_of(part) if part else torch.zeros(()) for part in (parts[True], parts[False]))
         return torch.sqrt(common**2 + self.ranks.size * self.ranks.mean_of(own**2))
 
@@ -159,7 +165,7 @@ class Meeting:
         """The value of a monitor on the shares of all ranks, or on the data that it holds back."""
         if monitor.held_back is not None:
             return self.ranks.mean(monitor(run, call))
-        with self.active():
+        with self.active(Exchanges()):
             return self.ranks.mean(monitor(run, call))
 
     def found(self, site: str | None) -> str | None:
@@ -211,7 +217,9 @@ class EagerTogether(_Together, EagerStepper):
 
     def replay(self, find: Find, calls: Sequence[Call]) -> str | None:
         """The site at fault on the first rank that has one."""
-        return self.meeting.found(super().replay(find, calls))
+        with self.meeting.parts.gathered():
+            site = super().replay(find, calls)
+        return self.meeting.found(site)
 
     def _loss_and_grads(self, *call: Any, **kwargs: Any) -> float:
         loss = self._evaluated(*call, **kwargs)
@@ -223,21 +231,33 @@ class EagerTogether(_Together, EagerStepper):
         for _, p in pyro.get_param_store().named_parameters():
             p.grad = None
         self.meeting.exchanges.start()
+        loss = None
         try:
-            return self.loss.loss_and_grads(*call, **kwargs)
+            if not self.meeting.parts.modules:
+                return self.loss.loss_and_grads(*call, **kwargs)
+            loss = self.loss.differentiable_loss(*call, **kwargs)
         except (ValueError, LinAlgError) as error:
             if self.update.count == 0 or not is_numerical(error):
                 raise
             self.meeting.finish()
+            if not self.meeting.parts.modules:
+                return math.nan
+        # Gradients of parts are exchanged on the way back, which none goes if one cannot.
+        if self.meeting.ranks.any(loss is None) or loss is None:
             return math.nan
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
 
     def _averaged(self, loss: float) -> float:
         """Put the mean gradient in the place of each rank's own; the mean loss."""
         named = dict(sorted(pyro.get_param_store().named_parameters()))
+        if self.meeting.parts.modules:
+            self.meeting.parts.check(named)
         for gradient in (p.grad for name, p in named.items() if name in self.meeting.split.local):
             if gradient is not None:
                 gradient /= self.meeting.ranks.size
-        common = [p for name, p in named.items() if name not in self.meeting.split.local]
+        common = [p for name, p in named.items() if not (name in self.meeting.split.local or is_part(p))]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in common]
         losses = torch.tensor([loss], dtype=torch.float64, device=parts[0].device if parts else None)
         flat = self.meeting.ranks.mean_of(torch.cat([losses, *(part.reshape(-1) for part in parts)]))
@@ -332,6 +352,7 @@ def together(steps: Steps, meeting: Meeting) -> Steps:
     base = (steps.optim, steps.num_steps, steps.schedule, steps.clip)
     if not isinstance(steps, CompiledSteps):
         return _EagerTogether(*base, meeting=meeting)
+    check_whole_modules(meeting.parts.modules, f"compile={steps.mode!r}")
     if steps.mode == "max":
         raise ValueError("compile='max' with several ranks: expected True, 'trace' or 'auto'.")
     return _CompiledTogether(*base, mode=steps.mode, chunk=steps.chunk, meeting=meeting)
