@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -225,9 +227,42 @@ def join(timeout: float | None = None) -> Processes:
             return Processes()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group(timeout=None if timeout is None else timedelta(seconds=timeout))
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        store, rank, size = next(dist.rendezvous("env://", **({} if limit is None else {"timeout": limit})))
+        met = dist.PrefixStore(met_as(store, rank, size), store)
+        dist.init_process_group(store=met, rank=rank, world_size=size, timeout=limit)
         atexit.register(_leave)
     return ProcessGroup(dist.group.WORLD) if dist.get_world_size() > 1 else Processes()
+
+
+def met_as(store: Any, rank: int, size: int) -> str:
+    """A name that the ranks of this start agree on, in a store that may hold what those of earlier ones have left.
+
+    ``torchrun`` keeps its store over restarts, and torch puts the addresses of ranks there under the same keys: a rank
+    that comes first would take those of ranks that have ended, and wait for them. Here every rank says who it is by a
+    number of its own, and rank 0 asks until all of them have found theirs in its answer.
+
+    :raises RankLostError: if a rank does not come within the store's time limit.
+    """
+    own, seconds = secrets.token_hex(8), store.timeout.total_seconds()
+    store.set(f"pplvi/rank {rank}", own)
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        if rank == 0:
+            names = [f"pplvi/rank {other}" for other in range(size)]
+            if store.check(names):
+                store.set("pplvi/all", " ".join(store.get(name).decode() for name in names))
+                if store.add(f"pplvi/{own}", 0) == size - 1:
+                    return own
+        elif store.check(["pplvi/all"]):
+            found = store.get("pplvi/all").decode().split()
+            if len(found) == size and found[rank] == own:
+                store.add(f"pplvi/{found[0]}", 1)
+                return found[0]
+        time.sleep(0.02)
+    raise RankLostError(
+        f"rank {rank}: the {size} ranks did not meet within {seconds:g} s: expected all of them to begin together."
+    )
 
 
 def common_seed(ranks: Processes, seed: int | None, call: Any) -> int | None:
