@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from pplvi.programs.shard import mean_over
 from pplvi.programs.state import fingerprint
@@ -26,6 +27,10 @@ T = TypeVar("T")
 
 class RankLostError(RuntimeError):
     """Another rank has ended, or has not answered within the group's time limit."""
+
+
+class RanksLeftError(KeyboardInterrupt):
+    """Ctrl-C for the second time: this rank has left the others, which lose it at once."""
 
 
 class Processes:
@@ -94,12 +99,22 @@ class ProcessGroup(Processes):
         """
         try:
             answer = bool(ask())
+        except RanksLeftError:
+            raise
         except KeyboardInterrupt:
             answer, self.interrupted = False, True
         found = self.gather((answer, self.interrupted))
-        if any(interrupted for _, interrupted in found):
-            raise KeyboardInterrupt
+        self.obey(any(interrupted for _, interrupted in found))
         return any(answer for answer, _ in found)
+
+    def obey(self, interrupted: bool) -> None:
+        """End what all ranks are in, if one of them was interrupted, as all have heard now.
+
+        :raises KeyboardInterrupt: if so.
+        """
+        if interrupted:
+            self.interrupted = False
+            raise KeyboardInterrupt
 
     def mean(self, number: float) -> float:
         """The mean of a number over the ranks."""
@@ -145,6 +160,8 @@ class ProcessGroup(Processes):
         failed: BaseException | None = None
         try:
             made = make()
+        except RanksLeftError:
+            raise
         except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the others have to hear of it
             failed = error
         found = self.gather((made, _sendable(failed)))
@@ -166,9 +183,11 @@ class ProcessGroup(Processes):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, Ctrl-C is kept until the ranks meet next; a second one is not.
+        """Inside, Ctrl-C is kept until the ranks meet next, or to the end; at a second one this rank leaves the others.
 
         Where the process ignores it, as one that a shell has put in the background, it is ignored here too.
+
+        :raises KeyboardInterrupt: in the end, if it came after the ranks had met for the last time.
         """
         before = signal.getsignal(signal.SIGINT)
         elsewhere = threading.current_thread() is not threading.main_thread()
@@ -177,15 +196,19 @@ class ProcessGroup(Processes):
             return
 
         def keep(number: int, frame: Any) -> None:
+            if self.interrupted:
+                _leave()
+                raise RanksLeftError
             self.interrupted = True
-            signal.signal(signal.SIGINT, before)
 
         signal.signal(signal.SIGINT, keep)
         try:
             yield
         finally:
-            self.interrupted = False
+            late, self.interrupted = self.interrupted, False
             signal.signal(signal.SIGINT, before)
+        if late:
+            raise KeyboardInterrupt
 
 
 def _sendable(error: BaseException | None) -> BaseException | None:
@@ -228,8 +251,9 @@ def join(timeout: float | None = None) -> Processes:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         limit = None if timeout is None else timedelta(seconds=timeout)
-        store, rank, size = next(dist.rendezvous("env://", **({} if limit is None else {"timeout": limit})))
-        met = dist.PrefixStore(met_as(store, rank, size), store)
+        options: dict[str, Any] = {} if limit is None else {"timeout": limit}
+        store, rank, size = next(rendezvous("env://", **options))
+        met = dist.PrefixStore(met_as(store, rank, size), store)  # type: ignore[attr-defined]
         dist.init_process_group(store=met, rank=rank, world_size=size, timeout=limit)
         atexit.register(_leave)
     return ProcessGroup(dist.group.WORLD) if dist.get_world_size() > 1 else Processes()

@@ -20,6 +20,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.programs.errors import warn
 from pplvi.programs.first_run import first_bad_site
+from pplvi.programs.ranks import RanksLeftError
 from pplvi.programs.state import clone, rng_state, set_rng_state
 from pplvi.training.batches import Batches
 from pplvi.training.restart import Restart, TrainingError, bad_parameter, copy_into, is_numerical
@@ -66,6 +67,9 @@ class Trainer:
             while not self.run.reason:
                 yield from self._advance()
                 self.run.seconds = before + time.perf_counter() - start
+            self.stepper.answered(bool)  # nothing: of several ranks, one may have been interrupted in the last step
+        except RanksLeftError:
+            raise
         except KeyboardInterrupt:
             self.run.reason = "interrupted"
             self._read()

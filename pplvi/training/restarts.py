@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pplvi.programs.errors import warn
+from pplvi.programs.ranks import RanksLeftError
 from pplvi.programs.running import plain_run
 from pplvi.programs.state import clone, preserved_rng, reseed, rng_state, set_rng_state
 from pplvi.training import checkpoint, shards
@@ -170,8 +171,8 @@ class _Session:
             )
             try:
                 run = self._train(index, progress)
-            except KeyboardInterrupt:  # before the first step of this restart
-                if not self.runs:
+            except KeyboardInterrupt as error:  # before the first step of this restart
+                if not self.runs or isinstance(error, RanksLeftError):
                     raise
                 return
             except TrainingError as error:

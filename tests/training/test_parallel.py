@@ -1,6 +1,7 @@
 """Fits of two and three ranks are those of one process; what only one rank meets is met by all."""
 
 import os
+import signal
 import socket
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ def together(alone, tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
                 "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks
             )
             more = {"drawn": cases.drawn(7, 3, parallel="draws"), "refused": cases.refusals()}
+            more |= {"interrupted": outcome(lambda _: cases.interrupted_last(), None)}
             return {name: outcome(cases.CASES[name], cases.FULL) for name in names} | more
 
         return launched(ranks, on, folder)
@@ -98,6 +100,25 @@ def test_what_one_rank_meets_is_met_by_all(together):
     for found in together[3]:
         assert (found["NaN in the loss"]["rollbacks"], found["NaN in a program"]["rollbacks"]) == (1, 1)
         assert [len(found[name]["losses"]) for name in ("callback", "Ctrl-C", "Ctrl-C in a callback")] == [2, 2, 2]
+
+
+def test_control_c_in_the_last_step_is_heard(together):
+    for found in together[2] + together[3]:
+        assert found["interrupted"] == "interrupted after 3"
+
+
+def test_a_rank_that_presses_twice_leaves_the_others(tmp_path):
+    def work(rank: int) -> str:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=rank, world_size=2)
+        twice = [lambda run: [cases.press_control_c() for _ in range(2 * rank)]]
+        try:
+            cases.fitted(cases.regression, AutoNormal, cases.FULL, callbacks=twice)
+        except (KeyboardInterrupt, pplvi.training.parallel.RankLostError) as error:
+            return type(error).__name__
+        return ""
+
+    assert launched(2, work, tmp_path) == ["RankLostError", "RanksLeftError"]
 
 
 @pytest.fixture(scope="module")
