@@ -14,11 +14,11 @@ from pplvi.programs import checks
 from pplvi.programs.carrying import BROADCAST, LOOP, Given, Way, gathered, one_sound, ways_of_rows
 from pplvi.programs.factorising import SeparateFactors
 from pplvi.programs.memo import Memo, dimensions
-from pplvi.programs.randomness import is_batched
 from pplvi.programs.running import How, isolated
 from pplvi.programs.single import run_alone
 from pplvi.programs.sites import latent_sites, site_plates
 from pplvi.programs.state import is_recording, preserved_buffers
+from pplvi.programs.together import is_batched
 from pplvi.programs.traces import Run
 from pplvi.programs.ways import OutsideState, Vectorize, held_by, named
 from pplvi.types import Program, Values

@@ -26,11 +26,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.distributions import dirichlet, von_mises
 
 from pplvi.programs.factorising import FACTORISATIONS, SoundFactors
-
-
-def is_batched(value: Any) -> bool:
-    """Whether a value is a tensor of all particles that is seen, inside ``vmap``, as that of one."""
-    return isinstance(value, Tensor) and bool(_functorch.is_batchedtensor(value))
+from pplvi.programs.together import TOGETHER, all_together, at_front, is_batched
 
 
 def of_all(value: Tensor) -> Tensor:
@@ -109,7 +105,7 @@ _FACTORIES = frozenset(
 
 _DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _OTHERWISE = frozenset(
-    {*_DRAWS, *_FACTORIES, *FACTORISATIONS, _DATA, torch.Tensor.clamp_, torch.binomial, torch.Tensor.new}
+    {*_DRAWS, *_FACTORIES, *FACTORISATIONS, *TOGETHER, _DATA, torch.Tensor.clamp_, torch.binomial, torch.Tensor.new}
 )
 
 
@@ -129,6 +125,9 @@ class OutOfPlace(SoundFactors):
         kwargs = kwargs or {}
         if func not in _OTHERWISE:  # most by far
             return func(*args, **kwargs)
+        if func in TOGETHER:
+            known = all_together(func, args, kwargs)
+            return func(*args, **kwargs) if known is None else known
         if func in _DRAWS and not (is_batched(args[0]) and self.token is not None):
             return self._drawn(func, args, kwargs)
         if func is torch.Tensor.clamp_:
@@ -169,14 +168,6 @@ def _renewed(like: Tensor, *size: Any, **options: Any) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=options.get("device") or like.device)
 
 
-def _at_front(count: int, in_dims: tuple[int | None, ...], args: tuple[Tensor, ...]) -> list[Tensor]:
-    """Arguments of an elementwise operation with the particles at the front of each, ready to broadcast."""
-    pairs = zip(args, in_dims, strict=True)
-    moved = [x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0) for x, dim in pairs]
-    width = max(x.dim() for x in moved)
-    return [x.reshape(len(x), *(1,) * (width - x.dim()), *x.shape[1:]) for x in moved]
-
-
 class _WithoutGradient(torch.autograd.Function):
     """A function that is a constant to autograd, and that ``vmap`` can carry."""
 
@@ -198,7 +189,7 @@ class _DirichletSlope(_WithoutGradient):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
-        return _DirichletSlope.apply(*_at_front(info.batch_size, in_dims, args)), 0
+        return _DirichletSlope.apply(*at_front(info.batch_size, in_dims, args)), 0
 
 
 class _Dirichlet(torch.autograd.Function):
@@ -232,7 +223,7 @@ class _Rejection(_WithoutGradient):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
-        moved = _at_front(info.batch_size, in_dims, args)
+        moved = at_front(info.batch_size, in_dims, args)
         return _Rejection.apply(*moved[:-1], moved[-1].contiguous()), 0
 
 

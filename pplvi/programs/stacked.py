@@ -18,7 +18,6 @@ from torch.distributions import Distribution, kl_divergence
 from torch.distributions.kl import register_kl
 
 from pplvi.programs.masks import without_missing
-from pplvi.programs.randomness import is_batched
 from pplvi.programs.sites import (
     PARTICLES,
     Site,
@@ -31,6 +30,7 @@ from pplvi.programs.sites import (
     latent_sites,
     sample_sites,
 )
+from pplvi.programs.together import is_batched
 from pplvi.programs.traces import Run, unscaled_log_prob
 
 Outputs = dict[str, dict[str, dict[str, Tensor]]]

@@ -24,10 +24,10 @@ from pplvi.programs.factorising import SeparateFactors
 from pplvi.programs.first_run import supplied_values
 from pplvi.programs.handlers import Supply
 from pplvi.programs.memo import Layout, recall, remember
-from pplvi.programs.randomness import is_batched
 from pplvi.programs.running import How, isolated
 from pplvi.programs.sites import is_delta, is_enumerated, latent_sites
 from pplvi.programs.state import is_recording, modules_of, preserved_buffers
+from pplvi.programs.together import is_batched
 from pplvi.programs.traces import Run
 from pplvi.types import Program
 

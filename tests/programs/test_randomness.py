@@ -9,7 +9,8 @@ from pyro.distributions import constraints
 from pyro.distributions.transforms import Permute
 
 from pplvi.programs import randomness
-from pplvi.programs.randomness import OutOfPlace, carried, carries_gradient, for_all_particles, is_batched
+from pplvi.programs.randomness import OutOfPlace, carried, carries_gradient, for_all_particles
+from pplvi.programs.together import is_batched
 
 COUNT = 3_000
 
