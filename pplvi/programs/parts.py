@@ -54,7 +54,7 @@ def sharded_in(modules: Iterable[Module]) -> list[Any]:
 
 
 @contextmanager
-def gathered(modules: Iterable[Any]) -> Iterator[None]:
+def holding_all(modules: Iterable[Any]) -> Iterator[None]:
     """Inside, modules of FSDP2 hold all parameters: calls exchange nothing more, their gradients still do.
 
     So that ranks whose programs run more or less often, such as one that fails, wait for nobody.

@@ -285,7 +285,7 @@ class _Session:
         if self.plan.checkpoint is not None and self.description:
             states = takewhile(lambda state: state is not None, map(self.states.get, range(self.plan.restarts)))
             try:
-                shards.write(self.plan.checkpoint, {**self.description, "runs": list(states)}, self.plan.ranks)
+                shards.write_shared(self.plan.checkpoint, {**self.description, "runs": list(states)}, self.plan.ranks)
                 self.unwritten = None
             except UnwrittenError as error:  # the training goes on: there may be room next time
                 warn(f"{error} The training goes on, and tries again.")

@@ -30,7 +30,7 @@ from pplvi.training.checkpoint import PathLike, UnwrittenError, damaged
 _METADATA = ".metadata"  # torch's name of the file that says what is where
 
 
-def write(path: PathLike, state: Mapping[str, Any], ranks: Processes) -> None:
+def write_shared(path: PathLike, state: Mapping[str, Any], ranks: Processes) -> None:
     """Write a checkpoint atomically, as :func:`pplvi.training.checkpoint.write`; called by all ranks.
 
     :raises UnwrittenError: if it cannot be written: on all ranks for the parts, on rank 0 for the file.

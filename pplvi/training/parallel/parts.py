@@ -12,7 +12,7 @@ from pyro.nn.module import PyroModule
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pplvi.programs.parts import gathered, is_part, put_apart
+from pplvi.programs.parts import holding_all, is_part, put_apart
 from pplvi.programs.ranks import ProcessGroup
 
 
@@ -59,7 +59,7 @@ class Parts:
     def gathered(self) -> AbstractContextManager[None]:
         """Inside, modules whose parameters Pyro knows hold all of them, and calls exchange nothing."""
         store = pyro.get_param_store()
-        return gathered(self.modules) if any(store.param_name(p) for p in self.held) else nullcontext()
+        return holding_all(self.modules) if any(store.param_name(p) for p in self.held) else nullcontext()
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         """Check that all parts among parameters are known.
