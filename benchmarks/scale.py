@@ -291,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         row = known[cell, size]
         peak = row["peak"] / 1e6 if "peak" in row else None
         table.show(cell, size, row.get("seconds"), peak, row.get("load"), row.get("failed"))
+    write(options, rows=ordered(known), exponents=exponents(ordered(known)))
     print()
     shown = Table({"cell": "<38", "exponent": "8.2f"})
     for item in exponents(ordered(known)).items():
