@@ -172,7 +172,7 @@ def test_what_is_written_to_is_another_value_from_there_on():
     traced = record(step, [torch.ones(2)], {}, 1)
     inputs = [torch.tensor([0.25, -0.5]), torch.ones(2)]
     stacked = stacked_alike(traced, inputs, 2, noise=False)
-    assert len(stacked.graph.graph.nodes) < 60
+    assert len(stacked.graph.graph.nodes) < 250  # of a thousand; factors differ, so that products stay single
     found, wanted = (t.graph(*inputs, *t.constants) for t in (stacked, traced))
     torch.testing.assert_close(found, wanted)
 
