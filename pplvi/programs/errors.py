@@ -59,7 +59,8 @@ def told(error: Exception) -> Exception:
     """What to raise in the place of an error; the error itself where it says what is wrong."""
     original = _original(error)
     if lacks_memory(original):
-        return _because(MemoryError(_MEMORY.format(str(original).strip().split("\n")[0])), error)
+        why = str(original).strip().split("\n")[0] or "the system gave no more"
+        return _because(MemoryError(_MEMORY.format(why)), error)
     frames = _frames(original)
     if not _is_ours(frames):
         return original

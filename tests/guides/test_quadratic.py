@@ -51,6 +51,17 @@ def test_far_away_it_stays_finite():
     assert ladj.isfinite().all()
 
 
+def test_far_away_couplings_shift_and_stretch_by_a_bounded_amount():
+    """A stack of them grows in proportion there, whatever the parameters; polynomials of degree 256 did not."""
+    flow = QuadraticFlow(6, transforms=8)
+    with torch.no_grad():
+        flow.weight.copy_(0.1 * torch.randn_like(flow.weight))
+    directions = torch.nn.functional.normalize(torch.randn(50, 6), dim=-1)
+    near, far = (flow().call_and_ladj(r * directions)[0].norm(dim=-1) for r in (1e5, 1e6))
+    assert (far / near - 10.0).abs().max() < 0.5
+    assert (flow().call_and_ladj(1e6 * directions)[1].abs() <= 8 * 3 * 2.0).all()  # couplings, coordinates, log scale
+
+
 def skewed() -> None:
     """Independent log-gamma coordinates, mixed: near a Gaussian, with third derivatives everywhere."""
     w = pyro.sample("w", dist.Normal(torch.zeros(4), 3.0).to_event(1))

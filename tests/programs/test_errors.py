@@ -467,3 +467,14 @@ def test_supports_without_coordinates_are_named(guide):
 
     with pytest.raises(ValueError, match=r"site 'spread': Cannot transform.*LKJCholesky"):
         pplvi.fit(model, guide, seed=0, progress=False)
+
+
+def test_memory_that_is_refused_without_a_word_has_a_reason():
+    """An empty ``MemoryError`` is what Python raises where no message fits either."""
+
+    def large():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        raise MemoryError
+
+    with pytest.raises(MemoryError, match=r"out of memory: the system gave no more\. Expected .*chunk_size="):
+        pplvi.fit(large, AutoNormal, num_steps=1, progress=False)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LIMIT = 5.0  # of a log scale
+_LIMIT = 2.0  # of a log scale
+_REACH = 5.0  # of a coordinate in the networks: quadratics of quadratics would run away beyond
 _NORM = 0.5**0.5
 
 
@@ -24,10 +25,11 @@ class QuadraticFlow(nn.Module):
     .. math:: x_d \leftarrow \sinh(e^{\delta_d} \mathrm{asinh}\, x_d + \epsilon_d) - \sinh \epsilon_d, \qquad
         u = Q^T x, \quad y_B = u_B e^{s(u_A)} + t(u_A), \quad y_A = u_A
 
-    with ``s`` and ``t`` affine in the entries of ``u_A`` and their products, ``A`` one half of the coordinates, and
-    ``Q`` a fixed random rotation, another one in each transform. Zero parameters give the identity; either direction
-    is one pass. One coupling reaches three eighths of the third derivatives of a log density, so that it takes several
-    for all of them to be learned at a good rate; more make polynomials of higher degree.
+    with ``s`` and ``t`` affine in the entries of ``5 tanh(u_A / 5)`` and their products, so that both are bounded,
+    ``A`` one half of the coordinates, and ``Q`` a fixed random rotation, another one in each transform. Log scales
+    ``s`` are at most 2. Zero parameters give the identity; either direction is one pass. One coupling reaches three
+    eighths of the third derivatives of a log density, so that it takes several for all of them to be learned at a good
+    rate; more make polynomials of higher degree.
 
     :param features: number of coordinates.
     :param transforms: number of couplings.
@@ -91,6 +93,7 @@ class QuadraticFlow(nn.Module):
         return self.tail + torch.hypot(bent, torch.ones_like(bent)).log() - 0.5 * torch.log1p(x * x)
 
     def _conditioned(self, a: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        a = _REACH * torch.tanh(a / _REACH)
         left, right = a.index_select(-1, self.rows), a.index_select(-1, self.cols)
         products = torch.addcmul(self.middle, left, right, value=_NORM)  # of variance one where a is standard normal
         raw, shift = nn.functional.linear(torch.cat([a, products], -1), weight, bias).chunk(2, -1)
