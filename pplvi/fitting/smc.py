@@ -112,15 +112,19 @@ def _base(density: RecordedDensity, guide: Any, call: Call, vectorize: Vectorize
     if isinstance(guide, (AutoPathfinder, AutoBatchAndMatch)):
         mixture = guide.get_posterior()
         if len(mixture.parts.loc) == 1:
-            return _wider(density, mixture.parts.loc[0], mixture.parts.covariance[0])
+            one = Gaussian(*(part[0] for part in mixture.parts))
+            return _wider(density, one.loc, one.covariance if density.dim <= DENSE else one.variance)
         draws = mixture.sample(torch.Size([_MOMENT_DRAWS]))
     else:
         values = draw(density.model, guide, *call, num_draws=_MOMENT_DRAWS, vectorize=vectorize).latents
         draws = density.pack_rows(values)
+    if density.dim > DENSE:
+        return _wider(density, draws.mean(0), draws.var(0))
     return _wider(density, draws.mean(0), torch.cov(draws.mT).reshape(density.dim, density.dim))
 
 
 def _wider(density: RecordedDensity, loc: Tensor, covariance: Tensor) -> GaussianBase:
+    """From a covariance ``(dim, dim)``, or variances ``(dim,)`` where that would be more than memory allows."""
     wider = max(_WIDER, min(_WIDEST, math.exp(_VOLUME / density.dim)))
     return GaussianBase.of(loc.to(density.start), wider**2 * covariance.to(density.start))
 
