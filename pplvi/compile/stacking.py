@@ -66,7 +66,7 @@ class Stacks:
     """The step as a function of tensors, units of alike operations on stacks.
 
     :raises Unlike: for a graph that is not of operations on tensors alone.
-    :raises graphlib.CycleError: where draws that are kept in order need each other's stacks.
+    :raises CycleError: where draws that are kept in order need each other's stacks.
     """
 
     def __init__(self, traced: Traced, inputs: Sequence[Tensor], num_carried: int, noise: bool) -> None:
