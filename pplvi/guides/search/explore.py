@@ -51,7 +51,7 @@ class Scout:
     def __init__(self, density: UnconstrainedDensity, history: int, num_draws: int, *, exact: bool = False) -> None:
         self.density, self.local, self.exact = density, LocalGaussians(history), exact
         self.noise = torch.randn(num_draws, density.dim, dtype=torch.float64, device=density.device)
-        self.found: list[Gaussian | None] = []
+        self.gaussian: Gaussian | None = None  # the best so far
         self.elbos: list[float] = []
         self.hessian: Tensor | None = None
 
@@ -100,12 +100,11 @@ class Scout:
         if self.exact and self.hessian is not None:
             self._judge([_laplace(end, self.hessian)])
         path = OptimizationPath(tuple(self.elbos), tuple(-p.value for p in trail.points), self.best, trail.reason)
-        return path, self.found[path.best] if path.elbo > -math.inf else None
+        return path, self.gaussian if path.elbo > -math.inf else None
 
     @torch.no_grad()
     def _judge(self, parts: list[Gaussian | None]) -> None:
         """ELBOs, of the last Gaussians first: when the time is over the others have none, but a path has one."""
-        self.found += parts
         elbos, places = [-math.inf] * len(parts), [(i, p) for i, p in enumerate(parts) if p is not None]
         while places:
             late, known = is_time_over(), max([*self.elbos, *elbos], default=-math.inf) > -math.inf
@@ -115,7 +114,10 @@ class Scout:
             now, places = places[-size:], places[:-size]
             for (i, _), elbo in zip(now, self._elbos([part for _, part in now]), strict=True):
                 elbos[i] = elbo
+        before = len(self.elbos)
         self.elbos += elbos
+        if parts and self.best >= before:
+            self.gaussian = parts[self.best - before]
 
     def _elbos(self, parts: list[Gaussian]) -> list[float]:
         draws = torch.cat([part.push(self.noise) for part in parts])
