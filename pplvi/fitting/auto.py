@@ -337,7 +337,7 @@ class _Ladder:
                 else:
                     judgement |= _judged(posterior)
         except ValueError as error:
-            found, failure = None, str(error).split(":")[0].split(";")[0]
+            found, failure = None, str(error).split(":")[0].split(";")[0] or type(error).__name__
             self.errors.append(error)
         judged = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
         self.attempts.append(Attempt(rung.name, form, found, *judged, self.originals.state(), failure, **judgement))

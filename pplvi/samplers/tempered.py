@@ -291,6 +291,8 @@ class _Run:
     def _adapting_move(self) -> None:
         before = self.cloud
         self.acceptance = self._once(self.level)
+        if self.ended:
+            return
         size = self.level.step_size * math.exp(_EAGER * (self.acceptance - _WANTED_ACCEPTANCE))
         correlation, number = _slow(before, self.cloud, energies=False), self.level.num_leapfrog
         if correlation > _LONG:
@@ -336,6 +338,8 @@ class _Run:
         energy = value - metric.kinetic(momentum)
         new = old
         for _ in range(level.num_leapfrog):
+            if self._asked_to_stop():  # by the clock, which knows of no particle: the move is not made
+                return self.acceptance
             momentum = momentum + 0.5 * size * slope
             new = self._at(
                 new.position + size * metric.velocity(momentum), new if level.beta == 1.0 else None

@@ -258,3 +258,18 @@ def test_a_base_is_given_by_its_covariance_or_its_variances(dim: int) -> None:
         value, gradient = GaussianBase.of(loc, given).value_and_gradient(draws)
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(gradient, ((loc - draws) / variances))
+
+
+def test_a_move_ends_where_the_clock_does() -> None:
+    """A trajectory of many steps may take longer than all that is left."""
+    places = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64)
+    calls = []
+
+    def target(z: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(z))
+        return -50 * (z - places).square().sum(1), -100 * (z - places)
+
+    found = TemperedSMC(num_particles=64).run(target, base_of(20), stop=lambda: "budget" if len(calls) >= 30 else "")
+    assert found.ended == "budget"
+    assert len(calls) == 30
+    assert found.reached < 1
