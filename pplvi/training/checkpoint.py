@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pplvi.kinds.annotations import misfit
+from pplvi.kinds.kinds import Condition
 from pplvi.programs.parts import is_part
 
 FORMAT = "pplvi-checkpoint"
@@ -91,11 +92,15 @@ class UnwrittenError(ValueError):
     fit: Any = None
 
 
+Kept: TypeAlias = Annotated[Any, Condition("a Tensor", lambda x: isinstance(x, Tensor))]
+"""A tensor, without values where its parts lie in a folder."""
+
+
 class RunState(TypedDict):
     """What a file holds of a restart that can go on."""
 
-    params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    params: dict[str, Kept]
+    buffers: dict[str, Kept]
     update: dict[str, Any]
     rng: dict[str, Any]
     start: dict[str, Any]
@@ -157,7 +162,7 @@ class Content(TypedDict):
 
     model: dict[str, str]
     settings: dict[str, Any]
-    initial: dict[str, Tensor]
+    initial: dict[str, Kept]
     runs: list[RunState]
     priors: NotRequired[dict[str, str]]
     fit: NotRequired[FitContent]
