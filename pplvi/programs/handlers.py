@@ -51,7 +51,11 @@ class Supply(Messenger):
 
 
 def without_padding(value: Any, fn: Any) -> Any:
-    """A value without the dimensions of size 1, left of the shape of its distribution, that stand for nothing here."""
+    """A value without the dimensions of size 1, left of the shape of its distribution, that stand for nothing here.
+
+    >>> without_padding(torch.zeros(1, 3, 2), pyro.distributions.Normal(torch.zeros(2), 1.0)).shape
+    torch.Size([3, 2])
+    """
     if not isinstance(value, Tensor) or is_subsample({"type": "sample", "fn": fn}):
         return value
     extra = value.dim() - len(fn.batch_shape) - len(fn.event_shape)

@@ -143,9 +143,9 @@ class _Below:
         self.run, self.places = run, {name: place for place, name in enumerate(run.guide.nodes)}
 
     def __call__(self, name: str, site: Site) -> Tensor:
-        own = _context(site)
+        own, zero = _context(site), self.run.zeros().new_zeros(())
         reached = (self._reached(group, self.places[name]) for group in self._together(own))
-        return sum((_kept(self.run, term.value, site, term.context) for term in reached if term), _nothing(self.run))
+        return sum((_kept(self.run, term.value, site, term.context) for term in reached if term), zero)
 
     def _together(self, own: Context) -> Iterator[list[_Term]]:
         """The groups that are not another element of one of the draw's sequential plates."""
@@ -161,10 +161,6 @@ class _Below:
 
 def _added(total: _Term, term: _Term) -> _Term:
     return _Term(term.place, term.context, total.value + term.value)
-
-
-def _nothing(run: Run) -> Tensor:
-    return run.zeros().new_zeros((1,) * (run.nesting + 1))
 
 
 def _kept(run: Run, value: Tensor, site: Site, context: Context | None = None) -> Tensor:

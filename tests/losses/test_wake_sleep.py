@@ -267,26 +267,33 @@ def test_weights_are_per_datum() -> None:
 PLACES = 10.0 * torch.arange(6.0, dtype=torch.float64)
 
 
-def minibatch_model(observations: Observations) -> None:
+def minibatch_model(observations: Observations, pixels: tuple[int, ...] = ()) -> None:
     with pyro.plate("data", 6, subsample_size=2) as index:
         z = pyro.sample("z", dist.Normal(PLACES[index], 1.0))
-        pyro.sample("y", dist.Normal(z, 0.1), obs=observations["y"][index])
+        same = z.reshape(*z.shape, *(1 for _ in pixels)).expand(*z.shape, *pixels)
+        pyro.sample("y", dist.Normal(same, 0.1).to_event(len(pixels)), obs=observations["y"][index])
 
 
-def minibatch_guide(observations: Observations) -> None:
+def minibatch_guide(observations: Observations, pixels: tuple[int, ...] = ()) -> None:
     scale = pyro.param("scale", torch.tensor(0.1))
     with pyro.plate("data", 6, subsample_size=2) as index:
-        pyro.sample("z", dist.Normal(observations["y"][index], scale))
+        y = observations["y"][index]
+        pyro.sample("z", dist.Normal(y.reshape(*y.shape[: y.dim() - len(pixels)], -1).mean(-1), scale))
 
 
+@pytest.mark.parametrize("pixels", [(), (2, 2)], ids=["numbers", "images"])
 @pytest.mark.parametrize("vectorize", [True, False])
-def test_dreams_of_a_minibatch_lie_at_its_indices(vectorize: bool) -> None:
-    """z - y of a dream is N(0, 0.1) if the guide finds each dream where the model put it, and of size 10 otherwise."""
+def test_dreams_of_a_minibatch_lie_at_its_indices(vectorize: bool, pixels: tuple[int, ...]) -> None:
+    """The mean of a dream is N(z, 0.1), or N(z, 0.05) of four pixels, if the guide finds each dream where the model put
+    it, and 10 from there otherwise."""
     loss = ReweightedWakeSleep(4, 0.0, 200, vectorize_particles=vectorize)
-    data = {"y": PLACES.clone()}
-    found = loss.sleep.loss(minibatch_model, minibatch_guide, observations=data)
-    assert found == pytest.approx(6 * dist.Normal(0.0, 0.1).entropy().item(), abs=6 * 0.2)
-    assert torch.equal(data["y"], PLACES)
+    data = {"y": PLACES.reshape(6, *(1 for _ in pixels)).repeat(1, *pixels)}
+    before = data["y"].clone()
+    pyro.param("scale", torch.tensor(0.1 / math.prod(pixels) ** 0.5))
+    found = loss.sleep.loss(minibatch_model, minibatch_guide, observations=data, pixels=pixels)
+    entropy = dist.Normal(0.0, pyro.param("scale").detach()).entropy().item()
+    assert found == pytest.approx(6 * entropy, abs=6 * 0.2)
+    assert torch.equal(data["y"], before)
 
 
 # Dreams: all in one call where that is possible, and refused where they have no way.

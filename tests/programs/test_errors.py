@@ -452,6 +452,24 @@ def test_errors_of_the_programs_themselves_come_through():
         pplvi.ELBO(3).loss(divided, lambda y: None, Y)
 
 
+def test_an_error_that_comes_once_is_not_tried_away():
+    """One particle runs the programs as they are: what they raise is the user's, though it may not come again."""
+    unlucky = []
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        if unlucky:
+            raise RuntimeError(unlucky.pop())
+        pyro.sample("y", dist.Normal(mu, 1.0).expand([4]).to_event(1), obs=y)
+
+    own = AutoNormal(model)
+    pplvi.ELBO().loss(model, own, Y)
+    unlucky.append("the server is busy")
+    with pytest.raises(RuntimeError, match="the server is busy"):
+        pplvi.ELBO().loss(model, own, Y)
+    pplvi.ELBO().loss(model, own, Y)
+
+
 def test_a_good_run_leaves_no_chained_exception():
     """The first run of a pair is a look-up that fails; an error in it should not show that."""
     with pytest.raises(ValueError, match="missing in the guide") as info:

@@ -248,6 +248,14 @@ def test_particles_that_stay_in_their_modes_are_not_kept_for_ever():
     assert found.levels[-1].num_kept < 60
 
 
+def test_a_run_ends_when_draws_are_enough_and_no_later():
+    """As many of the median coordinate as are wanted, and half as many of the worst, from a few moves."""
+    found = TemperedSMC(num_particles=512, num_draws=1000).run(target_of(gaussian), base_of(2))
+    assert found.ess.median() >= 1000
+    assert found.ess.min() >= 500
+    assert found.levels[-1].num_kept <= 10
+
+
 @pytest.mark.parametrize("dim", [3, 600])
 def test_a_base_is_given_by_its_covariance_or_its_variances(dim: int) -> None:
     """In many dimensions only the variances of a covariance are kept."""
