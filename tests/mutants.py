@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+_PROGRAMS = ["tests/programs/test_handlers.py", "tests/programs/test_programs.py", "tests/programs/test_errors.py"]
 # The tests of a module are those of the longest path that it is in; the cheap ones first.
 TESTS = {
     "weights": ["tests/weights"],
@@ -36,20 +37,34 @@ TESTS = {
         "tests/samplers/test_rejected_moves.py",
         "tests/samplers/test_annealing.py",
     ],
-    "samplers/filtering.py": ["tests/losses/test_filtering.py", "tests/guides/test_filtered.py"],
+    "samplers/filtering.py": [
+        "tests/losses/test_filtering.py",
+        "tests/guides/test_filtered.py",
+        "tests/samplers/test_ways_of_walks.py",
+    ],
     "samplers/state_space.py": ["tests/losses/test_filtering.py"],
     "samplers/score_terms.py": ["tests/losses/test_score_terms.py", "tests/losses/test_elbo.py"],
     "samplers/tempered.py": ["tests/samplers/test_tempered.py"],
     "samplers/metric.py": ["tests/samplers/test_tempered.py"],
     "samplers/mixture.py": ["tests/losses/test_wake_sleep.py"],
     "samplers/annealed_at_once.py": ["tests/samplers/test_annealing.py", "tests/samplers/test_proper_weights.py"],
-    "programs": ["tests/programs/test_handlers.py", "tests/programs/test_programs.py", "tests/programs/test_errors.py"],
+    "programs": _PROGRAMS,
+    "programs/carrying.py": ["tests/programs/test_ways.py", *_PROGRAMS],
+    "programs/dreams.py": ["tests/losses/test_wake_sleep.py", *_PROGRAMS],
+    "programs/handlers.py": [*_PROGRAMS, "tests/programs/test_ways.py"],
+    "programs/ranks.py": ["tests/training/test_parallel.py"],
+    "programs/stacked.py": ["tests/programs/test_ways.py", *_PROGRAMS],
+    "programs/summing.py": ["tests/guides/test_enumerated.py", *_PROGRAMS],
     "programs/enumeration.py": ["tests/programs/test_enumeration.py"],
     "programs/randomness.py": ["tests/programs/test_randomness.py", "tests/programs/test_ways.py"],
     "programs/inputs.py": ["tests/programs/test_inputs.py"],
     "programs/memo.py": ["tests/programs/test_memo.py", "tests/programs/test_programs.py"],
     "programs/reparam.py": ["tests/guides/test_reparametrization.py"],
-    "programs/density.py": ["tests/guides/test_enumerated.py", "tests/guides/test_pathfinder.py"],
+    "programs/density.py": [
+        "tests/programs/test_density.py",
+        "tests/guides/test_enumerated.py",
+        "tests/guides/test_pathfinder.py",
+    ],
     "programs/single.py": ["tests/samplers/test_annealing.py", "tests/samplers/test_proper_weights.py"],
     "posterior": ["tests/posterior"],
     "posterior/leave_one_out.py": ["tests/posterior/test_loo.py"],

@@ -1,5 +1,7 @@
 """The unconstrained density: as many rows at once as fit, and the same values whatever their number."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -42,3 +44,35 @@ def test_wide_data_are_no_wide_rows():
     """What does not grow with rows is no reason for parts."""
     x = torch.linspace(-1.0, 1.0, 400)
     assert UnconstrainedDensity(regression, (x, x)).rows_at_once == CHUNK
+
+
+def test_rows_of_an_enumerated_model_go_through_together():
+    """What is summed out has dimensions beside those of the rows: they are run in the fastest way."""
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(loc + z, 1.0), obs=y)
+
+    y, rows = torch.tensor([0.3, -1.2, 0.8]), torch.tensor([[0.0], [1.5], [-2.0]])
+    density = UnconstrainedDensity(model, (y,))
+    assert density.way.word == "broadcast"
+    parts = [math.log(p) + dist.Normal(rows + z, 1.0).log_prob(y) for z, p in ((0, 0.6), (1, 0.4))]
+    exact = dist.Normal(0.0, 1.0).log_prob(rows[:, 0]) + torch.logaddexp(*parts).sum(1)
+    torch.testing.assert_close(density(rows), exact)
+
+
+def test_scales_far_from_one_are_the_units_of_a_search():
+    """Powers of two, of real numbers as a factor and of positive ones where their logarithms are zero."""
+
+    def model():
+        pyro.sample("far", dist.Normal(0.0, 1e5))
+        pyro.sample("near", dist.Normal(0.0, 2.0))
+        pyro.sample("small", dist.Exponential(1e6))
+
+    density = UnconstrainedDensity(model, in_units=True)
+    zero, one = density.units
+    torch.testing.assert_close(zero, torch.tensor([0.0, 0.0, -20 * math.log(2.0)]))
+    torch.testing.assert_close(one, torch.tensor([2.0**17, 1.0, 1.0]))
+    assert density.unpack(torch.ones(1, 3))["far"].item() == 2.0**17
