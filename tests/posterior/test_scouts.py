@@ -2,9 +2,11 @@
 
 import math
 
+import pyro.distributions as dist
 import torch
 
 from pplvi.posterior.ascent import ascend
+from pplvi.posterior.scouts import Weighed, spread_starts
 from pplvi.posterior.students import Students
 
 TRIL = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=torch.float64)
@@ -18,6 +20,44 @@ def test_noise_is_pushed_along_the_scale():
     noise = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     pushed = normal([3.0, -1.0]).push(noise, torch.zeros(2, dtype=torch.long))
     torch.testing.assert_close(pushed, torch.tensor([3.0, -1.0]) + noise @ TRIL.T)
+
+
+def test_densities_are_those_of_normal_and_t_distributions():
+    torch.manual_seed(0)
+    shares, df = torch.tensor([0.3, 0.7], dtype=torch.float64), torch.tensor([math.inf, 3.0], dtype=torch.float64)
+    loc, value = torch.randn(2, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    mixture = Students(shares.log(), loc, torch.stack([TRIL, 2 * TRIL]), df)
+    parts = [
+        dist.MultivariateNormal(loc[0], scale_tril=TRIL).log_prob(value),
+        dist.MultivariateStudentT(df[1], loc[1], 2 * TRIL).log_prob(value),
+    ]
+    exact = torch.logaddexp(*(share.log() + part for share, part in zip(shares, parts, strict=True)))
+    torch.testing.assert_close(mixture.log_prob(value), exact)
+
+
+def test_a_component_of_one_draw_is_dropped_and_one_of_two_kept():
+    """In two dimensions a component needs the weight of a draw and a half."""
+    torch.manual_seed(0)
+    draws = torch.cat([torch.randn(20, 2, dtype=torch.float64), torch.full((2, 2), 100.0, dtype=torch.float64)])
+    two = normal([0.0, 0.0])._replace(
+        log_share=torch.full((2,), math.log(0.5)).double(),
+        loc=torch.tensor([[0.0, 0.0], [100.0, 100.0]]).double(),
+        tril=TRIL.expand(2, 2, 2),
+        df=torch.full((2,), math.inf),
+    )
+    for kept, components in ((22, 2), (21, 1)):
+        weight = torch.full((kept,), 1 / kept, dtype=torch.float64)
+        assert len(two.fitted(draws[:kept], weight, steps=1).loc) == components
+
+
+def test_scouts_start_five_standard_deviations_from_the_draws_of_a_guide():
+    torch.manual_seed(0)
+    sd = torch.tensor([0.1, 10.0], dtype=torch.float64)
+    draws = 3.0 + sd * torch.randn(4000, 2, dtype=torch.float64)
+    own = Weighed(draws, torch.zeros(4000).double(), torch.zeros(4000).double())
+    starts = (spread_starts(own, 4000) - 3.0) / (5 * sd)
+    assert bool((starts.mean(0).abs() < 5 / 4000**0.5).all())
+    assert bool((starts.square().mean(0) - 1).abs().max() < 0.15)
 
 
 def test_one_normal_is_fitted_by_moments_drawn_towards_the_present_covariance():
