@@ -138,6 +138,22 @@ def test_what_does_not_exist_is_missing_and_last():
     assert nuts["elpd_loo"] == pytest.approx(table.loc["guide", "elpd_loo"], abs=0.1)
 
 
+def test_effective_draws_of_chains_are_those_of_the_slowest_latent():
+    """One latent is new at every draw, the other at every tenth: some 100 of 1,000 draws are effective."""
+
+    def two(y):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        with pyro.plate("datum", len(y)):
+            pyro.sample("y", dist.Normal(shift + pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    torch.manual_seed(0)
+    slow = torch.randn(2, 50).repeat_interleave(10, 1)
+    chains = {"shift": slow, "z": torch.randn(2, 500, N)}
+    found = Posterior.of_chains(chains, two, (torch.tensor(Y),), None, None, None)
+    ess = compare({"chains": found, "guide": posterior()}).loc["chains", "ess"]
+    assert 50 < ess < 200
+
+
 def test_single_fits_and_point_estimates_alone_have_a_table():
     assert compare({"one": posterior()}).loc["one", "elpd_loo"] == pytest.approx(exact_loo().sum().item(), abs=0.05)
     assert compare({"point": point()})["elpd_loo"].isna().all()
