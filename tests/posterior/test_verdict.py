@@ -208,17 +208,16 @@ def test_a_guide_that_has_changed_since_gives_no_more_draws():
 
 
 def test_restarts_that_contradict_the_best_one_are_told():
-    def best(log_evidence, seed):
+    def best(log_evidence, seed, loc=0.0):
         torch.manual_seed(seed)
-        z = torch.randn(1000)
-        return WeightedDraws(
-            Draws({"z": z}, {}, {}, {}, log_evidence - z**2 / 2, -(z**2) / 2, (), {"z": ()}, frozenset())
-        )
+        z = loc + torch.randn(1000)
+        log_q = -((z - loc) ** 2) / 2
+        return WeightedDraws(Draws({"z": z}, {}, {}, {}, log_evidence + log_q, log_q, (), {"z": ()}, frozenset()))
 
     assert disagreements(best(0.0, 0), [best(0.0, 1)]) == ()
-    told = disagreements(best(0.0, 0), [best(1.0, 1)])
-    (told,) = told
-    assert "finds a log evidence of 1.000" in told
+    more, elsewhere = disagreements(best(0.0, 0), [best(1.0, 1), best(0.0, 1, loc=1.0)])
+    assert "restart 1 of the others finds a log evidence of 1.000" in more
+    assert "restart 2 of the others has as much evidence and a mean 0.9 sd away" in elsewhere
 
 
 def test_the_error_of_the_evidence_covers_heavy_tails():
