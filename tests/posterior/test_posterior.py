@@ -202,6 +202,19 @@ def test_laplace_approximation_once_expanded_has_weights() -> None:
     assert posterior.total_log_evidence.value == pytest.approx(log_evidence(Y), abs=0.01)
 
 
+def test_a_point_is_run_once_for_all_draws() -> None:
+    sizes = []
+
+    def model(y: Any) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        sizes.append(z.numel())
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    posterior = Posterior(model, AutoDelta(model), (torch.tensor(0.5),), num_draws=1000, seed=0)
+    assert posterior.draws.latents["z"].shape == (1000,)
+    assert max(sizes) < 10  # a few to see what a draw takes
+
+
 def test_guide_that_holds_only_some_sites_at_a_point_is_refused_too() -> None:
     def model() -> None:
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
