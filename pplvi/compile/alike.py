@@ -44,6 +44,7 @@ _DRAWN = {  # whose draws have the shape of their arguments
     aten.bernoulli.default,
     aten.binomial.default,
 }
+_MASKED = {aten.index.Tensor, aten.index_put.default, aten._index_put_impl.default}
 JOINED = {aten.cat.default, aten.stack.default}
 
 
@@ -293,7 +294,7 @@ class Classes:
         """Classes that differ in where their inputs come from alone are one, where there are many."""
         loose: dict[Any, list[Any]] = defaultdict(list)
         for key, (op, *_) in found.items():
-            kinds = [x.shape if isinstance(x, Op) else (type(x), str(x)) for x in op.leaves]
+            kinds = [_same_for(x, op) for x in op.leaves]
             loose[("call", op.target, op.shape, str(op.spec), *kinds) if key[0] == "call" else key].append(key)
         several = {key: keys for key, keys in loose.items() if len(keys) >= LEAST}
         alone = {key: found[key] for keys in loose.values() if len(keys) < LEAST for key in keys}
@@ -321,7 +322,8 @@ class Classes:
         return "call" if operation and op.inputs and not memory else "apart"
 
     def _named(self, op: Op) -> list[Any]:
-        return [("class", self._class[x]) if isinstance(x, Op) else (type(x), str(x)) for x in op.leaves]
+        same = {x: ("class", self._class[x]) for x in op.inputs if not _is_mask(x, op)}
+        return [_same_for(x, op) if not isinstance(x, Op) else same.get(x) or _same_for(x, op) for x in op.leaves]
 
     def _picks(self, op: Op) -> bool:
         """Whether it is a part of a value that has no class of its own."""
@@ -376,6 +378,15 @@ def _gathered(column: Sequence[Op]) -> float:
         return 0
     outside = sum(1 for x in set(column) if x.unit is None or x.unit.kind == "place")
     return outside / 2 + (len({id(x.unit) for x in column}) > 1)
+
+
+def _is_mask(x: Op, user: Op) -> bool:
+    return user.target in _MASKED and x.shape.dtype in (torch.bool, torch.uint8)  # values say what shape comes out
+
+
+def _same_for(x: Any, user: Op) -> Any:
+    """What of an argument is the same in alike operations, wherever it comes from."""
+    return (id(x) if _is_mask(x, user) else x.shape) if isinstance(x, Op) else (type(x), str(x))
 
 
 def placed(op: Op) -> tuple[int, int] | None:

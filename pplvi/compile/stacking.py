@@ -8,7 +8,7 @@ operations are alike is read from the graph (:mod:`pplvi.compile.alike`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import accumulate, pairwise
 from typing import Any
@@ -80,19 +80,20 @@ class Stacks:
         self._results, self._noise = graph.results, noise
         self._order = _order(graph.ops, noise)
         self._values = dict(zip(self._constants, traced.constants, strict=True))
-        self._literals = {u: torch.stack([self._values[x.node] for x in u.members]) for u in self._literal_units()}
+        self._device = inputs[0].device
+        self._literals = {u: self._stacked(u) for u in self._units if u.kind == "literal"}
 
     def __len__(self) -> int:
         """How many operations are left, those that bring stacks together apart."""
         return len(self._order)
 
-    def _literal_units(self) -> Iterator[Unit]:
-        return (unit for unit in self._units if unit.kind == "literal")
+    def _stacked(self, literals: Unit) -> Tensor:
+        return torch.stack([self._values[x.node] for x in literals.members]).to(self._device)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One step."""
         values = {**self._values, **dict(zip(self._inputs, inputs, strict=True))}
-        run = _Run(values, self._noise)
+        run = _Run(values, self._noise, self._device)
         run.stacks.update(self._literals)
         for item in self._order:
             if isinstance(item, Unit):
@@ -119,10 +120,13 @@ def _order(ops: Sequence[Op], noise: bool) -> list[Op | Unit]:
 
 
 class _Run:
-    """Values of single operations and stacks of units, in one call."""
+    """Values of single operations and stacks of units, in one call.
 
-    def __init__(self, values: dict[fx.Node, Tensor], noise: bool) -> None:
-        self.values, self.noise = values, noise
+    All stacks are on one device: single numbers of the CPU go with tensors of any other, and a stack of them does not.
+    """
+
+    def __init__(self, values: dict[fx.Node, Tensor], noise: bool, device: torch.device) -> None:
+        self.values, self.noise, self.device = values, noise, device
         self.ones: dict[Op, Any] = {}
         self.stacks: dict[Unit, Tensor] = {}
 
@@ -146,9 +150,12 @@ class _Run:
         order, parts = list[Op](), list[Tensor]()
         for unit, needed in blocks.items():
             some = list(dict.fromkeys(needed))
-            parts.append(torch.stack([self.one(x) for x in some]) if unit is None else self._part(unit, some))
+            parts.append(self._gathered(some) if unit is None else self._part(unit, some))
             order += some
         return _taken(parts[0] if len(parts) == 1 else torch.cat(parts), order, ops)
+
+    def _gathered(self, some: list[Op]) -> Tensor:
+        return torch.stack([self.one(x).to(self.device) for x in some])
 
     def _part(self, unit: Unit, some: list[Op]) -> Tensor:
         return _taken(self.stacks[unit], unit.members, some)
@@ -172,7 +179,7 @@ class _Run:
         if unit.kind != "place":
             value = getattr(self, f"_{unit.kind}")(unit)
             assert value.shape == (len(unit.members), *unit.first.shape.size)
-            self.stacks[unit] = value.to(unit.first.shape.dtype)
+            self.stacks[unit] = value.to(self.device, unit.first.shape.dtype)
 
     def _input(self, unit: Unit) -> Tensor:
         return torch.stack([self.values[op.node] for op in unit.members])
@@ -195,9 +202,9 @@ class _Run:
         if op.fresh is None and any(isinstance(x, Op) for x in op.leaves):
             return _apply(op, [self.many(column) for column in _columns(unit)])  # element by element
         many = math.prod(size) > FUSED_NOISE
-        if op.target is aten.randn.default and many:
-            return torch.empty(size, dtype=op.shape.dtype).normal_()
         args, kwargs = tree_unflatten(op.leaves, op.spec)
+        if op.target is aten.randn.default and many:
+            return torch.empty(size, **kwargs).normal_()
         if op.fresh:
             return op.target(_empty(op.fresh, size), *args, **kwargs)
         return op.target(size, **kwargs)

@@ -92,7 +92,7 @@ def run_islands(
 
     :param guide: a guide that was found or trained; its distribution is taken as Gaussian on the unconstrained space.
     :param start: what it is called.
-    :param stop: asked before each move.
+    :param stop: asked before each leapfrog step.
     :param ranks: processes that share the evaluations of the density; this one alone unless given.
     :raises ValueError: for models that have no unconstrained density: subsampled plates, discrete latents that are not
         enumerated, no latents.

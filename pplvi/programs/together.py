@@ -34,8 +34,10 @@ def at_front(count: int, in_dims: tuple[int | None, ...], args: tuple[Tensor, ..
     return [x.reshape(len(x), *(1,) * (width - x.dim()), *x.shape[1:]) for x in moved]
 
 
-def shared_product(matrix: Tensor, vector: Tensor) -> Tensor | None:
+def shared_product(matrix: Tensor, vector: Tensor, **options: Any) -> Tensor | None:
     """The product of a matrix of all particles with a vector, or a column, of each; ``None`` for others.
+
+    Also for one with options, such as ``out=``.
 
     >>> X, b = torch.arange(6.0).reshape(3, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> torch.func.vmap(lambda b: shared_product(X, b))(b)
@@ -44,7 +46,7 @@ def shared_product(matrix: Tensor, vector: Tensor) -> Tensor | None:
     """
     column = vector.dim() == 1 or (vector.dim() == 2 and vector.shape[-1] == 1)
     shared = is_batched(vector) and not is_batched(matrix) and matrix.dim() == 2
-    if not (column and shared and len(vector) == matrix.shape[-1] and vector.dtype == matrix.dtype):
+    if options or not (column and shared and len(vector) == matrix.shape[-1] and vector.dtype == matrix.dtype):
         return None
     found: Tensor = _Product.apply(matrix, vector.reshape(-1))
     return found.reshape(-1, *vector.shape[1:])
@@ -75,7 +77,8 @@ TOGETHER: dict[Any, Callable[..., Tensor | None]] = {
 
 def all_together(function: Any, args: Any, kwargs: Any) -> Tensor | None:
     """What a function of :data:`TOGETHER` gives for two tensors, if it is known for all particles at once."""
-    return TOGETHER[function](*args, **kwargs) if len(args) == 2 and all(isinstance(x, Tensor) for x in args) else None
+    plain = len(args) == 2 and all(isinstance(x, Tensor) for x in args) and any(map(is_batched, args))
+    return TOGETHER[function](*args, **kwargs) if plain else None
 
 
 class _Product(torch.autograd.Function):

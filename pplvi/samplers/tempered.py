@@ -181,8 +181,8 @@ class TemperedSMC:
         :param target: positions ``(S, dim)`` to log densities ``(S,)``, in nats, and their gradients ``(S, dim)``.
         :param base: where particles start.
         :param levels: those of an earlier run, to be repeated without adaptation.
-        :param stop: asked before each move: why to stop, or an empty word. The rest of the path is then one step
-            without moves, and islands that disagree show what is missing. ``Ctrl-C`` is the reason "interrupted".
+        :param stop: asked before each leapfrog step: why to stop, or an empty word. The move is not made then, the rest
+            of the path is one step, and islands that disagree show what is missing. ``Ctrl-C`` is "interrupted".
         :returns: draws and evidences.
         :raises ValueError: if the target is not finite at any particle of an island.
         """
@@ -210,6 +210,9 @@ class _Run:
             self._weigh(level.beta)
             kept = self._repeat(level)
             self.levels.append(level)
+            if self.ended and not kept:
+                break
+            reached = level.beta
         while self.level.beta < 1:
             self._weigh(self._next_beta())
             kept = self._move()
@@ -223,7 +226,7 @@ class _Run:
             effective_draws(places),
             self.acceptance,
             self.ended or "done",
-            1.0 if levels else reached,
+            reached,
         )
 
     # ------------------------------------------------------------------ weights
@@ -305,6 +308,8 @@ class _Run:
         s, kept, look, before = self.settings, list[Tensor](), 1, 0.0
         while len(kept) < s.max_kept and not (kept and self._asked_to_stop()):
             self.acceptance = self._once(self.level)
+            if self.ended and kept:
+                break
             kept.append(self.cloud.position)
             if len(kept) >= look and len(kept) * s.num_particles >= s.num_draws:
                 ess = effective_draws(torch.stack(kept, 1))
@@ -325,6 +330,8 @@ class _Run:
         kept = []
         for _ in range(level.num_kept):
             self.acceptance = self._once(level)
+            if self.ended:
+                break
             kept.append(self.cloud.position)
         return kept
 

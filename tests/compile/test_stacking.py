@@ -11,11 +11,12 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from step_cases import CASES, SGD, assert_same, trajectory
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pplvi.compile import alike, stacking, svi
-from pplvi.compile.stacking import stacked_alike
+from pplvi.compile.stacking import Stacks, stacked_alike
 from pplvi.compile.svi import CompiledSVI
-from pplvi.compile.tracing import Traced, record
+from pplvi.compile.tracing import Traced, lift_constants, record
 from pplvi.losses.elbo import ELBO
 
 X = torch.linspace(-1.0, 1.0, 60, dtype=torch.float64).reshape(5, 12).sin()
@@ -185,6 +186,45 @@ def test_a_graph_that_writes_to_part_of_a_value_is_left_as_it_is():
 
     traced = record(step, [torch.ones(2)], {}, 1)
     assert stacked_alike(traced, [torch.ones(2)], 1, noise=False) is traced
+
+
+@pytest.mark.parametrize("put", [False, True])
+def test_parts_under_masks_of_their_own_are_taken_one_by_one(put):
+    """How much a mask takes is the shape of what comes out, which a stack of masks has not."""
+    masks = [torch.arange(4) % 3 != i % 3 for i in range(30)]
+    masks = [mask for mask in masks if int(mask.sum()) == 3]
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        parts = [(x * (i + 1.0)).sin().exp() for i in range(len(masks))]
+        taken = [torch.ops.aten.index.Tensor(part, [mask]) for part, mask in zip(parts, masks, strict=True)]
+        if put:
+            taken = [part.index_put((mask,), part[:3]) for part, mask in zip(parts, masks, strict=True)]
+        ends = [(part.cos() * 2.0).tanh().exp().log1p().sin().exp().tanh().cos() for part in taken]
+        return x, sum((end.sum() for end in ends), torch.zeros(()))
+
+    traced = record(step, [torch.ones(4)], {}, 1)
+    inputs = [torch.linspace(-1.0, 1.0, 4)]
+    stacked = Stacks(traced, inputs, 1, False)
+    assert len(stacked) < len(traced.graph.graph.nodes) / 2
+    torch.testing.assert_close(stacked(*inputs), traced.graph(*inputs, *traced.constants))
+
+
+def test_stacks_of_numbers_on_the_cpu_are_where_the_parameters_are():
+    """A single number of the CPU goes with a tensor of any device, here one without memory; a stack does not."""
+    numbers = [torch.tensor(i + 1.0) for i in range(200)]
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        noise = [torch.randn(3, device=x.device) for _ in range(200)]
+        parts = [x * c.log() + e for c, e in zip(numbers, noise, strict=True)]
+        return x, sum(((part * c).exp().sin() for part, c in zip(parts, numbers, strict=True)), torch.zeros(()))
+
+    here, there = [torch.ones(3)], [torch.ones(3, device="meta")]
+    graph = make_fx(step)(*there)
+    traced = Traced(graph, lift_constants(graph, 1))
+    found = stacked_alike(traced, there, 1, noise=True)
+    kept = stacked_alike(record(step, here, {}, 1), here, 1, noise=True)
+    assert len(found.graph.graph.nodes) < 260 > len(kept.graph.graph.nodes)  # the numbers, and a few
+    assert found.graph(*there, *found.constants)[1].is_meta
 
 
 def test_a_short_graph_is_left_as_it_is():

@@ -74,3 +74,14 @@ def test_a_carried_regression_takes_one_product():
     assert counted.names.count("aten.mm") == 1
     assert counted.names.count("aten.binary_cross_entropy_with_logits") <= 1
     assert "aten.clamp_min" not in counted.names
+
+
+def test_a_product_that_is_written_into_a_tensor_is_as_elsewhere():
+    def program(b):
+        torch.matmul(X.mT, X, out=(square := X.new_empty(3, 3)))
+        return square @ b
+
+    draws = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with carried(OutOfPlace()):
+        found = torch.func.vmap(program)(draws)
+    torch.testing.assert_close(found, draws @ X.mT @ X, rtol=1e-12, atol=1e-12)

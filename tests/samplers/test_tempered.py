@@ -180,6 +180,17 @@ def test_a_run_that_is_cut_says_so_and_has_draws() -> None:
     assert found.log_evidence.std() > 0.5
 
 
+def test_levels_that_are_repeated_are_cut_as_others_are() -> None:
+    settings, base = TemperedSMC(num_particles=64, num_draws=200), base_of(2)
+    narrow = target_of(lambda z: normal(z, torch.full((2,), 3.0), torch.full((2,), 0.01)))
+    levels = settings.run(narrow, base).levels
+    assert len(levels) > 2
+    calls = iter([""] * (levels[0].num_moves * levels[0].num_leapfrog) + ["budget"] * 1000)
+    found = settings.run(narrow, base, levels=levels, stop=lambda: next(calls))
+    assert (found.ended, found.reached) == ("budget", levels[0].beta)
+    assert found.draws.shape == (4, 16, 2)  # the particles, none of them twice
+
+
 def test_interrupting_gives_what_there_is() -> None:
     left = iter(range(60))
 
