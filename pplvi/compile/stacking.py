@@ -150,11 +150,11 @@ class _Run:
         order, parts = list[Op](), list[Tensor]()
         for unit, needed in blocks.items():
             some = list(dict.fromkeys(needed))
-            parts.append(self._gathered(some) if unit is None else self._part(unit, some))
+            parts.append(self._singles(some) if unit is None else self._part(unit, some))
             order += some
         return _taken(parts[0] if len(parts) == 1 else torch.cat(parts), order, ops)
 
-    def _gathered(self, some: list[Op]) -> Tensor:
+    def _singles(self, some: list[Op]) -> Tensor:
         return torch.stack([self.one(x).to(self.device) for x in some])
 
     def _part(self, unit: Unit, some: list[Op]) -> Tensor:
