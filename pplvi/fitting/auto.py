@@ -338,6 +338,8 @@ class _Ladder:
                     judgement |= _judged(posterior)
         except ValueError as error:
             found, failure = None, str(error).split(":")[0].split(";")[0] or type(error).__name__
+            pareto_k, elbo, log_evidence, judgement = math.inf, -math.inf, Estimate(-math.inf, 0.0), {}
+            self.posteriors.pop(form, None)
             self.errors.append(error)
         judged = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
         self.attempts.append(Attempt(rung.name, form, found, *judged, self.originals.state(), failure, **judgement))

@@ -114,7 +114,8 @@ class RecordedDensity(UnconstrainedDensity):
                 traced = record(both, (u,), {})
             given = (*traced.state, *traced.constants)
             graph = folded(without_repetition(traced.graph, (u, *given)), (u, *given))
-            other = u.flip(0)  # what is not constant would not be folded rightly by chance
+            # What is not constant would not be folded rightly by chance.
+            other = u.flip(0) + 0.01 * torch.linspace(-1.0, 1.0, len(u)).to(u)[:, None]
             found, expected = graph(other, *given), self._eagerly(other)
         except (ValueError, LinAlgError):
             return None

@@ -201,14 +201,17 @@ def modules_of(program: Any) -> dict[str, torch.nn.Module]:
     >>> encoder = torch.nn.Linear(2, 1)
     >>> list(modules_of(lambda x: encoder(x))), list(modules_of(encoder.forward))
     (['encoder'], [''])
+    >>> list(modules_of(functools.partial(encoder, torch.nn.ReLU())))
+    ['', '0']
     """
     program = inspect.unwrap(program, stop=inspect.ismethod)
     given: dict[str, Any] = {}
     while isinstance(program, functools.partial):
-        given |= {**dict(zip(map(str, itertools.count()), program.args, strict=False)), **program.keywords}
+        given |= {**dict(zip(map(str, itertools.count(len(given))), program.args, strict=False)), **program.keywords}
         program = inspect.unwrap(program.func, stop=inspect.ismethod)
+    given = {name: value for name, value in given.items() if isinstance(value, torch.nn.Module)}
     if (module := module_of(program)) is not None:
-        return {"": module}
+        return {"": module, **given}
     if (owner := getattr(program, "__self__", None)) is not None or not inspect.isfunction(program):
         found: Mapping[str, Any] = getattr(program if owner is None else owner, "__dict__", {})
     else:
@@ -216,7 +219,7 @@ def modules_of(program: Any) -> dict[str, torch.nn.Module]:
         inside = {n: c.cell_contents for n, c in zip(program.__code__.co_freevars, cells, strict=True) if _is_full(c)}
         names = program.__code__.co_names
         found = {**{n: program.__globals__[n] for n in names if n in program.__globals__}, **inside}
-    return {name: value for name, value in {**found, **given}.items() if isinstance(value, torch.nn.Module)}
+    return {**{name: value for name, value in found.items() if isinstance(value, torch.nn.Module)}, **given}
 
 
 def sharded_of(*programs: Any) -> list[Any]:

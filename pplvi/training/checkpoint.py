@@ -92,15 +92,15 @@ class UnwrittenError(ValueError):
     fit: Any = None
 
 
-Kept: TypeAlias = Annotated[Any, Condition("a Tensor", lambda x: isinstance(x, Tensor))]
+StoredTensor: TypeAlias = Annotated[Any, Condition("a Tensor", lambda x: isinstance(x, Tensor))]
 """A tensor, without values where its parts lie in a folder."""
 
 
 class RunState(TypedDict):
     """What a file holds of a restart that can go on."""
 
-    params: dict[str, Kept]
-    buffers: dict[str, Kept]
+    params: dict[str, StoredTensor]
+    buffers: dict[str, StoredTensor]
     update: dict[str, Any]
     rng: dict[str, Any]
     start: dict[str, Any]
@@ -162,7 +162,7 @@ class Content(TypedDict):
 
     model: dict[str, str]
     settings: dict[str, Any]
-    initial: dict[str, Kept]
+    initial: dict[str, StoredTensor]
     runs: list[RunState]
     priors: NotRequired[dict[str, str]]
     fit: NotRequired[FitContent]

@@ -176,3 +176,21 @@ def test_refused_models():
         AutoBatchAndMatch(nan_data).run()
     with pytest.raises(ValueError, match="discrete sample site 'k'"):
         AutoBatchAndMatch(lambda: pyro.sample("k", dist.Poisson(3.0))).run()
+
+
+def test_scores_beyond_what_can_be_squared_leave_what_was_found(monkeypatch):
+    """They are no error of the guide's: rows of such scores are left out, and what there is to go on with is kept."""
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    first = AutoBatchAndMatch(model, num_iterations=5, seed=0).run()
+    plain = UnconstrainedDensity.value_and_gradient
+
+    def enormous(self, u):
+        value, score = plain(self, u)
+        return value, 1e200 * score
+
+    monkeypatch.setattr(UnconstrainedDensity, "value_and_gradient", enormous)
+    found = AutoBatchAndMatch(model, start=first, num_iterations=5, seed=0).run()
+    torch.testing.assert_close(found.loc, first.loc)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.guides.search.base import FoundGuide
 from pplvi.guides.search.explore import elbos, explore
@@ -121,7 +122,10 @@ class AutoBatchAndMatch(FoundGuide):
             batch = None if is_time_over() else _batch(density, current, size)
             if batch is None:
                 break
-            current = current.updated(*batch, size * density.dim / (t + 1))
+            try:
+                current = current.updated(*batch, size * density.dim / (t + 1))
+            except LinAlgError:  # of scores so large that a covariance cannot be factorised
+                break
             if t >= first:
                 mean = current if mean is None else mean.towards(current, 1 / (t - first + 1))
         found: Gaussian | None = (current if mean is None else mean).gaussian()
@@ -140,5 +144,5 @@ def _batch(density: UnconstrainedDensity, current: Full | Factored, size: int) -
     if draws is None:
         return None
     value, scores = density.value_and_gradient(draws)
-    good = value.isfinite() & scores.isfinite().all(1)
+    good = value.isfinite() & scores.square().sum(1).isfinite()
     return (draws[good], scores[good]) if int(good.sum()) >= 2 else None
