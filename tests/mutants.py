@@ -137,7 +137,7 @@ def _faults(node: ast.AST, text: str, place: Callable[..., int]) -> Iterator[tup
         old = between.strip("() \n")
         yield start + between.index(old), start + between.index(old) + len(old), new
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
-        yield place(node), place(node.operand), ""
+        yield place(node), place(node) + 1, ""
     elif isinstance(node, ast.Call):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in _NAMES and text[place(node.func, True) - len(name) : place(node.func, True)] == name:

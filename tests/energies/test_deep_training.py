@@ -91,6 +91,15 @@ def test_copies_have_the_moments_and_the_entropy_of_independent_layers(units: ob
 # ---------------------------------------------------------------------- layer by layer
 
 
+def test_centres_of_copies_are_shared_among_them() -> None:
+    dbm = DeepBoltzmannMachine([6, 5, 4])
+    first, _ = stages(dbm)
+    first.machine.offset("v").fill_(0.8)
+    first.adopt()
+    assert first.copies[0] == 2
+    torch.testing.assert_close(dbm.offset("v"), torch.full((6,), 0.4))
+
+
 def test_stages_of_a_deep_boltzmann_machine_double_what_comes_from_one_side() -> None:
     dbm = DeepBoltzmannMachine([6, 5, 4, 3])
     first, middle, last = stages(dbm)
