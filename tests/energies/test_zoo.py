@@ -315,3 +315,10 @@ def test_pooled_units_are_kept_rarely_active() -> None:
     real = case("Gaussian hidden").machine
     with pytest.raises(ValueError, match="hidden layers of binary units"):
         loss.loss(real.model, real.guide, found.data["v"][:, :4])
+
+
+def test_without_hidden_units_a_machine_of_means_is_a_normal_at_its_biases() -> None:
+    machine = MeanProductOfStudents(2, num_covariance=3, num_mean=2)
+    torch.nn.init.constant_(machine.bias_v, 0.5)
+    v = torch.tensor([[1.0, -2.0]], dtype=machine.bias_v.dtype)
+    torch.testing.assert_close(machine.base_energy({"v": v}), torch.tensor([3.0], dtype=v.dtype))  # 5/2 - (1/2 - 1)
