@@ -102,16 +102,9 @@ class RecordedDensity(UnconstrainedDensity):
     def _recorded(self, u: Tensor) -> Callable[[Tensor], Pair] | None:
         """Value and gradient of so many rows as one graph; ``None`` where it cannot be recorded, or would be wrong."""
 
-        def both(rows: Tensor) -> Pair:
-            with torch.enable_grad():
-                leaf = rows.detach().requires_grad_()
-                value = self(leaf) + 0.0 * leaf.sum(1)
-                (gradient,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
-            return value.detach(), gradient
-
         try:
             with backends.uncollected():
-                traced = record(both, (u,), {})
+                traced = record(lambda rows: self._with_gradient(rows.detach()), (u,), {})
             given = (*traced.state, *traced.constants)
             graph = folded(without_repetition(traced.graph, (u, *given)), (u, *given))
             # What is not constant would not be folded rightly by chance.
