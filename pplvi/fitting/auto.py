@@ -16,7 +16,6 @@ from pplvi.fitting.result import Fit
 from pplvi.fitting.rungs import FLOWS, FOUND, TRAINED, FitArguments, Rung
 from pplvi.fitting.smc import is_gaussian
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
-from pplvi.guides.search.students import AutoStudentMixture
 from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.verdict import RELIABLE, WORDS, Verdict, at_best
 from pplvi.posterior.weighted import Estimate
@@ -271,11 +270,11 @@ class _Ladder:
         if rung.nearby:
             if (start := self._near()) is None:
                 return True
-            make = partial(self.fit, model, partial(AutoStudentMixture, start=start))
+            make = partial(self.fit, model, partial(rung.guide, start=start))
         if rung.guide == "smc":
             make = partial(make, init=self._start(), budget=self.clock)
         if rung.guide is AutoBatchAndMatch:
-            make = partial(self.fit, model, partial(AutoBatchAndMatch, start=self._start()))
+            make = partial(self.fit, model, partial(rung.guide, start=self._start()))
         if rung.recipe is None:
             self._note(rung, form, make)
             return True
@@ -302,17 +301,19 @@ class _Ladder:
             Attempt(name, form, None, math.inf, -math.inf, Estimate(-math.inf, 0.0), 0.0, state, failure)
         )
 
+    @property
+    def _gaussians(self) -> list[Attempt]:
+        """The attempts of this form whose guides are Gaussians that a search has found."""
+        return [attempt for attempt in self.done if attempt.form == self.form and is_gaussian(attempt.fit)]
+
     def _start(self) -> Any:
         """The guide with the largest bound of those that are Gaussian: where particles start."""
-        found = [a for a in self.done if a.form == self.form and is_gaussian(a.fit)]
-        best = max(found, key=lambda attempt: attempt.elbo, default=None)
-        return None if best is None or best.fit is None else best.fit.guide
+        return _guide_of(max(self._gaussians, key=lambda attempt: attempt.elbo, default=None))
 
     def _near(self) -> Any:
         """The guide of Gaussians that heavier tails may be all that is missing of."""
-        near = [a for a in self.done if a.form == self.form and a.pareto_k < _NEARBY]
-        best = min(near, key=lambda attempt: attempt.rank, default=None)
-        return None if best is None or best.fit is None or not is_gaussian(best.fit) else best.fit.guide
+        near = [attempt for attempt in self._gaussians if attempt.pareto_k < _NEARBY]
+        return _guide_of(min(near, key=lambda attempt: attempt.rank, default=None))
 
     def _is_over(self, run: Restart) -> bool:
         return bool(self.clock.over())
@@ -362,6 +363,10 @@ class _Ladder:
                 continue
             return compile, self.clock.measured((stamps[-1] - stamps[0]) / max(len(stamps) - 1, 1)), None
         return False, math.inf, failing
+
+
+def _guide_of(attempt: Attempt | None) -> Any:
+    return None if attempt is None or attempt.fit is None else attempt.fit.guide
 
 
 def _judged(posterior: Posterior) -> dict[str, Any]:
