@@ -172,15 +172,22 @@ def _no_draws(text: str, error: Exception, frames: list[FrameType]) -> str:
     )
 
 
+_WITH_COORDINATES = {
+    "Definite": "write a covariance as dist.LKJCholesky and scales",
+    "Cholesky": "write it as dist.LKJCholesky and scales",
+    "components": "give all components the same bounds",
+}
+
+
 def _no_coordinates(text: str, error: Exception, frames: list[FrameType]) -> str:
     if not isinstance(error, NotImplementedError) or "Cannot transform" not in text:
         return ""
     held = (f.f_locals.get(name) for f in frames for name in ("site", "node", "msg"))  # as Pyro's frames name it
     site = next((site for site in held if isinstance(site, dict) and site.get("name")), {})
+    way = next((way for kind, way in _WITH_COORDINATES.items() if kind in text), "give the site to a guide of your own")
     return (
         f"site {site.get('name', 'unknown')!r}: {text.removesuffix('.')} to real numbers, which this guide needs. "
-        "Expected a support that has coordinates: write a covariance as dist.LKJCholesky and scales, or give the site "
-        "to a guide of your own."
+        f"Expected a support that has coordinates: {way}."
     )
 
 

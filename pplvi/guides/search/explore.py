@@ -205,5 +205,6 @@ def improper(found: str) -> ValueError:
     """The error for a posterior that is not proper, as far as one can see."""
     return ValueError(
         f"the posterior looks improper, as flat or ever rising densities do: {found}. Expected a density that falls "
-        "off in every direction. Give every latent a proper prior, and check that the data identify them."
+        "off in every direction. Give every latent a proper prior, and check that the data identify them. Write "
+        "an angle as dist.Uniform(-pi, pi) with a factor: dist.VonMises repeats itself on the real line."
     )
