@@ -363,7 +363,8 @@ class Posterior(WeightedDraws):
             )
         args, kwargs = to_inputs(self.model, args, kwargs) if args or kwargs else (self.args, self.kwargs)
         with random_state(seed):
-            latents = {name: value for name, value in self.resample(num_samples).items() if name not in new_sites}
+            drawn = self.resample(num_samples, deterministics=False)
+            latents = {name: value for name, value in drawn.items() if name not in new_sites}
             size = self.num_draws if num_samples is None else num_samples
             with told_how_to_predict():
                 found = predict(self.model, latents, args, kwargs, num_draws=size, vectorize=self.vectorize)

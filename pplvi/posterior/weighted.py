@@ -19,6 +19,7 @@ from pplvi.posterior.draws import Draws
 from pplvi.posterior.gather import take
 from pplvi.posterior.islands import evidence_of_islands, smallest_ess
 from pplvi.posterior.tables import frame_of, to_html
+from pplvi.programs.reparam import decentered
 from pplvi.programs.state import random_state
 from pplvi.weights.algebra import effective_sample_size, log_evidence
 from pplvi.weights.pareto import pareto_k_error, pareto_smooth, tail_shortfall
@@ -268,7 +269,7 @@ class WeightedDraws:
         return Estimate(total.mean().item(), error)
 
     def resample(
-        self, num_samples: int | None = None, *, seed: int | None = None, deterministics: bool = False
+        self, num_samples: int | None = None, *, seed: int | None = None, deterministics: bool | None = None
     ) -> dict[str, Tensor]:
         """Latent draws of equal weight: the guide's, resampled in proportion to their Pareto-smoothed weights.
 
@@ -280,8 +281,8 @@ class WeightedDraws:
 
         :param num_samples: how many; as many as there are draws unless given.
         :param seed: makes the choice reproducible and leaves the global random state as it was.
-        :param deterministics: give the deterministic sites too, such as the sites of a model that
-            :func:`pplvi.noncentered` has rewritten.
+        :param deterministics: whether to give the deterministic sites too. ``None``: those that
+            :func:`pplvi.noncentered`, or ``fit(model, "auto")`` on its own, has made of latent sites.
         :returns: ``{site: values}``, each of shape ``(num_samples, *plates, *event)``.
         :raises ValueError: if ``num_samples`` is below 1.
         """
@@ -290,8 +291,10 @@ class WeightedDraws:
         with random_state(seed):
             indices = resample(pool._resampling_weight, size)
         batch = pool.draws.batch if pool.has_weights else ()
-        names = [*pool.draws.latents, *(pool.draws.deterministics if deterministics else ())]
-        return {name: take(pool.draws, name, indices, batch) for name in names}
+        latents, names = pool.draws.latents, list(pool.draws.deterministics)
+        if not deterministics:
+            names = [name for name in names if deterministics is None and decentered(name) in latents]
+        return {name: take(pool.draws, name, indices, batch) for name in (*latents, *names)}
 
     @property
     def _resampling_weight(self) -> Tensor:

@@ -195,6 +195,15 @@ def _parts(fn: Any) -> tuple[Tensor, Tensor] | None:
     return (fn.loc, fn.scale) if real else None
 
 
+def decentered(name: str) -> str:
+    """The latent site that a non-centered one is computed from, as Pyro names it.
+
+    >>> decentered("theta")
+    'theta_decentered'
+    """
+    return f"{name}_decentered"
+
+
 class _Whitened(Reparam):
     """A multivariate normal as a linear map of standard noise."""
 
@@ -202,7 +211,7 @@ class _Whitened(Reparam):
         fn, events = _inner(msg["fn"]), msg["fn"].event_dim
         value, noise = msg["value"], dist.Normal(torch.zeros_like(fn.loc), 1.0).to_event(events)
         white = None if value is None else _solve(fn.scale_tril, value - fn.loc)
-        white = pyro.sample(f"{msg['name']}_decentered", noise, obs=white, infer={"is_observed": False})
+        white = pyro.sample(decentered(msg["name"]), noise, obs=white, infer={"is_observed": False})
         value = fn.loc + (fn.scale_tril @ white.unsqueeze(-1)).squeeze(-1) if value is None else value
         return {"fn": dist.Delta(value, event_dim=events).mask(False), "value": value, "is_observed": True}
 
