@@ -128,7 +128,7 @@ def _found(kind: Any, **options: Any) -> Callable[[Target, int], Fit]:
 
 
 def _wide(model: Callable[[], None]) -> AutoFlow:
-    return AutoFlow(model, "nsf", passes=2, affine="diagonal", init_scale=1.5)
+    return AutoFlow(model, "nsf", affine="diagonal", init_scale=1.5)
 
 
 def _flow(target: Target, seed: int, rotate: bool = True, rate: float = 5e-3) -> Fit:

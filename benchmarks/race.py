@@ -130,10 +130,10 @@ def work(problem: str, method: str, seed: int, data: str, budget: float | None) 
     }
 
 
-def apart(order: dict[str, Any], limit: float) -> Row:
-    """One run, in a process of its own; killed after so many CPU seconds."""
+def apart(order: dict[str, Any], limit: float, module: str = "benchmarks.race") -> Row:
+    """One run of a benchmark, in a process of its own; killed after so many CPU seconds."""
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "benchmarks.race", "--worker", json.dumps(order)]
+    command = [sys.executable, "-m", module, "--worker", json.dumps(order)]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, **ONE_THREAD, "JAX_PLATFORMS": "cpu"}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": folder, "NUMBA_CACHE_DIR": folder}
@@ -142,7 +142,7 @@ def apart(order: dict[str, Any], limit: float) -> Row:
         run = subprocess.run(
             command, cwd=root, capture_output=True, text=True, env=environment, check=False, preexec_fn=limited
         )
-    row = {key: order[key] for key in KEY}
+    row = {key: value for key, value in order.items() if key not in ("data", "budget")}
     if run.returncode == -signal.SIGXCPU:
         return {**row, "failure": f"not done after {limit:.0f} CPU s"}
     if run.returncode:

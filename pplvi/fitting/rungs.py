@@ -63,5 +63,5 @@ TRAINED = (
 )
 FLOWS = (
     Rung("AutoFlow('quadratic')", partial(AutoFlow, flow="quadratic"), flow_recipe, most=200),
-    Rung("AutoFlow('nsf')", partial(AutoFlow, flow="nsf", passes=2), flow_recipe, most=30),
+    Rung("AutoFlow('nsf')", partial(AutoFlow, flow="nsf"), flow_recipe, most=30),
 )

@@ -116,7 +116,7 @@ def coordinates(name: str, site: Any) -> Coordinates:
     :raises ValueError: for a site without a smooth support.
     """
     try:
-        transform = biject_to(_common_support(site["fn"].support))
+        transform = biject_to(site["fn"].support)
     except NotImplementedError as error:
         raise ValueError(
             f"site {name!r} has support {site['fn'].support}, which has no unconstrained coordinates: expected a "
@@ -125,11 +125,6 @@ def coordinates(name: str, site: Any) -> Coordinates:
     events = site["fn"].event_dim
     shape = tuple(transform.inverse_shape(site["fn"].event_shape)) if events else ()
     return Coordinates(name, shape, site_plates(site), _to_event(transform, events))
-
-
-def _common_support(support: Any) -> Any:
-    """The support itself, or that of every component of a mixture."""
-    return support.base_constraint if type(support).__name__ == "MixtureSameFamilyConstraint" else support
 
 
 def _to_event(transform: Transform, events: int) -> Transform:

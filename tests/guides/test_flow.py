@@ -580,8 +580,8 @@ def local(data: Tensor) -> None:
         pyro.sample("obs", dist.Normal(z, 1.0), obs=data[index])
 
 
-def mixture() -> None:
-    pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2), 1.0)))
+def spread() -> None:
+    pyro.sample("z", dist.Wishart(torch.tensor(5.0), torch.eye(2)))
 
 
 def sequential() -> None:
@@ -590,8 +590,8 @@ def sequential() -> None:
 
 
 def test_refuses_models_it_cannot_guide():
-    with pytest.raises(ValueError, match=r"MixtureSameFamilyConstraint.*Expected a support that has coordinates"):
-        AutoFlow(mixture)()
+    with pytest.raises(ValueError, match=r"PositiveDefinite.*Expected a support that has coordinates"):
+        AutoFlow(spread)()
     with pytest.raises(ValueError, match=r"sequential pyro\.plate.*with pyro\.plate"):
         AutoFlow(sequential)()
     with pytest.raises(ValueError, match=r"discrete sample site 'coin'.*enumerating"):
@@ -691,8 +691,20 @@ def test_refuses_parameters_of_another_model_in_the_store():
         AutoFlow(vector(3), "nsf", **SMALL)()
 
 
+def test_splines_are_couplings_unless_told_otherwise():
+    """Points from elsewhere cost two passes in every dimension, and not one for each coordinate."""
+    module = import_zuko().flows.MaskedAutoregressiveTransform
+    few, all_of_them = AutoFlow(vector(5)), AutoFlow(vector(5), "nsf", passes=None)
+    passes = []
+    for guide in (few, all_of_them):
+        guide()
+        passes.append({part.passes for part in guide._structure[0].modules() if isinstance(part, module)})
+    assert passes == [{2}, {5}]
+
+
 def test_memory_for_a_slow_direction_is_told_before_it_is_taken(monkeypatch):
-    guide, points = AutoFlow(vector(6), "nsf", transforms=2, hidden_features=(16,)), torch.randn(64, 6)
+    guide = AutoFlow(vector(6), "iaf", transforms=2, hidden_features=(16,))
+    points = torch.randn(64, 6)
     guide()
     monkeypatch.setattr(build, "MUCH", 1000)
     transform = guide.get_transform()

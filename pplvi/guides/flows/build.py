@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from types import ModuleType
-from typing import Any
+from types import MappingProxyType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,29 @@ MUCH = 2 * 2**30  # bytes
 
 __all__ = ["FAMILIES", "AffineFlowTransform", "build", "make_identity", "with_tensors"]
 
-# name -> (class in zuko.flows or a factory, whether drawing is the fast direction by default)
-FAMILIES: dict[str, tuple[Any, bool]] = {
-    "nsf": ("NSF", True),
-    "maf": ("MAF", False),
-    "iaf": ("MAF", True),
-    "nice": ("NICE", False),
-    "coupling": ("NICE", False),
-    "copula": (gaussian_copula, True),
-    "quadratic": (QuadraticFlow, True),
-    "bnaf": (BlockNeuralFlow, True),
+
+class Family(NamedTuple):
+    """A family of flows: a class in ``zuko.flows`` or a factory, and what is not said when it is named.
+
+    :ivar draws_fast: whether drawing is the fast direction.
+    :ivar options: keywords for the factory.
+    """
+
+    factory: Any
+    draws_fast: bool
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+FAMILIES = {
+    # Two passes: couplings, whose densities of any points cost as much in every dimension.
+    "nsf": Family("NSF", True, MappingProxyType({"passes": 2})),
+    "maf": Family("MAF", False),
+    "iaf": Family("MAF", True),
+    "nice": Family("NICE", False),
+    "coupling": Family("NICE", False),
+    "copula": Family(gaussian_copula, True),
+    "quadratic": Family(QuadraticFlow, True),
+    "bnaf": Family(BlockNeuralFlow, True),
 }
 
 
@@ -48,8 +61,10 @@ def build(flow: Any, features: int, options: Mapping[str, Any]) -> nn.Module:
     :raises ValueError: not a flow, a base other than the standard normal, or a flow over another number of features.
     """
     zuko = import_zuko()
-    family = FAMILIES[flow][0] if isinstance(flow, str) else flow
-    factory = getattr(zuko.flows, family) if isinstance(family, str) else family
+    if isinstance(flow, str):
+        flow, _, unsaid = FAMILIES[flow]
+        options = {**unsaid, **options}
+    factory = getattr(zuko.flows, flow) if isinstance(flow, str) else flow
     made = copy.deepcopy(flow) if isinstance(flow, nn.Module) else _call(factory, features, options)
     if isinstance(made, (QuadraticFlow, BlockNeuralFlow)):
         return made

@@ -43,7 +43,7 @@ class AutoFlow(ContinuousGuide):
     ================= ============================================== ======= =========================== ==========
     ``flow``          one transform                                  draws   density of its own draw     elsewhere
     ================= ============================================== ======= =========================== ==========
-    ``"nsf"``         rational-quadratic spline, autoregressive      1       0                           D + 1
+    ``"nsf"``         rational-quadratic spline, coupling            1       0                           2
     ``"iaf"``         affine, autoregressive                         1       0                           D + 1
     ``"maf"``         affine, autoregressive                         D + 1   0                           1
     ``"nice"``        affine, coupling; ``"coupling"`` is the same   1       0                           1
@@ -52,8 +52,10 @@ class AutoFlow(ContinuousGuide):
     ``"bnaf"``        one block autoregressive monotone network      1       0                           75 D + 1
     ================= ============================================== ======= =========================== ==========
 
-    ``passes=2`` makes couplings of the autoregressive families: "elsewhere" and draws then cost 2 at most.
-    ``inverse`` turns the order of the autoregressive families round. "Elsewhere" is what objectives pay that score
+    ``passes=2`` makes couplings of the autoregressive families, as it does of ``"nsf"`` unless told otherwise:
+    "elsewhere" and draws then cost 2 at most. ``passes=None`` makes ``"nsf"`` autoregressive, which costs ``D + 1`` and
+    was no better on eight schools, regressions and horseshoes (``benchmarks/flows.py``). ``inverse`` turns the order of
+    these families round. "Elsewhere" is what objectives pay that score
     draws apart from their making: a frozen guide (``estimator="stl"`` or ``"dreg"``), the forward KL and the
     thermodynamic objective. So take ``"quadratic"`` with :func:`pplvi.flow_recipe`, which starts at a Gaussian, where a
     Gaussian comes near the posterior; ``"nsf"`` for the ELBO, importance-weighted and Renyi bounds, above all for
@@ -120,7 +122,7 @@ class AutoFlow(ContinuousGuide):
         super().__init__(model, init_loc_fn=init_loc_fn, init_scale=init_scale)
         self._flow = (flow,)  # a tuple, so that a flow given as a module is not registered: the guide trains its copy
         self._options = {**given, **options}
-        self._inverse = FAMILIES[flow][1] if inverse is None and isinstance(flow, str) else bool(inverse)
+        self._inverse = FAMILIES[flow].draws_fast if inverse is None and isinstance(flow, str) else bool(inverse)
         self._affine, self._weighed = affine, set[int]()
         self._identity_init = not isinstance(flow, nn.Module) if identity_init is None else identity_init
 
