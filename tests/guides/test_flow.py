@@ -589,6 +589,7 @@ def sequential() -> None:
         pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
 
 
+@pytest.mark.filterwarnings("ignore:Singular sample")
 def test_refuses_models_it_cannot_guide():
     with pytest.raises(ValueError, match=r"PositiveDefinite.*Expected a support that has coordinates"):
         AutoFlow(spread)()
