@@ -43,6 +43,7 @@ from pplvi.programs import ways
 from pplvi.programs.calls import checked_call
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import Inputs
+from pplvi.programs.memory import keep_freed_memory
 from pplvi.programs.ranks import Processes, common_seed
 from pplvi.programs.reparam import forms_of
 from pplvi.programs.state import Environment, fingerprint, random_state
@@ -197,6 +198,7 @@ def fit(
     >>> result.losses.shape, round(result.guide.median(y)["scale"].item(), 1)
     ((2, 400), 1.9)
     """
+    keep_freed_memory()
     check_model(model)
     call = checked_call(args, kwargs, "fit(model, guide, args=(x, y))")
     environment = Environment(dtype, device)

@@ -22,6 +22,7 @@ _BYTES = 32 * 2**20  # of values and densities that one call makes: what is larg
 _SMALL = 8 * 2**20  # of all draws together: too few for networks to matter
 _ALIVE = 4  # as many tensors of the largest size are held at once
 _FEW = (2, 6)
+_USUAL, _BEST, _CHEAP = 4_000, 0.9, 1e8  # draws, the part of them that is effective at best, elements computed
 
 
 def is_at_a_point(run: Run) -> bool:
@@ -102,6 +103,20 @@ def work_of_row(density: UnconstrainedDensity) -> float:
     """How many elements one row more has a density compute."""
     rows = density.start.expand(_FEW[1], -1)
     return work_of_draw(lambda size, seed: density(rows[:size]))
+
+
+def repays(efficiency: float, rows: int, work: float) -> bool:
+    """Whether rows that a better guide may come of are cheap, or fewer than it would save of 4,000 effective draws.
+
+    :param efficiency: effective part of the draws so far.
+    :param rows: that a round of adaptation takes.
+    :param work: elements computed for one of them.
+
+    >>> repays(0.8, 1000, 1e3), repays(0.8, 1000, 1e6), repays(0.5, 1000, 1e6)
+    (True, False, True)
+    """
+    saved = _USUAL * (1 / max(efficiency, 1e-9) - 1 / _BEST)
+    return rows * work < _CHEAP or rows < saved
 
 
 def point_sites(draws: Draws, run: Run) -> frozenset[str]:

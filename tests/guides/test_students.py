@@ -1,6 +1,7 @@
 """AutoStudentMixture: modes near and far, wide and narrow, heavy tails, bananas, and refusals."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -9,6 +10,7 @@ import torch
 
 import pplvi
 from pplvi import AutoStudentMixture
+from pplvi.guides.search import moments, students
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -30,6 +32,28 @@ def peaks(where, widths, shares):
 
 def found(model, **options):
     return pplvi.fit(model, lambda program: AutoStudentMixture(program, seed=0, **options), progress=False, seed=0)
+
+
+def rounds_of(monkeypatch, module, name, work, guide):
+    """How often a search has drawn from its proposals, where a draw takes so many elements."""
+    sizes, inner = [], getattr(module, name)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "work_of_row", lambda density: work)
+        patched.setattr(module, name, lambda *args: sizes.append(1) or inner(*args))
+        guide(lambda: pyro.sample("z", dist.Gamma(6.0, 1.0).expand([3]).to_event(1)), seed=0).run()
+    return len(sizes)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "guide"),
+    [
+        (students, "weighed", partial(AutoStudentMixture, num_scouts=4)),
+        (moments, "_judge", partial(pplvi.AutoPathfinder, num_components=1)),
+    ],
+)
+def test_dear_draws_are_not_spent_on_rounds_that_save_fewer(monkeypatch, module, name, guide):
+    cheap, dear = (rounds_of(monkeypatch, module, name, work, guide) for work in (1e3, 3e5))
+    assert dear == 1 < cheap
 
 
 @pytest.mark.parametrize(

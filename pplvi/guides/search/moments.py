@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pplvi.guides.search.gaussians import Gaussian, GaussianMixture, full_gaussian, stack_gaussians
-from pplvi.posterior.looking import work_of_row
+from pplvi.posterior.looking import repays, work_of_row
 from pplvi.programs.deadline import is_time_over
 from pplvi.programs.density import UnconstrainedDensity
 from pplvi.weights.algebra import effective_sample_size, log_evidence, normalize
@@ -47,8 +47,9 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, c
 
     with Pareto-smoothed weights and the largest ``beta <= 1`` that leaves enough effective draws for a covariance. A
     round counts only if it raises the effective sample size without losing evidence; two in a row that do not, end it.
-    In up to 20 dimensions mixtures of 2, 4, ... Gaussians follow, unless most draws are effective and they are dear:
-    each by weighted EM on the draws of the last; one that finds clearly more evidence counts in any case.
+    Where draws are dear, a round that would take more of them than it saves is not made. In up to 20 dimensions
+    mixtures of 2, 4, ... Gaussians follow, unless most draws are effective and they are dear: each by weighted EM on
+    the draws of the last; one that finds clearly more evidence counts in any case.
 
     Source: Cappe, Douc, Guillin, Marin and Robert 2008, Adaptive importance sampling in general mixture classes;
     Paananen, Piironen, Buerkner and Vehtari 2021, Implicitly adaptive importance sampling.
@@ -62,9 +63,11 @@ def match_moments(density: UnconstrainedDensity, start: Gaussian, rounds: int, c
     if density.dim > MOST_DIMENSIONS or not rounds:
         return start
     best = current = _judge(density, start)
-    wasted = 0
+    wasted, work = 0, work_of_row(density)
     for _ in range(rounds):
-        if wasted == 2 or is_time_over() or (proposal := _moments(current)) is None:
+        if wasted == 2 or is_time_over() or not repays(best.ess, len(best.draws), work):
+            break
+        if (proposal := _moments(current)) is None:
             break
         current = _judge(density, proposal)
         better = _is_better(current, best)

@@ -16,7 +16,7 @@ from pplvi.guides.search.explore import check_proper
 from pplvi.guides.search.gaussians import Gaussian, full_gaussian
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Positive, Seed
-from pplvi.posterior.looking import work_of_row
+from pplvi.posterior.looking import repays, work_of_row
 from pplvi.posterior.scouts import (
     MOST_DIMENSIONS,
     Weighed,
@@ -47,6 +47,7 @@ _FEW_DRAWS, _DEAR_ROUND = 1_000, 2e8  # elements computed in a round from which 
 _ENOUGH = 10  # effective draws for each dimension and component, below which weights are tempered
 _TOPS = (0.0, 0.1, 0.3, 0.03, 0.2)  # of the weight, that of the largest weights, which a new component is fitted to
 _LIGHTER, _HEAVY = 15.0, 8.0  # degrees of freedom
+_SURE_TAILS = 0.5  # k-hat
 _LIGHT = 0.02  # nats of evidence that a mixture may not lose, beyond its error
 
 
@@ -60,8 +61,9 @@ class AutoStudentMixture(FoundGuide):
     prior, and from those of many far points at which the density is higher than the modes met so far would have it;
     every mode is a component, shaped by its curvature. Rounds of importance sampling follow, in each of which the
     mixture is fitted to its weighted draws by EM, degrees of freedom included, and a new component goes where weights
-    are largest; a round counts if it leaves more effective draws and loses no evidence. Several modes and heavy tails
-    are what it is for. Degrees of freedom are at most 40.
+    are largest; a round counts if it leaves more effective draws and loses no evidence. Where draws are dear, rounds
+    end when they would take more of them than they save. Several modes and heavy tails are what it is for. Degrees of
+    freedom are at most 40.
 
     There is nothing to train: the first call runs it, :meth:`run` runs it again.
 
@@ -219,7 +221,7 @@ def _adapted(density: UnconstrainedDensity, start: Students, most: int) -> Stude
     for _ in range(_ROUNDS):
         dear = (density.rows - before) * work > _MOST_WORK
         good = _efficiency(found) > (_FAIR if dear else _GOOD)
-        if is_time_over() or good or attempt == _TRIES * len(_TOPS):
+        if is_time_over() or good or _is_enough(found, work) or attempt == _TRIES * len(_TOPS):
             break
         new = _refitted(best, found, _TOPS[attempt % len(_TOPS)] if len(best.loc) < most else 0.0)
         if not bool(found.log_weight.isfinite().all()):
@@ -272,6 +274,13 @@ def _tempered(log_weight: Tensor, enough: float) -> Tensor:
         if float(effective_sample_size(tempered)) >= enough:
             break
     return tempered
+
+
+def _is_enough(found: Weighed, work: float) -> bool:
+    """Whether a better mixture would save fewer draws than a round takes, and tails are no longer in question."""
+    if repays(_efficiency(found), len(found.log_weight), work):
+        return False
+    return float(pareto_smooth(found.log_weight)[1]) < _SURE_TAILS
 
 
 def _efficiency(found: Weighed) -> float:
