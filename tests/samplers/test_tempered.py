@@ -10,6 +10,7 @@ from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
 
 from pplvi.posterior.islands import evidence_of_islands
+from pplvi.samplers.autocorrelation import best_length
 from pplvi.samplers.metric import GaussianBase, Metric
 from pplvi.samplers.tempered import Target, TemperedDraws, TemperedLevel, TemperedSMC
 
@@ -292,3 +293,29 @@ def test_a_move_ends_where_the_clock_does() -> None:
     assert found.ended == "budget"
     assert len(calls) == 30
     assert found.reached < 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_trajectories_are_best_a_quarter_of_a_period_long(scale: float) -> None:
+    """That is where a move forgets where it started; with a narrow coordinate it is the wide one's."""
+    sds = torch.tensor([1.0, scale])
+    start = sds * torch.randn(400, 2)
+    step, path, position, momentum = 0.1, {}, start, torch.randn(400, 2)
+    for steps in range(1, int(40 * scale)):
+        position = position + step * momentum
+        momentum = momentum - step * position / sds**2
+        path[steps] = position
+    assert best_length(start, path, torch.ones(400)) * step == pytest.approx(scale * math.pi / 2, rel=0.3)
+
+
+def test_trajectories_follow_what_is_best() -> None:
+    """On a sharp ridge that bends, which no metric straightens, they get longer; on a normal they get short."""
+
+    def ridge(z: Tensor) -> Tensor:
+        return -0.5 * z[:, 0] ** 2 - 0.5 * ((z[:, 1] - z[:, 0] ** 2) / 0.05) ** 2
+
+    bent, plain = (
+        TemperedSMC(num_particles=400, num_draws=400).run(target_of(density), base_of(2)).levels[-1].num_leapfrog
+        for density in (ridge, gaussian)
+    )
+    assert plain <= 4 < 10 < bent
