@@ -12,6 +12,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pplvi.compile import backends
 from pplvi.compile.broadcasting import without_repetition
+from pplvi.compile.outside import outside_of_sums
 from pplvi.compile.tracing import record
 from pplvi.fitting.folding import folded
 from pplvi.programs.carrying import LOOP
@@ -107,6 +108,7 @@ class RecordedDensity(UnconstrainedDensity):
                 traced = record(lambda rows: self._with_gradient(rows.detach()), (u,), {})
             given = (*traced.state, *traced.constants)
             graph = folded(without_repetition(traced.graph, (u, *given)), (u, *given))
+            graph = outside_of_sums(graph, (u, *given))
             # What is not constant would not be folded rightly by chance.
             other = u.flip(0) + 0.01 * torch.linspace(-1.0, 1.0, len(u)).to(u)[:, None]
             found, expected = graph(other, *given), self._eagerly(other)
