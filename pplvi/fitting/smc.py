@@ -28,7 +28,8 @@ from pplvi.types import Call, Program
 _WIDER, _WIDEST, _VOLUME = 1.1, 3.0, 5.0  # the last in nats
 _MOMENT_DRAWS = 4_000
 _MATCHES = 60
-_LARGE, _LARGE_MATCHES, _LARGE_BATCH = 256, 16, 512  # more dimensions than that: few large batches repay
+_BATCHES, _BATCH = 16, 512  # few large ones, where one tells all at once, and where small ones would tell nothing
+_SMALL, _LARGE = 64, 256  # dimensions: up to the one, and beyond the other
 _PATHS, _ITERATIONS = 4, 150
 _APART, _AS_HIGH = 5.0, 10.0  # standard deviations; nats
 _JUDGE_DRAWS = 500
@@ -183,8 +184,8 @@ def given_start(guide: Program, model: Program, call: Call, vectorize: Vectorize
 def _matched(paths: AutoPathfinder, model: Program, call: Call, options: Mapping[str, Any]) -> FoundGuide:
     """Batch and match from the best path on; the paths themselves where one has ended at another mode."""
     few: dict[str, Any] = {"num_iterations": _MATCHES}
-    if _LARGE < paths.latent_dim <= DENSE:
-        few = {"num_iterations": _LARGE_MATCHES, "batch_size": max(_LARGE_BATCH, paths.latent_dim)}
+    if paths.latent_dim <= _SMALL or _LARGE < paths.latent_dim <= DENSE:
+        few = {"num_iterations": _BATCHES, "batch_size": max(_BATCH, paths.latent_dim)}
     guide = AutoBatchAndMatch(model, start=paths, **few, **options)
     guide.make_density = RecordedDensity
     guide.run(*call[0], **call[1])
