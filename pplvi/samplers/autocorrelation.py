@@ -9,6 +9,8 @@ from torch import Tensor
 
 WORST = 0.5  # of the effective draws that are wanted, of the worst coordinate
 _LEAST = 1e-6  # of a move, of an independent draw
+_START = 4  # steps that a move takes as long as beside its own: a momentum, a place that is kept and looked at
+_NEARLY = 0.85  # as good as the best
 
 
 def effective_draws(places: Tensor) -> Tensor:
@@ -28,8 +30,9 @@ def effective_draws(places: Tensor) -> Tensor:
     return len(places) * apart / means.var(0, correction=0).clamp(min=tiny)
 
 
-def best_length(before: Tensor, path: Mapping[int, Tensor], probability: Tensor) -> int:
-    r"""The number of steps at which a trajectory has the most effective draws for a step, of those that are known.
+def best_lengths(before: Tensor, path: Mapping[int, Tensor], probability: Tensor) -> tuple[int, int]:
+    r"""The number of steps at which a trajectory has the most effective draws for its time, and the largest that is
+    nearly as good, of those that are known.
 
     A move by :math:`\Delta` that is accepted with probability :math:`a` leaves a correlation of
 
@@ -45,8 +48,8 @@ def best_length(before: Tensor, path: Mapping[int, Tensor], probability: Tensor)
     :param probability: of accepting the end of each, ``(N,)``.
 
     >>> start, end = torch.tensor([[-1.0], [1.0]]), torch.tensor([[1.0], [-1.0]])
-    >>> best_length(start, {1: start, 4: end, 5: end}, torch.ones(2))
-    4
+    >>> best_lengths(start, {1: start, 10: end, 11: end, 20: end}, torch.ones(2))
+    (10, 11)
     """
     variance = before.var(0).clamp(min=torch.finfo(before.dtype).tiny)
 
@@ -54,9 +57,11 @@ def best_length(before: Tensor, path: Mapping[int, Tensor], probability: Tensor)
         jump = (probability.unsqueeze(-1) * (path[steps] - before).square()).nan_to_num(0.0, 0.0).mean(0)
         correlation = (1 - 0.5 * jump / variance).clamp(min=0.0)
         worth = ((1 - correlation) / (1 + correlation)).clamp(min=_LEAST)
-        return min(float(worth.median()), float(worth.min()) / WORST) / steps
+        return min(float(worth.median()), float(worth.min()) / WORST) / (_START + steps)
 
-    return max(path, key=rate)
+    rates = {steps: rate(steps) for steps in path}
+    most = max(rates.values())
+    return max(rates, key=rates.__getitem__), max(s for s, found in rates.items() if found >= _NEARLY * most)
 
 
 class Lengths:
@@ -64,10 +69,11 @@ class Lengths:
 
     :param wanted: numbers of steps; the last one is the whole.
     :ivar best: of them.
+    :ivar longest: of those that are nearly as good.
     """
 
     def __init__(self, wanted: set[int]) -> None:
-        self.wanted, self.best = wanted, max(wanted)
+        self.wanted, self.best, self.longest = wanted, max(wanted), max(wanted)
         self._path: dict[int, Tensor] = {}
 
     def note(self, steps: int, position: Tensor) -> None:
@@ -77,4 +83,4 @@ class Lengths:
 
     def end(self, before: Tensor, probability: Tensor) -> None:
         """Compare the lengths, with the probabilities of accepting the end."""
-        self.best = best_length(before, self._path, probability)
+        self.best, self.longest = best_lengths(before, self._path, probability)

@@ -198,6 +198,10 @@ class _Run:
     levels: list[TemperedLevel] = field(default_factory=list)
     ended: str = ""
     acceptance: float = math.nan
+    tried: int = _FIRST_LEAPFROG
+    """Steps of the next trajectories that are compared: more than are known to be best, where that may be better."""
+    longest: int = _FIRST_LEAPFROG
+    """The most steps that were nearly as good as the best."""
 
     def all(self, levels: Sequence[TemperedLevel]) -> TemperedDraws:
         s = self.settings
@@ -286,22 +290,24 @@ class _Run:
                 self.level = replace(self.level, num_moves=self.level.num_moves + 1)
                 if _slow(start, self.cloud) < (_FORGOTTEN if last else _DECAYED):
                     break
-            return self._kept() if last and not self.ended else []
+            if not last or self.ended:
+                return []
+            self.level = replace(self.level, num_leapfrog=self.longest)  # of two as good the one of fewer draws
+            return self._kept()
         except KeyboardInterrupt:
             self.ended = "interrupted"
             return []
 
     def _adapting_move(self) -> None:
-        most = self.level.num_leapfrog
-        lengths = Lengths({max(1, round(most / _STRIDE**look)) for look in range(_LOOKS)})
-        self.acceptance = self._once(self.level, lengths)
+        tried = self.tried
+        lengths = Lengths({max(1, round(tried / _STRIDE**look)) for look in range(_LOOKS)})
+        self.acceptance = self._once(replace(self.level, num_leapfrog=tried), lengths)
         if self.ended:
             return
         size = self.level.step_size * math.exp(_EAGER * (self.acceptance - _WANTED_ACCEPTANCE))
-        number = lengths.best
-        if number == most:  # longer ones may be better still
-            number = min(math.ceil(_STRIDE**2 * most), self.settings.max_leapfrog)
-        number = max(number, round(most / _STRIDE**2), 2)
+        number = max(lengths.best, round(tried / _STRIDE**2), 2)
+        longer = min(math.ceil(_STRIDE**2 * tried), self.settings.max_leapfrog)
+        self.tried, self.longest = longer if number >= tried else number, lengths.longest
         self.level = replace(self.level, step_size=size, num_leapfrog=number)
 
     def _kept(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
 
 from pplvi.posterior.islands import evidence_of_islands
-from pplvi.samplers.autocorrelation import best_length
+from pplvi.samplers.autocorrelation import best_lengths
 from pplvi.samplers.metric import GaussianBase, Metric
 from pplvi.samplers.tempered import Target, TemperedDraws, TemperedLevel, TemperedSMC
 
@@ -305,7 +305,7 @@ def test_trajectories_are_best_a_quarter_of_a_period_long(scale: float) -> None:
         position = position + step * momentum
         momentum = momentum - step * position / sds**2
         path[steps] = position
-    assert best_length(start, path, torch.ones(400)) * step == pytest.approx(scale * math.pi / 2, rel=0.3)
+    assert best_lengths(start, path, torch.ones(400))[0] * step == pytest.approx(scale * math.pi / 2, rel=0.3)
 
 
 def test_trajectories_follow_what_is_best() -> None:
