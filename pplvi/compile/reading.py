@@ -7,7 +7,7 @@ arguments to what was read are kept, and repeated on new ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,6 +102,19 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return bool((same | (one.isnan() & other.isnan()) if one.is_floating_point() else same).all())
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments or results of an operation.
+
+    >>> [x.item() for x in tensors_in((torch.tensor(1), [torch.tensor(2), 3], {"other": torch.tensor(4)}))]
+    [1, 2, 4]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for x in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(x)
+
+
 class Tape:
     """The operations on tensors that follow from the arguments alone, and which of them were read."""
 
@@ -124,7 +137,7 @@ class Tape:
 
     def follows(self, *tree: Any) -> list[Tensor]:
         """The tensors in nested containers that follow from arguments."""
-        return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and x in self.slots]
+        return [x for x in tensors_in(tree) if x in self.slots] if self.size else []
 
     def note(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Keep an operation."""

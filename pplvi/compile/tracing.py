@@ -1,6 +1,6 @@
 """Recording a training step as a graph of tensor operations, or saying why it cannot be recorded.
 
-``make_fx`` runs the step once on real tensors and writes down every operation. What does not pass through tensor
+The step runs once on real tensors and every operation is written down. What does not pass through tensor
 operations is written down with today's value: a branch on a tensor, a shape that follows from data, a number from
 Python's or NumPy's generator. Such steps are refused here instead of being repeated wrongly, but for what follows from
 arguments alone: that is a constant of the recording, and :mod:`pplvi.compile.reading` keeps what it depends on. Python
@@ -23,10 +23,8 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Distribution
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.graph import CodeGen
-from torch.utils._pytree import tree_leaves
 
+from pplvi.compile.listing import listed
 from pplvi.compile.reading import MANY, Guard
 from pplvi.compile.watching import Refusal, Varying, VaryingCalls, Writes, written_by
 from pplvi.kinds.checked import checked
@@ -93,9 +91,8 @@ def record(
         with VaryingCalls(watch), watch:
             return step(*tensors)
 
-    with last_site() as site, _named_failure(site), _same_generators(), unchecked(), one_fake_mode():
-        graph = make_fx(watched)(*inputs)
-    _plain_output(graph)
+    with last_site() as site, _named_failure(site), _same_generators(), unchecked():
+        graph = listed(watched, inputs)
     _lift_parameters(graph, parameters)
     watch.put_back()
     state = _lift_state(graph, watch.wrote, num_carried)
@@ -187,13 +184,6 @@ def _place_of(error: BaseException) -> str:
         if str(frame.f_globals.get("__name__")).split(".")[0] not in _NOT_USERS and not file.startswith("<frozen"):
             return f', in "{file}", line {line}'
     return ""
-
-
-def _plain_output(graph: fx.GraphModule) -> None:
-    """Make the graph a function of positional tensors that returns a tuple."""
-    output = next(n for n in graph.graph.nodes if n.op == "output")
-    output.args = (tuple(tree_leaves(output.args)),)
-    graph.graph.set_codegen(CodeGen())
 
 
 def _tensor_constants(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, Tensor]]:

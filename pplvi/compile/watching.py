@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pplvi.compile.reading import Tape
+from pplvi.compile.reading import Tape, tensors_in
 
 aten = torch.ops.aten
 
@@ -45,9 +44,9 @@ class Writes(TorchDispatchMode):
             self._remember(x)
         result = func(*args, **kwargs)
         given = {id(x) for x in args}
-        results = [x for x in tree_leaves(result) if isinstance(x, Tensor) and id(x) not in given]
+        results = [x for x in tensors_in(result) if id(x) not in given]
         self.made.update((x, True) for x in results)
-        self.fresh.update(_storages(results) - _storages(tree_leaves((args, kwargs))))
+        self.fresh.update(_storages(results) - _storages(tensors_in((args, kwargs))))
         return result, written
 
     def _remember(self, x: Any) -> None:
@@ -70,8 +69,8 @@ class Writes(TorchDispatchMode):
                 tensor.copy_(value)
 
 
-def _storages(leaves: Iterable[Any]) -> set[StorageWeakRef]:
-    return {StorageWeakRef(x.untyped_storage()) for x in leaves if isinstance(x, Tensor)}
+def _storages(tensors: Iterable[Tensor]) -> set[StorageWeakRef]:
+    return {StorageWeakRef(x.untyped_storage()) for x in tensors}
 
 
 class Varying(Writes):
@@ -97,23 +96,21 @@ class Varying(Writes):
             return self._constant(func, args, kwargs, BRANCH)
         result, written = self.run(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags or self.varies(args, kwargs):
-            self.mark(tree_leaves((result, written)))
+            self.mark(tensors_in((result, written)))
         elif self.tape.follows(args, kwargs):
             if written:  # what is written to in place cannot be worked out again
-                self.mark(tree_leaves((result, written)))
+                self.mark(tensors_in((result, written)))
             else:
                 self.tape.note(func, args, kwargs, result)
         return result
 
     def varies(self, *tree: Any) -> bool:
         """Whether any tensor in nested containers follows from parameters or noise."""
-        return any(x in self.varying for x in tree_leaves(tree) if isinstance(x, Tensor))
+        return any(x in self.varying for x in tensors_in(tree))
 
-    def mark(self, tensors: Iterable[Any]) -> None:
+    def mark(self, tensors: Iterable[Tensor]) -> None:
         """Note that these tensors vary."""
-        for x in tensors:
-            if isinstance(x, Tensor):
-                self.varying[x] = True
+        self.varying.update((x, True) for x in tensors)
 
     def _constant(self, func: Any, args: Any, kwargs: Any, reason: str) -> Any:
         if self.varies(args, kwargs):

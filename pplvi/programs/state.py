@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +47,24 @@ def set_torch_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+_recording: ContextVar[bool] = ContextVar("recording", default=False)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Say that operations are being written down in the block."""
+    before = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(before)
+
+
 def is_recording() -> bool:
-    """Whether operations are being written down (``make_fx``): values cannot be looked at then."""
+    """Whether operations are being written down (or ``make_fx`` does so): values cannot be looked at then."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    return get_proxy_mode() is not None
+    return _recording.get() or get_proxy_mode() is not None
 
 
 @contextmanager
