@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.infer.autoguide import init_to_value
 
 from pplvi.fitting.clock import Clock, Timing, cpu_seconds
 from pplvi.fitting.result import Fit
@@ -20,14 +21,15 @@ from pplvi.posterior.posterior import Posterior
 from pplvi.posterior.verdict import RELIABLE, WORDS, Verdict, at_best
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.deadline import ending
-from pplvi.programs.reparam import forms_of
+from pplvi.programs.reparam import Reparametrized, forms_of
 from pplvi.training.replicas import Originals
 from pplvi.training.restart import Restart, publish
 from pplvi.types import Program
 
 GOOD_ENOUGH, _NEARBY = 0.7, 1.0  # k-hat; averages do not settle beyond the latter
 _DRAWS = 4000
-_MISSED, _TWENTYFOLD = 0.2, 3.0  # nats of evidence
+_SAME, _MISSED, _TWENTYFOLD = 0.02, 0.2, 3.0  # nats of evidence
+_SHORT = 5  # iterations of a path that begins where it would lead to
 _HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
 
@@ -255,8 +257,11 @@ class _Ladder:
         self.attempts[self.attempts.index(attempt)] = replace(attempt, **changes)
 
     def _easiest(self) -> Attempt:
-        """The form of the model in which the most evidence was found, less its error: that of draws which are near."""
-        return max(self.attempts, key=lambda attempt: (attempt.evidence_at_least, -attempt.pareto_k))
+        """The form of the model in which the most evidence was found, less its error: that of draws which are near.
+        Of those that have as much, as far as a verdict asks, the one with the most effective draws."""
+        most = max(attempt.evidence_at_least for attempt in self.attempts) - _SAME
+        near = [attempt for attempt in self.attempts if attempt.evidence_at_least >= most]
+        return max(near, key=lambda attempt: (attempt.efficiency, attempt.evidence_at_least, -attempt.pareto_k))
 
     def _try(self, rung: Rung, form: str, model: Program, share: float) -> bool:
         """Fit a family, trained for as many steps as its share of the time allows; false if that is too few."""
@@ -267,6 +272,8 @@ class _Ladder:
         if rung.gaussian and (most := max((attempt.efficiency for attempt in self.done), default=0.0)) >= _HALF:
             self._pass_over(rung.name, form, f"not tried, as {most:.0%} of the draws are effective already")
             return True
+        if self.form is None and isinstance(model, Reparametrized):
+            make = partial(self.fit, model, partial(rung.guide, **self._carried(model)))
         if rung.nearby:
             if (start := self._near()) is None:
                 return True
@@ -288,6 +295,20 @@ class _Ladder:
         recipe = rung.recipe(max(steps, _LEAST_STEPS))
         self._note(rung, form, partial(make, **recipe, compile=compile, callbacks=[self._is_over]))
         return True
+
+    def _carried(self, model: Reparametrized) -> dict[str, Any]:
+        """Where a search on another form of the model begins: where a Gaussian was matched on the first, if one was,
+        from which it needs no long way."""
+        guide: Any = _guide_of(next(iter(self.done), None))
+        if not getattr(guide, "is_matched", False) or len(guide.gaussians.loc) > 1:
+            return {}
+        try:
+            values = self.originals.look(lambda _, *call: model.values_at(guide.best_values(), *call), model)
+        except ValueError:  # such as a scale that is rounded to zero
+            return {}
+        if not all(bool(value.isfinite().all()) for value in values.values()):
+            return {}
+        return {"num_paths": 1, "lbfgs": {"max_iterations": _SHORT}, "init_loc_fn": init_to_value(values=values)}
 
     @property
     def dim(self) -> int:

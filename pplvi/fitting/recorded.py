@@ -18,7 +18,7 @@ from pplvi.fitting.folding import folded
 from pplvi.programs.carrying import LOOP
 from pplvi.programs.density import UnconstrainedDensity
 
-_PAYS = 5  # evaluations of as many rows after which recording pays
+_PAYS = 2  # evaluations of as many rows after which recording pays, as dozens follow
 _FEW = 16  # rows; of fewer, such as those of a few paths, a call takes as long, whatever their number
 _PAYS_FEW = 10
 _BYTES = 64 * 2**20  # of what a gradient keeps of the evaluation

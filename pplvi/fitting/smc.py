@@ -175,7 +175,7 @@ def given_start(guide: Program, model: Program, call: Call, vectorize: Vectorize
     From paths of Pathfinder batch and match goes on, as from those of :func:`found_start`: their Gaussians, of low
     rank, are hundreds of nats away from a posterior with many correlated dimensions.
     """
-    if not isinstance(guide, AutoPathfinder) or guide.latent_dim > DENSE:
+    if not isinstance(guide, AutoPathfinder) or guide.latent_dim > DENSE or guide.is_matched:
         return guide, describe(guide)
     found = _matched(guide, model, call, {"vectorize": vectorize})
     return found, describe(guide) if found is guide else f"{describe(guide)}, matched"

@@ -25,7 +25,7 @@ from pplvi.posterior.gathering import ModelCall, facts_of, facts_with_scouts, gr
 from pplvi.posterior.leave_one_out import LeftOut, loo
 from pplvi.posterior.predictions import observed_as_before, told_how_to_predict
 from pplvi.posterior.stacking import repeated, shared, stack
-from pplvi.posterior.verdict import Facts, Verdict, judge
+from pplvi.posterior.verdict import Facts, Verdict, is_settled, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
 from pplvi.programs.carrying import WayName
@@ -190,10 +190,12 @@ class Posterior(WeightedDraws):
 
     @cached_property
     def facts_without_scouts(self) -> Facts | None:
-        """What is known of the :attr:`pool` before scouts are sent; ``None`` for chains and weights of single data."""
+        """What is known before scouts are sent, of the :attr:`pool` where more draws may make them reliable; ``None``
+        for chains and weights of single data."""
         if self.is_mcmc or not self.has_weights or self.draws.batch:
             return None
-        return facts_of(self.pool, self.converged)
+        own = facts_of(self, self.converged)
+        return own if is_settled(own) else facts_of(self.pool, self.converged)
 
     @cached_property
     def facts(self) -> Facts:

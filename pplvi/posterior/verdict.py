@@ -146,6 +146,16 @@ def at_best(facts: Facts) -> Verdict:
     return judge(replace(facts, missed=(Missed(0.0, 0.0, "everywhere"),)))
 
 
+def is_settled(facts: Facts) -> bool:
+    """Whether more draws will hardly make them reliable: few are effective, or k-hat is too large by twice its error.
+
+    >>> is_settled(Facts(4000, 240.0, 0.52, 0.1, 0.01)), is_settled(Facts(4000, 2000.0, 0.72, 0.1, 0.01))
+    (True, False)
+    """
+    heavy = facts.pareto_k - 2 * facts.pareto_k_error >= _MOST_K
+    return facts.efficiency < _RARE or (heavy and facts.efficiency < _HALF)
+
+
 def _against(facts: Facts) -> Iterator[str]:
     """Why draws are not even usable for means."""
     yield from facts.doubts

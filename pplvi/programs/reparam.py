@@ -64,6 +64,18 @@ class Reparametrized:
             self._looked = True
         return self.sites or frozenset()
 
+    def values_at(self, values: Values, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Values of the latents of this form where those of the program itself have the given ones."""
+        self.look(args, kwargs)
+
+        def supplied(*args: Any, **kwargs: Any) -> Any:
+            with Supply(values):
+                return self.__wrapped__(*args, **kwargs)
+
+        with aside(), isolated():
+            run = plain_run(rewritten(supplied, self._rule), args, kwargs)
+        return {name: site["value"] for name, site in latent_sites(run.model).items()}
+
     def _rule(self, msg: Any) -> Reparam | None:
         whole = msg["name"].removesuffix("_base")
         if msg["is_observed"] or self.sites is None or whole not in self.sites:

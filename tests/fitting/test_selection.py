@@ -116,6 +116,8 @@ def test_richer_families_are_tried_one_after_another_until_one_is_good(monkeypat
         ((0.9, -1.0), (0.8, -1.5), "as written"),  # what is missed counts, not k-hat
         ((2.0, -9.0), (3.0, -7.0), "non-centered"),
         ((0.6, -1.0), (0.65, -1.0, 0.001), "non-centered"),  # as much evidence from more effective draws
+        ((0.65, -1.0, 0.01, 3500.0), (0.6, -1.0, 0.001), "as written"),
+        ((0.65, -1.0, 0.02, 3500.0), (0.6, -1.0, 0.001), "non-centered"),
     ],
 )
 def test_the_form_in_which_the_most_evidence_is_found_is_kept(written, other, kept, monkeypatch):
@@ -136,6 +138,35 @@ def test_the_form_in_which_the_most_evidence_is_found_is_kept(written, other, ke
     assert best.notes["taken"] == f"{title}, as its draws are reliable"
     assert best.notes["parametrisation"].startswith(f"{kept} has k-hat")
     assert best.notes["parametrisation"].count("log evidence") == 3
+
+
+def test_other_forms_begin_where_the_first_is_matched(monkeypatch):
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    values = {"v": torch.tensor(2.0), "x": torch.linspace(-1.0, 1.0, 20)}
+    gaussians, given = SimpleNamespace(loc=torch.zeros(1, 21)), []
+
+    def fake(model, guide, **options):
+        given.append(guide)
+        found = Fitted(name_of(guide), 0.6)
+        found.guide = SimpleNamespace(is_matched=True, best_values=lambda: values, gaussians=gaussians)
+        return found
+
+    select(fake, crooked, originals(crooked), budget=30.0)
+    first, *others = (guide.keywords for guide in given)
+    assert "num_paths" not in first
+    for options, power in zip(others, (1.0, 0.5), strict=True):
+        assert (options["num_paths"], options["lbfgs"]) == (1, {"max_iterations": 5})
+        found = options["init_loc_fn"]({"name": "x_decentered", "fn": dist.Normal(0.0, 1.0).expand([20])})
+        assert torch.allclose(found, values["x"] * (-0.5 * power * values["v"]).exp())
+    for change in (
+        partial(values.update, v=torch.tensor(-3000.0)),
+        partial(setattr, gaussians, "loc", torch.zeros(2, 21)),
+    ):
+        change()  # values that are not finite there; two modes
+        given.clear()
+        select(fake, crooked, originals(crooked), budget=30.0)
+        assert all("num_paths" not in guide.keywords for guide in given)
+        values["v"] = torch.tensor(2.0)
 
 
 def test_a_fit_of_the_plan_is_made_by_the_plain_family_and_not_by_where_it_began(monkeypatch):

@@ -206,6 +206,13 @@ def test_paths_that_are_given_are_matched_first() -> None:
     assert given_start(other, rates, ((COUNTS,), {}), None) == (other, "AutoDeterministicNormal")
 
 
+def test_a_guide_that_is_matched_already_is_where_particles_start() -> None:
+    y = torch.sin(torch.arange(110.0))
+    guide = pplvi.AutoPathfinder(walk, seed=0, num_components=1).run(y)
+    assert guide.is_matched
+    assert given_start(guide, walk, ((y,), {}), None) == (guide, "AutoPathfinder")
+
+
 def test_paths_to_several_modes_are_not_matched() -> None:
     def apart() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
@@ -237,8 +244,9 @@ def test_a_budget_that_is_too_short_is_told_and_not_called_reliable() -> None:
 def test_recording_is_the_same_density() -> None:
     recorded, plain = (kind(clusters, (POINTS,)) for kind in (RecordedDensity, UnconstrainedDensity))
     rows = torch.randn(40, 1)
-    for _ in range(30):
-        found = recorded.value_and_gradient(rows)
+    found = recorded.value_and_gradient(rows)
+    assert not recorded.programs
+    recorded.value_and_gradient(rows)
     assert list(recorded.programs) == [40]
     assert recorded.programs[40] is not None
     other = torch.randn(40, 1)
@@ -250,7 +258,8 @@ def test_recording_is_the_same_density() -> None:
 def test_a_few_rows_are_recorded_once_however_many_there_are_left() -> None:
     """As paths have them, which end one after another."""
     recorded, plain = (kind(clusters, (POINTS,)) for kind in (RecordedDensity, UnconstrainedDensity))
-    for number in [4] * 30 + [3] * 30:
+    for number in [4] * 5 + [3] * 5:
+        assert not recorded.programs
         recorded.value_and_gradient(torch.randn(number, 1))
     assert list(recorded.programs) == [4]
     assert recorded.programs[4] is not None

@@ -92,6 +92,29 @@ def test_a_gaussian_posterior_is_found_exactly(dim):
     assert torch.allclose(posterior.variance.sqrt(), sd, rtol=0.1)
 
 
+def test_many_dimensions_are_matched_by_their_scores():
+    loc, covariance = correlated(110, seed=0)
+    rough, guide = (AutoPathfinder(gaussian(110), seed=0, moment_matching=n).run() for n in (0, 10))
+    assert (rough.is_matched, guide.is_matched) == (False, True)
+    posterior, sd = guide.get_posterior(), covariance.diagonal().sqrt()
+    assert ((posterior.mean - loc).abs() < 0.05 * sd).all()
+    assert torch.allclose(posterior.variance.sqrt(), sd, rtol=0.05)
+    gaps = [-Posterior(gaussian(110), each, seed=0).elbo.value for each in (rough, guide)]  # log Z = 0
+    assert gaps[1] < 0.05 < 1.0 < gaps[0]
+
+
+def test_modes_in_many_dimensions_are_all_matched():
+    def apart():
+        x = pyro.sample("x", dist.Normal(0.0, 3.0).expand([101]).to_event(1))
+        pyro.factor("modes", torch.logaddexp(*(-50 * (x[..., 0] - m) ** 2 for m in (-1.5, 1.5))))
+
+    guide = AutoPathfinder(apart, seed=0, num_paths=8).run()
+    assert (guide.get_posterior().parts.loc[:, 0] > 0).tolist() in ([True, False], [False, True])
+    posterior = Posterior(apart, guide, seed=0)
+    assert float(posterior.pareto_k) < 0.5
+    assert float(posterior.ess) > 900
+
+
 @pytest.mark.parametrize("dim", [2, 5])
 def test_the_papers_pathfinder_is_exact_after_resampling(dim):
     loc, covariance = correlated(dim, seed=0)

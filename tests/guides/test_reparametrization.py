@@ -167,6 +167,19 @@ def test_minibatches_train_it():
     assert torch.corrcoef(torch.stack([posterior.draws.deterministics["z"].mean(0), data]))[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("centered", [0.0, 0.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_of_the_model_are_carried_to_its_other_form(family, centered):
+    model = hierarchy(*FAMILIES[family])
+    other = noncentered(model, centered=centered)
+    trace = poutine.trace(model).get_trace()
+    values = {name: trace.nodes[name]["value"] for name in ("a", "b", "x")}
+    found = other.values_at(values, (), {})
+    assert set(found) == {"a", "b", next(name for name in found if name.endswith("_decentered"))}
+    again = poutine.trace(poutine.condition(other, found)).get_trace()
+    assert all(torch.allclose(again.nodes[name]["value"], value) for name, value in values.items())
+
+
 def test_only_latents_of_hierarchies_are_rewritten():
     def model():
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))

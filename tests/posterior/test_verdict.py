@@ -174,6 +174,21 @@ def test_no_more_draws_are_made_where_averages_would_not_settle():
     assert posterior.verdict.word == UNRELIABLE
 
 
+def test_no_more_draws_are_made_to_look_on_where_they_would_not_help():
+    """As a plan does: the verdict itself is of the pool."""
+    model, guide = (
+        lambda scale=scale: pyro.sample("z", dist.Normal(torch.zeros(40), scale).to_event(1)) for scale in (1.0, 0.8)
+    )
+    posterior = pplvi.Posterior(model, guide, num_draws=1000, seed=0)
+    facts = posterior.facts_without_scouts
+    assert facts.num_draws == 1000
+    assert facts.efficiency < 0.15
+    assert "pool" not in vars(posterior)
+    assert posterior.facts.num_draws > 1000
+    near = pplvi.Posterior(two_modes, both, num_draws=1000, seed=0)
+    assert near.facts_without_scouts.num_draws > 1000
+
+
 def test_one_seed_has_one_pool_however_busy_the_machine_is(monkeypatch):
     def looped():
         return pplvi.Posterior(heavy, light, num_draws=300, seed=3, vectorize="loop")

@@ -25,7 +25,7 @@ __all__ = ["AutoBatchAndMatch"]
 
 _SCOUT_DRAWS, _JUDGE_DRAWS = 25, 500
 _AVERAGED = 0.25  # of the iterations, at the end
-_LOW_RANK_ABOVE = 256  # dimensions: batches are larger than that below, and small beyond
+LOW_RANK_ABOVE = 256  # dimensions: batches are larger than that below, and small beyond
 _FULL_UP_TO, _FACTORS = 1000, 32  # dimensions of a full covariance; factors of those in more
 
 
@@ -98,12 +98,9 @@ class AutoBatchAndMatch(FoundGuide):
         self.elbo = float("nan")
 
     def _find(self, density: UnconstrainedDensity) -> Gaussian:
-        start = self._first(density)
-        found = self._matched(density, start)
-        choices = [start] if found is None else [found, start]
-        judged = elbos(density, choices, _JUDGE_DRAWS)
-        self.elbo = max(judged)
-        return stack_gaussians([choices[judged.index(self.elbo)]])
+        few = self._rank or (_FACTORS if density.dim > _FULL_UP_TO else None)
+        found, self.elbo = matched(density, self._first(density), self._num_iterations, self._batch_size, few)
+        return stack_gaussians([found])
 
     def _first(self, density: UnconstrainedDensity) -> Gaussian:
         """The best Gaussian of the paths, or that of the guide to start at."""
@@ -112,30 +109,47 @@ class AutoBatchAndMatch(FoundGuide):
             return explore(density, self._starts(density, self._num_paths), options, _SCOUT_DRAWS)[1][0]
         return Gaussian(*(part[0] for part in self._begin._components(density)))
 
-    def _matched(self, density: UnconstrainedDensity, start: Gaussian) -> Gaussian | None:
-        few = self._rank or (_FACTORS if density.dim > _FULL_UP_TO else None)
-        current: Any = Full.of(start) if few is None else Factored.of(start, few)
-        size = self._batch_size or _default_batch(density.dim, few)
-        first = int((1 - _AVERAGED) * self._num_iterations)  # of those that are averaged
-        mean = None
-        for t in range(self._num_iterations):
-            batch = None if is_time_over() else _batch(density, current, size)
-            if batch is None:
-                break
-            try:
-                current = current.updated(*batch, size * density.dim / (t + 1))
-            except LinAlgError:  # of scores so large that a covariance cannot be factorised
-                break
-            if t >= first:
-                mean = current if mean is None else mean.towards(current, 1 / (t - first + 1))
-        found: Gaussian | None = (current if mean is None else mean).gaussian()
-        return found
+
+def matched(
+    density: UnconstrainedDensity, start: Gaussian, num_iterations: int, size: int | None = None, few: int | None = None
+) -> tuple[Gaussian, float]:
+    """What batch and match makes of a Gaussian, or the Gaussian itself where that has the larger ELBO; and its ELBO.
+
+    :param density: the target.
+    :param num_iterations: how many updates; they end when the time is over.
+    :param size: draws in an update.
+    :param few: factors of the covariance, which is full unless given.
+    """
+    found = _matched(density, start, num_iterations, size or _default_batch(density.dim, few), few)
+    choices = [start] if found is None else [found, start]
+    judged = elbos(density, choices, _JUDGE_DRAWS)
+    return choices[judged.index(max(judged))], max(judged)
+
+
+def _matched(
+    density: UnconstrainedDensity, start: Gaussian, num_iterations: int, size: int, few: int | None
+) -> Gaussian | None:
+    current: Any = Full.of(start) if few is None else Factored.of(start, few)
+    first = int((1 - _AVERAGED) * num_iterations)  # of those that are averaged
+    mean = None
+    for t in range(num_iterations):
+        batch = None if is_time_over() else _batch(density, current, size)
+        if batch is None:
+            break
+        try:
+            current = current.updated(*batch, size * density.dim / (t + 1))
+        except LinAlgError:  # of scores so large that a covariance cannot be factorised
+            break
+        if t >= first:
+            mean = current if mean is None else mean.towards(current, 1 / (t - first + 1))
+    found: Gaussian | None = (current if mean is None else mean).gaussian()
+    return found
 
 
 def _default_batch(dim: int, few: int | None) -> int:
     if few is not None:
         return 64
-    return max(128, 2 * dim) if dim <= _LOW_RANK_ABOVE else 128
+    return max(128, 2 * dim) if dim <= LOW_RANK_ABOVE else 128
 
 
 def _batch(density: UnconstrainedDensity, current: Full | Factored, size: int) -> tuple[Tensor, Tensor] | None:

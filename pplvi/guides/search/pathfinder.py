@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from pyro.infer.autoguide import init_to_median, init_to_value
+from torch import Tensor
 
 from pplvi.guides.search.base import FoundGuide
+from pplvi.guides.search.batch_and_match import LOW_RANK_ABOVE, matched
 from pplvi.guides.search.explore import OptimizationPath, explore
 from pplvi.guides.search.gaussians import Gaussian, stack_gaussians
 from pplvi.guides.search.lbfgs import Options
-from pplvi.guides.search.moments import match_moments
+from pplvi.guides.search.moments import MOST_DIMENSIONS, match_moments
 from pplvi.kinds.checked import checked
 from pplvi.kinds.kinds import Count, Natural, Positive, Seed
 from pplvi.programs.calls import check_counts
@@ -23,6 +25,10 @@ from pplvi.programs.ways import Vectorize
 from pplvi.types import Program
 
 __all__ = ["AutoPathfinder", "OptimizationPath", "init_to_pathfinder"]
+
+_UPDATES = 3  # of batch and match in the place of a round of importance sampling, which many dimensions defeat
+_POINTS, _VALLEY = 17, 2.0  # on the way from one mode to another; nats
+_AS_HIGH = 10.0  # nats
 
 
 @checked
@@ -58,7 +64,8 @@ class AutoPathfinder(FoundGuide):
         Newton's method end a path of more than 50 iterations, in up to 100 dimensions. ``False`` is the paper.
     :param moment_matching: rounds of adaptive importance sampling, from the mixture of the paths to the Gaussian with
         the moments of the posterior, in up to 100 dimensions; the result replaces the mixture only where it has more
-        effective draws. 0 is the paper.
+        effective draws. In up to 256, where weights would be those of few draws, it is three updates of batch and match
+        (:class:`pplvi.AutoBatchAndMatch`) for each, of the best Gaussian and those at other modes. 0 is the paper.
     :param num_components: where that leaves less than nine in ten draws effective, in up to 20 dimensions, mixtures of
         2, 4, ... up to so many Gaussians, by EM on the weighted draws; kept by the same rule. 1 for none.
     :param init_radius: starts are uniform on ``(-init_radius, init_radius)`` in every unconstrained coordinate.
@@ -68,6 +75,7 @@ class AutoPathfinder(FoundGuide):
     :param seed: makes runs reproducible and leaves the global random state as it was.
     :param vectorize: the way of running rows, ``"broadcast"``, ``"vmap"`` or ``"loop"`` (``False``); the fastest that
         is right for the programs unless named.
+    :ivar is_matched: whether the Gaussians are those of batch and match.
     :raises ValueError: for settings out of range; on the first run, for a model without latent sites, with discrete
         ones that are not enumerated, with subsampled plates, whose log density is not finite at any start (with the
         first bad site), or whose posterior is improper as far as the paths can tell.
@@ -103,12 +111,16 @@ class AutoPathfinder(FoundGuide):
         self._num_paths, self._elbo_draws = num_paths, elbo_draws
         self._exact_hessian, self._moment_matching = exact_hessian, moment_matching
         self._num_components = num_components
+        self.is_matched = False
         self._paths: tuple[OptimizationPath, ...] = ()
 
     def _find(self, density: UnconstrainedDensity) -> Gaussian:
         options = Options(**self._options, precision=torch.finfo(density.dtype).eps)
         starts = self._starts(density, self._num_paths)
         self._paths, found = explore(density, starts, options, self._elbo_draws, exact=self._exact_hessian)
+        if MOST_DIMENSIONS < density.dim <= LOW_RANK_ABOVE and self._moment_matching:
+            self.is_matched = True
+            return _matched(density, found, _UPDATES * self._moment_matching)
         return match_moments(density, stack_gaussians(found), self._moment_matching, self._num_components)
 
     @property
@@ -152,3 +164,21 @@ def _options(history: int, lbfgs: Mapping[str, float]) -> dict[str, Any]:
         raise ValueError(f"lbfgs has {wrong}; expected numbers of at least 0 for some of {sorted(known)}")
     check_counts(max_iterations=lbfgs.get("max_iterations", Options.max_iterations))
     return {"history": history, **lbfgs}
+
+
+def _matched(density: UnconstrainedDensity, parts: Sequence[Gaussian], num_iterations: int) -> Gaussian:
+    """What batch and match makes of the best Gaussian, and of each at a mode of its own that is as high."""
+    found: list[tuple[Gaussian, float]] = []
+    for part in parts:
+        if not any(_is_way(density, part.loc, one.loc) for one, _ in found):
+            found.append(matched(density, part, num_iterations))
+    least = max(elbo for _, elbo in found) - _AS_HIGH
+    return stack_gaussians([one for one, elbo in sorted(found, key=lambda pair: -pair[1]) if elbo >= least])
+
+
+@torch.no_grad()
+def _is_way(density: UnconstrainedDensity, one: Tensor, other: Tensor) -> bool:
+    """Whether a straight way from one point to another leads through no valley."""
+    points = torch.lerp(one, other, torch.linspace(0.0, 1.0, _POINTS).to(one).unsqueeze(1))
+    height = density(points.to(density.dtype)).double().nan_to_num(-math.inf, -math.inf, -math.inf)
+    return bool(height.min() > torch.minimum(height[0], height[-1]) - _VALLEY)
