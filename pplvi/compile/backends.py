@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pplvi.compile.packing import packed
 from pplvi.compile.tracing import Traced, one_fake_mode
 from pplvi.types import Program
 
@@ -77,9 +78,10 @@ def compiled(traced: Traced, num_carried: int, inputs: Sequence[Tensor]) -> Prog
     :raises ValueError: if there is no compiler, or the graph cannot be compiled.
     """
 
-    step = in_place(traced.graph, num_carried)
-    program = _shared(traced, "step", lambda *x: (step(*x),), [*inputs, *traced.constants])
-    return lambda *inputs: program(*inputs, *traced.constants)[0]
+    packs = packed(traced.graph, num_carried)
+    step = in_place(packs.graph, num_carried)
+    program = _shared(packs.graph, "step", lambda *x: (step(*x),), packs.given([*inputs, *traced.constants]))
+    return lambda *inputs: program(*packs.given([*inputs, *traced.constants]))[0]
 
 
 def looped(traced: Traced, num_carried: int, inputs: Sequence[Tensor], chunk: int, stacked: int = 0) -> Program:
@@ -112,7 +114,7 @@ def looped(traced: Traced, num_carried: int, inputs: Sequence[Tensor], chunk: in
             old.copy_(value)
         return (losses,)
 
-    program = _shared(traced, f"{chunk} {stacked}", loop, [*inputs, *traced.constants])
+    program = _shared(traced.graph, f"{chunk} {stacked}", loop, [*inputs, *traced.constants])
     return lambda *inputs: program(*inputs, *traced.constants)[0]
 
 
@@ -120,9 +122,9 @@ def _at(stack: Tensor, i: Tensor) -> Tensor:
     return stack.index_select(0, i.reshape(1)).squeeze(0)
 
 
-def _shared(traced: Traced, kind: str, function: Program, inputs: Sequence[Tensor]) -> Program:
+def _shared(graph: fx.GraphModule, kind: str, function: Program, inputs: Sequence[Tensor]) -> Program:
     """Compile, or take the program that was compiled for the same graph: of another restart, say, or another run."""
-    key = _key(kind, traced.graph.code, tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
+    key = _key(kind, graph.code, tuple((x.shape, x.stride(), x.dtype, x.device) for x in inputs))
     if key not in _PROGRAMS:
         state = pyro.util.get_rng_state()
         with _named_failure(), torch.no_grad():

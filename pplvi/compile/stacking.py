@@ -8,6 +8,7 @@ operations are alike is read from the graph (:mod:`pplvi.compile.alike`).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import accumulate, pairwise
@@ -19,14 +20,15 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_unflatten
 
-from pplvi.compile.alike import JOINED, LEAST, Classes, Graph, Op, Unit, Unlike, placed
+from pplvi.compile.alike import JOINED, Classes, placed
+from pplvi.compile.operations import LEAST, VIEWED, Graph, Op, Unit, Unlike, largest
+from pplvi.compile.ragged import SUMS, fitted, padded_together, zero_padded
 from pplvi.compile.tracing import FUSED_NOISE, Traced, lift_constants, one_fake_mode
 
 aten = torch.ops.aten
 
 MANY, WORTH = 1000, 1 / 2  # operations of a graph that is looked at; the part that may be left
 _ROWWISE = {aten._standard_gamma_grad.default, aten._dirichlet_grad.default}  # on arguments of one shape
-_VIEWED = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 def stacked_alike(traced: Traced, inputs: Sequence[Tensor], num_carried: int, noise: bool) -> Traced:
@@ -88,7 +90,7 @@ class Stacks:
         return len(self._order)
 
     def _stacked(self, literals: Unit) -> Tensor:
-        return torch.stack([self._values[x.node] for x in literals.members]).to(self._device)
+        return padded_together([self._values[x.node] for x in literals.members], literals.size).to(self._device)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One step."""
@@ -138,11 +140,12 @@ class _Run:
             if op.unit is None or op.unit.kind == "place":
                 self.single(op)
             else:
-                self.ones[op] = self.stacks[op.unit].select(0, op.unit.members.index(op))
+                self.ones[op] = fitted(self.stacks[op.unit].select(0, op.unit.members.index(op)), op.shape.size)
         return self.ones[op]
 
     def many(self, ops: Sequence[Op]) -> Tensor:
-        """A stack of the values of several, along the first dimension."""
+        """A stack of the values of several, along the first dimension, the smaller ones padded."""
+        size = largest(ops)
         blocks: dict[Any, list[Op]] = {}
         for op in ops:
             whole = op.unit is not None and op.unit.kind != "place"
@@ -150,15 +153,15 @@ class _Run:
         order, parts = list[Op](), list[Tensor]()
         for unit, needed in blocks.items():
             some = list(dict.fromkeys(needed))
-            parts.append(self._singles(some) if unit is None else self._part(unit, some))
+            parts.append(self._singles(some, size) if unit is None else self._part(unit, some, size))
             order += some
         return _taken(parts[0] if len(parts) == 1 else torch.cat(parts), order, ops)
 
-    def _singles(self, some: list[Op]) -> Tensor:
-        return torch.stack([self.one(x).to(self.device) for x in some])
+    def _singles(self, some: list[Op], size: Sequence[int]) -> Tensor:
+        return padded_together([self.one(x).to(self.device) for x in some], size)
 
-    def _part(self, unit: Unit, some: list[Op]) -> Tensor:
-        return _taken(self.stacks[unit], unit.members, some)
+    def _part(self, unit: Unit, some: list[Op], size: Sequence[int]) -> Tensor:
+        return fitted(_taken(self.stacks[unit], unit.members, some), size)
 
     # ------------------------------------------------------------------ operations
 
@@ -178,11 +181,11 @@ class _Run:
         """Do all operations of a unit."""
         if unit.kind != "place":
             value = getattr(self, f"_{unit.kind}")(unit)
-            assert value.shape == (len(unit.members), *unit.first.shape.size)
+            assert value.shape == (len(unit.members), *unit.size)
             self.stacks[unit] = value.to(self.device, unit.first.shape.dtype)
 
     def _input(self, unit: Unit) -> Tensor:
-        return torch.stack([self.values[op.node] for op in unit.members])
+        return padded_together([self.values[op.node] for op in unit.members], unit.size)
 
     def _pick(self, unit: Unit) -> Tensor:
         """Parts of one value: a view where they lie at equal distances."""
@@ -191,14 +194,14 @@ class _Run:
         starts = [x.leaves[2] for x in unit.members]
         if op.target is aten.select.int:
             return _at(source, dim, starts).movedim(dim, 0)
-        width = op.shape.size[dim]
+        width, widths = unit.size[dim], [x.shape.size[dim] for x in unit.members]
         if width == 1:
             return _at(source, dim, starts).movedim(dim, 0).unsqueeze(dim + 1)
-        index = [start + i for start in starts for i in range(width)]
+        index = [start + min(i, w - 1) for start, w in zip(starts, widths, strict=True) for i in range(width)]
         return _at(source, dim, index).unflatten(dim, (len(starts), width)).movedim(dim, 0)
 
     def _draw(self, unit: Unit) -> Tensor:
-        op, size = unit.first, [len(unit.members), *unit.first.shape.size]
+        op, size = unit.first, [len(unit.members), *unit.size]
         if op.fresh is None and any(isinstance(x, Op) for x in op.leaves):
             return _apply(op, [self.many(column) for column in _columns(unit)])  # element by element
         many = math.prod(size) > FUSED_NOISE
@@ -216,10 +219,10 @@ class _Run:
             blocks.setdefault(op.unit or op, []).append(op)
         parts = []
         for unit, some in blocks.items():
-            if isinstance(unit, Op) or len(some) < LEAST:
-                parts += [self.one(op) for op in some]
-            else:
+            if isinstance(unit, Unit) and len(some) >= LEAST:
                 parts.append(self._together(some) if unit.kind == "place" else self.many(some).sum(0))
+            else:
+                parts += [self.one(op) * n if n > 1 else self.one(op) for op, n in Counter(some).items()]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -229,20 +232,21 @@ class _Run:
         """The sum of tensors that are zero but for a part."""
         begins = [where for op in some if (where := placed(op))]
         dim, size = begins[0][0], some[0].shape.size
-        part = self.many([op.leaves[0] for op in some])
-        if some[0].target is aten.select_backward.default:
-            part = part.unsqueeze(dim + 1)
-        width = part.shape[dim + 1]
+        pieces = [op.leaves[0] for op in some]
+        part, new = self.many(pieces), some[0].target is aten.select_backward.default
+        part = part.unsqueeze(dim + 1) if new else part
+        wide, widths = part.shape[dim + 1], [1 if new else x.shape.size[dim] for x in pieces]
         flat = part.movedim(0, dim).flatten(dim, dim + 1)
-        index = [start + i for _, start in begins for i in range(width)]
+        kept = [k * wide + i for k, width in enumerate(widths) for i in range(width)]
+        index = [start + i for (_, start), width in zip(begins, widths, strict=True) for i in range(width)]
         if len(set(index)) < len(index):
             rows = torch.tensor(index, device=flat.device)
-            return flat.new_zeros(size).index_add(dim, rows, flat)
-        found = {place: i for i, place in enumerate(index)}
+            return flat.new_zeros(size).index_add(dim, rows, _at(flat, dim, kept))
+        found, nothing = dict(zip(index, kept, strict=True)), flat.shape[dim]
         if len(found) < size[dim]:
             edge = [*flat.shape[:dim], 1, *flat.shape[dim + 1 :]]
             flat = torch.cat([flat, flat.new_zeros(edge)], dim)
-        return _at(flat, dim, [found.get(i, len(index)) for i in range(size[dim])])
+        return _at(flat, dim, [found.get(i, nothing) for i in range(size[dim])])
 
     def _joined(self, op: Op) -> Tensor:
         """Many values side by side: units first, then in order."""
@@ -251,13 +255,15 @@ class _Run:
         dim = (statics[0] if statics else 0) % len(op.shape.size)
         widths = [1 if new else x.shape.size[dim] for x in pieces]
         begins = list(accumulate(widths, initial=0))
-        parts, came = list[Tensor](), list[int]()
+        parts, found, past = list[Tensor](), dict[int, int](), 0
         for places in _by_unit(pieces):
             part = self.many([pieces[i] for i in places]).movedim(0, dim)
+            wide = 1 if new else part.shape[dim + 1]
             parts.append(part if new else part.flatten(dim, dim + 1))
-            came += [begins[i] + j for i in places for j in range(widths[i])]
-        found = {place: i for i, place in enumerate(came)}
-        return _at(torch.cat(parts, dim), dim, [found[i] for i in range(len(came))])
+            for k, i in enumerate(places):
+                found.update({begins[i] + j: past + k * wide + j for j in range(widths[i])})
+            past += len(places) * wide
+        return _at(torch.cat(parts, dim), dim, [found[i] for i in range(len(found))])
 
     def _add(self, unit: Unit) -> Tensor:
         columns = _columns(unit)
@@ -273,17 +279,18 @@ class _Run:
         return _aligned(self.many(column), rank)
 
     def _call(self, unit: Unit) -> Tensor:
-        op, n = unit.first, len(unit.members)
-        size = op.shape.size
+        op, n, size = unit.first, len(unit.members), unit.size
         columns = _columns(unit)
         if op.target in _ROWWISE:
             return _apply(op, [self.many(column) for column in columns])
         shared = [all(x is column[0] for x in column) for column in columns]
         values = [self.one(c[0]) if same else self.many(c) for c, same in zip(columns, shared, strict=True)]
-        if op.target in _VIEWED and not shared[0]:
+        if op.target in VIEWED and not shared[0]:
             return values[0].reshape(n, *size)
-        if op.target is aten.expand.default and not shared[0]:
-            return _aligned(values[0], len(size)).expand(n, *size)
+        if op.target is aten.expand.default:
+            return (values[0] if shared[0] else _aligned(values[0], len(size))).expand(n, *size)
+        if op.target in SUMS:
+            values = [zero_padded(values[0], columns[0])]
         if _pointwise(op):
             values = [x if same else _aligned(x, len(size)) for x, same in zip(values, shared, strict=True)]
             return _apply(op, values)

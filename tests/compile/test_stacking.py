@@ -13,13 +13,13 @@ from step_cases import CASES, SGD, assert_same, trajectory
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pplvi.compile import alike, stacking, svi
+from pplvi.compile import alike, backends, operations, stacking, svi
 from pplvi.compile.stacking import Stacks, stacked_alike
 from pplvi.compile.svi import CompiledSVI
 from pplvi.compile.tracing import Traced, lift_constants, record
 from pplvi.losses.elbo import ELBO
 
-X = torch.linspace(-1.0, 1.0, 60, dtype=torch.float64).reshape(5, 12).sin()
+X = torch.linspace(-1.0, 1.0, 80, dtype=torch.float64).reshape(5, 16).sin()
 Y = torch.linspace(-1.0, 2.0, 5, dtype=torch.float64)
 
 
@@ -64,6 +64,17 @@ def groups() -> None:
             pyro.sample(f"y_{i}", dist.StudentT(4.0, a, 0.5), obs=X[i % 5, : 3 + i % 2])
 
 
+def ragged(sizes: range = range(4, 14)) -> None:
+    """Groups that are all of other sizes, with effects and data for each datum, and sums over each group."""
+    tau = pyro.sample("tau", dist.HalfNormal(2.0))
+    for i, n in enumerate(sizes):
+        level = pyro.sample(f"level_{i}", dist.Normal(0.0, tau))
+        with pyro.plate(f"rows_{i}", n):
+            effect = pyro.sample(f"effect_{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"y_{i}", dist.StudentT(4.0, level + effect * X[0, :n].exp(), tau), obs=X[1, :n])
+        pyro.sample(f"total_{i}", dist.Normal((effect[..., :n] ** 2).log1p().sum(-1), 1.0), obs=Y[1])
+
+
 def walk() -> None:
     """Every site given the one before."""
     z = pyro.sample("z_0", dist.Normal(0.0, 1.0))
@@ -75,14 +86,14 @@ def walk() -> None:
 def elements() -> None:
     """Elements of one vector, one by one and in pairs, and side by side again."""
     w = pyro.sample("w", dist.Normal(torch.zeros(12), 1.0).to_event(1))
-    for i, x in enumerate(X.T):
+    for i, x in enumerate(X[:, :12].T):
         pyro.sample(f"x_{i}", dist.Normal(w[..., i, None], 1.0).to_event(1), obs=x)
     for i in range(10):
         pyro.sample(
             f"d_{i}", dist.Normal(w[..., i : i + 2] - w[..., i + 1 : i + 3].flip(-1), 1.0).to_event(1), obs=X[0, :2]
         )
     turned = torch.stack([w[..., 11 - i].exp() for i in range(12)], -1)
-    pyro.sample("y", dist.Normal(turned @ X.T, 1.0).to_event(1), obs=Y)
+    pyro.sample("y", dist.Normal(turned @ X[:, :12].T, 1.0).to_event(1), obs=Y)
 
 
 PROGRAMS: dict[str, tuple[Callable[[], None], Any]] = {
@@ -90,6 +101,8 @@ PROGRAMS: dict[str, tuple[Callable[[], None], Any]] = {
     "coefficients, one vector": (coefficients, AutoDiagonalNormal),
     "families": (families, lambda model: family_guide),
     "groups": (groups, AutoNormal),
+    "ragged": (ragged, AutoNormal),
+    "ragged, one vector": (ragged, AutoDiagonalNormal),
     "walk": (walk, AutoNormal),
     "elements": (elements, AutoNormal),
 }
@@ -133,6 +146,39 @@ def test_the_number_of_operations_does_not_grow_with_that_of_sites():
         return compiled.recorded(svi.Arguments.of((), {}))
 
     assert len(step(26).graph.graph.nodes) == len(step(22).graph.graph.nodes) < 150
+
+
+def test_the_number_of_operations_does_not_grow_with_that_of_sizes():
+    def step(*data: Tensor) -> int:
+        def model(*data: Tensor) -> None:
+            for i, y in enumerate(data):
+                theta = pyro.sample(f"theta_{i}", dist.Normal(0.0, 1.0))
+                with pyro.plate(f"rows_{i}", len(y)):
+                    pyro.sample(f"y_{i}", dist.Normal(theta, 1.0), obs=y)
+
+        pyro.clear_param_store()
+        compiled = CompiledSVI(model, AutoNormal(model), SGD, ELBO(), mode=True)
+        compiled.prepare(data, {})
+        graph = compiled.recorded(svi.Arguments.of(data, {})).graph.graph
+        return sum(node.op == "call_function" for node in graph.nodes)
+
+    assert step(*(torch.ones(8 + i // 3) for i in range(24))) <= step(*(torch.ones(8 + i % 4) for i in range(24))) < 180
+
+
+def test_padding_is_in_no_sum_whatever_stands_there():
+    """Logarithms of what is left of zero are in the padding of the exponentials' logarithms."""
+    parts = [torch.linspace(0.5, 2.0, n) for n in (4, 5, 6, 7)]
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        logs = [(part * x[i] - x[i] * part.min() / 2).log() for i, part in enumerate(parts)]
+        sums = [log.sum() for log in logs] + [log.sin().sum(0, keepdim=True).exp()[0] for log in logs]
+        return x, sum(sums, torch.zeros(())), torch.cat(logs), torch.stack([log[:4] for log in logs])
+
+    inputs = [torch.linspace(1.0, 2.0, 4)]
+    traced = record(step, inputs, {}, 1)
+    stacked = Stacks(traced, inputs, 1, False)
+    assert any(unit.size == (7,) and unit.kind == "call" for unit in stacked._units)
+    torch.testing.assert_close(stacked(*inputs), traced.graph(*inputs, *traced.constants))
 
 
 def test_draws_that_are_taken_together_are_independent_standard_ones():
@@ -240,6 +286,7 @@ def test_steps_of_every_shape_on_stacks_equal_eager_ones(name, monkeypatch):
     monkeypatch.setattr(stacking, "WORTH", 100.0)
     monkeypatch.setattr(alike, "LEAST", 2)
     monkeypatch.setattr(stacking, "LEAST", 2)
+    monkeypatch.setattr(operations, "LEAST", 2)
     assert_same(trajectory(CASES[name], "trace"), trajectory(CASES[name], "SVI"))
 
 
@@ -250,3 +297,25 @@ def test_a_compiled_step_of_many_sites_learns_what_one_of_stacks_would():
     assert losses[-50:].mean() < losses[:10].mean()
     eager = torch.stack([torch.tensor(ELBO(100).loss(coefficients, compiled.guide)) for _ in range(5)])
     assert abs(eager.mean() - losses[-50:].mean()) < 4 * (losses[-50:].std() / 50**0.5 + eager.std() / 5**0.5)
+
+
+def test_a_compiled_step_takes_data_side_by_side_and_as_they_are_at_the_time(monkeypatch):
+    seen: list[int] = []
+    shared = backends._shared
+    monkeypatch.setattr(backends, "_shared", lambda *x: seen.append(len(x[-1])) or shared(*x))
+    data = [torch.linspace(-1.0, 1.0, 3 + i % 5) for i in range(40)]
+
+    def model(data: list[Tensor]) -> None:
+        for i, y in enumerate(data):
+            theta = pyro.param(f"theta_{i}", torch.zeros(()))
+            pyro.sample(f"y_{i}", dist.Normal(theta, 1.0).expand(y.shape).to_event(1), obs=y)
+
+    def guide(data: list[Tensor]) -> None: ...
+
+    pyro.clear_param_store()
+    compiled = CompiledSVI(model, guide, SGD, ELBO())
+    for _ in range(2):
+        wanted = ELBO().loss(model, guide, data)
+        torch.testing.assert_close(compiled.run(1, data), torch.tensor([wanted]))
+        data[3].add_(1.0)
+    assert seen[0] < 20
