@@ -27,7 +27,7 @@ from pplvi.training.restart import Restart, publish
 from pplvi.types import Program
 
 GOOD_ENOUGH, _NEARBY = 0.7, 1.0  # k-hat; averages do not settle beyond the latter
-_DRAWS = 4000
+_DRAWS, _JUDGED = 4000, 1000  # the latter where an attempt was cut
 _SAME, _MISSED, _TWENTYFOLD = 0.02, 0.2, 3.0  # nats of evidence
 _SHORT = 5  # iterations of a path that begins where it would lead to
 _HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
@@ -160,6 +160,7 @@ class _Ladder:
     """What was tried so far, and how long there is left.
 
     :ivar form: of the model, ``None`` until the first family was tried on all of them.
+    :ivar judging: seconds that drawing and judging take where an attempt was cut, by those of earlier ones.
     """
 
     def __init__(self, fit: FitFunction, originals: Originals, clock: Clock) -> None:
@@ -168,6 +169,7 @@ class _Ladder:
         self.errors: list[ValueError] = []
         self.form: str | None = None
         self.posteriors: dict[str, Posterior] = {}
+        self.judging = 0.0
 
     @property
     def done(self) -> list[Attempt]:
@@ -347,8 +349,10 @@ class _Ladder:
         judgement: dict[str, Any] = {}
         try:
             with ending(self.clock.over):
-                found = make()
+                with self.clock.keeping(self.judging):
+                    found = make()
                 found.origin = rung.guide  # where it began is no option of the guide, and a file need not hold it
+                made = cpu_seconds()
                 posterior = found.posterior(_DRAWS)
                 if found.islands is None:
                     pareto_k, elbo = float(posterior.pareto_k.max()), posterior.elbo.value
@@ -358,6 +362,8 @@ class _Ladder:
                     self.posteriors[form] = posterior
                 else:
                     judgement |= _judged(posterior)
+                judging = self.clock.measured(cpu_seconds() - made) * min(1.0, _JUDGED / posterior.num_draws)
+                self.judging = max(self.judging, judging)
         except ValueError as error:
             found, failure = None, str(error).split(":")[0].split(";")[0] or type(error).__name__
             pareto_k, elbo, log_evidence, judgement = math.inf, -math.inf, Estimate(-math.inf, 0.0), {}

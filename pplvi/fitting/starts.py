@@ -21,6 +21,7 @@ from pplvi.guides.search.pathfinder import AutoPathfinder
 from pplvi.guides.search.proximal import AutoProximal
 from pplvi.guides.search.start import start_at_pathfinder
 from pplvi.losses.elbo import ELBO
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.running import plain_run
 from pplvi.training.batches import FullData
 from pplvi.training.loop import Trainer
@@ -28,6 +29,7 @@ from pplvi.training.plan import Start
 from pplvi.training.restart import Restart, evaluate, unobtrusive
 from pplvi.types import Call, Program
 
+_NUMBERS = 2**21  # of latent values that are scored at once
 SEARCHES: dict[str, Any] = {"pathfinder": AutoPathfinder, "match": AutoBatchAndMatch}
 
 
@@ -164,5 +166,10 @@ def _score(trainer: Trainer, guide: Any, call: Call) -> float:
     run, monitor = trainer.run, trainer.watch.monitor
     if monitor is not None:
         return monitor(run, call)
+    size, done, total = max(1, _NUMBERS // max(1, getattr(guide, "latent_dim", 1))), 0, 0.0
     with unobtrusive(run):
-        return evaluate(ELBO(guide.score_draws, vectorize_particles=guide.vectorize), run.model, guide, call)
+        while done < guide.score_draws and not (done and is_time_over()):
+            some = min(size, guide.score_draws - done)
+            loss = evaluate(ELBO(some, vectorize_particles=guide.vectorize), run.model, guide, call)
+            done, total = done + some, total + some * loss
+    return total / done

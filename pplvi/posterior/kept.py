@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 from pplvi.posterior.posterior import Posterior
+from pplvi.programs.deadline import is_time_over
 
 _MOST = 2
 
@@ -23,7 +24,11 @@ class Kept:
         :param draw: what makes it.
         """
         found = self._table.pop(key, None)
-        self._table[key] = draw() if found is None or not found.is_current else found
+        if found is None or not found.is_current:
+            found = draw()
+            if is_time_over():  # it may have fewer draws than were asked for
+                return found
+        self._table[key] = found
         if len(self._table) > _MOST:
             self._table.popitem(last=False)
         return self._table[key]

@@ -9,7 +9,7 @@ weights of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +29,7 @@ from pplvi.posterior.verdict import Facts, Verdict, is_settled, judge
 from pplvi.posterior.weighted import WeightedDraws
 from pplvi.programs.calls import checked_call
 from pplvi.programs.carrying import WayName
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.errors import explained
 from pplvi.programs.inputs import check_finite, to_inputs
 from pplvi.programs.joint import execute
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from arviz import ELPDData
 
 _FAR_SEED = 1_000_003
+_LEAST = 500  # draws that are made when time is over
 
 
 @checked
@@ -149,11 +151,14 @@ class Posterior(WeightedDraws):
             return draw(*self._pair, self.args, self.kwargs, num_draws=size, vectorize=self.vectorize)
 
     def _drawn(self, chunks: list[tuple[int, int]], seed: int | None) -> Draws:
-        def part(start: int, stop: int) -> Draws:
-            return draw(*self._pair, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
+        def parts() -> Iterator[Draws]:
+            for start, stop in chunks:
+                if start >= _LEAST and is_time_over():
+                    return
+                yield draw(*self._pair, self.args, self.kwargs, num_draws=stop - start, vectorize=self.vectorize)
 
         with random_state(seed):
-            return stack((part(*bounds) for bounds in chunks), chunks[-1][1])
+            return stack(parts(), chunks[-1][1])
 
     @property
     def way(self) -> WayName | None:

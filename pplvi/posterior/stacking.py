@@ -16,7 +16,7 @@ _APART = 2_000_003  # between the seeds of ranks
 def stack(parts: Iterable[Draws], num_draws: int) -> Draws:
     """Put several sets of draws of one program behind each other, each freed once it is copied.
 
-    :param num_draws: how many there are in all of them.
+    :param num_draws: how many there are in all of them at most.
     """
     iterator = iter(parts)
     first = next(iterator)
@@ -32,13 +32,21 @@ def stack(parts: Iterable[Draws], num_draws: int) -> Draws:
         for name in drawn:
             _copy(getattr(whole, name), getattr(part, name), start, stop)
         start = stop
-    return whole
+    if start == num_draws:
+        return whole
+    return replace(whole, **{name: _first(getattr(whole, name), start) for name in drawn})
 
 
 def _room_for(value: Any, size: int) -> Any:
     if isinstance(value, dict):
         return {name: _room_for(each, size) for name, each in value.items()}
     return None if value is None else value.new_empty(size, *value.shape[1:])
+
+
+def _first(value: Any, size: int) -> Any:
+    if isinstance(value, dict):
+        return {name: _first(each, size) for name, each in value.items()}
+    return None if value is None else value[:size].clone()
 
 
 def _copy(whole: Any, part: Any, start: int, stop: int) -> None:

@@ -28,7 +28,9 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch.utils.data import DataLoader, TensorDataset
 
 import pplvi
-from pplvi.fitting import Checkpoint, Compile
+from pplvi.fitting import Checkpoint, Compile, starts
+from pplvi.guides.search.pathfinder import AutoPathfinder
+from pplvi.programs.deadline import ending
 from pplvi.programs.state import Environment, rng_state
 from pplvi.training import checkpoint
 from pplvi.training.watch import Monitor
@@ -932,6 +934,32 @@ def test_the_import_is_light():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_posterior_that_the_clock_has_cut_is_not_kept():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    result = fit(model, AutoNormal, num_steps=2, seed=0)
+    with ending(lambda: "budget"):
+        assert result.posterior(700, chunk_size=100).num_draws == 500
+    assert result.posterior(700, chunk_size=100).num_draws == 700
+
+
+def test_a_search_is_scored_in_parts_of_which_there_are_fewer_when_the_time_is_over(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(starts, "evaluate", lambda loss, *rest: sizes.append(loss.num_particles) or float(len(sizes)))
+    monkeypatch.setattr(starts, "_NUMBERS", 800)
+    late = iter([False, True])
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    guide = partial(AutoPathfinder, num_paths=1)
+    assert fit(model, guide, seed=0).runs[0].score == pytest.approx((400 * 1 + 400 * 2 + 200 * 3) / 1000)
+    monkeypatch.setattr(starts, "is_time_over", lambda: next(late))
+    assert fit(model, guide, seed=0).runs[0].score == pytest.approx((400 * 4 + 400 * 5) / 800)
+    assert sizes == [400, 400, 200, 400, 400]
 
 
 def test_a_posterior_is_kept_until_parameters_or_data_change():

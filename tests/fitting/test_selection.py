@@ -17,6 +17,7 @@ from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.recipes import flow_recipe
 from pplvi.posterior.verdict import RELIABLE, UNRELIABLE, Facts, Verdict
 from pplvi.posterior.weighted import Estimate
+from pplvi.programs.deadline import is_time_over
 from pplvi.programs.state import Environment
 from pplvi.training.replicas import Originals
 
@@ -406,6 +407,33 @@ def test_the_budget_ends_the_search_with_the_best_so_far():
     assert "time" in result.notes["taken"]
     assert "best verdict" in result.notes["taken"]
     assert math.isfinite(result.runs[0].score)
+
+
+def test_time_is_kept_for_the_judging_of_what_comes_next(monkeypatch):
+    """Drawing and judging 8,000 draws takes 16 seconds here: what is cut is judged on 1,000 in 2."""
+    now, late = [0.0], []
+    monkeypatch.setattr("pplvi.fitting.auto.publish", lambda run: None)
+    for module in ("clock", "auto"):
+        monkeypatch.setattr(f"pplvi.fitting.{module}.cpu_seconds", lambda: now[0])
+
+    class Slow(Fitted):
+        def posterior(self, num_draws):
+            now[0] += 16.0 if self.guide_name == "AutoPathfinder" else 0.0
+            return super().posterior(num_draws)
+
+    def fake(model, guide, **options):
+        if name_of(guide) == "smc":
+            for now[0] in (27.9, 28.1):
+                late.append(is_time_over())
+        return Slow(name_of(guide), 0.9)
+
+    first = select(fake, plain, originals(plain), budget=30.0)
+    assert late == [False, True]
+    assert first.timing.measured[0] == 16.0
+    now[0] = 1000.0
+    again = select(fake, plain, originals(plain), budget=first.timing)
+    assert late == [False, True] * 2
+    assert again.timing == first.timing
 
 
 def test_a_family_that_fails_is_passed_over_and_all_failing_is_an_error():

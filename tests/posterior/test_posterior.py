@@ -1,5 +1,6 @@
 """Posteriors of programs: construction, refusals, resampling, prediction, seeds."""
 
+import itertools
 import math
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyro.optim import Adam
 from torch import Tensor
 
 from pplvi.posterior.posterior import Posterior
+from pplvi.programs.deadline import ending
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -251,6 +253,17 @@ def test_model_without_latent_sites_has_no_posterior() -> None:
 
     with pytest.raises(ValueError, match="no latent sites"):
         Posterior(model, lambda: None)
+
+
+def test_draws_leave_off_when_the_time_is_over_but_not_before_there_are_five_hundred() -> None:
+    whole = Posterior(mean_model, mean_guide, (Y,), num_draws=1000, chunk_size=100, seed=0)
+    for asked, number in ((1, 500), (3, 700), (9, 1000)):
+        looks = itertools.count(1)
+        with ending(lambda looks=looks, asked=asked: "budget" if next(looks) >= asked else ""):
+            cut = Posterior(mean_model, mean_guide, (Y,), num_draws=1000, chunk_size=100, seed=0)
+        assert cut.num_draws == len(cut.draws.log_likelihood["y"]) == number
+        assert torch.equal(cut.draws.latents["z"], whole.draws.latents["z"][:number])
+        assert torch.equal(cut.log_weight, whole.log_weight[:number])
 
 
 @pytest.mark.parametrize(("num_draws", "chunk_size"), [(0, None), (-1, None), (10, 0)])
