@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ _GAIN = 1e-3  # nats; a point that gains less, twice in a row, stays where it is
 _PATIENCE = 2
 
 ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class KnownEnds(Protocol):
+    """What is known of the ends of climbs, more and more as they go on.
+
+    :ivar metric: a covariance ``(dim, dim)``, in whose units the others go on; ``None`` while there is none.
+    """
+
+    metric: Tensor | None
+
+    def __call__(self, at: Climb, rows: Tensor, ends: Tensor) -> Tensor:
+        """Whether rows that have made a step, some of them to their ends, lead to where others have ended."""
 
 
 @dataclass
@@ -32,7 +45,7 @@ class Climb:
     gradient: Tensor
 
 
-def ascend(function: ValueAndGradient, starts: Tensor, iterations: int) -> Climb:
+def ascend(function: ValueAndGradient, starts: Tensor, iterations: int, known: KnownEnds | None = None) -> Climb:
     """Climb from several starts at once.
 
     One call of the function answers all rows that still climb, wherever each is in its own line search. Where no step
@@ -44,6 +57,7 @@ def ascend(function: ValueAndGradient, starts: Tensor, iterations: int) -> Climb
         a wall.
     :param starts: rows; those where the function is not finite are left out.
     :param iterations: the most steps of a row.
+    :param known: asked after each step: rows that lead to where others have ended climb no further.
     :returns: the ends, one row for each start that is left.
 
     >>> def hill(x):
@@ -55,14 +69,18 @@ def ascend(function: ValueAndGradient, starts: Tensor, iterations: int) -> Climb
     value, gradient = function(starts)
     kept = value.isfinite() & gradient.isfinite().all(1)
     at = Climb(starts[kept].double(), value[kept], gradient[kept])
-    search = _Search(at)
-    search.aim(rows := torch.arange(len(at.value)))
-    while len(rows) and not is_time_over():
-        ended = search.take(function, rows)
+    search, rows = _Search(at), torch.arange(len(at.value))
+    ready = rows
+    while True:
         going = (search.steps < iterations) & (search.idle < _PATIENCE)
-        search.aim(ended[going[ended]])
+        if known is not None:
+            going[ready] &= ~known(at, ready, ~going[ready])
+            search.memory.metric = known.metric
+        search.aim(ready[going[ready]])
         rows = rows[going[rows]]
-    return at
+        if not len(rows) or is_time_over():
+            return at
+        ready = search.take(function, rows)
 
 
 class _Search:
@@ -86,10 +104,10 @@ class _Search:
         gradient = self.at.gradient[rows]
         direction = self.memory.direction(self.at.gradient, rows)
         astray = (direction * gradient).sum(1) <= 0
-        direction[astray] = gradient[astray]
-        new = self.memory.empty[rows] | astray
-        self.direction[rows], self.slope[rows], self.tries[rows] = direction, (direction * gradient).sum(1), 0
-        self.length[rows] = torch.where(new, 1 / direction.norm(dim=1).clamp(min=1.0), 1.0)
+        direction[astray] = self.memory.scaled(gradient[astray])
+        new, slope = self.memory.empty[rows] | astray, (direction * gradient).sum(1)
+        self.direction[rows], self.slope[rows], self.tries[rows] = direction, slope, 0
+        self.length[rows] = torch.where(new, slope.clamp(min=1.0).rsqrt(), 1.0)
 
     def take(self, function: ValueAndGradient, rows: Tensor) -> Tensor:
         """Try the length of each of these rows, and return those whose line search has ended."""
@@ -114,13 +132,17 @@ class _Search:
 
 
 class _Memory:
-    """The last steps of each row and how the gradient fell along them."""
+    """The last steps of each row and how the gradient fell along them.
+
+    :ivar metric: in whose units they are, a covariance ``(dim, dim)``; ``None`` for the identity.
+    """
 
     def __init__(self, like: Tensor) -> None:
         shape = (_HISTORY, *like.shape)
         self.steps, self.falls = like.new_zeros(shape), like.new_zeros(shape)
         self.inverse = like.new_zeros(_HISTORY, len(like))  # 1 / (step . fall), 0 for none
         self.empty = torch.ones(len(like), dtype=torch.bool)
+        self.metric: Tensor | None = None
 
     def learn(self, rows: Tensor, step: Tensor, fall: Tensor) -> None:
         curvature = (step * fall).sum(1)
@@ -133,15 +155,19 @@ class _Memory:
     def forget(self, rows: Tensor) -> None:
         self.inverse[:, rows], self.empty[rows] = 0.0, True
 
+    def scaled(self, gradient: Tensor) -> Tensor:
+        """The direction of steepest ascent ``(S, dim)``, in units of the metric."""
+        return gradient if self.metric is None else gradient @ self.metric
+
     def direction(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """The two-loop recursion, from the scaled identity."""
+        """The two-loop recursion, from the scaled metric."""
         steps, falls, inverse = self.steps[:, rows], self.falls[:, rows], self.inverse[:, rows]
         result, shares = gradient[rows].clone(), []
         for step, fall, rho in zip(steps.flip(0), falls.flip(0), inverse.flip(0), strict=True):
             shares.append(rho * (step * result).sum(1))
             result -= shares[-1][:, None] * fall
-        square = falls[-1].square().sum(1)
-        result *= torch.where(inverse[-1] > 0, 1 / (inverse[-1] * square), 1.0)[:, None]
+        square = (falls[-1] * self.scaled(falls[-1])).sum(1)
+        result = self.scaled(result) * torch.where(inverse[-1] > 0, 1 / (inverse[-1] * square), 1.0)[:, None]
         for step, fall, rho, share in zip(steps, falls, inverse, reversed(shares), strict=True):
             result += (share - rho * (fall * result).sum(1))[:, None] * step
         return result

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pplvi.posterior.ascent import ascend
+from pplvi.posterior.ascent import Climb, KnownEnds, ascend
 from pplvi.posterior.draws import predict
 from pplvi.posterior.students import Students
 from pplvi.programs.deadline import ending
@@ -27,9 +27,10 @@ MOST_DIMENSIONS = 100  # in which second derivatives are worth their cost
 _ITERATIONS = 80
 _MOST_MODES, _LIGHT = 16, 7.0  # nats of mass below the heaviest mode that still count
 _NEAR = 3.0  # squared distance of ends of one mode, for a dimension
+_ALIKE = 0.1  # nats, and squared distance, between a density and the Gaussian of a mode near it
 _DF = 5.0
 _FAR = 5.0
-_ROUNDS = 2
+_ROUNDS, _HALF = 2, 0.5
 
 
 class Weighed(NamedTuple):
@@ -145,24 +146,66 @@ class Mode(NamedTuple):
     loc: Tensor
     tril: Tensor
 
+    @property
+    def peak(self) -> float:
+        """The log density at the mode, nats."""
+        return self.mass - float(self.tril.diagonal().log().sum()) - len(self.loc) / 2 * math.log(2 * math.pi)
+
 
 def climbed(density: UnconstrainedDensity, starts: Tensor, known: Sequence[Mode] = ()) -> list[Mode]:
     """Modes that are met by climbing from these starts, beside known ones.
 
+    A scout that comes to where the density is that of a mode which was met before climbs no further.
+
     :param density: the target, in up to 100 dimensions.
     :param starts: rows ``(S, dim)``.
     """
-    ends = ascend(density.value_and_gradient, starts, _ITERATIONS)
+    met = _Met(density, known)
+    ends = ascend(density.value_and_gradient, starts, _ITERATIONS, met)
+    met.see(ends, torch.arange(len(ends.value)))  # of climbs that the time has cut too
     found = list(known)
-    for row in ends.value.argsort(descending=True).tolist():
-        place = ends.position[row]
-        if any(_is_near(place, loc, tril) for _, loc, tril in found):
-            continue
-        if (mode := _mode(density, place, ends.gradient[row])) is not None:
+    for mode in sorted(met.modes[len(known) :], key=lambda mode: mode.peak, reverse=True):
+        if len(found) < len(known) + _MOST_MODES and not any(_is_near(mode.loc, other) for other in found):
             found.append(mode)
-        if len(found) == len(known) + _MOST_MODES:
-            break
     return found
+
+
+class _Met(KnownEnds):
+    """Modes that were met so far, and the scouts that need not climb to them again.
+
+    :ivar metric: the covariance of the mode, where one is all that was known before.
+    """
+
+    def __init__(self, density: UnconstrainedDensity, known: Sequence[Mode]) -> None:
+        self.density, self.modes, self._seen = density, list(known), set[int]()
+        self.metric = known[0].tril @ known[0].tril.T if len(known) == 1 else None
+
+    def __call__(self, at: Climb, rows: Tensor, ends: Tensor) -> Tensor:
+        """Look for modes at the ends, and say which of these rows lead to one."""
+        self.see(at, rows[ends])
+        leading = self._leads_to_one(at, rows)
+        self._seen.update(rows[leading].tolist())
+        return leading
+
+    def see(self, at: Climb, rows: Tensor) -> None:
+        """Note the modes at which these rows are, the highest first."""
+        for row in rows[at.value[rows].argsort(descending=True)]:
+            if int(row) in self._seen or bool(self._leads_to_one(at, row[None])):
+                continue
+            self._seen.add(int(row))
+            if (mode := _mode(self.density, at.position[row], at.gradient[row])) is not None:
+                self.modes.append(mode)
+
+    def _leads_to_one(self, at: Climb, rows: Tensor) -> Tensor:
+        """Whether, near a mode, height and slope are those of its Gaussian."""
+        leading = torch.zeros_like(rows, dtype=torch.bool)
+        for mode in self.modes:
+            away = torch.linalg.solve_triangular(mode.tril, (at.position[rows] - mode.loc).T, upper=False)
+            beside = away + mode.tril.T @ at.gradient[rows].T  # where Newton's step leads
+            square = away.square().sum(0)
+            alike = (at.value[rows] + square / 2 - mode.peak).abs() < _ALIKE
+            leading |= alike & (square < _NEAR * len(mode.loc)) & (beside.square().sum(0) < _ALIKE)
+        return leading
 
 
 def climbed_once(density: UnconstrainedDensity, starts: Tensor) -> list[Mode]:
@@ -194,8 +237,8 @@ def mixed(modes: Sequence[Mode]) -> Students | None:
     return Students(share.log(), locs, trils, torch.full_like(share, max(_DF, locs.shape[1] / 2)))
 
 
-def _is_near(place: Tensor, loc: Tensor, tril: Tensor) -> bool:
-    whitened = torch.linalg.solve_triangular(tril, (place - loc)[:, None], upper=False)
+def _is_near(place: Tensor, mode: Mode) -> bool:
+    whitened = torch.linalg.solve_triangular(mode.tril, (place - mode.loc)[:, None], upper=False)
     return float(whitened.square().sum()) < _NEAR * len(place)
 
 
@@ -233,10 +276,11 @@ def weighed(density: UnconstrainedDensity, mixture: Students, size: int) -> Weig
 def adapted(
     density: UnconstrainedDensity, mixture: Students, size: int, rounds: int = _ROUNDS
 ) -> tuple[Students, Weighed]:
-    """The mixture after rounds of weighted EM on its own draws, each kept if it has more effective draws."""
+    """The mixture after rounds of weighted EM on its own draws, each kept if it has more effective draws; none where
+    half of them are effective."""
     best = weighed(density, mixture, size)
     for _ in range(rounds):
-        if not bool(best.log_weight.isfinite().any()):
+        if not bool(best.log_weight.isfinite().any()) or float(effective_sample_size(best.log_weight)) > _HALF * size:
             break
         new = mixture.fitted(best.position, normalize(pareto_smooth(best.log_weight)[0]))
         found = weighed(density, new, size)

@@ -2,12 +2,14 @@
 
 import math
 
+import pyro
 import pyro.distributions as dist
 import torch
 
 from pplvi.posterior.ascent import ascend
-from pplvi.posterior.scouts import Weighed, spread_starts
+from pplvi.posterior.scouts import Weighed, adapted, climbed, spread_starts
 from pplvi.posterior.students import Students
+from pplvi.programs.density import UnconstrainedDensity
 
 TRIL = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=torch.float64)
 
@@ -80,3 +82,85 @@ def test_rows_climb_a_narrow_ridge_in_a_few_steps():
 
     starts = torch.stack([torch.zeros(6), torch.linspace(-2, 3, 6)]).double()
     assert bool((ascend(ridge, starts, 40).value > -0.002).all())
+
+
+class Counted(UnconstrainedDensity):
+    """Counts how many times values and gradients are asked for."""
+
+    calls = 0
+
+    def value_and_gradient(self, u):
+        self.calls += 1
+        return super().value_and_gradient(u)
+
+
+def mixture(places, scales):
+    """A density with normal modes of equal mass at these places."""
+    parts = dist.MultivariateNormal(places, scale_tril=scales[:, None, None] * torch.eye(places.shape[1]).to(places))
+
+    def model():
+        wide = dist.Normal(torch.zeros(places.shape[1], dtype=torch.float64), 10.0).to_event(1)
+        z = pyro.sample("z", wide)
+        pyro.factor("z itself", parts.log_prob(z.unsqueeze(-2)).logsumexp(-1) - wide.log_prob(z))
+
+    return Counted(model)
+
+
+FAR_APART = torch.tensor([[-6.0, 0.0, 0.0], [6.0, 0.0, 0.0]], dtype=torch.float64)
+
+
+def test_scouts_that_lead_to_a_mode_which_was_met_climb_no_further():
+    """Where height and slope are those of a known mode, the climb is over before its first step."""
+    density = mixture(FAR_APART, torch.ones(2, dtype=torch.float64))
+    torch.manual_seed(0)
+    starts = torch.cat([FAR_APART, FAR_APART]) + torch.randn(4, 3, dtype=torch.float64)
+    modes = climbed(density, starts + 5 * torch.eye(3)[1])
+    assert [round(float(mode.loc[0])) for mode in modes] in ([-6, 6], [6, -6])
+    density.calls = 0
+    assert climbed(density, starts, modes) == modes
+    assert density.calls == 1
+
+
+def test_scouts_beside_a_known_mode_climb_to_others():
+    """A narrow mode two standard deviations from a wide one has the slope of none but itself."""
+    places = torch.tensor([[0.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
+    density = mixture(places, torch.tensor([1.0, 0.1], dtype=torch.float64))
+    (wide,) = climbed(density, -torch.ones(1, 2, dtype=torch.float64))
+    assert float(wide.loc.norm()) < 0.01
+    found = climbed(density, torch.tensor([[-1.0, 0.5], [2.8, 0.1]], dtype=torch.float64), [wide])
+    assert len(found) == 2
+    assert abs(float(found[1].loc[0]) - 3) < 0.01
+
+
+class InUnitsOf:
+    """Knows of no end, and of the scale of the climbs."""
+
+    def __init__(self, metric):
+        self.metric = metric
+
+    def __call__(self, at, rows, ends):
+        return torch.zeros_like(rows, dtype=torch.bool)
+
+
+def test_climbs_in_units_of_a_covariance_are_those_of_a_round_hill():
+    """Three steps lead to the top of a ridge that takes ten and more without them."""
+    scale = torch.tensor([1.0, 1e-3], dtype=torch.float64)
+    starts = torch.tensor([[3.0, 4e-3], [-2.0, 1e-3]], dtype=torch.float64)
+
+    def ridge(x):
+        return -((x / scale) ** 2).sum(1) / 2, -x / scale**2
+
+    known = InUnitsOf(scale.square().diag())
+    assert bool((ascend(ridge, starts, 3, known).value > -1e-6).all())
+    assert bool((ascend(ridge, starts, 3).value < -0.1).all())
+
+
+def test_a_proposal_with_good_weights_is_not_fitted_anew():
+    """Where half of the draws are effective, rounds of EM would cost more than they bring."""
+    density = mixture(FAR_APART, torch.ones(2, dtype=torch.float64))
+    tril = torch.eye(3, dtype=torch.float64).expand(2, -1, -1)
+    shares, normal = torch.full((2,), -math.log(2.0), dtype=torch.float64), torch.full((2,), 40.0).double()
+    for scale, rows in ((1.0, 500), (4.0, 1500)):
+        before = density.rows
+        adapted(density, Students(shares, FAR_APART, scale * tril, normal), 500)
+        assert density.rows - before == rows

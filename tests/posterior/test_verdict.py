@@ -111,9 +111,9 @@ def test_a_verdict_is_the_same_again_and_leaves_the_random_state():
 def test_scouts_climb_from_the_prior_once_for_a_model_and_its_data(monkeypatch):
     starts = []
 
-    def counted(function, rows, iterations):
+    def counted(function, rows, *options):
         starts.append(len(rows))
-        return ascend(function, rows, iterations)
+        return ascend(function, rows, *options)
 
     ascend = scouts.ascend
     monkeypatch.setattr(scouts, "ascend", counted)
