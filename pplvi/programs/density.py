@@ -37,6 +37,7 @@ from pplvi.programs.work import Work
 from pplvi.types import Program
 
 CHUNK = 1_000  # rows that go through the model in one call, at most
+_VALUES = 8  # times as many without a gradient, for which nothing is kept
 _WIDEST = 4 * 2**20  # bytes of the largest tensor of a call: what is larger waits for memory
 _FEWEST = 16  # rows that go through together, however large
 _CHECKED = 8  # rows that a way of running them is tried with, and one
@@ -133,7 +134,7 @@ class UnconstrainedDensity:
         units = _units(model, self.args, self.kwargs) if in_units else {}
         self.blocks = [_block(name, site, units.get(name)) for name, site in sites.items()]
         self.dim = sum(block.size for block in self.blocks)
-        self.rows, self.gradients, self.rows_at_once = 0, 0, CHUNK
+        self.rows, self.gradients, self.rows_at_once, self.values_at_once = 0, 0, CHUNK, CHUNK
         first = next(iter(sites.values()))["value"]
         self.dtype, self.device = first.dtype, first.device
         self._check_function()
@@ -156,7 +157,8 @@ class UnconstrainedDensity:
     def __call__(self, u: Tensor) -> Tensor:
         """Log densities ``(S,)`` of rows ``(S, dim)`` of any floating type; differentiable where autograd is on."""
         u = u.to(self.device, self.dtype)  # the model may hold constants of its own type
-        return torch.cat([self._chunk(part) for part in u.split(1 if self.way == LOOP else self.rows_at_once)])
+        most = self.rows_at_once if torch.is_grad_enabled() else self.values_at_once
+        return torch.cat([self._chunk(part) for part in u.split(1 if self.way == LOOP else most)])
 
     def log_jacobian(self, u: Tensor) -> Tensor:
         """``log |dT/du|`` at rows ``(S, dim)``, ``(S,)``: the density less that of the constrained values, in nats."""
@@ -288,7 +290,8 @@ class UnconstrainedDensity:
             with Work() as work:
                 if way == LOOP or (error := self._failure()) is None:
                     each = max(1, (work.widest - alone) // _CHECKED)
-                    self.rows_at_once = min(CHUNK, max(_FEWEST, _WIDEST // each))
+                    most = max(_FEWEST, _WIDEST // each)
+                    self.rows_at_once, self.values_at_once = min(CHUNK, most), min(_VALUES * CHUNK, most)
                     return way
             errors.append(error)
         raise ValueError(f"vectorize={self._ways[0].word!r}: the model cannot be run that way: {errors[0]}")

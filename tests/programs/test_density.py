@@ -46,6 +46,23 @@ def test_wide_data_are_no_wide_rows():
     assert UnconstrainedDensity(regression, (x, x)).rows_at_once == CHUNK
 
 
+def test_rows_without_a_gradient_go_through_in_larger_parts():
+    """Nothing is kept of them, and a call of the program costs as much for few rows as for many."""
+    runs = []
+
+    def model():
+        runs.append(1)
+        return pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    density, rows = UnconstrainedDensity(model), torch.zeros(4 * CHUNK, 1)
+    runs.clear()
+    density.value_and_gradient(rows)
+    assert len(runs) == 4
+    with torch.no_grad():
+        density(rows)
+    assert len(runs) == 5
+
+
 def test_rows_of_an_enumerated_model_go_through_together():
     """What is summed out has dimensions beside those of the rows: they are run in the fastest way."""
 
