@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -226,8 +227,13 @@ class _Shapes:
     """Shapes of the deterministic sites, which are plain to see only in a run without particles."""
 
     def __init__(self, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        run = plain_run(model, args, kwargs)
-        self.plain = {name: site for name, site in sample_sites(run.model) if is_deterministic(site)}
+        self._call = model, args, kwargs
+
+    @cached_property
+    def plain(self) -> dict[str, Site]:
+        """The sites in such a run."""
+        run = plain_run(*self._call)
+        return {name: site for name, site in sample_sites(run.model) if is_deterministic(site)}
 
     def compact(self, sites: Mapping[str, Site], run: Run) -> dict[str, Tensor]:
         """Values of the deterministic sites; those that depend on an enumerated one have none for each draw."""

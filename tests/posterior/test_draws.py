@@ -303,3 +303,20 @@ def test_draws_of_a_point_estimate_do_not_move_with_its_parameters():
         pyro.get_param_store()["AutoDelta.z"].add_(1.0)
     assert torch.equal(found.latents["z"], before)
     assert not torch.equal(draw(local, guide, (Y[0],), num_draws=1).latents["z"], before)
+
+
+def test_draws_without_deterministic_sites_take_one_run():
+    """Shapes of deterministic sites are read off a run without particles, where there are any."""
+    runs = []
+
+    def model():
+        runs.append(1)
+        pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(0.5))
+
+    def guide():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    draw(model, guide, num_draws=3)
+    runs.clear()
+    draw(model, guide, num_draws=3)
+    assert len(runs) == 1
