@@ -13,6 +13,7 @@ import torch
 from pyro.infer.autoguide import init_to_value
 
 from pplvi.fitting.clock import Clock, Timing, cpu_seconds
+from pplvi.fitting.garbage import old_objects_aside
 from pplvi.fitting.result import Fit
 from pplvi.fitting.rungs import FLOWS, FOUND, TRAINED, FitArguments, Rung
 from pplvi.fitting.smc import is_gaussian
@@ -140,7 +141,8 @@ def select(fit: FitFunction, model: Program, originals: Originals, budget: float
     start = time.perf_counter()
     ladder = _Ladder(fit, originals, Clock.of(budget))
     forms = originals.look(forms_of, model)
-    reason = ladder.climb({WRITTEN: model, **forms}, (*(TRAINED if originals.trainable else FOUND), *FLOWS))
+    with old_objects_aside():
+        reason = ladder.climb({WRITTEN: model, **forms}, (*(TRAINED if originals.trainable else FOUND), *FLOWS))
     best = ladder.best
     if best.fit is None:
         raise ladder.errors[0]

@@ -1,5 +1,6 @@
 """``fit(model, "auto")``: the cheapest guide that can be trusted, what was tried, and the budget."""
 
+import gc
 import itertools
 import math
 from functools import partial
@@ -14,6 +15,7 @@ import pplvi
 from pplvi import AutoFlow
 from pplvi.fitting.auto import Attempt, select
 from pplvi.fitting.clock import Clock, Timing
+from pplvi.fitting.garbage import old_objects_aside
 from pplvi.fitting.recipes import flow_recipe
 from pplvi.posterior.verdict import RELIABLE, UNRELIABLE, Facts, Verdict
 from pplvi.posterior.weighted import Estimate
@@ -406,7 +408,7 @@ def test_the_budget_ends_the_search_with_the_best_so_far():
     result = fit(crooked, "auto", budget=0.5, seed=0)
     assert "time" in result.notes["taken"]
     assert "best verdict" in result.notes["taken"]
-    assert math.isfinite(result.runs[0].score)
+    assert math.isfinite(result.posterior().elbo.value)
 
 
 def test_time_is_kept_for_the_judging_of_what_comes_next(monkeypatch):
@@ -496,3 +498,33 @@ def test_what_auto_has_no_use_for_is_refused(options, words):
 def test_a_budget_is_a_time(budget):
     with pytest.raises(ValueError, match=r"budget=.* positive number of seconds"):
         fit(crooked, "auto", budget=budget)
+
+
+def test_a_fit_has_no_full_collection_of_what_was_there_before():
+    """But the next one has, unless there was one meanwhile: what a fit leaves is not kept for ever."""
+    frozen = []
+    gc.unfreeze()  # what the suite has set aside itself
+    for collect in (True, False, True):
+        if collect:
+            gc.collect()
+        with old_objects_aside():
+            frozen.append(gc.get_freeze_count() > 0)
+            with old_objects_aside():
+                assert (gc.get_freeze_count() > 0) == frozen[-1]
+            assert (gc.get_freeze_count() > 0) == frozen[-1]
+        assert gc.get_freeze_count() == 0
+    gc.freeze()
+    assert frozen == [True, False, True]
+
+
+def test_one_search_is_compared_with_none():
+    """The score of a guide that finds itself is computed where there are others."""
+
+    def model():
+        pyro.sample("x", dist.Normal(2.0, 1.0))
+
+    one, two = (pplvi.fit(model, pplvi.AutoPathfinder, seed=0, restarts=k, progress=False) for k in (1, 2))
+    assert [run.monitored for run in one.runs] == [[]]
+    assert [len(run.monitored) for run in two.runs] == [1, 1]
+    assert one.reasons == ["found"]
+    assert torch.equal(one.guide.loc, two.guides[0].loc)
