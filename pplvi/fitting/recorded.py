@@ -21,6 +21,8 @@ from pplvi.programs.density import UnconstrainedDensity
 _PAYS = 2  # evaluations of as many rows after which recording pays, as dozens follow
 _FEW = 16  # rows; of fewer, such as those of a few paths, a call takes as long, whatever their number
 _PAYS_FEW = 10
+_LONG = 250  # tensors that a gradient keeps, of loops in a program: their recording takes as long as so many evaluations
+_PAYS_LONG = 50
 _BYTES = 64 * 2**20  # of what a gradient keeps of the evaluation
 
 Pair = tuple[Tensor, Tensor]
@@ -46,7 +48,7 @@ class RecordedDensity(UnconstrainedDensity):
         self.programs: dict[int, Callable[[Tensor], Pair] | None] = {}
         self._asked: Counter[int] = Counter()
         self._few = 0
-        self._at_once: int | None = None
+        self._looked: tuple[int, bool] | None = None
 
     def value_and_gradient(self, u: Tensor) -> Pair:
         """Log densities ``(S,)`` and their gradients ``(S, dim)``, detached and in float64."""
@@ -56,13 +58,19 @@ class RecordedDensity(UnconstrainedDensity):
     @property
     def at_once(self) -> int:
         """How many rows are evaluated at once."""
-        if self._at_once is None:
-            rows = self.start.expand(_FEW, -1) + 0.01 * torch.linspace(-1.0, 1.0, _FEW).to(self.start)[:, None]
-            self._at_once = max(_FEW, min(self.rows_at_once, _BYTES * _FEW // max(1, self._kept(rows))))
-        return self._at_once
+        return self._look()[0]
 
-    def _kept(self, rows: Tensor) -> int:
-        """Bytes that a gradient keeps of an evaluation."""
+    def _look(self) -> tuple[int, bool]:
+        """How many rows are evaluated at once, and whether the program has so many operations as loops have."""
+        if self._looked is None:
+            rows = self.start.expand(_FEW, -1) + 0.01 * torch.linspace(-1.0, 1.0, _FEW).to(self.start)[:, None]
+            kept = self._kept(rows)
+            most = _BYTES * _FEW // max(1, sum(kept.values()))
+            self._looked = max(_FEW, min(self.rows_at_once, most)), len(kept) > _LONG
+        return self._looked
+
+    def _kept(self, rows: Tensor) -> dict[int, int]:
+        """Bytes of each storage that a gradient keeps of an evaluation."""
         kept: dict[int, int] = {}
 
         def note(value: Tensor) -> Tensor:
@@ -72,7 +80,7 @@ class RecordedDensity(UnconstrainedDensity):
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
             self._eagerly(rows)
-        return sum(kept.values())
+        return kept
 
     def _eagerly(self, u: Tensor) -> Pair:
         return super().value_and_gradient(u)
@@ -94,10 +102,11 @@ class RecordedDensity(UnconstrainedDensity):
 
     def _size_of(self, number: int) -> tuple[int, int]:
         """As how many rows so many are evaluated, and from which evaluation on recording pays."""
+        is_long = self._look()[1]
         if number >= _FEW:
-            return number, _PAYS
+            return number, _PAYS_LONG if is_long else _PAYS
         self._few = max(self._few, number)
-        return self._few, _PAYS_FEW
+        return self._few, _PAYS_LONG if is_long else _PAYS_FEW
 
     @torch.no_grad()
     def _recorded(self, u: Tensor) -> Callable[[Tensor], Pair] | None:
