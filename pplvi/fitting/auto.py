@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from pyro.infer.autoguide import init_to_value
 
+from pplvi.fitting.attempt import MOST_EFFECTIVE, WRITTEN, Attempt, judged
 from pplvi.fitting.clock import Clock, Timing, cpu_seconds
 from pplvi.fitting.garbage import old_objects_aside
 from pplvi.fitting.result import Fit
@@ -19,7 +19,6 @@ from pplvi.fitting.rungs import FLOWS, FOUND, TRAINED, FitArguments, Rung
 from pplvi.fitting.smc import is_gaussian
 from pplvi.guides.search.batch_and_match import AutoBatchAndMatch
 from pplvi.posterior.posterior import Posterior
-from pplvi.posterior.verdict import RELIABLE, WORDS, Verdict, at_best
 from pplvi.posterior.weighted import Estimate
 from pplvi.programs.deadline import ending
 from pplvi.programs.reparam import Reparametrized, forms_of
@@ -27,99 +26,15 @@ from pplvi.training.replicas import Originals
 from pplvi.training.restart import Restart, publish
 from pplvi.types import Program
 
-GOOD_ENOUGH, _NEARBY = 0.7, 1.0  # k-hat; averages do not settle beyond the latter
+_NEARBY = 1.0  # k-hat; averages do not settle beyond it
 _DRAWS, _JUDGED = 4000, 1000  # the latter where an attempt was cut
-_SAME, _MISSED, _TWENTYFOLD = 0.02, 0.2, 3.0  # nats of evidence
+_SAME = 0.02  # nats of evidence
 _SHORT = 5  # iterations of a path that begins where it would lead to
-_HALF = 0.5  # part of the draws that is effective: what lighter tails would have less of
 _LEAST_STEPS, _TIMED_STEPS, _TIMED_PART = 200, 12, 0.1
 
-WRITTEN = "as written"
 _INTERRUPTED = "it was interrupted, and it has the best verdict so far"
 
 FitFunction = Callable[..., Fit]
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One family that was tried.
-
-    :ivar name: of the family.
-    :ivar form: of the model: ``"as written"``, or how much of it is centered.
-    :ivar fit: its fit, ``None`` if there is none.
-    :ivar pareto_k: the largest k-hat of 4,000 draws of its best restart; infinite without a fit.
-    :ivar elbo: of these draws, in nats; minus infinite without a fit.
-    :ivar log_evidence: by their importance weights, in nats.
-    :ivar seconds: CPU seconds that it took.
-    :ivar state: what the model's parameters are worth after it.
-    :ivar failure: why there is no fit, or empty.
-    :ivar verdict: on these draws; ``None`` without a fit.
-    :ivar efficiency: effective part of the draws.
-    :ivar unheard: the draws, if the verdict is without scouts, which could only find against them.
-    """
-
-    name: str
-    form: str
-    fit: Fit | None
-    pareto_k: float
-    elbo: float
-    log_evidence: Estimate
-    seconds: float
-    state: list[torch.Tensor]
-    failure: str = ""
-    verdict: Verdict | None = None
-    efficiency: float = 0.0
-    unheard: Posterior | None = None
-
-    def __str__(self) -> str:
-        word = [] if self.verdict is None else [self.verdict.word]
-        sampled = self.fit is not None and self.fit.islands is not None
-        outcome = self.failure or ", ".join(word if sampled else [*word, f"k-hat {self.pareto_k:.2f}"])
-        return f"{self.title}: {outcome} ({self.seconds:.1f} s)"
-
-    @property
-    def title(self) -> str:
-        """The family and, if it is not as written, the form of the model."""
-        return self.name if self.form == WRITTEN else f"{self.name}, {self.form}"
-
-    @property
-    def is_reliable(self) -> bool:
-        """Whether its verdict is the best one, by all that is asked of draws."""
-        return self.verdict is not None and self.verdict.word == RELIABLE and self.unheard is None
-
-    @property
-    def is_easy(self) -> bool:
-        """Whether no other form of the model is needed: most draws are effective, with light tails."""
-        return self.pareto_k < GOOD_ENOUGH and self.efficiency >= _HALF
-
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether the user has interrupted it."""
-        return self.fit is not None and self.fit.runs[self.fit.best].reason == "interrupted"
-
-    @property
-    def rank(self) -> int:
-        """That of the verdict; behind all others without a fit."""
-        return len(WORDS) if self.verdict is None else self.verdict.rank
-
-    @property
-    def quality(self) -> str:
-        """What forms of the model are compared by."""
-        return f"{self.form} has k-hat {self.pareto_k:.2f} and a log evidence of {self.log_evidence} nats"
-
-    @property
-    def evidence_at_least(self) -> float:
-        """Log evidence less two standard errors, in nats: what is found by draws that do not miss much."""
-        return self.log_evidence.value - 2 * self.log_evidence.error
-
-    def refutes(self, other: Attempt) -> bool:
-        """Whether the evidence found here is so much larger that the other guide has to miss part of the posterior.
-
-        Whatever k-hat is, by Markov's inequality the evidence is estimated 3 nats too high once in twenty times.
-        """
-        ours, theirs = self.log_evidence, other.log_evidence
-        margin = _MISSED if self.pareto_k < GOOD_ENOUGH else _TWENTYFOLD
-        return ours.value - theirs.value > margin + 4 * math.hypot(ours.error, theirs.error)
 
 
 def select(fit: FitFunction, model: Program, originals: Originals, budget: float | Timing) -> Fit:
@@ -247,8 +162,8 @@ class _Ladder:
         self.form, start = easiest.form, cpu_seconds()
         if (posterior := self.posteriors.get(easiest.form)) is not None:
             with ending(self.clock.over):
-                judged = _judged(posterior)
-            self._replace(easiest, **judged, seconds=easiest.seconds + cpu_seconds() - start)
+                found = judged(posterior)
+            self._replace(easiest, **found, seconds=easiest.seconds + cpu_seconds() - start)
         self.posteriors.clear()
 
     def _hear(self) -> None:
@@ -273,7 +188,10 @@ class _Ladder:
         if self.dim > rung.most:
             self._pass_over(rung.name, form, f"not tried in {self.dim:,} dimensions, of at most {rung.most}")
             return True
-        if rung.gaussian and (most := max((attempt.efficiency for attempt in self.done), default=0.0)) >= _HALF:
+        if (
+            rung.gaussian
+            and (most := max((attempt.efficiency for attempt in self.done), default=0.0)) >= MOST_EFFECTIVE
+        ):
             self._pass_over(rung.name, form, f"not tried, as {most:.0%} of the draws are effective already")
             return True
         if self.form is None and isinstance(model, Reparametrized):
@@ -363,7 +281,7 @@ class _Ladder:
                 if self.form is None:
                     self.posteriors[form] = posterior
                 else:
-                    judgement |= _judged(posterior)
+                    judgement |= judged(posterior)
                 judging = self.clock.measured(cpu_seconds() - made) * min(1.0, _JUDGED / posterior.num_draws)
                 self.judging = max(self.judging, judging)
         except ValueError as error:
@@ -371,8 +289,8 @@ class _Ladder:
             pareto_k, elbo, log_evidence, judgement = math.inf, -math.inf, Estimate(-math.inf, 0.0), {}
             self.posteriors.pop(form, None)
             self.errors.append(error)
-        judged = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
-        self.attempts.append(Attempt(rung.name, form, found, *judged, self.originals.state(), failure, **judgement))
+        numbers = (pareto_k, elbo, log_evidence, cpu_seconds() - start)
+        self.attempts.append(Attempt(rung.name, form, found, *numbers, self.originals.state(), failure, **judgement))
 
     def _timed(self, train: FitFunction, recipe: FitArguments) -> tuple[Any, float, Callable[[], Fit] | None]:
         """How to run the steps, the CPU seconds that one of them takes, and, if they fail, what raises why."""
@@ -396,13 +314,3 @@ class _Ladder:
 
 def _guide_of(attempt: Attempt | None) -> Any:
     return None if attempt is None or attempt.fit is None else attempt.fit.guide
-
-
-def _judged(posterior: Posterior) -> dict[str, Any]:
-    """The verdict of an attempt and what goes with it. Scouts, who are dear, are asked where they may decide."""
-    facts = posterior.facts_without_scouts
-    if facts is None:
-        return {"verdict": posterior.verdict}
-    if (verdict := at_best(facts)).word != RELIABLE:
-        return {"verdict": verdict, "efficiency": facts.efficiency, "unheard": posterior}
-    return {"verdict": posterior.verdict, "efficiency": facts.efficiency}

@@ -26,7 +26,8 @@ from pplvi.fitting.arguments import (
     refuse,
     stopping_rule,
 )
-from pplvi.fitting.auto import WRITTEN, select
+from pplvi.fitting.attempt import WRITTEN
+from pplvi.fitting.auto import select
 from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.inputs import check_chains, checked_inputs, warn_of_no_data
 from pplvi.fitting.likelihood import maximise_likelihood

@@ -13,7 +13,8 @@ import torch
 
 import pplvi
 from pplvi import AutoFlow
-from pplvi.fitting.auto import Attempt, select
+from pplvi.fitting.attempt import Attempt
+from pplvi.fitting.auto import select
 from pplvi.fitting.clock import Clock, Timing
 from pplvi.fitting.garbage import old_objects_aside
 from pplvi.fitting.recipes import flow_recipe
