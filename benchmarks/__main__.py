@@ -33,6 +33,7 @@ NAMES = (
     "deep_boltzmann_large",
     "directed",
     "distributed",
+    "flows",
     "gradients",
     "hmm_heuristics",
     "levels",

@@ -295,7 +295,7 @@ def fit(
             **({} if init is None else {"init": init}),
             "data": fingerprint(call),
         },
-        start=SearchedStart(init, compiled.mode, alone=restarts == 1),
+        start=SearchedStart(init, compiled.mode),
     )
     plan, ranks = (plan, sharers(parallel, model, guide)) if split is None else (split.applied(plan), plan.ranks)
     unwritten = None

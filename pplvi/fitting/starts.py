@@ -47,11 +47,10 @@ class SearchedStart(Start):
 
     :param init: ``"pathfinder"``, ``"match"``, or ``None`` for the guide's own start.
     :param compile: how sweeps of coordinate ascent and iterations of sparse codes are recorded.
-    :param alone: whether there is one restart, so that what is found need not be compared.
     """
 
-    def __init__(self, init: str | None = None, compile: CompileMode = False, *, alone: bool = False) -> None:
-        self.init, self.compile, self.alone = init, compile, alone
+    def __init__(self, init: str | None = None, compile: CompileMode = False) -> None:
+        self.init, self.compile = init, compile
 
     def begin(self, trainer: Trainer) -> bool:
         """Search for a guide that finds itself, or start one at Pathfinder's Gaussian.
@@ -134,8 +133,7 @@ class SearchedStart(Start):
         guide.run(*call[0], **call[1])
         if _parameters(run, call):
             return False
-        if trainer.watch.monitor is not None or not self.alone:
-            run.monitored.append(_score(trainer, guide, call))
+        run.monitored.append(_score(trainer, guide, call))
         return True
 
 

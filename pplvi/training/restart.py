@@ -85,8 +85,7 @@ class Restart:
 
     @property
     def score(self) -> float:
-        """Mean of the last tenth of the monitor's trace, in nats: what the best restart has the least of; infinite
-        for a search that is compared with none."""
+        """Mean of the last tenth of the monitor's trace, in nats: what the best restart has the least of."""
         trace = self.monitored or self.losses
         tail = trace[-1 if self.exact else -max(1, int(TAIL * len(trace))) :]
         return sum(map(float, tail)) / len(tail) if tail else math.inf

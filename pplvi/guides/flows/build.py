@@ -27,7 +27,7 @@ MUCH = 2 * 2**30  # bytes
 __all__ = ["FAMILIES", "AffineFlowTransform", "build", "make_identity", "with_tensors"]
 
 
-class Family(NamedTuple):
+class FlowFamily(NamedTuple):
     """A family of flows: a class in ``zuko.flows`` or a factory, and what is not said when it is named.
 
     :ivar draws_fast: whether drawing is the fast direction.
@@ -41,14 +41,14 @@ class Family(NamedTuple):
 
 FAMILIES = {
     # Two passes: couplings, whose densities of any points cost as much in every dimension.
-    "nsf": Family("NSF", True, MappingProxyType({"passes": 2})),
-    "maf": Family("MAF", False),
-    "iaf": Family("MAF", True),
-    "nice": Family("NICE", False),
-    "coupling": Family("NICE", False),
-    "copula": Family(gaussian_copula, True),
-    "quadratic": Family(QuadraticFlow, True),
-    "bnaf": Family(BlockNeuralFlow, True),
+    "nsf": FlowFamily("NSF", True, MappingProxyType({"passes": 2})),
+    "maf": FlowFamily("MAF", False),
+    "iaf": FlowFamily("MAF", True),
+    "nice": FlowFamily("NICE", False),
+    "coupling": FlowFamily("NICE", False),
+    "copula": FlowFamily(gaussian_copula, True),
+    "quadratic": FlowFamily(QuadraticFlow, True),
+    "bnaf": FlowFamily(BlockNeuralFlow, True),
 }
 
 
