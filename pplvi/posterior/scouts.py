@@ -188,9 +188,10 @@ class _Met(KnownEnds):
         return leading
 
     def see(self, at: Climb, rows: Tensor) -> None:
-        """Note the modes at which these rows are, the highest first."""
+        """Note the modes at which these rows are, the highest first; beside a mode there is none that is lower."""
         for row in rows[at.value[rows].argsort(descending=True)]:
-            if int(row) in self._seen or bool(self._leads_to_one(at, row[None])):
+            place, value = at.position[row], float(at.value[row])
+            if int(row) in self._seen or any(mode.peak >= value and _is_near(place, mode) for mode in self.modes):
                 continue
             self._seen.add(int(row))
             if (mode := _mode(self.density, at.position[row], at.gradient[row])) is not None:
