@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-WORST = 0.5  # of the effective draws that are wanted, of the worst coordinate
+WORST = 0.6  # of the effective draws that are wanted, of the worst coordinate
 _LEAST = 1e-6  # of a move, of an independent draw
 _START = 4  # steps that a move takes as long as beside its own: a momentum, a place that is kept and looked at
 _NEARLY = 0.85  # as good as the best
