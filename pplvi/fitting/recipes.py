@@ -25,7 +25,8 @@ def flow_recipe(num_steps: Count = 1000, learning_rate: Positive = 5e-3, num_par
     """Arguments of :func:`pplvi.fit` that train a flow as the literature has come to do it.
 
     Sticking the landing, many draws in one call, a full-rank start at the Gaussian of batch and match, a small learning
-    rate that falls to zero along a cosine, clipped gradients: ``fit(model, AutoFlow, args=..., **flow_recipe())``.
+    rate that falls to zero along a cosine, clipped gradients. It is for any flow, and best and cheapest for quadratic
+    couplings: ``fit(model, partial(AutoFlow, flow="quadratic"), args=..., **flow_recipe())``.
 
     The parameters of a flow that started at a Gaussian are in units of its spread, and near the optimum the ELBO is
     about equally curved in all of them. Adam's ``epsilon`` is therefore large, 0.05: gradients below that make steps in

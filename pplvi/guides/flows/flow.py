@@ -54,16 +54,15 @@ class AutoFlow(ContinuousGuide):
 
     ``passes=2`` makes couplings of the autoregressive families, as it does of ``"nsf"`` unless told otherwise:
     "elsewhere" and draws then cost 2 at most. ``passes=None`` makes ``"nsf"`` autoregressive, which costs ``D + 1`` and
-    was no better on eight schools, regressions and horseshoes (``benchmarks/flows.py``). ``inverse`` turns the order of
-    these families round. "Elsewhere" is what objectives pay that score
-    draws apart from their making: a frozen guide (``estimator="stl"`` or ``"dreg"``), the forward KL and the
-    thermodynamic objective. So take ``"quadratic"`` with :func:`pplvi.flow_recipe`, which starts at a Gaussian, where a
-    Gaussian comes near the posterior; ``"nsf"`` for the ELBO, importance-weighted and Renyi bounds, above all for
-    skewed, heavy or multimodal posteriors of few dimensions; ``"iaf"`` where splines are too slow; ``"nice"`` for many
-    dimensions and for objectives that score elsewhere; ``inverse=False`` for the forward KL with an autoregressive
-    flow. ``"bnaf"`` is the most flexible in one transform; points from elsewhere are found by bisection, so take it for
-    the ELBO as it is (no sticking the landing, no DReG). Splines act on ``[-5, 5]`` around ``loc`` in units of
-    ``scale`` and are the identity beyond, so tails stay Gaussian.
+    ends within half a nat of couplings (``benchmarks/flows.py``). ``inverse`` turns the order of these families round.
+    "Elsewhere" is what objectives pay that score draws apart from their making: a frozen guide (``estimator="stl"`` or
+    ``"dreg"``), the forward KL and the thermodynamic objective. So take ``"quadratic"`` with :func:`pplvi.flow_recipe`,
+    which starts at a Gaussian, where a Gaussian comes near the posterior; ``"nsf"`` for the ELBO, importance-weighted
+    and Renyi bounds, above all for skewed, heavy or multimodal posteriors of few dimensions; ``"iaf"`` where splines
+    are too slow; ``"nice"`` for many dimensions and for objectives that score elsewhere; ``inverse=False`` for the
+    forward KL with an autoregressive flow. ``"bnaf"`` is the most flexible in one transform; points from elsewhere are
+    found by bisection, so take it for the ELBO as it is (no sticking the landing, no DReG). Splines act on ``[-5, 5]``
+    around ``loc`` in units of ``scale`` and are the identity beyond, so tails stay Gaussian.
 
     Source: Rezende & Mohamed 2015 (flows as guides); Kingma et al. 2016 (IAF); Papamakarios et al. 2017 (MAF); Dinh et
     al. 2014, 2017 (NICE, RealNVP); Durkan et al. 2019 (NSF); Tran, Blei & Airoldi 2015 (copulas); De Cao, Titov & Aziz
