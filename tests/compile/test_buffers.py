@@ -83,7 +83,7 @@ def test_buffers_change_once_a_step(name, mode, inductor_noise):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", STATEFUL)
-@pytest.mark.table(4)
+@pytest.mark.table(5)
 def test_buffers_are_saved_and_resumed(name, mode, inductor_noise):
     whole, losses = stateful(name, mode, 8)
     first, early = stateful(name, mode, 4)
