@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 import pplvi
-from benchmarks.race import Row, apart, cpu_seconds, errors
+from benchmarks.race import Row, apart, cpu_seconds, done_already, errors
 from benchmarks.race_problems import NAMES, load
-from benchmarks.reporting import Table, command_line, rows_of, write
+from benchmarks.reporting import Table, command_line, write
 
 QUICK = "--problems kidiq --flows iaf --ways plain --seeds 0"
 
@@ -131,13 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.set_defaults(out=RESULTS)
     options = parser.parse_args(arguments)
-    if options.show:
-        rows = [row for path in options.show for row in rows_of(path)]
-        print(medians(rows))
-        return rows
-    if options.worker:
-        print(json.dumps(work(**options.worker)))
-        return []
+    if (done := done_already(options, medians, work)) is not None:
+        return done
     table, rows = Table(COLUMNS), list[Row]()
     for seed in options.seeds:
         for problem in options.problems:

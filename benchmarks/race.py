@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -182,6 +182,20 @@ def medians(rows: Sequence[Row]) -> str:
     return Table({"problem": "<16", **dict.fromkeys(methods, "<20")}).text(lines)
 
 
+def done_already(
+    options: argparse.Namespace, medians: Callable[[Sequence[Row]], str], work: Callable[..., Row]
+) -> list[Row] | None:
+    """What a command returns that was asked to show results, or to be a worker; ``None`` if all is to be run."""
+    if options.show:
+        rows = [row for path in options.show for row in rows_of(path)]
+        print(medians(rows))
+        return rows
+    if options.worker:
+        print(json.dumps(work(**options.worker)))
+        return []
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     """Run the race, or a part of it."""
     parser = command_line(__doc__)
@@ -197,13 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.set_defaults(out=RESULTS)
     options = parser.parse_args(arguments)
-    if options.show:
-        rows = [row for path in options.show for row in rows_of(path)]
-        print(medians(rows))
-        return rows
-    if options.worker:
-        print(json.dumps(work(**options.worker)))
-        return []
+    if (done := done_already(options, medians, work)) is not None:
+        return done
     table, rows = Table(COLUMNS), list[Row]()
     for problem in options.problems:
         for method in options.methods:

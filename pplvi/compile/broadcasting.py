@@ -135,6 +135,14 @@ def _drop_trivial(graph: fx.Graph, shapes: dict[fx.Node, tuple[int, ...]]) -> No
             graph.erase_node(node)
 
 
+def tidied(graph: fx.GraphModule) -> fx.GraphModule:
+    """A graph whose nodes were changed, without those that nothing needs any more, and with its code made anew."""
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
 def without_repetition(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """The same function, in which what repeats along a dimension is computed once, without what changes nothing.
 
@@ -154,7 +162,4 @@ def without_repetition(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.Gr
     work = _Pass(graph, seen.shapes)
     for node in list(graph.graph.nodes):
         work.visit(node)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
-    graph.recompile()
-    return graph
+    return tidied(graph)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pplvi.compile.broadcasting import Shapes
+from pplvi.compile.broadcasting import Shapes, tidied
 
 aten = torch.ops.aten
 
@@ -43,10 +43,7 @@ def outside_of_sums(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.Graph
     work = _Pass(graph.graph, seen)
     for node in list(graph.graph.nodes):
         work.visit(node)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
-    graph.recompile()
-    return graph
+    return tidied(graph)
 
 
 class _Pass:

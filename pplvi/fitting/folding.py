@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pplvi.compile.broadcasting import tidied
+
 aten = torch.ops.aten
 
 _OF_SHAPES = {
@@ -52,10 +54,7 @@ def folded(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
             node.replace_all_uses_with(graph.graph.get_attr(f"_constant_{number}"))
     for node, source in work.same.items():
         node.replace_all_uses_with(source)
-    graph.graph.eliminate_dead_code()
-    graph.graph.lint()
-    graph.recompile()
-    return graph
+    return tidied(graph)
 
 
 class _Folding(fx.Interpreter):

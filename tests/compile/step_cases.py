@@ -405,3 +405,16 @@ SHAPES = {
     "small flow",
     "only parameters",
 }
+
+
+def with_gradient(log_density: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A log density of rows and its gradient, detached, as a function that can be recorded."""
+
+    def both(z: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            value = log_density(leaf)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), gradient
+
+    return both

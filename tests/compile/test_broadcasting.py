@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from step_cases import with_gradient
 from torch import Tensor
 from torch.distributions import Normal, StudentT
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -20,17 +21,6 @@ def unchecked() -> Iterator[None]:
 
 
 DATA = torch.linspace(-2.0, 2.0, 30, dtype=torch.float64)
-
-
-def with_gradient(log_density: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    def both(z: Tensor) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            value = log_density(leaf)
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), gradient
-
-    return both
 
 
 def normal(z: Tensor) -> Tensor:

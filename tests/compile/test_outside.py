@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from step_cases import with_gradient
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -14,17 +15,6 @@ X = torch.linspace(-1.0, 1.0, 120, dtype=torch.float64).reshape(40, 3).sin()
 Y = torch.linspace(-2.0, 2.0, 40, dtype=torch.float64)
 
 Function = Callable[[Tensor], tuple[Tensor, ...]]
-
-
-def with_gradient(log_density: Callable[[Tensor], Tensor]) -> Function:
-    def both(z: Tensor) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            leaf = z.detach().requires_grad_()
-            value = log_density(leaf)
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), gradient
-
-    return both
 
 
 def normal(mean: Tensor, scale: Tensor) -> Tensor:
