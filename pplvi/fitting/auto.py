@@ -188,10 +188,8 @@ class _Ladder:
         if self.dim > rung.most:
             self._pass_over(rung.name, form, f"not tried in {self.dim:,} dimensions, of at most {rung.most}")
             return True
-        if (
-            rung.gaussian
-            and (most := max((attempt.efficiency for attempt in self.done), default=0.0)) >= MOST_EFFECTIVE
-        ):
+        most = max((attempt.efficiency for attempt in self.done), default=0.0)
+        if rung.gaussian and most >= MOST_EFFECTIVE:
             self._pass_over(rung.name, form, f"not tried, as {most:.0%} of the draws are effective already")
             return True
         if self.form is None and isinstance(model, Reparametrized):

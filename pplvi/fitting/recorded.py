@@ -21,10 +21,8 @@ from pplvi.programs.density import UnconstrainedDensity
 _PAYS = 2  # evaluations of as many rows after which recording pays, as dozens follow
 _FEW = 16  # rows; of fewer, such as those of a few paths, a call takes as long, whatever their number
 _PAYS_FEW = 10
-_LONG, _PAYS_LONG = (
-    250,
-    50,
-)  # tensors that a gradient keeps, as of loops, whose recording takes as long as tens of calls
+_LONG = 250  # tensors that a gradient keeps, as of loops, whose recording takes as long as tens of calls
+_PAYS_LONG = 50
 _BYTES = 64 * 2**20  # of what a gradient keeps of the evaluation
 
 Pair = tuple[Tensor, Tensor]
